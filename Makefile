@@ -1,0 +1,57 @@
+# make demo   train on the embedded photograph, three ways, and compare      (about 5 minutes)
+# make test   run the tests                                                  (about 3 minutes)
+# make lint   linters and type checker
+# make bench  benchmarks, printed as ratios
+#
+# Everything lives in .venv, made on first use. Nothing is installed or built again before a file it
+# depends on changes.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+BUILD := setup.py CMakeLists.txt pyproject.toml taskgroup/__init__.py $(CPP)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lint bench format clean
+.DELETE_ON_ERROR:
+
+demo: .venv/train.stamp
+	$(BIN)/python examples/demo.py
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: .venv/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: .venv/dev.stamp
+	$(BIN)/python -m pytest benchmarks -s $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info taskgroup/*.so
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "taskgroup needs Python 3.10 or later, this is " + sys.version.split()[0] + "; name another with make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+
+# The wanted torch is part of the name, so that another TORCH installs another one.
+TORCH_STAMP := .venv/$(subst /,-,$(subst $(eval ) ,-,$(TORCH))).stamp
+$(TORCH_STAMP): .venv/bin/python
+	$(BIN)/pip install --quiet $(TORCH) numpy
+	$(BIN)/pip install --quiet "setuptools>=77" "cmake>=3.22" ninja "pybind11>=2.13"
+	@rm -f .venv/torch*.stamp
+	@touch $@
+
+.venv/%.stamp: $(TORCH_STAMP) $(BUILD)
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$*]"
+	@touch $@

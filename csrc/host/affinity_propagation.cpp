@@ -1,0 +1,242 @@
+#include "host/affinity_propagation.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+// One build serves every x86-64 machine and uses AVX2 where there is one. Needs GCC and the
+// indirect functions of glibc; elsewhere the compiler's baseline runs.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
+#define TASKGROUP_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
+#define TASKGROUP_CLONES
+#endif
+
+namespace taskgroup {
+
+namespace {
+
+// Rows are padded to whole vectors with similarities of -inf: a padded column is never the largest
+// and sends no message (R = -inf, A = 0), so that no loop needs a tail.
+constexpr int64_t kLanes = 8;
+constexpr double kLowest = -std::numeric_limits<double>::infinity();
+
+inline double max(double a, double b) { return a > b ? a : b; }
+inline double min(double a, double b) { return a < b ? a : b; }
+
+struct Messages {
+  int64_t K, width;
+  std::vector<double> S, R, A;  // [K, width] similarities, responsibilities, availabilities
+  // [width] of each column k: sum over j of max(R[j, k], 0), but of R[k, k] itself.
+  std::vector<double> support;
+
+  explicit Messages(int64_t K)
+      : K(K),
+        width((K + kLanes - 1) / kLanes * kLanes),
+        S(K * width, kLowest),
+        R(K * width, 0.0),
+        A(K * width, 0.0),
+        support(width, 0.0) {}
+};
+
+struct TopTwo {
+  double first, second;
+};
+
+// sum[j] = a[j] + s[j] and its two largest entries (equal ones count apart).
+inline TopTwo add_top_two(const double* a, const double* s, double* sum, int64_t width) {
+  double first[kLanes], second[kLanes];
+  std::fill_n(first, kLanes, kLowest);
+  std::fill_n(second, kLanes, kLowest);
+  for (int64_t j = 0; j < width; j += kLanes) {
+#pragma omp simd
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const double x = a[j + lane] + s[j + lane];
+      sum[j + lane] = x;
+      second[lane] = max(second[lane], min(first[lane], x));
+      first[lane] = max(first[lane], x);
+    }
+  }
+  TopTwo top{first[0], second[0]};
+  for (int64_t lane = 1; lane < kLanes; ++lane) {
+    top.second = max(max(top.second, second[lane]), min(top.first, first[lane]));
+    top.first = max(top.first, first[lane]);
+  }
+  return top;
+}
+
+}  // namespace
+
+// A[i, i] <- damped sum over j != i of max(R[j, i], 0).
+inline double self_availability(const Messages& m, int64_t i, double damping) {
+  const int64_t diagonal = i * m.width + i;
+  return m.A[diagonal] * damping - (m.R[diagonal] - m.support[i]) * (1.0 - damping);
+}
+
+// A[i, k] <- damped min(0, R[k, k] + sum over j not in {i, k} of max(R[j, k], 0)).
+inline void update_availabilities(Messages& m, int64_t i, double damping) {
+  const double* __restrict r = &m.R[i * m.width];
+  const double* __restrict support = m.support.data();
+  double* __restrict a = &m.A[i * m.width];
+  const double self = self_availability(m, i, damping), fresh = 1.0 - damping;
+#pragma omp simd
+  for (int64_t k = 0; k < m.width; ++k) {
+    a[k] = a[k] * damping - max(max(r[k], 0.0) - support[k], 0.0) * fresh;
+  }
+  a[i] = self;
+}
+
+// R[i, k] <- damped S[i, k] - max over j != k of (A + S)[i, j]; adds the row to `next_support`.
+inline void update_responsibilities(Messages& m, int64_t i, double damping, double* __restrict sum,
+                                    double* __restrict next_support) {
+  const double* __restrict s = &m.S[i * m.width];
+  double* __restrict r = &m.R[i * m.width];
+  const TopTwo top = add_top_two(&m.A[i * m.width], s, sum, m.width);
+  const double others = next_support[i], fresh = 1.0 - damping;
+#pragma omp simd
+  for (int64_t k = 0; k < m.width; ++k) {
+    // Where the largest entry occurs twice the second equals it, so this needs no index.
+    const double rival = sum[k] == top.first ? top.second : top.first;
+    r[k] = r[k] * damping + (s[k] - rival) * fresh;
+    next_support[k] += max(r[k], 0.0);
+  }
+  next_support[i] = others + r[i];
+}
+
+}  // namespace
+
+// One iteration in one pass over memory: the availabilities that the last iteration ended with are
+// computed here, row by row, just before they are needed. The zeros of the start stay zeros.
+TASKGROUP_CLONES
+void pass_messages(Messages& m, double damping, double* scratch, double* next_support) {
+  std::fill_n(next_support, m.width, 0.0);
+  for (int64_t i = 0; i < m.K; ++i) {
+    update_availabilities(m, i, damping);
+    update_responsibilities(m, i, damping, scratch, next_support);
+  }
+}
+
+namespace {
+
+// Passes messages until the exemplars hold still; the exemplars, or none without convergence.
+std::vector<int64_t> find_exemplars(Messages& m, double damping, int64_t max_iter,
+                                    int64_t convergence_iter) {
+  std::vector<double> scratch(m.width), next_support(m.width);
+  std::vector<int64_t> exemplars, previous;
+  int64_t held = 0;  // iterations that the exemplars have been what they are
+  for (int64_t iteration = 0; iteration < max_iter; ++iteration) {
+    pass_messages(m, damping, scratch.data(), next_support.data());
+    m.support.swap(next_support);
+    previous.swap(exemplars);
+    exemplars.clear();
+    for (int64_t k = 0; k < m.K; ++k) {
+      const double self_responsibility = m.R[k * m.width + k];
+      if (self_availability(m, k, damping) + self_responsibility > 0.0) exemplars.push_back(k);
+    }
+    held = exemplars == previous ? held + 1 : 1;
+    if (iteration >= convergence_iter && held >= convergence_iter && !exemplars.empty()) {
+      return exemplars;
+    }
+  }
+  return {};
+}
+
+// The cluster of every task: its most similar exemplar; an exemplar belongs to its own.
+std::vector<int64_t> assign(const Messages& m, const std::vector<int64_t>& exemplars) {
+  std::vector<int64_t> cluster(m.K, 0);
+  for (int64_t i = 0; i < m.K; ++i) {
+    const double* s = &m.S[i * m.width];
+    for (std::size_t c = 1; c < exemplars.size(); ++c) {
+      if (s[exemplars[c]] > s[exemplars[cluster[i]]]) cluster[i] = static_cast<int64_t>(c);
+    }
+  }
+  for (std::size_t c = 0; c < exemplars.size(); ++c) {
+    cluster[exemplars[c]] = static_cast<int64_t>(c);
+  }
+  return cluster;
+}
+
+// Moves the exemplar of each cluster to the member that its members are most similar to.
+std::vector<int64_t> refine(const Messages& m, std::vector<int64_t> exemplars) {
+  const std::vector<int64_t> cluster = assign(m, exemplars);
+  for (std::size_t c = 0; c < exemplars.size(); ++c) {
+    double best = kLowest;
+    for (int64_t k = 0; k < m.K; ++k) {
+      if (cluster[k] != static_cast<int64_t>(c)) continue;
+      double sum = 0.0;
+      for (int64_t i = 0; i < m.K; ++i) {
+        if (cluster[i] == static_cast<int64_t>(c)) sum += m.S[i * m.width + k];
+      }
+      if (sum > best) {
+        best = sum;
+        exemplars[c] = k;
+      }
+    }
+  }
+  return exemplars;
+}
+
+double median(std::vector<double> values) {
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  if (values.size() % 2 == 1) return *middle;
+  return (*std::max_element(values.begin(), middle) + *middle) / 2.0;
+}
+
+bool all_equal(const double* similarity, const std::vector<double>& preference, int64_t K) {
+  for (const double p : preference) {
+    if (p != preference[0]) return false;
+  }
+  for (int64_t i = 0; i < K; ++i) {
+    for (int64_t k = 0; k < K; ++k) {
+      if (i != k && similarity[i * K + k] != similarity[1]) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+std::optional<std::vector<int64_t>> affinity_propagation(const double* similarity,
+                                                         const double* preference,
+                                                         const double* noise, int64_t K,
+                                                         double damping, int64_t max_iter,
+                                                         int64_t convergence_iter) {
+  const std::vector<double> preferences =
+      preference != nullptr
+          ? std::vector<double>(preference, preference + K)
+          : std::vector<double>(K, median(std::vector<double>(similarity, similarity + K * K)));
+
+  std::vector<int64_t> labels(K, 0);
+  if (K == 1 || all_equal(similarity, preferences, K)) {
+    // Messages would tell nobody apart: each task is alone if it would rather be, else all are one.
+    if (preferences[0] > similarity[K - 1]) std::iota(labels.begin(), labels.end(), 0);
+    return labels;
+  }
+
+  Messages m(K);
+  constexpr double epsilon = std::numeric_limits<double>::epsilon();
+  constexpr double tiny = 100.0 * std::numeric_limits<double>::min();
+  for (int64_t i = 0; i < K; ++i) {
+    for (int64_t k = 0; k < K; ++k) {
+      const double s = i == k ? preferences[i] : similarity[i * K + k];
+      m.S[i * m.width + k] = s + (epsilon * s + tiny) * noise[i * K + k];
+    }
+  }
+
+  std::vector<int64_t> exemplars = find_exemplars(m, damping, max_iter, convergence_iter);
+  if (exemplars.empty()) return std::nullopt;
+  exemplars = refine(m, std::move(exemplars));
+
+  // Refinement may have put exemplars out of order; labels follow their order.
+  std::vector<int64_t> sorted = exemplars;
+  std::sort(sorted.begin(), sorted.end());
+  const std::vector<int64_t> cluster = assign(m, exemplars);
+  for (int64_t i = 0; i < K; ++i) {
+    const auto place = std::lower_bound(sorted.begin(), sorted.end(), exemplars[cluster[i]]);
+    labels[i] = place - sorted.begin();
+  }
+  return labels;
+}
+
+}  // namespace taskgroup

@@ -1,0 +1,24 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace taskgroup {
+
+// Affinity propagation (Frey and Dueck, Science 315, 2007) with the semantics of scikit-learn's:
+// same order of updates, same rounding, same convergence test, same refinement, same labels.
+//
+// Returns labels in 0..M-1, numbered in the order of the exemplars, or nothing where the exemplars
+// did not hold still for `convergence_iter` iterations within `max_iter`.
+std::optional<std::vector<int64_t>> affinity_propagation(
+    const double* similarity,  // [K, K] row-major, finite, K >= 1
+    const double* preference,  // [K], or null for the median of `similarity`
+    const double* noise,       // [K, K] standard normal, breaks ties
+    int64_t K,                 //
+    double damping,            // in [0.5, 1)
+    int64_t max_iter,          // >= 1
+    int64_t convergence_iter   // >= 1
+);
+
+}  // namespace taskgroup

@@ -1,0 +1,47 @@
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "host/affinity_propagation.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Array = py::array_t<double, py::array::c_style | py::array::forcecast>;
+
+std::optional<py::array_t<int64_t>> affinity_propagation(const Array& similarity,
+                                                         const std::optional<Array>& preference,
+                                                         const Array& noise, double damping,
+                                                         int64_t max_iter,
+                                                         int64_t convergence_iter) {
+  const py::ssize_t K = similarity.ndim() == 2 ? similarity.shape(0) : 0;
+  if (K == 0 || similarity.shape(1) != K) {
+    throw std::invalid_argument("similarity must have shape [K, K] with K >= 1.");
+  }
+  if (preference && (preference->ndim() != 1 || preference->shape(0) != K)) {
+    throw std::invalid_argument("preference must have shape [K].");
+  }
+  if (noise.ndim() != 2 || noise.shape(0) != K || noise.shape(1) != K) {
+    throw std::invalid_argument("noise must have shape [K, K].");
+  }
+  const double* p = preference ? preference->data() : nullptr;
+  std::optional<std::vector<int64_t>> labels;
+  {
+    const py::gil_scoped_release release;
+    labels = taskgroup::affinity_propagation(similarity.data(), p, noise.data(), K, damping,
+                                             max_iter, convergence_iter);
+  }
+  if (!labels) return std::nullopt;
+  return py::array_t<int64_t>(static_cast<py::ssize_t>(labels->size()), labels->data());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Decisions that taskgroup makes on the host, in C++.";
+  m.def("affinity_propagation", &affinity_propagation, py::arg("similarity"), py::arg("preference"),
+        py::arg("noise"), py::arg("damping"), py::arg("max_iter"), py::arg("convergence_iter"));
+}

@@ -1,0 +1,76 @@
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "ops/affinity_update.h"
+
+namespace taskgroup {
+
+using torch::stable::Tensor;
+
+namespace {
+
+constexpr double kNothing = std::numeric_limits<double>::quiet_NaN();
+
+// What the step of a group that holds task i says about its effect on task k of the same group;
+// ri and rk are their ratios. NaN, "nothing", where either is.
+double observe_inside(double ri, double rk, bool same_task) {
+  if (same_task) return ri >= 0.0 ? ri : kNothing;
+  const double product = ri * rk;
+  if (product >= 0.0) return rk;
+  return product < 0.0 ? -std::max(ri, rk) : kNothing;
+}
+
+template <typename scalar_t>
+void update(float* matrix,           // [K, K]
+            const scalar_t* before,  // [K]
+            const scalar_t* after,   // [K]
+            const bool* mask,        // [K]
+            int64_t K, double decay) {
+  const auto group_size = static_cast<double>(std::count(mask, mask + K, true));
+  std::vector<double> ratio(K, kNothing);
+  bool stepped = false;
+  for (int64_t k = 0; k < K; ++k) {
+    const double b = before[k], a = after[k];
+    if (!(std::isfinite(b) && b > 0.0 && std::isfinite(a))) continue;
+    stepped |= a != b;
+    ratio[k] = std::clamp(1.0 - a / b, -1.0, 1.0) / group_size;
+  }
+  // Losses that did not move at all tell of a step that did not happen.
+  if (!stepped) return;
+
+  for (int64_t i = 0; i < K; ++i) {
+    if (!mask[i]) continue;
+    float* row = matrix + i * K;
+    for (int64_t k = 0; k < K; ++k) {
+      const double observed = mask[k] ? observe_inside(ratio[i], ratio[k], i == k) : ratio[k];
+      if (std::isnan(observed)) continue;
+      row[k] = static_cast<float>((1.0 - decay) * static_cast<double>(row[k]) + decay * observed);
+    }
+  }
+}
+
+void affinity_update_cpu(Tensor matrix, Tensor before, Tensor after, Tensor mask, double decay) {
+  const int64_t K = check_affinity_update(matrix, before, after, mask, decay);
+  const auto run = [&](auto zero) {
+    using scalar_t = decltype(zero);
+    update(matrix.mutable_data_ptr<float>(), before.const_data_ptr<scalar_t>(),
+           after.const_data_ptr<scalar_t>(), mask.const_data_ptr<bool>(), K, decay);
+  };
+  if (before.scalar_type() == torch::headeronly::ScalarType::Double) {
+    run(double{});
+  } else {
+    run(float{});
+  }
+}
+
+}  // namespace
+}  // namespace taskgroup
+
+STABLE_TORCH_LIBRARY_IMPL(taskgroup, CPU, library) {
+  library.impl("affinity_update_", TORCH_BOX(&taskgroup::affinity_update_cpu));
+}

@@ -1,0 +1,141 @@
+"""Calls CMake, which describes the native build; everything else is in pyproject.toml.
+
+``TASKGROUP_PURE=1`` installs without native code.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+PURE = os.environ.get("TASKGROUP_PURE", "0") not in ("", "0")
+
+
+def stop(sentence):
+    # SystemExit, because pip and setuptools print any other exception as a page of traceback.
+    raise SystemExit(
+        f"taskgroup: {sentence}, or set TASKGROUP_PURE=1 to install without native code."
+    )
+
+
+def build_tool(name):
+    """The module of a build requirement that is a Python package."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        stop(
+            f"{name} is needed to build the native code and does not import ({error}): install it "
+            f"with `{Path(sys.executable).name} -m pip install {name}`"
+        )
+
+
+def executable(name):
+    """Path of cmake or ninja: the pip package's own, since its scripts need not be on PATH."""
+    directory = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}[name]
+    try:
+        path = getattr(importlib.import_module(name), directory)
+    except (ImportError, AttributeError):
+        path = None
+    found = (path and shutil.which(name, path=path)) or shutil.which(name)
+    return found or stop(
+        f"{name} is needed to build the native code and was not found: install it with "
+        f"`{Path(sys.executable).name} -m pip install {name}`"
+    )
+
+
+def check_compiler():
+    named = os.environ.get("CXX")
+    # CXX may carry a launcher or flags: "ccache g++".
+    candidates = [named.split()[0]] if named else ["c++", "g++", "clang++"]
+    if not any(shutil.which(candidate) for candidate in candidates):
+        stop(
+            "no C++17 compiler was found ("
+            + (f"CXX={named}" if named else "looked for " + ", ".join(candidates))
+            + "): install GCC 9 or later or Clang 10 or later (Debian and Ubuntu: apt install g++)"
+            + (", correct CXX" if named else "")
+        )
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        stop(
+            "Python.h is missing: install the headers of this Python "
+            f"(Debian and Ubuntu: apt install python{sysconfig.get_python_version()}-dev)"
+        )
+
+
+class CMakeBuild(build_ext):
+    """Builds every extension in one run of CMake."""
+
+    def build_extensions(self):
+        check_compiler()
+        cmake, ninja = executable("cmake"), executable("ninja")
+        build_tool("torch")
+        torch = build_tool("torch.utils.cpp_extension")
+        pybind11 = build_tool("pybind11")
+
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": ninja,
+            "Python_EXECUTABLE": sys.executable,
+            "PYBIND11_FINDPYTHON": "ON",
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "TORCH_INCLUDE_DIRS": ";".join(torch.include_paths()),
+            "TORCH_LIBRARY_DIRS": ";".join(torch.library_paths()),
+        }
+        # Kept between builds, one for each Python, so that only what changed is compiled again.
+        build_dir = (
+            ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        )
+        build_dir.mkdir(parents=True, exist_ok=True)
+        # CMake reads the environment at its first run only: when anything it was given differs from
+        # the last build, start afresh rather than keep, silently, the old compiler or the old torch.
+        environment = {name: os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS")}
+        given = json.dumps([str(ROOT), cmake, options, environment], indent=1)
+        record = build_dir / "given.json"
+        if not record.is_file() or record.read_text() != given:
+            shutil.rmtree(build_dir)
+            build_dir.mkdir()
+        self.cmake(
+            cmake,
+            "-S",
+            ROOT,
+            "-B",
+            build_dir,
+            "-G",
+            "Ninja",
+            *(f"-D{k}={v}" for k, v in options.items()),
+        )
+        record.write_text(given)
+        jobs = os.environ.get("MAX_JOBS")
+        self.cmake(cmake, "--build", build_dir, *(["--parallel", jobs] if jobs else []))
+
+        for extension in self.extensions:
+            built = build_dir / f"{extension.name.rpartition('.')[2]}.so"
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(built), str(target))
+
+    @staticmethod
+    def cmake(*command):
+        try:
+            subprocess.run([str(word) for word in command], check=True)
+        except subprocess.CalledProcessError:
+            stop("the native code did not build: CMake says why above; correct that")
+
+
+setup(
+    cmdclass={"build_ext": CMakeBuild},
+    ext_modules=[]
+    if PURE
+    else [
+        # Loaded by torch, not imported: any Python will do.
+        Extension("taskgroup._ops", sources=[], py_limited_api=True),
+        Extension("taskgroup._host", sources=[]),
+    ],
+)

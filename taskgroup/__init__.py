@@ -1,0 +1,51 @@
+"""Selective task group updates for multi-task learning in PyTorch.
+
+Tasks are updated group by group inside every batch, and the groups are learned while training::
+
+    import taskgroup as tg
+
+    groups = tg.TaskGroups(["depth", "normal", "edges"], warmup=100)
+
+    for images, labels in loader:
+        for group in groups:
+            losses = criterion(model(images), labels)
+            optimizer.zero_grad()
+            group.loss(losses).backward()
+            optimizer.step()
+"""
+
+from taskgroup import ops
+from taskgroup.affinity import ProximalAffinity
+from taskgroup.grouping import (
+    AffinityPropagation,
+    Fixed,
+    Grouping,
+    Heterogeneous,
+    RandomGroups,
+    Singletons,
+    Together,
+)
+from taskgroup.metrics import delta_m
+from taskgroup.modules import MultiTaskModel
+from taskgroup.ops import affinity_propagation, affinity_update_
+from taskgroup.schedule import Group, TaskGroups
+
+__all__ = [
+    "AffinityPropagation",
+    "Fixed",
+    "Group",
+    "Grouping",
+    "Heterogeneous",
+    "MultiTaskModel",
+    "ProximalAffinity",
+    "RandomGroups",
+    "Singletons",
+    "TaskGroups",
+    "Together",
+    "affinity_propagation",
+    "affinity_update_",
+    "delta_m",
+    "ops",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,255 @@
+"""From the losses of a training loop to the two things a step needs of them.
+
+The loss to step on, with a graph, and the losses of the observed tasks, without one. Every check is
+made before anything changes; none of them synchronises with a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["LossReader", "LossWatch", "Losses", "Members"]
+
+Losses = Mapping[str, Tensor] | Tensor
+Members = tuple[int, ...]  # positions of tasks, ascending
+
+# More groups than recur in a run; those of K = 1000 singletons fit.
+_GROUPS_KEPT = 4096
+
+
+@dataclass(frozen=True)
+class GroupTensors:
+    """What a group needs on the device of the losses; made once per group and kept."""
+
+    mask: Tensor  # bool [K]
+    index: Tensor  # int64 [n]
+    weights: Tensor | None  # float32 [n]; None where all are 1
+
+
+class LossReader:
+    """Reads losses given as ``{task: scalar}`` or as a stacked ``[K]`` in task order.
+
+    Args:
+        tasks: the K task names.
+        weights: of the losses, ``{task: weight}``, one per task, or None for 1 each.
+        reduction: ``"sum"`` or ``"mean"`` over the losses of a group.
+
+    Raises:
+        ValueError: for an unknown, missing, negative or infinite weight or another reduction.
+    """
+
+    def __init__(
+        self,
+        tasks: tuple[str, ...],
+        weights: Mapping[str, float] | Sequence[float] | None,
+        reduction: str,
+    ) -> None:
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}.")
+        self.tasks = tasks
+        self.everyone: Members = tuple(range(len(tasks)))
+        self.device: torch.device | None = None  # of the losses, once seen
+        self._known = frozenset(tasks)
+        self._weights = _checked_weights(weights, tasks)
+        self._mean = reduction == "mean"
+        self._kept: dict[Members, GroupTensors] = {}
+
+    def names(self, members: Members) -> tuple[str, ...]:
+        """The tasks at these positions."""
+        return tuple(self.tasks[k] for k in members)
+
+    def forget_device(self) -> None:
+        """Let the next losses decide the device again."""
+        self.device = None
+        self._kept.clear()
+
+    def group(self, members: Members) -> GroupTensors:
+        """The tensors of a group, on the device of the losses."""
+        kept = self._kept.get(members)
+        if kept is None:
+            if len(self._kept) >= _GROUPS_KEPT:
+                self._kept.clear()
+            index = torch.tensor(members, dtype=torch.int64)
+            mask = torch.zeros(len(self.tasks), dtype=torch.bool)
+            mask[index] = True
+            weights = None
+            if self._weights is not None:
+                weights = torch.tensor([self._weights[k] for k in members]).to(self.device)
+            kept = GroupTensors(mask.to(self.device), index.to(self.device), weights)
+            self._kept[members] = kept
+        return kept
+
+    def read(self, losses: Losses, members: Members, needed: Members) -> tuple[Tensor, Tensor]:
+        """Check the losses and take what a step needs of them.
+
+        Args:
+            losses: ``{task: scalar}`` or ``[K]``.
+            members: the tasks to step on, n of them.
+            needed: the tasks to measure; ``members`` are among them.
+
+        Returns:
+            The weighted sum (or mean) over ``members``, a scalar with a graph, and the losses of
+            ``needed``, a copy without a graph; float32 or float64 both.
+
+        Raises:
+            ValueError: where a loss is unknown, missing, not scalar, on another device or, for a
+                member, without a graph.
+            TypeError: where ``losses`` is neither a mapping nor a tensor.
+        """
+        if isinstance(losses, Tensor):
+            own, measured = self._read_stacked(losses, members, needed)
+        elif isinstance(losses, Mapping):
+            own, measured = self._read_named(losses, members, needed)
+        else:
+            raise TypeError(
+                f"Losses must be {{task: scalar tensor}} or one tensor [{len(self.tasks)}] in the "
+                f"order {list(self.tasks)}, got {type(losses).__name__}."
+            )
+        own = _at_least_float32(own)
+        weights = self.group(members).weights
+        if weights is not None:
+            own = own * weights
+        return (own.mean() if self._mean else own.sum()), _at_least_float32(measured)
+
+    def spread(self, measured: Tensor, needed: Members) -> Tensor:
+        """The losses of ``needed`` at their places in ``[K]``, NaN for the other tasks."""
+        if needed == self.everyone:
+            return measured
+        losses = measured.new_full((len(self.tasks),), math.nan)
+        return losses.index_copy_(0, self.group(needed).index, measured)
+
+    def _read_named(
+        self, losses: Mapping[str, Tensor], members: Members, needed: Members
+    ) -> tuple[Tensor, Tensor]:
+        if unknown := [task for task in losses if task not in self._known]:
+            raise ValueError(
+                f"Unknown task {unknown[0]!r} among the losses; the tasks are {list(self.tasks)}. "
+                "Leave it out: group.loss({t: losses[t] for t in group.observed})."
+            )
+        values = []
+        device = None
+        for k in needed:
+            value = losses.get(self.tasks[k])
+            if value is None:
+                raise ValueError(
+                    f"The loss of task {self.tasks[k]!r} is missing; this step needs those of "
+                    f"group.observed, {list(self.names(needed))}."
+                )
+            if not isinstance(value, Tensor) or value.dim() != 0 or not value.is_floating_point():
+                raise ValueError(
+                    f"The loss of task {self.tasks[k]!r} must be a floating-point scalar tensor, "
+                    f"got {_described(value)}; reduce it, with .mean() for instance."
+                )
+            if device is None:
+                device = value.device
+            elif value.device != device:
+                raise ValueError(
+                    f"The loss of task {self.tasks[k]!r} is on {value.device}, that of "
+                    f"{self.tasks[needed[0]]!r} on {device}; move them to one device."
+                )
+            values.append(value)
+        mine = values if members == needed else [losses[self.tasks[k]] for k in members]
+        for k, value in zip(members, mine, strict=True):
+            if not value.requires_grad:
+                raise ValueError(
+                    f"The loss of task {self.tasks[k]!r} has no graph, so the group "
+                    f"{self.names(members)} cannot be stepped on; compute it with gradients on, "
+                    "from outputs that are not detached."
+                )
+        self._settle_on(values[0].device)
+        own = torch.stack(mine)
+        if mine is values:
+            return own, own.detach()
+        with torch.no_grad():
+            return own, torch.stack(values)
+
+    def _read_stacked(
+        self, losses: Tensor, members: Members, needed: Members
+    ) -> tuple[Tensor, Tensor]:
+        if losses.shape != (len(self.tasks),) or not losses.is_floating_point():
+            raise ValueError(
+                f"Stacked losses must be floating point [{len(self.tasks)}], one per task in the "
+                f"order {list(self.tasks)}, got {_described(losses)}."
+            )
+        if not losses.requires_grad:
+            raise ValueError(
+                f"The stacked losses have no graph, so the group {self.names(members)} cannot be "
+                "stepped on; compute them with gradients on and join them with torch.stack."
+            )
+        self._settle_on(losses.device)
+        # Selected by index: a mask would have to be read on the host, and 0 * NaN is NaN.
+        own = losses.index_select(0, self.group(members).index)
+        # A copy either way: compiled models may write their next output over this one.
+        if needed == self.everyone:
+            return own, losses.detach().clone()
+        return own, losses.detach().index_select(0, self.group(needed).index)
+
+    def _settle_on(self, device: torch.device) -> None:
+        if self.device is None:
+            self.forget_device()  # masks asked for before the first loss lie on the CPU
+            self.device = device
+        elif device != self.device:
+            raise ValueError(
+                f"The losses are on {device}, those before were on {self.device}; "
+                "keep the losses on one device."
+            )
+
+
+class LossWatch:
+    """Warns once per task of a loss from which no relative gain can be measured."""
+
+    def __init__(self, tasks: tuple[str, ...]) -> None:
+        self._tasks = tasks
+        self._warned: set[int] = set()
+
+    def look(self, values: list[float], members: Members) -> None:
+        """Warn of the first NaN, infinite, zero or negative loss of each task."""
+        for k, value in zip(members, values, strict=True):
+            if not 0.0 < value < math.inf and k not in self._warned:
+                self._warned.add(k)
+                warnings.warn(
+                    f"The loss of task {self._tasks[k]!r} is {value}: without a finite, positive "
+                    "loss no affinity is measured for it. Look at its data and loss, or shift the "
+                    "loss above zero. This is said once per task.",
+                    stacklevel=5,  # the loop's call of group.loss
+                )
+
+
+def _checked_weights(
+    weights: Mapping[str, float] | Sequence[float] | None, tasks: tuple[str, ...]
+) -> list[float] | None:
+    if weights is None:
+        return None
+    if isinstance(weights, Mapping):
+        if differing := sorted(set(weights) ^ set(tasks)):
+            raise ValueError(
+                f"weights must name every task once and no other; {', '.join(map(repr, differing))}"
+                " is missing or unknown."
+            )
+        listed = [float(weights[task]) for task in tasks]
+    else:
+        listed = [float(weight) for weight in weights]
+        if len(listed) != len(tasks):
+            raise ValueError(f"weights has {len(listed)} entries for {len(tasks)} tasks.")
+    for task, weight in zip(tasks, listed, strict=True):
+        if not 0.0 <= weight < math.inf:
+            raise ValueError(
+                f"The weight of task {task!r} must be finite and not negative, got {weight}."
+            )
+    return listed
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {list(value.shape)}"
+    return type(value).__name__
+
+
+def _at_least_float32(losses: Tensor) -> Tensor:
+    return losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses

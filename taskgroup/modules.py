@@ -1,0 +1,128 @@
+"""A shared encoder with a head per task, of which a step runs no more than it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+if TYPE_CHECKING:
+    from taskgroup.schedule import Group
+
+__all__ = ["MultiTaskModel"]
+
+
+class TaskHeads(nn.Module, Mapping[str, nn.Module]):
+    """A mapping from task to head that is a module; task names may hold dots."""
+
+    __eq__ = object.__eq__  # a module is itself, whatever its contents
+    __hash__ = object.__hash__
+
+    def __init__(self, heads: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        if not heads:
+            raise ValueError("MultiTaskModel needs at least one head, got none.")
+        # Module names may hold no dot: it separates them in the keys of a state_dict.
+        self._module_name = {task: task.replace(".", "/") for task in heads}
+        if len(set(self._module_name.values())) < len(heads):
+            raise ValueError(
+                f"Two of the tasks {list(heads)} differ only in '.' and '/'; rename one."
+            )
+        for task, head in heads.items():
+            if not isinstance(head, nn.Module):
+                raise TypeError(
+                    f"The head of task {task!r} must be a module, got {type(head).__name__}."
+                )
+            # Not by add_module(), which refuses a task called "keys" or "type".
+            self._modules[self._module_name[task]] = head
+
+    def __getitem__(self, task: str) -> nn.Module:
+        head = self._modules[self._module_name[task]]
+        assert head is not None
+        return head
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._module_name)
+
+    def __len__(self) -> int:
+        return len(self._module_name)
+
+
+class MultiTaskModel(nn.Module):
+    """An encoder whose features feed one head per task.
+
+    Called with a :class:`~taskgroup.Group`, it runs the encoder once, the heads of ``group.graph``
+    with a graph, the other observed heads without one on detached features, and leaves out the
+    rest. Heads outside the group get no gradient, so they stay where they are, and their backward
+    pass is never paid for.
+
+    Args:
+        encoder: any module; its output may be any nesting of tuples, lists and dicts of tensors.
+        heads: ``{task: module}``; each takes the output of the encoder.
+
+    Attributes:
+        encoder: the encoder.
+        heads: a mapping from task to head. In the keys of the ``state_dict`` a dot in a task name
+            becomes a slash.
+
+    Example:
+        >>> heads = {"depth": nn.Linear(4, 1), "edge": nn.Identity()}
+        >>> model = MultiTaskModel(nn.Linear(3, 4), heads)
+        >>> {task: tuple(output.shape) for task, output in model(torch.ones(2, 3)).items()}
+        {'depth': (2, 1), 'edge': (2, 4)}
+    """
+
+    def __init__(self, encoder: nn.Module, heads: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.heads = TaskHeads(heads)
+
+    def forward(self, *args: Any, group: Group | None = None, **kwargs: Any) -> dict[str, Any]:
+        """The outputs of the tasks.
+
+        Args:
+            *args: to the encoder.
+            group: the step this forward is for; None runs every head with a graph.
+            **kwargs: to the encoder.
+
+        Returns:
+            ``{task: output}``; with a group only the tasks in ``group.observed``.
+
+        Raises:
+            ValueError: if the group has a task without a head.
+        """
+        if group is None:
+            features = self.encoder(*args, **kwargs)
+            return {task: head(features) for task, head in self.heads.items()}
+        graph, observed = set(group.graph), set(group.observed)
+        if headless := sorted(observed.difference(self.heads)):
+            raise ValueError(
+                f"The group needs tasks {headless}, which have no head; the heads are "
+                f"{list(self.heads)}."
+            )
+        group.heads = self.heads
+        features = self.encoder(*args, **kwargs)
+        detached = None
+        outputs = {}
+        # In the order of the heads, whatever the group: replayed dropout then draws the same masks.
+        for task, head in self.heads.items():
+            if task in graph:
+                outputs[task] = head(features)
+            elif task in observed:
+                if detached is None:
+                    detached = tree_map_only(Tensor, Tensor.detach, features)
+                with torch.no_grad():
+                    outputs[task] = head(detached)
+        return outputs
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the encoder and each head apart, in place, with ``torch.compile``'s arguments.
+
+        One graph for the encoder and two per head, with and without gradients, then serve every
+        sequence of groups: at most 1 + 2K for inputs of one shape.
+        """
+        for module in (self.encoder, *self.heads.values()):
+            module.compile(*args, **kwargs)

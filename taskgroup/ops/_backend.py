@@ -1,0 +1,178 @@
+"""Which implementation of an op runs.
+
+Every op has a ``reference`` in plain PyTorch or NumPy that runs anywhere; the other backends are
+faster where they run. An op asks :func:`choose` for the implementation to call, and that is all it
+knows about backends.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+from collections.abc import Callable
+from types import ModuleType, TracebackType
+from typing import NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_PACKAGE = __name__.split(".")[0]
+
+
+class _Native(NamedTuple):
+    """The compiled libraries beside the package."""
+
+    host: ModuleType | None = None
+    problem: str | None = None  # why they are not loaded
+    broken: bool = False  # they were built, and do not load
+
+
+def _load_native() -> _Native:
+    found = {name: importlib.util.find_spec(f"{_PACKAGE}.{name}") for name in ("_ops", "_host")}
+    if not any(found.values()):
+        return _Native(problem="this installation was made without native code")
+    try:
+        for name, spec in found.items():
+            if spec is None:
+                raise ImportError(f"{name} is missing for this Python")
+            if name == "_ops":
+                torch.ops.load_library(spec.origin)
+        return _Native(host=importlib.import_module(f"{_PACKAGE}._host"))
+    except (ImportError, OSError, RuntimeError) as error:
+        # Kept, and told at the first use: importing the package never fails because of its
+        # extension, and whoever wants the reference alone is not disturbed.
+        return _Native(
+            broken=True,
+            problem=(
+                f"its native code does not load under torch {torch.__version__} and Python "
+                f"{platform.python_version()} ({' '.join(str(error).split())}); build it again "
+                f"from the sources (pip install --force-reinstall --no-deps --no-build-isolation .)"
+                f", install without it (TASKGROUP_PURE=1), or go on in plain PyTorch "
+                f"(TASKGROUP_BACKEND=reference)"
+            ),
+        )
+
+
+native = _load_native()
+
+
+class _Backend(NamedTuple):
+    devices: tuple[str, ...] | None = None  # the types of device it runs on; None: on all
+    problem: str | None = None  # why it is not available
+    broken: bool = False  # it should be available: nothing takes its place silently
+
+
+# In order of preference.
+_BACKENDS = {
+    "cpp": _Backend(("cpu",), native.problem, native.broken),
+    "reference": _Backend(),
+}
+
+_requested: str | None = os.environ.get("TASKGROUP_BACKEND") or None
+
+
+def backends() -> dict[str, str | None]:
+    """Lists the backends, and why one is not available.
+
+    Returns:
+        A dict in order of preference, from name to ``None`` where the backend is available and
+        else to the reason.
+
+    Example:
+        >>> import taskgroup
+        >>> sorted(taskgroup.ops.backends())
+        ['cpp', 'reference']
+    """
+    return {name: backend.problem for name, backend in _BACKENDS.items()}
+
+
+def _check_available(name: str) -> None:
+    if name in _BACKENDS and _BACKENDS[name].problem is None:
+        return
+    available = ", ".join(n for n, backend in _BACKENDS.items() if backend.problem is None)
+    missing = [f"{n}: {backend.problem}" for n, backend in _BACKENDS.items() if backend.problem]
+    if name not in _BACKENDS:
+        raise ValueError(
+            f"taskgroup has no backend {name!r} (TASKGROUP_BACKEND or use_backend asked for it). "
+            + "; ".join([f"Available: {available}", *missing])
+            + "."
+        )
+    raise RuntimeError(
+        f"taskgroup cannot use its backend {name!r}: {_BACKENDS[name].problem}. "
+        f"Available: {available}."
+    )
+
+
+class use_backend:  # noqa: N801 (to its users a function, like torch.no_grad)
+    """Runs the ops on one backend: from now on, or within a ``with`` statement.
+
+    An op that has no such backend goes on choosing by itself: clustering, say, runs on the host
+    alone. The setting holds for the whole process, in all threads, and overrides the environment
+    variable ``TASKGROUP_BACKEND``.
+
+    Args:
+        name (str or None): ``"reference"`` or ``"cpp"``; ``None`` lets every op choose, by the
+            device of its arguments.
+
+    Raises:
+        ValueError: If there is no backend of that name; the message lists those there are.
+        RuntimeError: If the backend is not available here; the message says why.
+
+    Example:
+        >>> import torch, taskgroup
+        >>> with taskgroup.ops.use_backend("reference"):
+        ...     taskgroup.ops.affinity_propagation(torch.eye(2))
+        tensor([0, 0])
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _requested
+        if name is not None:
+            _check_available(name)
+        self._previous = _requested
+        _requested = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        global _requested
+        _requested = self._previous
+
+
+def choose(device: str, **implementations: Callable[P, T]) -> Callable[P, T]:
+    """Chooses the implementation of an op for arguments on a device.
+
+    Args:
+        device (str): Type of the device that holds the arguments, such as ``"cpu"``.
+        **implementations: The op's implementations by backend; ``reference`` is one of them.
+
+    Raises:
+        ValueError: If the environment asks for a backend that there is not.
+        RuntimeError: If the backend asked for cannot run here, or the one that would run is broken.
+    """
+    if _requested is not None:
+        _check_available(_requested)
+        if _requested in implementations:
+            devices = _BACKENDS[_requested].devices
+            if devices is not None and device not in devices:
+                raise RuntimeError(
+                    f"taskgroup's backend {_requested!r} runs on {' and '.join(devices)}, and the "
+                    f"arguments are on {device}: move them, or choose another with use_backend."
+                )
+            return implementations[_requested]
+    for name, backend in _BACKENDS.items():
+        fits = backend.devices is None or device in backend.devices
+        if name in implementations and fits and (backend.problem is None or backend.broken):
+            _check_available(name)
+            return implementations[name]
+    raise AssertionError("every op has a reference")

@@ -1,0 +1,573 @@
+"""Which groups are updated, in what order, on which batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from taskgroup.affinity import ProximalAffinity
+from taskgroup.distributed import mean_over_ranks
+from taskgroup.grouping import AffinityPropagation
+from taskgroup.heads import Heads, Outside, head_parameters, prepare_gradients
+from taskgroup.host import HostCopy
+from taskgroup.losses import Losses, LossReader, LossWatch, Members
+from taskgroup.replay import RandomState
+
+__all__ = ["Group", "TaskGroups"]
+
+_STATE_VERSION = 1
+_SHARES_TOLERANCE = 1e-6  # ten shares of 0.1 add up to 1, up to rounding
+
+
+class Group:
+    """One step of a batch: the tasks to step on, and whose losses it needs.
+
+    :class:`TaskGroups` makes these; the loop calls :meth:`loss`, or :meth:`skip`, on each.
+
+    Attributes:
+        first: True for the first group of the batch.
+        last: True for the last one.
+        observes: True where the batch observes the affinity.
+        heads: the heads that ran for this group; :class:`MultiTaskModel` sets it.
+    """
+
+    def __init__(
+        self,
+        groups: TaskGroups,
+        members: Members,
+        needed: Members,
+        *,
+        observes: bool,
+        first: bool,
+        last: bool,
+    ) -> None:
+        self.first = first
+        self.last = last
+        self.observes = observes
+        self.heads: Heads | None = None
+        self._groups = groups
+        self._members = members
+        self._needed = needed
+        self._shares = 0.0  # of the step, so far
+        self._measured: Tensor | None = None  # share-weighted losses of the needed tasks, so far
+        self._skipped = False
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks of the group, in task order."""
+        return self._groups._reader.names(self._members)
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """The tasks whose losses this step needs: its own; all where the batch observes."""
+        return self._groups._reader.names(self._needed)
+
+    @property
+    def graph(self) -> tuple[str, ...]:
+        """The tasks whose losses must carry a graph: the group's own."""
+        return self.tasks
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool ``[K]``, True for the tasks of the group; on the device of the losses."""
+        return self._groups._reader.group(self._members).mask
+
+    def loss(self, losses: Losses, share: float = 1.0) -> Tensor:
+        """The loss to step on: the weighted sum (or mean) over the tasks of the group.
+
+        Also hands the losses to the affinity, without a synchronisation.
+
+        Args:
+            losses: ``{task: scalar}`` with at least the tasks in :attr:`observed`, or one tensor
+                ``[K]`` in task order. Those of the group's own tasks carry a graph.
+            share: the part of the step that this micro-batch is, for gradient accumulation; the
+                shares of a step add up to 1.
+
+        Returns:
+            ``share`` times the loss, a scalar with a graph.
+
+        Raises:
+            ValueError: if a loss is unknown, missing, not scalar, on another device or without a
+                graph, or if the shares exceed 1. Nothing has changed then.
+            RuntimeError: if the group was skipped.
+        """
+        return self._groups._loss(self, losses, share)
+
+    def skip(self) -> None:
+        """Pass over this group: no step is taken on it in this batch."""
+        self._skipped = True
+
+    def __repr__(self) -> str:
+        return f"Group({', '.join(self.tasks)})"
+
+
+class _Step(NamedTuple):
+    """A step taken on this batch, whose effect shows in the next losses."""
+
+    mask: Tensor  # bool [K]
+    losses: Tensor  # [K], before the step
+
+
+class TaskGroups:
+    """Deals the tasks of every batch out in groups, and learns the groups while training.
+
+    Iterate over it inside a batch; each :class:`Group` is one forward, backward and optimizer
+    step. Model, optimizer and loop stay yours::
+
+        groups = tg.TaskGroups(["depth", "normal", "edges"], warmup=100)
+
+        for images, labels in loader:
+            for group in groups:
+                losses = criterion(model(images), labels)
+                optimizer.zero_grad()
+                group.loss(losses).backward()
+                optimizer.step()
+
+    The partition is learned from the affinity, as in "Selective Task Group Updates for Multi-Task
+    Optimization" (ICLR 2025, arXiv 2502.11986): for ``warmup`` rounds every task is a group of its
+    own, then the affinity is clustered. A round deals the whole partition out once; by default
+    every batch is a round. A batch costs its steps, one forward and backward pass per group.
+
+    Leaving a batch early (``break``, an exception) is legal; so is :meth:`Group.skip`. In the loop
+    above the heads of the tasks outside the group stay where they are; :meth:`attach` makes sure of
+    it for stacked losses and models compiled whole, or chooses otherwise.
+
+    Args:
+        tasks: names of the K tasks, in the order of stacked losses.
+        weights: of the losses, ``{task: weight}`` or one per task; 1 by default.
+        affinity: what follows the effect of the steps; ``ProximalAffinity()`` by default.
+        grouping: from affinity to partition; ``AffinityPropagation()`` by default. Any callable
+            that takes the matrix ``[K, K]`` and returns labels ``[K]``, or None for "keep".
+        warmup: rounds before the first regrouping.
+        regroup_every: rounds from one regrouping to the next.
+        groups_per_batch: groups dealt to one batch; None is the whole partition.
+        observe_every: batches from one that observes the affinity to the next. Between them a step
+            needs the losses of its own tasks only, so the other heads need not run.
+        reduction: ``"sum"`` or ``"mean"`` over the losses of the group.
+        replay_rng: start every forward of a batch from the same random state, so that dropout
+            draws the same masks and a change of loss shows the step, not the draw.
+        process_group: the ranks whose losses are averaged; None is all of them, where
+            ``torch.distributed`` runs.
+        seed: of the order of the groups; the same on every rank.
+
+    Attributes:
+        affinity: what follows the effect of the steps; ``groups.affinity.matrix`` is ``[K, K]``.
+        unconverged: how often the grouping found no partition and the old one was kept.
+
+    Raises:
+        ValueError: for an empty or duplicate task, an unknown, missing or negative weight, or a
+            setting out of range; the sentence names it.
+
+    Example:
+        >>> groups = TaskGroups(["a", "b"], warmup=1)
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> for batch in range(3):
+        ...     for group in groups:
+        ...         losses = {"a": (x - 3).square().sum(), "b": (x - 4).square().sum()}
+        ...         (gradient,) = torch.autograd.grad(group.loss(losses), x)
+        ...         _ = x.data.sub_(0.01 * gradient)
+        >>> groups.partition        # both pull the same way
+        [('a', 'b')]
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        *,
+        weights: Mapping[str, float] | Sequence[float] | None = None,
+        affinity: ProximalAffinity | None = None,
+        grouping: Callable[[Tensor], Tensor | None] | None = None,
+        warmup: int = 100,
+        regroup_every: int = 1,
+        groups_per_batch: int | None = None,
+        observe_every: int = 1,
+        reduction: Literal["sum", "mean"] = "sum",
+        replay_rng: bool = True,
+        process_group: ProcessGroup | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._tasks = _checked_tasks(tasks)
+        self._reader = LossReader(self._tasks, weights, reduction)
+        self._watch = LossWatch(self._tasks)
+        _check_at_least(0, warmup=warmup)
+        _check_at_least(1, regroup_every=regroup_every, observe_every=observe_every)
+        if groups_per_batch is not None:
+            _check_at_least(1, groups_per_batch=groups_per_batch)
+        self._warmup = warmup
+        self._regroup_every = regroup_every
+        self._groups_per_batch = groups_per_batch
+        self._observe_every = observe_every
+        self._replay_rng = replay_rng
+        self._process_group = process_group
+        self._grouping = AffinityPropagation() if grouping is None else grouping
+        # With one task there is nothing to learn.
+        self._learns = len(self._tasks) > 1 and getattr(self._grouping, "reads_affinity", True)
+        self.affinity = ProximalAffinity() if affinity is None else affinity
+        if hasattr(self._grouping, "start"):
+            self._grouping.start(self._tasks)
+        self.affinity.start(self._tasks)
+
+        # Saved by state_dict(), with the affinity and the grouping.
+        self._partition: list[Members] = [(k,) for k in range(len(self._tasks))]
+        self._queue: list[Members] = []  # groups of this round not dealt yet
+        self._rounds = 0  # begun
+        self._batches = 0  # begun
+        self._generator = torch.Generator().manual_seed(seed)
+        self.unconverged = 0
+
+        # Of the batch at hand, if any.
+        self._batch: object | None = None  # tells its iterator from others
+        self._group: Group | None = None  # handed out last
+        self._before: _Step | None = None
+
+        self._stepping: Group | None = None  # whose loss was asked for last
+        self._copy: HostCopy | None = None  # of the affinity as it is, and the losses not read
+        self._unread: list[tuple[Members, Tensor]] = []  # losses on the GPU, not yet looked at
+
+        if not self._learns:
+            self._regroup()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The task names, in the order of stacked losses and of the affinity matrix."""
+        return self._tasks
+
+    @property
+    def partition(self) -> list[tuple[str, ...]]:
+        """Today's groups, as task names in task order."""
+        return [self._reader.names(members) for members in self._partition]
+
+    def __iter__(self) -> Iterator[Group]:
+        """Start a batch in which all tasks are labelled."""
+        return self._deal(self._reader.everyone)
+
+    def batch(self, present: Iterable[str]) -> Iterator[Group]:
+        """Start a batch in which only some tasks are labelled.
+
+        Args:
+            present: the labelled tasks. Groups keep only these; groups left empty are dropped.
+                Absent tasks are neither stepped nor observed. Without any there is no group.
+
+        Raises:
+            ValueError: if a task is unknown.
+        """
+        if isinstance(present, str):
+            raise TypeError(f"batch() takes a collection of tasks, got {present!r}; put it in [].")
+        present = set(present)
+        if unknown := sorted(present.difference(self._tasks)):
+            raise ValueError(f"batch() got unknown tasks {unknown}; they are {list(self._tasks)}.")
+        return self._deal(tuple(k for k, task in enumerate(self._tasks) if task in present))
+
+    def attach(
+        self, optimizer: Optimizer, heads: Heads | None = None, outside: Outside = "hold"
+    ) -> RemovableHandle:
+        """Decide what a step does to the heads of the tasks outside the group.
+
+        Before every ``optimizer.step()`` their gradients are set to None (``"hold"``: they do not
+        move at all) or to zero (``"coast"``: momentum and weight decay go on moving them, as in
+        the published runs). Without this call they hold, unless the losses are stacked, the model
+        is compiled whole or ``zero_grad(set_to_none=False)`` is called: then they coast.
+
+        Args:
+            optimizer: whose steps are prepared.
+            heads: the parameters of each task alone, ``{task: module or parameters}``, an empty
+                list for a task without any. Not needed where a :class:`MultiTaskModel` is called
+                with ``group=group``. A parameter that a task of the group also has is left alone.
+            outside: ``"hold"`` or ``"coast"``.
+
+        Returns:
+            A handle whose ``remove()`` takes the call back.
+
+        Raises:
+            ValueError: if a task is unknown or missing, or ``outside`` is neither of the two.
+        """
+        if outside not in ("hold", "coast"):
+            raise ValueError(f"outside must be 'hold' or 'coast', got {outside!r}.")
+        parameters = None if heads is None else head_parameters(heads, self._tasks)
+        latest = heads
+
+        def prepare(*_: object) -> None:
+            nonlocal parameters, latest
+            group = self._stepping
+            if group is None:
+                return
+            if heads is None and group.heads is not latest:
+                latest = group.heads
+                parameters = None if latest is None else head_parameters(latest, self._tasks)
+            if parameters is None:
+                raise RuntimeError(
+                    "attach() does not know the heads: call the MultiTaskModel with group=group, "
+                    "or write groups.attach(optimizer, {task: head, ...})."
+                )
+            prepare_gradients(parameters, group.tasks, outside)
+
+        return optimizer.register_step_pre_hook(prepare)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything an exact resume needs; it loads under ``weights_only=True``.
+
+        Raises:
+            RuntimeError: inside a batch, whose open step would be lost.
+        """
+        if self._batch is not None:
+            raise RuntimeError(
+                "state_dict() inside a batch would lose its open step; call it after the loop "
+                "over the groups."
+            )
+        grouping = self._grouping
+        return {
+            "version": _STATE_VERSION,
+            "tasks": list(self._tasks),
+            "partition": [list(members) for members in self._partition],
+            "queue": [list(members) for members in self._queue],
+            "rounds": self._rounds,
+            "batches": self._batches,
+            "unconverged": self.unconverged,
+            "generator": self._generator.get_state(),
+            "affinity": self.affinity.state_dict(),
+            "grouping": grouping.state_dict() if hasattr(grouping, "state_dict") else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where :meth:`state_dict` was taken.
+
+        The settings (warm-up, decay, grouping and so on) stay those of this object.
+
+        Raises:
+            ValueError: if the state is of other tasks, of another version or not whole. Nothing has
+                changed then.
+            RuntimeError: inside a batch.
+        """
+        if self._batch is not None:
+            raise RuntimeError("load_state_dict() inside a batch; call it before the loop.")
+        kept = self.state_dict()
+        if differing := sorted(set(kept) ^ set(state)):
+            raise ValueError(
+                f"This is not the state of a TaskGroups: {', '.join(differing)} missing or "
+                "unexpected; pass what state_dict() returned."
+            )
+        if state["version"] != _STATE_VERSION:
+            raise ValueError(
+                f"The state has version {state['version']}, this taskgroup reads version "
+                f"{_STATE_VERSION}; load it with the taskgroup that wrote it."
+            )
+        if tuple(state["tasks"]) != self._tasks:
+            raise ValueError(
+                f"The state is of the tasks {list(state['tasks'])}, these are "
+                f"{list(self._tasks)}; name the same tasks in the same order."
+            )
+        partition = [tuple(members) for members in state["partition"]]
+        queue = [tuple(members) for members in state["queue"]]
+        if sorted(sum(partition, ())) != list(range(len(self._tasks))) or not all(partition):
+            raise ValueError("The partition in the state does not hold every task once.")
+        if not set(queue) <= set(partition):
+            raise ValueError("The state deals out groups that are not in its partition.")
+        self.affinity.load_state_dict(state["affinity"])
+        try:
+            if hasattr(self._grouping, "load_state_dict"):
+                self._grouping.load_state_dict(state["grouping"])
+            self._generator.set_state(state["generator"].cpu())
+        except Exception:
+            self.affinity.load_state_dict(kept["affinity"])
+            raise
+        self._partition = partition
+        self._queue = queue
+        self._rounds = state["rounds"]
+        self._batches = state["batches"]
+        self.unconverged = state["unconverged"]
+        self._stepping = self._copy = None
+        self._reader.forget_device()
+
+    def __repr__(self) -> str:
+        return f"TaskGroups({len(self._tasks)} tasks in {len(self._partition)} groups)"
+
+    def _deal(self, present: Members) -> Iterator[Group]:
+        """One batch: its groups one by one, each from the same random state."""
+        if not present:
+            return
+        if self._copy is not None and self._copy.ready():
+            self._read_copy(self._copy)
+        batch = self._batch = object()
+        self._group = self._before = None
+        try:
+            observes = self._batches % self._observe_every == 0
+            self._batches += 1
+            steps = self._plan(present, observes)
+            observes = observes and len(steps) > 1
+            replay = self._replay_rng and len(steps) > 1
+            random_state = RandomState(self._reader.device) if replay else None
+            for place, members in enumerate(steps):
+                if random_state is not None and place > 0:
+                    random_state.replay()
+                group = self._group = Group(
+                    self,
+                    members,
+                    present if observes else members,
+                    observes=observes,
+                    first=place == 0,
+                    last=place == len(steps) - 1,
+                )
+                yield group
+                if self._batch is not batch:
+                    raise RuntimeError(
+                        "Another batch of these TaskGroups has begun; finish one loop over the "
+                        "groups before the next."
+                    )
+                self._close(group)
+        finally:
+            if self._batch is batch:
+                self._batch = self._group = self._before = None
+
+    def _plan(self, present: Members, observes: bool) -> list[Members]:
+        """The groups of one batch, cut down to the present tasks; at least one."""
+        here = None if present == self._reader.everyone else frozenset(present)
+        steps: list[Members] = []
+        while not steps:  # twice at most: a whole round holds every present task
+            if not self._queue:
+                self._begin_round()
+            while self._queue and len(steps) != self._groups_per_batch:
+                if members := _cut(self._queue.pop(0), here):
+                    steps.append(members)
+        if observes and self._learns and len(steps) == 1:
+            steps.append(self._another(steps[0], here))
+        return steps
+
+    def _another(self, dealt: Members, here: frozenset[int] | None) -> Members:
+        """A second group for a batch that observes: one more of the round, or the same again."""
+        while self._queue:
+            if members := _cut(self._queue.pop(0), here):
+                return members
+        others = [_cut(members, here) for members in self._partition]
+        others = [members for members in others if members and members != dealt]
+        if not others:
+            return dealt
+        return others[int(torch.randint(len(others), (), generator=self._generator))]
+
+    def _begin_round(self) -> None:
+        """Regroup where it is time, and shuffle the partition."""
+        warmup = self._warmup if self._learns else 0
+        if self._rounds > warmup and self._rounds % self._regroup_every == 0:
+            self._regroup()
+        self._rounds += 1
+        order = torch.randperm(len(self._partition), generator=self._generator)
+        self._queue = [self._partition[i] for i in order.tolist()]
+
+    def _regroup(self) -> None:
+        if self._copy is not None:
+            matrix = self._read_copy(self._copy)
+        else:
+            matrix = self.affinity.matrix.detach().to("cpu", copy=True)
+        labels = self._grouping(matrix)
+        if labels is None:
+            self.unconverged += 1
+            return
+        if (
+            not isinstance(labels, Tensor)
+            or labels.shape != (len(self._tasks),)
+            or labels.dtype != torch.int64
+        ):
+            got = f"{labels.dtype} {[*labels.shape]}" if isinstance(labels, Tensor) else labels
+            raise ValueError(
+                f"The grouping must return an int64 tensor of {len(self._tasks)} labels, one per "
+                f"task, or None to keep the partition; got {got}."
+            )
+        members: dict[int, list[int]] = {}
+        for k, label in enumerate(labels.tolist()):
+            members.setdefault(label, []).append(k)
+        self._partition = [tuple(group) for group in members.values()]
+
+    def _loss(self, group: Group, losses: Losses, share: float) -> Tensor:
+        """See :meth:`Group.loss`."""
+        if group._skipped:
+            raise RuntimeError(f"The group {group.tasks} was skipped and takes no loss any more.")
+        if not 0.0 < share <= 1.0:
+            raise ValueError(f"share must be in (0, 1], got {share!r}.")
+        shares = group._shares + share
+        if shares > 1 + _SHARES_TOLERANCE:
+            raise ValueError(
+                f"The shares of the group {group.tasks} would add up to {shares:g}: call "
+                "group.loss(losses) once per step, or with share=1/n in each of n micro-batches."
+            )
+        value, measured = self._reader.read(losses, group._members, group._needed)
+        if share != 1.0:
+            value, measured = value * share, measured * share
+        if group._measured is not None:
+            measured += group._measured
+        group._measured = measured
+        group._shares = shares
+        self._stepping = group
+        if shares > 1 - _SHARES_TOLERANCE and group is self._group:
+            self._measure(group, measured)
+        return value
+
+    def _measure(self, group: Group, measured: Tensor) -> None:
+        """Take in the losses from before a step: they show what the last step did."""
+        on_gpu = measured.device.type == "cuda"
+        if on_gpu:
+            self._unread.append((group._needed, measured))
+        else:
+            self._watch.look(measured.tolist(), group._needed)
+        if group.observes:
+            losses = self._reader.spread(measured, group._needed)
+            losses = mean_over_ranks(losses, self._process_group)
+            if self._before is not None:
+                self.affinity.observe(self._before.losses, losses, self._before.mask)
+                self._copy = None  # it is not of the affinity as it is any more
+            self._before = _Step(group.mask, losses)
+        if on_gpu and group.last:
+            self._copy = HostCopy([self.affinity.matrix, *(values for _, values in self._unread)])
+
+    def _read_copy(self, copy: HostCopy) -> Tensor:
+        """Wait for the copy and look at the losses in it; the affinity matrix on the host."""
+        matrix, *losses = copy.wait()
+        for (members, _), values in zip(self._unread, losses, strict=False):
+            self._watch.look(values.tolist(), members)
+        del self._unread[: len(losses)]
+        return matrix.float()
+
+    def _close(self, group: Group) -> None:
+        """The loop asks for the next group: the step on this one must have been taken."""
+        if group._skipped:
+            if group._shares > 0:  # its losses were seen, but no step followed
+                self._before = None
+        elif group._shares == 0:
+            raise RuntimeError(
+                f"The group {group.tasks} got no loss: call group.loss(losses) on every group, or "
+                "group.skip() to pass over it."
+            )
+        elif group._shares < 1 - _SHARES_TOLERANCE:
+            raise RuntimeError(
+                f"The shares of the group {group.tasks} add up to {group._shares:g}, not to 1; "
+                "pass share=1/n in each of the n micro-batches of a step."
+            )
+
+
+def _cut(members: Members, here: frozenset[int] | None) -> Members:
+    """The members that are here; None is everyone."""
+    return members if here is None else tuple(k for k in members if k in here)
+
+
+def _checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(tasks, str):
+        raise TypeError(f"tasks takes a list of names, got the string {tasks!r}; put it in [].")
+    names = tuple(tasks)
+    if not names:
+        raise ValueError("tasks is empty; name at least one.")
+    for k, task in enumerate(names):
+        if not isinstance(task, str) or not task:
+            raise ValueError(f"Task {k} must be a non-empty string, got {task!r}.")
+        if task in names[:k]:
+            raise ValueError(f"Task {task!r} is named twice; give every task a name of its own.")
+    return names
+
+
+def _check_at_least(least: int, **settings: int) -> None:
+    for name, value in settings.items():
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")

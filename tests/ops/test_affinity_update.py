@@ -1,0 +1,286 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taskgroup import ops
+from taskgroup.ops import affinity_update_
+
+BACKENDS = ["cpp", "reference"]
+TOLERANCE = 1e-6
+
+
+def update_by_the_rules(matrix, before, after, group, decay):
+    """The rules one by one, on plain Python floats; returns a new matrix."""
+    tasks = range(len(before))
+    valid = [math.isfinite(before[k]) and before[k] > 0 and math.isfinite(after[k]) for k in tasks]
+    updated = [list(row) for row in matrix]
+    if all(after[k] == before[k] for k in tasks if valid[k]):
+        return updated
+    ratio = {
+        k: max(-1.0, min(1.0, 1 - after[k] / before[k])) / len(group)
+        for k in tasks
+        if valid[k] and group
+    }
+    for i in group:
+        for k in tasks:
+            if k not in ratio or (k in group and i not in ratio):
+                continue
+            if k not in group:
+                observed = ratio[k]
+            elif k == i:
+                if ratio[i] < 0:
+                    continue
+                observed = ratio[i]
+            elif ratio[i] * ratio[k] >= 0:
+                observed = ratio[k]
+            else:
+                observed = -max(ratio[i], ratio[k])
+            updated[i][k] = (1 - decay) * updated[i][k] + decay * observed
+    return updated
+
+
+losses = st.one_of(
+    st.floats(-3, 3).map(lambda exponent: 10**exponent),
+    st.sampled_from([0.0, -0.0, -1.5, math.nan, math.inf, -math.inf, 1.0, 5e-324]),
+)
+
+
+@st.composite
+def steps(draw, n_tasks):
+    """One step: losses before and after it, the group, the decay."""
+    before = draw(st.lists(losses, min_size=n_tasks, max_size=n_tasks))
+    changed = st.one_of(losses, st.none())
+    after = draw(st.lists(changed, min_size=n_tasks, max_size=n_tasks))
+    if draw(st.integers(0, 9)) == 0:  # no step
+        after = [None] * n_tasks
+    after = [b if a is None else a for b, a in zip(before, after, strict=True)]
+    group = draw(st.sets(st.integers(0, n_tasks - 1)))
+    decay = draw(st.one_of(st.sampled_from([1.0, 1e-3, 1e-4]), st.floats(1e-6, 1)))
+    return before, after, group, decay
+
+
+@st.composite
+def sequences(draw):
+    n_tasks = draw(st.one_of(st.integers(1, 12), st.sampled_from([17, 40])))
+    seed = draw(st.integers(0, 2**16))
+    return n_tasks, seed, draw(st.lists(steps(n_tasks), min_size=1, max_size=5))
+
+
+def arguments(before, after, group, dtype=torch.float64):
+    mask = torch.zeros(len(before), dtype=torch.bool)
+    mask[list(group)] = True
+    return torch.tensor(before, dtype=dtype), torch.tensor(after, dtype=dtype), mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=300, deadline=None)
+@given(sequence=sequences())
+def test_follows_the_rules(backend, dtype, sequence):
+    n_tasks, seed, updates = sequence
+    start = torch.rand(n_tasks, n_tasks, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    matrix, expected = start.clone(), start.double().tolist()
+    for before, after, group, decay in updates:
+        b, a, mask = arguments(before, after, group, dtype)
+        with ops.use_backend(backend):
+            assert affinity_update_(matrix, b, a, mask, decay) is matrix
+        expected = update_by_the_rules(expected, b.tolist(), a.tolist(), group, decay)
+    torch.testing.assert_close(
+        matrix.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=TOLERANCE
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(sequence=sequences())
+def test_backends_agree_to_the_bit(sequence):
+    n_tasks, _, updates = sequence
+    matrices = []
+    for backend in BACKENDS:
+        matrix = torch.zeros(n_tasks, n_tasks)
+        with ops.use_backend(backend):
+            for before, after, group, decay in updates:
+                affinity_update_(matrix, *arguments(before, after, group), decay)
+        matrices.append(matrix)
+    assert torch.equal(*matrices)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestUpdate:
+    @pytest.fixture(autouse=True)
+    def _backend(self, backend):
+        with ops.use_backend(backend):
+            yield
+
+    def test_worked_example(self):
+        matrix = torch.full((4, 4), 0.5)
+        before, after, group = arguments([1.0, 2.0, 4.0, 1.0], [0.5, 2.2, 5.0, 0.9], {0, 1})
+        affinity_update_(matrix, before, after, group, decay=0.5)
+        r = [0.25, -0.05, -0.125, 0.05]  # each halved: the group has two tasks
+        expected = 0.25 + 0.5 * torch.tensor(
+            [
+                [r[0], -r[0], r[2], r[3]],  # task 1 got worse while task 0 got better: a conflict
+                [-r[0], 0.5, r[2], r[3]],  # no observation of task 1 on itself: it got worse
+                [0.5, 0.5, 0.5, 0.5],
+                [0.5, 0.5, 0.5, 0.5],
+            ]
+        )
+        torch.testing.assert_close(matrix, expected, rtol=0, atol=1e-7)
+
+    def test_without_a_step_nothing_is_observed(self):
+        matrix = torch.rand(3, 3)
+        kept = matrix.clone()
+        before = torch.tensor([1.0, math.nan, 0.3])
+        after = torch.tensor([1.0, 7.0, 0.3])  # the one that moved is not valid
+        affinity_update_(matrix, before, after, torch.tensor([True, True, False]), 0.5)
+        assert torch.equal(matrix, kept)
+
+    def test_a_step_seen_by_one_task_alone_is_observed(self):
+        matrix = torch.ones(2, 2)
+        before, after, group = arguments([1.0, 1.0], [1.0, 0.5], {0})
+        affinity_update_(matrix, before, after, group, 0.5)
+        assert matrix.tolist() == [[0.5, 0.75], [1.0, 1.0]]
+
+    def test_an_empty_group_changes_nothing(self):
+        matrix = torch.rand(3, 3)
+        kept = matrix.clone()
+        affinity_update_(matrix, *arguments([1.0, 2.0, 3.0], [0.5, 0.5, 0.5], set()), 1.0)
+        assert torch.equal(matrix, kept)
+
+    def test_no_tasks(self):
+        empty = torch.zeros(0)
+        affinity_update_(torch.zeros(0, 0), empty, empty, empty.bool(), 1.0)
+
+    def test_many_tasks(self):
+        n_tasks = 1024
+        generator = torch.Generator().manual_seed(0)
+        before = torch.rand(n_tasks, generator=generator) + 0.5
+        after = before * (1 + 0.1 * torch.randn(n_tasks, generator=generator))
+        mask = torch.rand(n_tasks, generator=generator) < 0.02
+        matrix = torch.zeros(n_tasks, n_tasks)
+        affinity_update_(matrix, before, after, mask, 1.0)
+        group = mask.nonzero().flatten().tolist()
+        expected = update_by_the_rules(
+            torch.zeros(n_tasks, n_tasks).tolist(), before.tolist(), after.tolist(), group, 1.0
+        )
+        torch.testing.assert_close(matrix, torch.tensor(expected), rtol=0, atol=TOLERANCE)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_low_precision_losses(self, dtype):
+        before, after, mask = arguments([1.0, 0.3, 2.5], [0.9, 0.31, 2.0], {0, 1}, dtype)
+        matrix, expected = torch.zeros(3, 3), torch.zeros(3, 3)
+        affinity_update_(matrix, before, after, mask, 0.1)
+        affinity_update_(expected, before.float(), after.float(), mask, 0.1)
+        assert torch.equal(matrix, expected)
+        assert matrix[0].all()
+
+    def test_losses_may_carry_a_graph_and_strides(self):
+        before = torch.rand(3, 2, requires_grad=True)[:, 0]
+        after = before * 0.5
+        mask = torch.ones(2, 3, dtype=torch.bool).t()[:, 0]
+        matrix = affinity_update_(torch.zeros(3, 3), before, after, mask, 1.0)
+        torch.testing.assert_close(matrix, torch.full((3, 3), 0.5 / 3))
+        assert not matrix.requires_grad
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("matrix", torch.zeros(3, 4)),
+            ("matrix", torch.zeros(3)),
+            ("matrix", torch.zeros(3, 3, dtype=torch.float64)),
+            ("matrix", torch.arange(9.0).view(3, 3).t()),
+            ("matrix", torch.zeros(3, 3, requires_grad=True)),
+            ("before", torch.ones(2)),
+            ("before", torch.ones(3, 1)),
+            ("before", torch.ones(3, device="meta")),
+            ("before", torch.ones(3, dtype=torch.int64)),
+            ("before", torch.ones(3, dtype=torch.complex64)),
+            ("after", torch.ones(4)),
+            ("after", torch.ones(3, dtype=torch.float64)),
+            ("after", torch.ones(3, device="meta")),
+            ("mask", torch.ones(4, dtype=torch.bool)),
+            ("mask", torch.ones(3)),
+            ("mask", torch.ones(3, dtype=torch.bool, device="meta")),
+            ("decay", 0.0),
+            ("decay", -0.1),
+            ("decay", 1.01),
+            ("decay", math.nan),
+        ],
+    )
+    def test_bad_argument_is_named(self, name, value):
+        good = {
+            "matrix": torch.zeros(3, 3),
+            "before": torch.ones(3),
+            "after": torch.full((3,), 0.5),
+            "mask": torch.ones(3, dtype=torch.bool),
+            "decay": 0.1,
+        }
+        with pytest.raises(ValueError, match=rf"^{name} must "):
+            affinity_update_(**{**good, name: value})
+        assert not good["matrix"].any()
+
+    def test_compiles_without_a_break(self):
+        compiled = torch.compile(affinity_update_, fullgraph=True)
+        generator = torch.Generator().manual_seed(0)
+        matrix, expected = torch.zeros(5, 5), torch.zeros(5, 5)
+        for _ in range(3):
+            before = torch.rand(5, generator=generator) + 0.5
+            after = torch.rand(5, generator=generator) + 0.5
+            mask = torch.rand(5, generator=generator) < 0.5
+            compiled(matrix, before, after, mask, 0.3)
+            affinity_update_(expected, before, after, mask, 0.3)
+        torch.testing.assert_close(matrix, expected, rtol=0, atol=TOLERANCE)
+        assert expected.any()
+
+
+def test_reference_waits_for_no_device():
+    """A meta tensor has no data: whatever read a value back on the host would raise."""
+    meta = torch.ones(4, device="meta")
+    affinity_update_(torch.zeros(4, 4, device="meta"), meta, meta, meta.bool(), 0.5)
+
+
+class TestNativeOp:
+    """The op itself, called without its Python face."""
+
+    @pytest.fixture
+    def op(self):
+        return torch.ops.taskgroup.affinity_update_.default
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_opcheck(self, op, dtype):
+        before, after, mask = arguments([1.0, 0.3, 2.5], [0.9, 0.31, 2.0], {0, 1}, dtype)
+        torch.library.opcheck(op, (torch.zeros(3, 3), before, after, mask, 0.5))
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("matrix", torch.zeros(3, 4)),
+            ("matrix", torch.zeros(9)),
+            ("matrix", torch.zeros(3, 3, dtype=torch.float64)),
+            ("matrix", torch.arange(9.0).view(3, 3).t()),
+            ("before", torch.ones(2)),
+            ("before", torch.ones(())),
+            ("before", torch.ones(1).expand(3)),
+            ("before", torch.ones(3, dtype=torch.float16)),
+            ("after", torch.ones(4)),
+            ("after", torch.ones(3, dtype=torch.float64)),
+            ("mask", torch.ones(2, dtype=torch.bool)),
+            ("mask", torch.ones(3, dtype=torch.uint8)),
+            ("decay", 0.0),
+            ("decay", 1.5),
+            ("decay", math.nan),
+        ],
+    )
+    def test_bad_argument_is_named(self, op, name, value):
+        good = {
+            "matrix": torch.zeros(3, 3),
+            "before": torch.ones(3),
+            "after": torch.full((3,), 0.5),
+            "mask": torch.ones(3, dtype=torch.bool),
+            "decay": 0.1,
+        }
+        with pytest.raises(RuntimeError, match=rf"{name} must "):
+            op(**{**good, name: value})
+        assert not good["matrix"].any()

@@ -1,0 +1,192 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import taskgroup
+from taskgroup import ops
+from taskgroup.ops import _backend
+
+PACKAGE = Path(taskgroup.__file__).parent
+
+
+def ratios(device="cpu"):
+    ones = torch.ones(2, device=device)
+    return ops.affinity_update_(
+        torch.zeros(2, 2, device=device), ones, ones / 2, torch.ones_like(ones).bool(), 1.0
+    )
+
+
+def chosen(device="cpu"):
+    """The backend that an op with every backend runs on."""
+    implementations = {name: (lambda name=name: name) for name in ops.backends()}
+    return _backend.choose(device, **implementations)()
+
+
+def test_native_code_is_here():
+    """The tests are worth little without it, so a run that lacks it fails."""
+    assert ops.backends() == {"cpp": None, "reference": None}
+    assert chosen("cpu") == "cpp"
+    assert chosen("cuda") == "reference"
+
+
+def test_use_backend_as_a_call_and_as_a_context():
+    try:
+        ops.use_backend("reference")
+        assert chosen() == "reference"
+        with ops.use_backend("cpp"):
+            assert chosen() == "cpp"
+            with ops.use_backend(None):
+                assert chosen() == "cpp"
+        assert chosen() == "reference"
+    finally:
+        ops.use_backend(None)
+    assert chosen() == "cpp"
+
+
+def test_use_backend_ends_with_an_exception():
+    with pytest.raises(KeyError), ops.use_backend("reference"):
+        raise KeyError
+    assert chosen() == "cpp"
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match=r"no backend 'cuba' .*Available: cpp, reference\."):
+        ops.use_backend("cuba")
+    assert chosen() == "cpp"
+
+
+def test_backend_that_does_not_run_on_the_device():
+    with ops.use_backend("cpp"), pytest.raises(RuntimeError, match="'cpp' runs on cpu, .* on meta"):
+        ratios("meta")
+
+
+def test_op_without_the_backend_chooses_by_itself():
+    with ops.use_backend("cpp"):
+        assert _backend.choose("cpu", reference=lambda: "reference")() == "reference"
+
+
+SCRIPT = """
+import json, torch
+import taskgroup
+from taskgroup import ops
+
+def attempt(function):
+    try:
+        return [None, function()]
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+
+half = torch.full((2,), 0.5)
+def update():
+    matrix = torch.zeros(2, 2)
+    return ops.affinity_update_(matrix, torch.ones(2), half, half.bool(), 1.0).tolist()
+def cluster():
+    return ops.affinity_propagation(torch.eye(2)).tolist()
+def in_reference():
+    with ops.use_backend("reference"):
+        return update(), cluster()
+
+print(json.dumps({
+    "file": taskgroup.__file__,
+    "backends": ops.backends(),
+    "update": attempt(update),
+    "cluster": attempt(cluster),
+    "use cpp": attempt(lambda: str(ops.use_backend("cpp"))),
+    "in reference": attempt(in_reference),
+}))
+"""
+UPDATED, CLUSTERED = [[0.25, 0.25], [0.25, 0.25]], [0, 0]
+
+
+@pytest.fixture
+def installation(tmp_path):
+    """A copy of the package, and a function that uses it in a process of its own."""
+    copy = tmp_path / "taskgroup"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def use(**environment):
+        inherited = {
+            k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT],
+            cwd=tmp_path,
+            env={**inherited, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout.splitlines()[-1])
+        assert Path(told["file"]).parent == copy
+        return told
+
+    return copy, use
+
+
+def library(package, name):
+    (path,) = package.glob(f"{name}.*so")
+    return path
+
+
+def test_pure_installation_uses_the_reference(installation):
+    package, use = installation
+    library(package, "_ops").unlink()
+    library(package, "_host").unlink()
+
+    told = use()
+    assert told["backends"]["cpp"] == "this installation was made without native code"
+    assert told["update"] == [None, UPDATED]
+    assert told["cluster"] == [None, CLUSTERED]
+    kind, message = told["use cpp"]
+    assert kind == "RuntimeError"
+    assert "without native code. Available: reference." in message
+
+    told = use(TASKGROUP_BACKEND="cpp")
+    for op in ("update", "cluster"):
+        kind, message = told[op]
+        assert kind == "RuntimeError"
+        assert "cannot use its backend 'cpp': this installation was made without" in message
+    assert told["in reference"] == [None, [UPDATED, CLUSTERED]]
+
+
+@pytest.mark.parametrize("name", ["_ops", "_host"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_broken_native_code_says_so_at_its_first_use(installation, name, damage):
+    package, use = installation
+    path = library(package, name)
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:1000])
+
+    told = use()
+    for op in ("update", "cluster", "use cpp"):
+        kind, message = told[op]
+        assert kind == "RuntimeError"
+        assert f"under torch {torch.__version__}" in message
+        assert name in message
+        assert "TASKGROUP_PURE=1" in message
+        assert "pip install" in message
+        assert "TASKGROUP_BACKEND=reference" in message
+        assert "\n" not in message
+    assert told["in reference"] == [None, [UPDATED, CLUSTERED]]
+
+
+def test_environment(installation):
+    _, use = installation
+    told = use(TASKGROUP_BACKEND="reference")
+    assert told["update"] == [None, UPDATED]
+    assert told["cluster"] == [None, CLUSTERED]
+
+    told = use(TASKGROUP_BACKEND="cuba")
+    for op in ("update", "cluster"):
+        kind, message = told[op]
+        assert kind == "ValueError"
+        assert "no backend 'cuba' (TASKGROUP_BACKEND" in message

@@ -1,0 +1,48 @@
+"""The one number of a multi-task model."""
+
+import math
+
+import pytest
+
+import taskgroup as tg
+
+TASKS = ["DE", "DZ", "EO", "ET", "K2D", "K3D", "N", "PC", "R", "S2D", "S25D"]
+SINGLE = [0.0199, 0.0195, 0.1085, 0.1714, 0.1633, 0.0872, 0.2715, 0.7586, 0.1503, 0.1742, 0.1504]
+JOINT = [0.0187, 0.0188, 0.1301, 0.1757, 0.1733, 0.0942, 0.3076, 0.7991, 0.1826, 0.1902, 0.1652]
+
+
+def test_published_table():
+    """ViT-B on Taskonomy, DTME-MTL (ICCV 2025): joint training stands at -7.83%."""
+    joint = dict(zip(TASKS, JOINT, strict=True))
+    single = dict(zip(TASKS, SINGLE, strict=True))
+    # The table's own numbers have three or four digits.
+    assert tg.delta_m(joint, single, set(TASKS)) == pytest.approx(-7.83, abs=0.05)
+    assert tg.delta_m(joint, single, dict.fromkeys(TASKS, True)) == pytest.approx(-7.83, abs=0.05)
+
+
+def test_signs():
+    results, baseline = {"error": 1.1, "score": 1.1}, {"error": 1.0, "score": 1.0}
+    assert tg.delta_m(results, baseline, ["error"]) == pytest.approx(0.0)
+    assert tg.delta_m(results, baseline, []) == pytest.approx(10.0)
+    assert tg.delta_m(results, baseline, {"error": True, "score": True}) == pytest.approx(-10.0)
+    assert math.isnan(tg.delta_m({"error": math.nan}, {"error": 1.0}, ["error"]))
+
+
+@pytest.mark.parametrize(
+    ("results", "baseline", "lower", "said"),
+    [
+        ({}, {}, [], "results is empty"),
+        ({"a": 1.0}, {"b": 1.0}, [], "'a', 'b'"),
+        ({"a": 1.0}, {"a": 1.0}, ["b"], "'b'"),
+        ({"a": 1.0}, {"a": 1.0}, {"b": True}, "'a', 'b'"),
+        ({"a": 1.0}, {"a": 0.0}, ["a"], "baseline of task 'a' is zero"),
+    ],
+)
+def test_bad_input(results, baseline, lower, said):
+    with pytest.raises(ValueError, match=said):
+        tg.delta_m(results, baseline, lower)
+
+
+def test_string_is_no_collection_of_tasks():
+    with pytest.raises(TypeError, match="got the string 'depth'"):
+        tg.delta_m({"depth": 1.0}, {"depth": 1.0}, "depth")
