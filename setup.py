@@ -93,8 +93,8 @@ class CMakeBuild(build_ext):
             ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         )
         build_dir.mkdir(parents=True, exist_ok=True)
-        # CMake reads the environment at its first run only: when anything it was given differs from
-        # the last build, start afresh rather than keep, silently, the old compiler or the old torch.
+        # CMake reads the environment at its first run only: when anything it was given differs
+        # from the last build, start afresh rather than keep, silently, the old compiler or torch.
         environment = {name: os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS")}
         given = json.dumps([str(ROOT), cmake, options, environment], indent=1)
         record = build_dir / "given.json"

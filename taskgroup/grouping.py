@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,18 +103,18 @@ class AffinityPropagation(Grouping):
 
     def __call__(self, matrix: Tensor) -> Tensor | None:
         """Labels, int64 ``[K]``; None where affinity propagation does not converge."""
-        affinity = matrix.detach().to("cpu", torch.float64)
-        known = (affinity.diagonal() > 0).nonzero().flatten()
-        labels = torch.arange(len(affinity))
+        affinity = matrix.detach().cpu().numpy().astype(np.float64)
+        known = np.flatnonzero(affinity.diagonal() > 0)
+        labels = np.arange(len(affinity))
         if len(known) > 1:
             if len(known) < len(affinity):
-                affinity = affinity[known][:, known]
+                affinity = affinity[np.ix_(known, known)]
             ratio = affinity / affinity.diagonal()
             preference = self.preference
             if preference is None and len(known) <= 3:
                 # The least number above 0: an affinity of exactly 0, not measured yet, is no
                 # reason to join.
-                preference = torch.finfo(torch.float64).tiny
+                preference = np.finfo(np.float64).tiny
             found = affinity_propagation(
                 (ratio + ratio.T) / 2,
                 preference=preference,
@@ -123,9 +124,11 @@ class AffinityPropagation(Grouping):
             )
             if found is None:
                 return None
-            labels[known] = len(labels) + self._arrange(found)  # apart from the labels of the rest
-        groups: Tensor = torch.unique(labels, return_inverse=True)[1]
-        return groups
+            groups = self._arrange(found)
+            if len(known) == len(labels):
+                return groups
+            labels[known] = len(labels) + groups.numpy()  # apart from the labels of the rest
+        return torch.from_numpy(np.unique(labels, return_inverse=True)[1])
 
     def _arrange(self, clusters: Tensor) -> Tensor:
         """The groups to make of the clusters, labels ``[n]`` both."""

@@ -127,13 +127,32 @@ class LossReader:
     def _read_named(
         self, losses: Mapping[str, Tensor], members: Members, needed: Members
     ) -> tuple[Tensor, Tensor]:
+        try:
+            values = [losses[self.tasks[k]] for k in needed]
+            mine = values if members == needed else [losses[self.tasks[k]] for k in members]
+            own = torch.stack(mine)
+            with torch.no_grad():
+                measured = torch.stack(values)
+        except (KeyError, TypeError, RuntimeError):
+            self._explain(losses, members, needed)
+            raise
+        if (
+            not self._known.issuperset(losses)
+            or measured.dim() != 1
+            or not measured.is_floating_point()
+            or not all([value.requires_grad for value in mine])
+        ):
+            self._explain(losses, members, needed)
+        self._settle_on(measured.device)
+        return own, measured
+
+    def _explain(self, losses: Mapping[str, Tensor], members: Members, needed: Members) -> None:
+        """Raise with a sentence on what is wrong with the losses."""
         if unknown := [task for task in losses if task not in self._known]:
             raise ValueError(
                 f"Unknown task {unknown[0]!r} among the losses; the tasks are {list(self.tasks)}. "
                 "Leave it out: group.loss({t: losses[t] for t in group.observed})."
             )
-        values = []
-        device = None
         for k in needed:
             value = losses.get(self.tasks[k])
             if value is None:
@@ -146,28 +165,19 @@ class LossReader:
                     f"The loss of task {self.tasks[k]!r} must be a floating-point scalar tensor, "
                     f"got {_described(value)}; reduce it, with .mean() for instance."
                 )
-            if device is None:
-                device = value.device
-            elif value.device != device:
+            first = losses[self.tasks[needed[0]]]
+            if value.device != first.device:
                 raise ValueError(
                     f"The loss of task {self.tasks[k]!r} is on {value.device}, that of "
-                    f"{self.tasks[needed[0]]!r} on {device}; move them to one device."
+                    f"{self.tasks[needed[0]]!r} on {first.device}; move them to one device."
                 )
-            values.append(value)
-        mine = values if members == needed else [losses[self.tasks[k]] for k in members]
-        for k, value in zip(members, mine, strict=True):
-            if not value.requires_grad:
+        for k in members:
+            if not losses[self.tasks[k]].requires_grad:
                 raise ValueError(
                     f"The loss of task {self.tasks[k]!r} has no graph, so the group "
                     f"{self.names(members)} cannot be stepped on; compute it with gradients on, "
                     "from outputs that are not detached."
                 )
-        self._settle_on(values[0].device)
-        own = torch.stack(mine)
-        if mine is values:
-            return own, own.detach()
-        with torch.no_grad():
-            return own, torch.stack(values)
 
     def _read_stacked(
         self, losses: Tensor, members: Members, needed: Members

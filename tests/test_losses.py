@@ -32,7 +32,7 @@ def opened():
         ({**good(), "normal": torch.ones(2, requires_grad=True)}, ValueError, r"'normal'.*\[2\]"),
         ({**good(), "normal": torch.ones(1, requires_grad=True)}, ValueError, r"'normal'.*\[1\]"),
         ({**good(), "edges": 1.0}, ValueError, "'edges'.*float"),
-        ({**good(), "edges": torch.tensor(1)}, ValueError, "'edges'.*int64"),
+        ({t: torch.tensor(1) for t in TASKS}, ValueError, "'depth'.*int64"),
         (
             {**good(), "normal": torch.ones((), device="meta", requires_grad=True)},
             ValueError,

@@ -65,8 +65,6 @@ inline TopTwo add_top_two(const double* a, const double* s, double* sum, int64_t
   return top;
 }
 
-}  // namespace
-
 // A[i, i] <- damped sum over j != i of max(R[j, i], 0).
 inline double self_availability(const Messages& m, int64_t i, double damping) {
   const int64_t diagonal = i * m.width + i;
@@ -103,8 +101,6 @@ inline void update_responsibilities(Messages& m, int64_t i, double damping, doub
   next_support[i] = others + r[i];
 }
 
-}  // namespace
-
 // One iteration in one pass over memory: the availabilities that the last iteration ended with are
 // computed here, row by row, just before they are needed. The zeros of the start stay zeros.
 TASKGROUP_CLONES
@@ -115,8 +111,6 @@ void pass_messages(Messages& m, double damping, double* scratch, double* next_su
     update_responsibilities(m, i, damping, scratch, next_support);
   }
 }
-
-namespace {
 
 // Passes messages until the exemplars hold still; the exemplars, or none without convergence.
 std::vector<int64_t> find_exemplars(Messages& m, double damping, int64_t max_iter,

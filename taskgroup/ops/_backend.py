@@ -126,7 +126,7 @@ class use_backend:  # noqa: N801 (to its users a function, like torch.no_grad)
         >>> import torch, taskgroup
         >>> with taskgroup.ops.use_backend("reference"):
         ...     taskgroup.ops.affinity_propagation(torch.eye(2))
-        tensor([0, 0])
+        tensor([0, 1])
     """
 
     def __init__(self, name: str | None) -> None:

@@ -153,7 +153,8 @@ def _reference(
         members = np.flatnonzero(cluster == c)
         exemplars[c] = members[s[np.ix_(members, members)].sum(axis=0).argmax()]
     # Labels follow the order of the exemplars, which this refinement may have changed.
-    return np.unique(exemplars[_assign(s, exemplars)], return_inverse=True)[1]
+    labels: Labels = np.unique(exemplars[_assign(s, exemplars)], return_inverse=True)[1]
+    return labels
 
 
 def _find_exemplars(
@@ -188,6 +189,6 @@ def _find_exemplars(
 
 def _assign(s: Floats, exemplars: Labels) -> Labels:
     """The cluster of every task: its most similar exemplar; an exemplar belongs to its own."""
-    cluster = s[:, exemplars].argmax(axis=1)
+    cluster: Labels = s[:, exemplars].argmax(axis=1)
     cluster[exemplars] = np.arange(len(exemplars))
     return cluster

@@ -116,14 +116,16 @@ def _reference(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, deca
 
     ri, rk = ratio[:, None], ratio[None, :]
     inside = torch.where(ri * rk < 0, -torch.maximum(ri, rk), rk + 0 * ri)  # NaN where either is
-    inside.diagonal().copy_(torch.where(ratio >= 0, ratio, nothing))
+    itself = torch.eye(len(ratio), dtype=torch.bool, device=ratio.device)
+    inside = torch.where(itself, torch.where(rk >= 0, rk, nothing), inside)
     observed = torch.where(mask[None, :], inside, rk)  # [K, K]; rows outside the group are unused
     updated = (1 - decay) * matrix.double() + decay * observed
     matrix.copy_(torch.where(mask[:, None] & stepped & ~observed.isnan(), updated, matrix))
 
 
+def _fake(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float) -> None:
+    """The op writes to its argument and returns nothing: without data there is nothing to do."""
+
+
 if _backend.native.host is not None:
-    # The op writes to its argument and returns nothing; with no data there is nothing to do.
-    @torch.library.register_fake("taskgroup::affinity_update_")
-    def _fake(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float) -> None:
-        return None
+    torch.library.register_fake("taskgroup::affinity_update_", _fake)

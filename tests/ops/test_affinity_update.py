@@ -221,6 +221,8 @@ class TestUpdate:
             affinity_update_(**{**good, name: value})
         assert not good["matrix"].any()
 
+    # Of torch's own making, when it imports its compiler.
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
     def test_compiles_without_a_break(self):
         compiled = torch.compile(affinity_update_, fullgraph=True)
         generator = torch.Generator().manual_seed(0)

@@ -62,7 +62,10 @@ def test_unknown_backend():
 
 
 def test_backend_that_does_not_run_on_the_device():
-    with ops.use_backend("cpp"), pytest.raises(RuntimeError, match="'cpp' runs on cpu, .* on meta"):
+    with (
+        ops.use_backend("cpp"),
+        pytest.raises(RuntimeError, match=r"'cpp' runs on cpu, .* on meta"),
+    ):
         ratios("meta")
 
 
@@ -101,7 +104,7 @@ print(json.dumps({
     "in reference": attempt(in_reference),
 }))
 """
-UPDATED, CLUSTERED = [[0.25, 0.25], [0.25, 0.25]], [0, 0]
+UPDATED, CLUSTERED = [[0.25, 0.25], [0.25, 0.25]], [0, 1]
 
 
 @pytest.fixture
@@ -156,15 +159,28 @@ def test_pure_installation_uses_the_reference(installation):
     assert told["in reference"] == [None, [UPDATED, CLUSTERED]]
 
 
+def delete(path):
+    path.unlink()
+
+
+def overwrite(path):
+    path.write_bytes(b"not a library" * 1000)
+
+
+def ask_for_an_unknown_symbol(path):
+    """As a library does that was built for another torch or another Python."""
+    library = path.read_bytes()
+    symbol = {"_ops": b"aoti_torch_get_dtype", "_host": b"PyObject_GetAttrString"}
+    symbol = symbol[path.name.partition(".")[0]]
+    assert symbol in library
+    path.write_bytes(library.replace(symbol, symbol[:-1] + b"?"))
+
+
 @pytest.mark.parametrize("name", ["_ops", "_host"])
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
+@pytest.mark.parametrize("damage", [delete, overwrite, ask_for_an_unknown_symbol])
 def test_broken_native_code_says_so_at_its_first_use(installation, name, damage):
     package, use = installation
-    path = library(package, name)
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:1000])
+    damage(library(package, name))
 
     told = use()
     for op in ("update", "cluster", "use cpp"):

@@ -1,0 +1,212 @@
+"""Pictures of a run, as PNG files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+__all__ = ["affinity", "cogrouping", "number_of_groups", "predictions"]
+
+Path = str | os.PathLike[str]
+Titles = Mapping[str, str]  # task -> what a figure calls it
+Partition = Sequence[Sequence[str]]
+
+_DPI = 150
+_GREY = "#555555"
+
+
+def affinity(matrix: Tensor, titles: Titles, partition: Partition, path: Path) -> None:
+    """Heatmap of the affinity, the tasks of a group side by side and framed.
+
+    Each column is divided by the self-affinity of its task, the scale on which tasks are grouped;
+    a column without a self-affinity is left blank.
+
+    Args:
+        matrix: ``[K, K]``, row i the effect of stepping task i.
+        titles: of the K tasks, in the order of the matrix.
+        partition: the groups to frame.
+        path: of the PNG.
+    """
+    order, names = _by_group(titles, partition)
+    values = matrix.detach().cpu().double().numpy()[np.ix_(order, order)]
+    diagonal = values.diagonal()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = np.where(diagonal > 0, values / diagonal, np.nan)
+    figure, axes = _square(len(order))
+    image = axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1)
+    _name_axes(axes, names, "effect on task", "step on task")
+    _frame(axes, partition)
+    _write_values(axes, values)
+    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03, extend="both")
+    bar.set_label("harms   ←   affinity / self-affinity   →   serves")
+    axes.set_title("Proximal inter-task affinity", loc="left", pad=12)
+    figure.savefig(path, dpi=_DPI)
+
+
+def cogrouping(partitions: Sequence[Partition], titles: Titles, path: Path) -> None:
+    """Heatmap of how often two tasks shared a group.
+
+    Args:
+        partitions: one per batch; the last one is framed.
+        titles: of the K tasks.
+        path: of the PNG.
+    """
+    position = {task: k for k, task in enumerate(titles)}
+    shared = np.zeros((len(titles), len(titles)))
+    for partition in partitions:
+        for group in partition:
+            members = [position[task] for task in group]
+            shared[np.ix_(members, members)] += 1
+    shared /= len(partitions)
+    order, names = _by_group(titles, partitions[-1])
+    values = shared[np.ix_(order, order)]
+    figure, axes = _square(len(order))
+    image = axes.imshow(values, cmap="Blues", vmin=0, vmax=1)
+    _name_axes(axes, names, "", "")
+    _frame(axes, partitions[-1])
+    _write_values(axes, values)
+    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+    bar.set_label("share of the batches in one group")
+    axes.set_title(f"Who shared a group, over {len(partitions)} batches", loc="left", pad=12)
+    figure.savefig(path, dpi=_DPI)
+
+
+def number_of_groups(counts: Sequence[int], warmup: int, path: Path) -> None:
+    """The number of groups, batch by batch.
+
+    Args:
+        counts: one per batch.
+        warmup: batches to shade as warm-up.
+        path: of the PNG.
+    """
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    batches = np.arange(1, len(counts) + 1)
+    axes.step(batches, counts, where="mid", color="#9ecae1", linewidth=1)
+    width = max(1, min(25, len(counts) // 10))
+    kernel = np.ones(width)
+    mean = np.convolve(counts, kernel, "same") / np.convolve(np.ones(len(counts)), kernel, "same")
+    settled = slice(min(warmup, len(counts) - 1), None)
+    axes.plot(batches[settled], mean[settled], color="#08519c", label=f"mean of {width} batches")
+    if 0 < warmup < len(counts):
+        axes.axvspan(1, warmup, color="#eeeeee", zorder=0)
+        axes.text(warmup / 2, 0.6, "warm-up", ha="center", color=_GREY, fontsize=8)
+    axes.set(
+        xlabel="batch", ylabel="groups", xlim=(1, max(2, len(counts))), ylim=(0, max(counts) + 1)
+    )
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper right")
+    axes.set_title("Number of groups", loc="left")
+    figure.savefig(path, dpi=_DPI)
+
+
+def predictions(
+    image: Tensor,
+    targets: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    titles: Titles,
+    path: Path,
+) -> None:
+    """Input, target and prediction of every task on some crops; unknown pixels are grey.
+
+    Args:
+        image: ``[N, 3, H, W]`` in [-1, 1].
+        targets: ``{task: [N, C, H, W]}`` with one to three channels.
+        masks: ``{task: [N, 1, H, W]}``, bool, True where the target is known.
+        outputs: ``{task: [N, C, H, W]}``.
+        titles: of the tasks, in the order of the columns.
+        path: of the PNG.
+    """
+    crops, columns = len(image), len(titles) + 1
+    tight = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, hspace=0.02, wspace=0.02)
+    figure = Figure(figsize=(1.15 * columns, 2.3 * crops + 0.35), layout=tight)
+    grid: Any = figure.subplots(2 * crops, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    for n in range(crops):
+        target_row, output_row = grid[2 * n], grid[2 * n + 1]
+        target_row[0].imshow((image[n].movedim(0, -1).numpy() + 1) / 2)
+        target_row[0].set_ylabel("target", fontsize=8)
+        output_row[0].set_ylabel("prediction", fontsize=8)
+        for column, task in enumerate(titles, start=1):
+            known = masks[task][n, 0].numpy()
+            low, high = _range(targets[task], masks[task])
+            for axes, values in ((target_row[column], targets), (output_row[column], outputs)):
+                axes.imshow(_picture(values[task][n], low, high, known))
+    grid[0][0].set_title("input", fontsize=8)
+    for column, title in enumerate(titles.values(), start=1):
+        grid[0][column].set_title(title.replace(" ", "\n", 1), fontsize=8)
+    figure.savefig(path, dpi=_DPI)
+
+
+def _range(target: Tensor, mask: Tensor) -> tuple[float, float]:
+    """What to show as black and white: the 2nd and 98th percentile over all crops."""
+    known = target[mask.expand_as(target)]
+    if known.numel() == 0:
+        return -1.0, 1.0
+    low, high = torch.quantile(known, torch.tensor([0.02, 0.98])).tolist()
+    return low, max(high, low + 1e-6)
+
+
+def _picture(values: Tensor, low: float, high: float, known: np.ndarray) -> np.ndarray:
+    """``[C, H, W]`` as RGB: grey levels for one channel, red and green for two."""
+    scaled = ((values.float().numpy() - low) / (high - low)).clip(0, 1)
+    channels = {1: [0, 0, 0], 2: [0, 1, 1], 3: [0, 1, 2]}[len(scaled)]
+    picture: np.ndarray = np.moveaxis(scaled[channels], 0, -1).copy()
+    if len(scaled) == 2:
+        picture[..., 2] = 0.5
+    picture[~known] = 0.75
+    return picture
+
+
+def _by_group(titles: Titles, partition: Partition) -> tuple[list[int], list[str]]:
+    """Positions and titles of the tasks, group by group."""
+    position = {task: k for k, task in enumerate(titles)}
+    tasks = [task for group in partition for task in group]
+    return [position[task] for task in tasks], [titles[task] for task in tasks]
+
+
+def _square(tasks: int) -> tuple[Figure, Axes]:
+    side = 3.0 + 0.42 * min(tasks, 40)
+    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _name_axes(axes: Axes, names: list[str], along: str, down: str) -> None:
+    size = 9 if len(names) <= 20 else max(3, 180 / len(names))
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=size)
+    axes.set_yticks(range(len(names)), names, fontsize=size)
+    axes.set(xlabel=along, ylabel=down)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _frame(axes: Axes, partition: Partition) -> None:
+    start = -0.5
+    for group in partition:
+        axes.add_patch(Rectangle((start, start), len(group), len(group), fill=False, linewidth=1.8))
+        start += len(group)
+
+
+def _write_values(axes: Axes, values: np.ndarray) -> None:
+    if len(values) > 20:  # unreadable
+        return
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            colour = "white" if abs(value) > 0.6 else "black"
+            axes.text(
+                column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour
+            )

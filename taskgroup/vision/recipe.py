@@ -1,0 +1,203 @@
+"""The settings of a training run: a flat dataclass, read from YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+import taskgroup as tg
+
+__all__ = ["Recipe", "parse_changes", "read_recipe", "recipe_names"]
+
+GROUPINGS: dict[str, type[tg.Grouping]] = {
+    "affinity-propagation": tg.AffinityPropagation,
+    "heterogeneous": tg.Heterogeneous,
+    "singletons": tg.Singletons,
+    "together": tg.Together,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that decides how a run goes.
+
+    Attributes:
+        data: the data set: ``"motorcycle"``.
+        size: side of the square crops, pixels.
+        batch_size: crops per batch.
+        patch: side of a ViT patch, pixels.
+        dim: width of the ViT.
+        depth: blocks of the ViT, a multiple of 4.
+        attention_heads: attention heads of a block.
+        dropout: probability of dropout in the ViT.
+        batches: length of the run.
+        lr: learning rate of the encoder, at the start.
+        head_lr: learning rate of the heads, at the start.
+        weight_decay: of Adam.
+        poly_power: the learning rate falls as ``(1 - batch / batches) ** poly_power``.
+        method: ``"selective"``, or ``"joint"``: all tasks in one step.
+        grouping: how selective updates group: ``"affinity-propagation"``, ``"heterogeneous"``,
+            ``"singletons"``, ``"together"`` or ``"random:M"``.
+        outside: what a step does to the heads of other groups: ``"hold"`` or ``"coast"``.
+        decay: of :class:`taskgroup.ProximalAffinity`.
+        warmup: see :class:`taskgroup.TaskGroups`, as for the three that follow.
+        regroup_every: rounds between regroupings.
+        groups_per_batch: groups dealt to a batch; None is all.
+        observe_every: batches between observations.
+        seed: of the weights, the crops and the order of groups.
+        checkpoint_every: batches between checkpoints.
+        baseline: folder of a finished run that Δm is computed against; None for no Δm.
+
+    Raises:
+        ValueError: for a value of the wrong type or outside its range.
+    """
+
+    data: str = "motorcycle"
+    size: int = 64
+    batch_size: int = 8
+    patch: int = 8
+    dim: int = 96
+    depth: int = 4
+    attention_heads: int = 4
+    dropout: float = 0.0
+    batches: int = 300
+    lr: float = 1e-3
+    head_lr: float = 1e-3
+    weight_decay: float = 1e-6
+    poly_power: float = 0.9
+    method: Literal["selective", "joint"] = "selective"
+    grouping: str = "affinity-propagation"
+    outside: Literal["hold", "coast"] = "hold"
+    decay: float = 1e-3
+    warmup: int = 100
+    regroup_every: int = 1
+    groups_per_batch: int | None = None
+    observe_every: int = 1
+    seed: int = 0
+    checkpoint_every: int = 100
+    baseline: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = _typed(field.name, str(field.type), getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        for name in ("size", "batch_size", "patch", "dim", "batches", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("lr", "head_lr", "weight_decay", "poly_power"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"{name} must be finite and not negative, got {getattr(self, name)}."
+                )
+        if self.data != "motorcycle":
+            raise ValueError(f"data must be 'motorcycle', got {self.data!r}.")
+        self.make_grouping()
+
+    def make_grouping(self) -> tg.Grouping:
+        """The grouping that ``method`` and ``grouping`` name.
+
+        Raises:
+            ValueError: if there is none of that name.
+        """
+        if self.method == "joint":
+            return tg.Together()
+        kind, _, count = self.grouping.partition(":")
+        if kind == "random" and count.isdigit():
+            return tg.RandomGroups(int(count), seed=self.seed)
+        if self.grouping not in GROUPINGS:
+            raise ValueError(
+                f"grouping must be one of {', '.join(GROUPINGS)} or random:M with a number M, got "
+                f"{self.grouping!r}."
+            )
+        return GROUPINGS[self.grouping]()
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship with the package."""
+    folder = resources.files("taskgroup.vision") / "recipes"
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
+
+
+def read_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        name: of a recipe that ships with the package, or the path of a YAML file.
+        changes: ``{key: value}``, settings that override it.
+
+    Raises:
+        ValueError: if there is no such recipe, or a key or value is wrong; the sentence names it.
+
+    Example:
+        >>> read_recipe("motorcycle", parse_changes(["lr=3e-4", "method=joint"])).lr
+        0.0003
+    """
+    path = Path(name)
+    if str(name) in recipe_names():
+        text = (resources.files("taskgroup.vision") / "recipes" / f"{name}.yaml").read_text()
+    elif path.is_file():
+        text = path.read_text()
+    else:
+        raise ValueError(
+            f"There is no recipe {str(name)!r}; name a YAML file or one of: "
+            f"{', '.join(recipe_names())}."
+        )
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{name} must hold lines 'key: value', got {type(settings).__name__}.")
+    settings |= changes or {}
+    known = [field.name for field in dataclasses.fields(Recipe)]
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the settings are {', '.join(known)}."
+            raise ValueError(f"Unknown setting {key!r}; {hint}")
+    return Recipe(**settings)
+
+
+def parse_changes(changes: Iterable[str]) -> dict[str, Any]:
+    """``["key=value", ...]`` as ``{key: value}``, the values read as YAML.
+
+    Raises:
+        ValueError: for a string without a ``=``, or whose value is not YAML.
+    """
+    parsed = {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set takes key=value, got {change!r}.")
+        try:
+            parsed[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {key}: {value!r} is no value.") from None
+    return parsed
+
+
+def _typed(name: str, kind: str, value: Any) -> Any:
+    """The value as the annotation has it: YAML reads 1e-3 as a string and 1 as an integer."""
+    if kind.startswith("Literal"):
+        choices = [choice.strip("\"' ") for choice in kind[len("Literal[") : -1].split(",")]
+        if value not in choices:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}.")
+        return value
+    if value is None and kind.endswith("| None"):
+        return None
+    if kind == "float":
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    elif type(value) is {"int": int, "str": str}[kind.split(" ")[0]]:  # and no bool
+        return value
+    wanted = {"float": "a number", "int": "a whole number", "str": "a word"}[kind.split(" ")[0]]
+    raise ValueError(f"{name} must be {wanted}, got {value!r}.")

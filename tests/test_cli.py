@@ -1,0 +1,252 @@
+"""``taskgroup train``: the files a run leaves, stopping and going on, and what bad input says."""
+
+import json
+import os
+import re
+import signal
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import taskgroup as tg
+from taskgroup.cli import app
+from taskgroup.vision import TASKONOMY, Motorcycle, criterion, vit
+from taskgroup.vision import train as train_module
+from taskgroup.vision.recipe import read_recipe
+from taskgroup.vision.train import Interrupted, Run, load_metrics
+
+SMALL = {
+    "size": 32,
+    "dim": 16,
+    "attention_heads": 2,
+    "batch_size": 2,
+    "batches": 8,
+    "warmup": 2,
+    "checkpoint_every": 3,
+    "dropout": 0.1,
+}
+PICTURES = ("affinity.png", "groups.png", "cogrouping.png", "predictions.png")
+
+
+def small(**changes):
+    return read_recipe("motorcycle", {**SMALL, **changes})
+
+
+def invoke(*arguments):
+    options = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
+    return CliRunner().invoke(app, ["train", *options, *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    run = Run(small(), out)
+    return run, run.train()
+
+
+def test_run_leaves_what_it_promises(finished):
+    run, summary = finished
+    left = {file.name for file in run.out.iterdir() if not file.name.startswith("events.")}
+    assert left == {"config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt", *PICTURES}
+    assert any(file.name.startswith("events.out.tfevents") for file in run.out.iterdir())
+    for picture in PICTURES:
+        assert (run.out / picture).read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load((run.out / "config.yaml").read_text())["dim"] == 16
+    assert json.loads((run.out / "summary.json").read_text()) == summary
+    assert set(summary["metrics"]) == set(TASKONOMY)
+    assert all(value > 0 for value in summary["metrics"].values())
+    assert sorted(t for group in summary["partition"] for t in group) == sorted(TASKONOMY)
+    assert summary["delta_m"] is None
+    assert 0 < summary["share_outside_model"] < 1
+    lines = load_metrics(run.out)
+    assert [line["batch"] for line in lines] == list(range(1, 9))
+    assert [len(line["groups"]) for line in lines[:3]] == [11, 11, 11]
+    assert summary["steps"] == sum(len(line["groups"]) for line in lines)
+    assert all(set(line["losses"]) == set(TASKONOMY) for line in lines)
+
+
+def test_joint_run_is_the_plain_loop(tmp_path):
+    run = Run(small(method="joint"), tmp_path / "joint")
+    run.train()
+    recipe = run.recipe
+
+    torch.manual_seed(recipe.seed)
+    scene = Motorcycle(recipe.size)
+    model = vit(size=32, patch=8, dim=16, depth=4, attention_heads=2, dropout=0.1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-6, fused=True)
+    scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, recipe.batches, 0.9)
+    crops = torch.Generator().manual_seed(recipe.seed)
+    for line in load_metrics(run.out):
+        images, labels, masks = scene.sample(recipe.batch_size, crops)
+        losses = criterion(model(images), labels, masks)
+        assert line["losses"] == {task: loss.item() for task, loss in losses.items()}
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def state_of(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def assert_same_run(out, other):
+    assert (out / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+    ours, theirs = state_of(out), state_of(other)
+    for name in ("model", "groups", "crops", "torch", "batch", "optimizer"):
+        assert str(ours[name]) == str(theirs[name])
+    for name, parameter in ours["model"].items():
+        assert torch.equal(parameter, theirs["model"][name]), name
+    assert torch.equal(ours["groups"]["affinity"]["matrix"], theirs["groups"]["affinity"]["matrix"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_resumed_run_is_the_one_that_was_not(finished, tmp_path, number):
+    run = Run(small(), tmp_path / "run")
+
+    def stop(progress):
+        if progress.batch == 5:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="Stopped after batch 5 of 8; go on with taskgroup train"):
+        run.train(stop)
+    assert signal.getsignal(number) is before
+    assert len(load_metrics(run.out)) == 5
+    Run.resume(run.out).train()
+    assert_same_run(run.out, finished[0].out)
+
+
+def test_crashed_run_goes_on_from_its_last_checkpoint(finished, tmp_path):
+    run = Run(small(), tmp_path / "run")
+
+    def crash(progress):
+        if progress.batch == 5:  # two batches after the last checkpoint
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run.train(crash)
+    with (run.out / "metrics.jsonl").open("a") as file:
+        file.write('{"batch": 6, "los')  # a line cut short
+    resumed = Run.resume(run.out)
+    assert resumed.batch == 3
+    resumed.train()
+    assert_same_run(run.out, finished[0].out)
+
+
+def test_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_path):
+    run = Run(small(), tmp_path / "run")
+    (run.out / "metrics.jsonl").write_text('{"batch": 1}\n')
+    Run.resume(run.out).train()
+    assert_same_run(run.out, finished[0].out)
+
+
+def test_failed_write_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    run = Run(small(), tmp_path / "run")
+    run.save()
+    before = (run.out / "checkpoint.pt").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_module.os, "fsync", full)
+    with pytest.raises(OSError, match=r"checkpoint.pt could not be written \(.*No space left"):
+        run.save()
+    assert (run.out / "checkpoint.pt").read_bytes() == before
+    assert not list(run.out.glob("*.partial"))
+
+
+def test_command_line_trains_resumes_and_compares(tmp_path):
+    first = invoke("--out", tmp_path / "joint", "--method", "joint")
+    assert first.exit_code == 0, first.output
+    assert "Seconds per batch" in first.output
+    second = invoke(
+        "--out", tmp_path / "random", "--grouping", "random:3", "--seed", 7, "--batches", 4,
+        "--baseline", tmp_path / "joint",
+    )  # fmt: skip
+    assert second.exit_code == 0, second.output
+    assert "Δm against" in second.output
+    summary = json.loads((tmp_path / "random" / "summary.json").read_text())
+    joint = json.loads((tmp_path / "joint" / "summary.json").read_text())
+    expected = tg.delta_m(summary["metrics"], joint["metrics"], set(TASKONOMY))
+    assert summary["delta_m"] == pytest.approx(expected)
+    assert [len(line["groups"]) for line in load_metrics(tmp_path / "random")] == [3] * 4
+    # A finished run goes on to its end at once.
+    third = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "random")])
+    assert third.exit_code == 0, third.output
+
+
+def test_default_folder_is_new_each_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert invoke("--batches", 1).exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        "motorcycle-selective-0",
+        "motorcycle-selective-0-2",
+    ]
+
+
+def test_recipe_from_a_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("lr: 1e-4\nbatches: 3\n")
+    recipe = read_recipe(file)
+    assert (recipe.lr, recipe.batches, recipe.seed) == (1e-4, 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nyud"], "no recipe 'nyud'.*motorcycle"),
+        (["--set", "leraning_rate=1"], "Unknown setting 'leraning_rate'"),
+        (["--set", "head_rl=1"], "did you mean 'head_lr'"),
+        (["--set", "lr"], "key=value"),
+        (["--set", "lr=fast"], "lr must be a number, got 'fast'"),
+        (["--set", "lr=-1"], "lr must be finite and not negative"),
+        (["--set", "batches=1.5"], "batches must be a whole number"),
+        (["--set", "batches=true"], "batches must be a whole number"),
+        (["--set", "outside=freeze"], "'hold' or 'coast', got 'freeze'"),
+        (["--set", "decay=2"], r"decay must be in \(0, 1\]"),
+        (["--batches", "0"], "batches must be at least 1"),
+        (["--method", "both"], "'selective' or 'joint', got 'both'"),
+        (["--grouping", "kmeans"], "affinity-propagation.*'kmeans'"),
+        (["--grouping", "random:12"], "cannot fill 12 groups with 11 tasks"),
+        (["--baseline", "nowhere"], "nowhere has no summary.json"),
+    ],
+)
+def test_bad_settings_are_one_sentence(arguments, said, tmp_path):
+    result = invoke("--out", tmp_path / "run", *arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
+    assert re.search(said, result.output), result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_folders(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    result = invoke("--out", tmp_path / "full")
+    assert result.exit_code == 2
+    assert "is not empty" in result.output
+
+    result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "full")])
+    assert result.exit_code == 2
+    assert "is no run" in result.output
+
+    result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path), "--seed", "1"])
+    assert result.exit_code == 2
+    assert "no other option" in result.output
+
+
+def test_bad_checkpoints(tmp_path):
+    run = Run(small(), tmp_path / "run")
+    run.save()
+    whole = (run.out / "checkpoint.pt").read_bytes()
+    (run.out / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"checkpoint.pt cannot be read"):
+        Run.resume(run.out)
+    torch.save({"version": 99}, run.out / "checkpoint.pt")
+    with pytest.raises(ValueError, match="has version 99"):
+        Run.resume(run.out)
