@@ -32,6 +32,7 @@ from taskgroup.vision.tasks import TASKONOMY
 __all__ = ["Interrupted", "Progress", "Run", "load_summary"]
 
 _CHECKPOINT_VERSION = 1
+_EVENTS_EVERY = 10  # batches; TensorBoard thins finer curves out anyway
 _PICTURED = 4  # held-out crops in predictions.png
 _MODEL_SECTIONS = ("forward", "loss", "backward", "optimizer")
 
@@ -166,7 +167,8 @@ class Run:
                 started = time.perf_counter()
                 progress = self._train_batch()
                 _write_line(metrics, progress)
-                _write_events(board, progress)
+                if self.batch % _EVENTS_EVERY == 0:
+                    _write_events(board, progress)
                 listen(progress)
                 self.seconds["everything"] += time.perf_counter() - started
                 if stop.asked or self.batch % self.recipe.checkpoint_every == 0:
