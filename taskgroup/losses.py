@@ -140,7 +140,7 @@ class LossReader:
             not self._known.issuperset(losses)
             or measured.dim() != 1
             or not measured.is_floating_point()
-            or not all([value.requires_grad for value in mine])
+            or not all(value.requires_grad for value in mine)
         ):
             self._explain(losses, members, needed)
         self._settle_on(measured.device)
