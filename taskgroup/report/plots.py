@@ -22,7 +22,6 @@ Titles = Mapping[str, str]  # task -> what a figure calls it
 Partition = Sequence[Sequence[str]]
 
 _DPI = 150
-_GREY = "#555555"
 
 
 def affinity(matrix: Tensor, titles: Titles, partition: Partition, path: Path) -> None:
@@ -99,8 +98,7 @@ def number_of_groups(counts: Sequence[int], warmup: int, path: Path) -> None:
     settled = slice(min(warmup, len(counts) - 1), None)
     axes.plot(batches[settled], mean[settled], color="#08519c", label=f"mean of {width} batches")
     if 0 < warmup < len(counts):
-        axes.axvspan(1, warmup, color="#eeeeee", zorder=0)
-        axes.text(warmup / 2, 0.6, "warm-up", ha="center", color=_GREY, fontsize=8)
+        axes.axvspan(1, warmup, color="#e8e8e8", zorder=0, label="warm-up")
     axes.set(
         xlabel="batch", ylabel="groups", xlim=(1, max(2, len(counts))), ylim=(0, max(counts) + 1)
     )
@@ -208,5 +206,11 @@ def _write_values(axes: Axes, values: np.ndarray) -> None:
         if np.isfinite(value):
             colour = "white" if abs(value) > 0.6 else "black"
             axes.text(
-                column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour
+                column,
+                row,
+                f"{round(value, 1) + 0:.1f}",  # + 0 turns -0.0 into 0.0
+                ha="center",
+                va="center",
+                fontsize=7,
+                color=colour,
             )

@@ -304,7 +304,7 @@ def _fill(values: Floats, known: Bools) -> Floats:
 def _corners(channels: Floats, half: float) -> Floats:
     """Shi-Tomasi response r of an image [H, W, C] with all its channels, as r / (r + half)."""
     per_channel = [
-        feature.structure_tensor(channels[..., c], sigma=_CORNER_SIGMA)
+        feature.structure_tensor(channels[..., c], sigma=_CORNER_SIGMA, mode="nearest")
         for c in range(channels.shape[-1])
     ]
     tensor = np.sum(per_channel, axis=0)

@@ -1,0 +1,42 @@
+"""What importing the package pulls in, and what it promises."""
+
+import subprocess
+import sys
+
+import taskgroup as tg
+
+EXTRAS = [
+    "matplotlib",
+    "rich",
+    "scipy",
+    "skimage",
+    "sklearn",
+    "torchmetrics",
+    "transformers",
+    "typer",
+]
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_core_needs_torch_and_numpy_alone():
+    blocked = "".join(f"sys.modules[{name!r}] = None; " for name in [*EXTRAS, "yaml"])
+    done = run(f"import sys; {blocked} import taskgroup; print(taskgroup.__version__)")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == tg.__version__
+
+
+def test_public_names_are_there():
+    for name in tg.__all__:
+        assert hasattr(tg, name)
+        if isinstance(getattr(tg, name), type):
+            assert getattr(tg, name).__doc__
+
+
+def test_command_line_without_its_extra_says_what_to_install():
+    done = run("import sys; sys.modules['typer'] = None; import taskgroup.cli")
+    assert done.returncode == 1
+    assert "pip install 'taskgroup[train]'" in done.stderr
+    assert "Traceback" not in done.stderr
