@@ -98,7 +98,7 @@ def _to_numpy(values: Any, name: str) -> Floats:
         values = values.numpy()
     elif np.iscomplexobj(values):
         raise ValueError(f"{name} must be real, got {np.asarray(values).dtype}.")
-    return np.asarray(values, dtype=np.float64, order="C")
+    return np.asarray(values, dtype=np.float64)
 
 
 def _preferences(preference: Any, n_tasks: int) -> Floats:
