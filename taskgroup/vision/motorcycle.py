@@ -217,7 +217,8 @@ def physical_labels(
     reshading              Lambertian, white, the light at the camera: the cosine between normal
                            and line of sight, three equal channels
     edge_occlusion         Canny (sigma 1) on log depth: 1 where the depth steps by some 4 % or more
-    principal_curvature    :func:`surface`
+    principal_curvature    :func:`surface`, clipped at +-100 / m, then a Gaussian of sigma 3 over the
+                           known pixels: what is left is larger than a patch of the network
     keypoints3d            corners of the normals: r / (r + 0.3), r the smaller eigenvalue of their
                            structure tensor (sigma 2.5; Shi and Tomasi, CVPR 1994)
     segment_unsup25d       Felzenszwalb on log depth and normals; the segment's mean depth / 5.12 m
@@ -273,7 +274,7 @@ def physical_labels(
         "normal": normal,
         "reshading": np.repeat(shading[..., None], 3, axis=-1),
         "edge_occlusion": feature.canny(filled_log, 1, 0.06, 0.12).astype(np.float64),
-        "principal_curvature": curvature,
+        "principal_curvature": _smooth(curvature.clip(-100, 100), fitted, sigma=3),
         "keypoints3d": _corners(filled_normal, half=0.3),
         "segment_unsup25d": _mean_per_segment(depth, pieces, known) / 5.12,
         "edge_texture": filters.sobel(filters.gaussian(luminance, 1)) / 0.1,
@@ -303,6 +304,14 @@ def _fill(values: Floats, known: Bools) -> Floats:
     nearest = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
     filled: Floats = values[tuple(nearest)]
     return filled
+
+
+def _smooth(values: Floats, known: Bools, sigma: float) -> Floats:
+    """Gaussian mean over the known pixels; anything where a pixel is not known."""
+    total = ndimage.gaussian_filter(np.where(known[..., None], values, 0), (sigma, sigma, 0))
+    weight = ndimage.gaussian_filter(known.astype(np.float64), sigma)
+    mean: Floats = total / np.maximum(weight, 1e-6)[..., None]
+    return mean
 
 
 def _corners(channels: Floats, half: float) -> Floats:

@@ -63,9 +63,9 @@ _CLIP = {"edge_occlusion": 0.00625, "edge_texture": 0.08, "keypoints2d": 0.005, 
 _OCCLUSION_SIGMA = 4.0  # px
 _CURVATURE_MEAN = np.array([123.572, 120.1], dtype=np.float32)
 _CURVATURE_STD = np.array([31.922, 21.658], dtype=np.float32)
-# Curvature saturates at this radius. Published images do not say theirs; with 1 cm the tubes and
+# Curvature saturates at this radius. Published images do not say theirs; with 2 cm the tubes and
 # spokes of the embedded scene spread about as far as the published standard deviations.
-_MIN_RADIUS = 0.01  # m
+_MIN_RADIUS = 0.02  # m
 
 
 def encode(task: str, label: NDArray[np.floating]) -> NDArray[np.uint8] | NDArray[np.uint16]:
@@ -77,7 +77,7 @@ def encode(task: str, label: NDArray[np.floating]) -> NDArray[np.uint8] | NDArra
     depth_euclidean, depth_zbuffer      metres                            16 bit: 512 per metre
     normal                              unit vectors                      8 bit: 127 + 127 n
     reshading                           brightness, 0 to 1                8 bit: 255 v
-    principal_curvature                 1/m, clipped at +-100             8 bit: 127 + 1.27 k
+    principal_curvature                 1/m, clipped at +-50              8 bit: 127 + 2.54 k
     edge_occlusion                      1 on the edge, 0 elsewhere        16 bit: see below
     edge_texture, keypoints2d and 3d    strength, 0 to 1                  16 bit: c 2^16 v,
                                                                           c = .08, .005, 1
