@@ -217,8 +217,8 @@ def physical_labels(
     reshading              Lambertian, white, the light at the camera: the cosine between normal
                            and line of sight, three equal channels
     edge_occlusion         Canny (sigma 1) on log depth: 1 where the depth steps by some 4 % or more
-    principal_curvature    :func:`surface`, clipped at +-100 / m, then a Gaussian of sigma 3 over the
-                           known pixels: what is left is larger than a patch of the network
+    principal_curvature    :func:`surface`, clipped at +-100 / m, averaged over known pixels by a
+                           Gaussian of sigma 3: patches of 8 pixels cannot see finer detail
     keypoints3d            corners of the normals: r / (r + 0.3), r the smaller eigenvalue of their
                            structure tensor (sigma 2.5; Shi and Tomasi, CVPR 1994)
     segment_unsup25d       Felzenszwalb on log depth and normals; the segment's mean depth / 5.12 m
