@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from taskgroup.report.tables import count_groups
+
 __all__ = ["Display"]
 
 _SMOOTHING = 0.95  # of the losses shown
@@ -88,7 +90,7 @@ class Display:
             self._console.print(
                 f"{self._title}: batch {snapshot.batch} of {snapshot.batches}, "
                 f"{time.monotonic() - self._started:.0f} s, summed loss {total:.3f}, "
-                f"{len(snapshot.partition)} groups"
+                f"{count_groups(snapshot.partition)}"
             )
 
     def _draw(self) -> Panel:
@@ -104,7 +106,7 @@ class Display:
         return Panel(Group(self._bar, "", losses, "", self._groups()), border_style="dim")
 
     def _groups(self) -> Text:
-        text = Text(f"{len(self._partition)} groups  ", style="bold")
+        text = Text(f"{count_groups(self._partition)}  ", style="bold")
         for n, tasks in enumerate(self._partition):
             names = self._names(tasks)
             text.append(f"[{names}] ", style=self._colour(n))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-__all__ = ["groups_line", "summary_table"]
+__all__ = ["count_groups", "groups_line", "summary_table"]
 
 
 def summary_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
@@ -35,4 +35,9 @@ def summary_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> Tabl
 def groups_line(partition: list[list[str]], titles: Mapping[str, str]) -> str:
     """A partition in words."""
     groups = "; ".join(", ".join(titles[task] for task in group) for group in partition)
-    return f"{len(partition)} groups: {groups}"
+    return f"{count_groups(partition)}: {groups}"
+
+
+def count_groups(partition: Sequence[Sequence[str]]) -> str:
+    """How many groups there are: ``"1 group"``, ``"4 groups"``."""
+    return f"{len(partition)} group{'' if len(partition) == 1 else 's'}"
