@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -18,6 +17,9 @@ from taskgroup.heads import Heads, Outside, head_parameters, prepare_gradients
 from taskgroup.host import HostCopy
 from taskgroup.losses import Losses, LossReader, LossWatch, Members
 from taskgroup.replay import RandomState
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # which not every build of torch has
 
 __all__ = ["Group", "TaskGroups"]
 

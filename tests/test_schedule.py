@@ -446,6 +446,7 @@ def test_two_batches_at_once_are_refused():
     toy.step(next(first))
     second = iter(groups)
     toy.step(next(second))
+    assert not groups.affinity.matrix.any()  # the open step of the first is forgotten
     with pytest.raises(RuntimeError, match="Another batch"):
         next(first)
     toy.step(next(second))  # which goes on undisturbed

@@ -8,10 +8,11 @@ knows about backends.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import platform
 from collections.abc import Callable
+from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import NamedTuple, ParamSpec, TypeVar
 
@@ -32,7 +33,10 @@ class _Native(NamedTuple):
 
 
 def _load_native() -> _Native:
-    found = {name: importlib.util.find_spec(f"{_PACKAGE}.{name}") for name in ("_ops", "_host")}
+    # Beside this package and nowhere else: the finder of an editable installation would offer the
+    # libraries of another copy.
+    beside = [str(Path(__file__).parents[1])]
+    found = {name: PathFinder.find_spec(f"{_PACKAGE}.{name}", beside) for name in ("_ops", "_host")}
     if not any(found.values()):
         return _Native(problem="this installation was made without native code")
     try:
