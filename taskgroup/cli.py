@@ -9,6 +9,7 @@ from typing import Annotated, Any
 try:
     import rich
     import typer
+    from rich.markup import escape
 except ImportError as error:
     raise SystemExit(
         f"The command line of taskgroup needs {error.name}; "
@@ -73,7 +74,8 @@ def train(
             )
         _train(recipe, given, set_ or [], out, resume)
     except (ValueError, OSError) as error:
-        rich.get_console().print(f"[bold red]taskgroup:[/] {error}", soft_wrap=True)
+        # Escaped: what stands in brackets, as in taskgroup[train], is no markup.
+        rich.get_console().print(f"[bold red]taskgroup:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
 
 
@@ -98,10 +100,12 @@ def _train(
         with Display(str(run.out), titles, console) as display:
             summary = run.train(display.update)
     except Interrupted as stopped:
-        console.print(str(stopped), soft_wrap=True)
+        console.print(str(stopped), soft_wrap=True, markup=False)
         raise typer.Exit(130) from None
     console.print(summary_table(summary, titles))
-    console.print(f"Pictures and numbers are in {run.out}", soft_wrap=True, highlight=False)
+    console.print(
+        f"Pictures and numbers are in {run.out}", soft_wrap=True, highlight=False, markup=False
+    )
 
 
 def _free(folder: Path) -> Path:

@@ -199,6 +199,7 @@ def test_recipe_from_a_file(tmp_path):
     ("arguments", "said"),
     [
         (["nyud"], "no recipe 'nyud'.*motorcycle"),
+        (["[train]"], r"no recipe '\[train\]'"),
         (["--set", "leraning_rate=1"], "Unknown setting 'leraning_rate'"),
         (["--set", "head_rl=1"], "did you mean 'head_lr'"),
         (["--set", "lr"], "key=value"),
