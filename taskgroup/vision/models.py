@@ -47,9 +47,15 @@ class ViTFeatures(nn.Module):
 
         super().__init__()
         if depth < 4 or depth % 4:
-            raise ValueError(f"features are taken from four blocks evenly spaced: depth={depth}")
+            raise ValueError(
+                f"features are taken from four blocks evenly spaced: depth={depth}; take a "
+                "multiple of 4."
+            )
         if size % patch:
-            raise ValueError(f"patches of {patch} pixels do not tile an image of {size}")
+            raise ValueError(
+                f"patches of {patch} pixels do not tile an image of {size}; take a size that is a "
+                "multiple of the patch."
+            )
         self.patch = patch
         self.channels = 4 * dim
         self.vit = ViTModel(
@@ -82,7 +88,10 @@ class ViTFeatures(nn.Module):
         """
         height, width = images.shape[-2:]
         if height % self.patch or width % self.patch:
-            raise ValueError(f"patches of {self.patch} pixels do not tile {height} x {width}")
+            raise ValueError(
+                f"patches of {self.patch} pixels do not tile {height} x {width}; crop or pad the "
+                "images to multiples of the patch."
+            )
         states = self.vit(
             images, interpolate_pos_encoding=True, output_hidden_states=True
         ).hidden_states
