@@ -27,7 +27,13 @@ from taskgroup.grouping import (
 )
 from taskgroup.metrics import delta_m
 from taskgroup.modules import MultiTaskModel
-from taskgroup.ops import affinity_propagation, affinity_update_
+from taskgroup.ops import (
+    affinity_propagation,
+    affinity_update_,
+    combine,
+    gram_affinity_update_,
+    task_gram,
+)
 from taskgroup.schedule import Group, TaskGroups
 
 __all__ = [
@@ -44,8 +50,11 @@ __all__ = [
     "Together",
     "affinity_propagation",
     "affinity_update_",
+    "combine",
     "delta_m",
+    "gram_affinity_update_",
     "ops",
+    "task_gram",
 ]
 
 __version__ = "0.1.0"

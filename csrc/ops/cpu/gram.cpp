@@ -1,0 +1,167 @@
+#include "ops/cpu/gram.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "ops/cpu/gradient_reader.h"
+#include "ops/cpu/parts.h"
+
+namespace taskgroup {
+
+namespace {
+
+constexpr int64_t kBlock = 64;  // tasks of a block: its sums and a chunk of it fit the L2 cache
+constexpr int64_t kLeastPart = 32768;  // elements, worth a thread
+constexpr int64_t kMostParts = 256;    // bounds the memory of the partial sums
+
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// The rows of one block of tasks in one chunk.
+template <typename T>
+struct Rows {
+  std::vector<int64_t> gradients;  // positions in Gradients::all
+  std::vector<int32_t> places;     // of the tasks in their block
+  std::vector<const T*> data;
+
+  void select(const Gradients& all, const Parameter& parameter, int64_t first_task) {
+    gradients.clear();
+    places.clear();
+    for (int64_t i = parameter.begin; i < parameter.end; ++i) {
+      const int64_t place = all.all[i].task - first_task;
+      if (place < 0 || place >= kBlock) continue;
+      gradients.push_back(i);
+      places.push_back(static_cast<int32_t>(place));
+    }
+    data.resize(gradients.size());
+  }
+
+  GramRows<T> view() const {
+    return {data.data(), places.data(), static_cast<int32_t>(places.size())};
+  }
+};
+
+// Adds the products of the tasks of two blocks to `sums`, over pieces of parameters.
+template <typename T>
+class BlockGram {
+ public:
+  BlockGram(const Gradients& gradients, const GradientLoops& loops, int64_t a, int64_t b,
+            int64_t ld, double* sums)
+      : gradients_(gradients),
+        loops_(loops),
+        a_(a),
+        b_(b),
+        ld_(ld),
+        // Few rows take longer chunks, so that a chunk is worth its setting up.
+        chunk_(std::max(Parts::kStep, 8192 / ld / Parts::kStep * Parts::kStep)),
+        sums_(sums),
+        reader_(loops, chunk_) {}
+
+  void add(const Parameter& parameter, int64_t begin, int64_t end) {
+    left_.select(gradients_, parameter, a_ * kBlock);
+    if (a_ != b_) right_.select(gradients_, parameter, b_ * kBlock);
+    if (left_.gradients.empty() || (a_ != b_ && right_.gradients.empty())) return;
+    const int64_t lanes = std::is_same_v<T, float> ? loops_.lanes : loops_.double_lanes;
+    const bool in_place = GradientReader<T>::in_place(parameter);
+    for (int64_t x = begin; x < end;) {
+      const int64_t n = std::min(chunk_, end - x);
+      const int64_t whole = n / lanes * lanes;
+      if (in_place && whole > 0) {
+        point(left_, x);
+        if (a_ != b_) point(right_, x);
+        run(whole, end - x > whole);
+        x += whole;
+      } else {
+        // Of other types or strides, or the last few: through a buffer, zeros behind.
+        const int64_t padded = round_up(n, lanes);
+        T* buffer = copy(parameter, left_, x, n, padded, 0);
+        if (a_ != b_) copy(parameter, right_, x, n, padded, buffer - buffer_.data());
+        run(padded, false);
+        x += n;
+      }
+    }
+  }
+
+ private:
+  void point(Rows<T>& rows, int64_t x) {
+    for (size_t r = 0; r < rows.data.size(); ++r) {
+      rows.data[r] = static_cast<const T*>(gradients_.all[rows.gradients[r]].data) + x;
+    }
+  }
+
+  // Behind the first `used` elements of the buffer; returns its new end.
+  T* copy(const Parameter& parameter, Rows<T>& rows, int64_t x, int64_t n, int64_t padded,
+          int64_t used) {
+    if (buffer_.empty()) buffer_.resize(2 * kBlock * chunk_);
+    T* to = buffer_.data() + used;
+    for (size_t r = 0; r < rows.data.size(); ++r) {
+      reader_.copy(parameter, gradients_.all[rows.gradients[r]], x, n, to);
+      std::fill(to + n, to + padded, T(0));
+      rows.data[r] = to;
+      to += padded;
+    }
+    return to;
+  }
+
+  void run(int64_t n, bool prefetch) {
+    const GramRows<T> left = left_.view(), right = right_.view();
+    const GramRows<T>* other = a_ == b_ ? nullptr : &right;
+    if constexpr (std::is_same_v<T, float>) {
+      loops_.gram_float(left, other, n, sums_, ld_, prefetch);
+    } else {
+      loops_.gram_double(left, other, n, sums_, ld_, prefetch);
+    }
+  }
+
+  const Gradients& gradients_;
+  const GradientLoops& loops_;
+  const int64_t a_, b_, ld_, chunk_;
+  double* sums_;
+  GradientReader<T> reader_;
+  Rows<T> left_, right_;
+  std::vector<T> buffer_;
+};
+
+}  // namespace
+
+void gram(const Gradients& gradients, const GradientLoops& loops, const ParallelFor& parallel_for,
+          const std::function<void(int64_t, int64_t, double)>& result) {
+  const int64_t K = gradients.n_tasks;
+  const int64_t lanes = loops.double_lanes;
+  const Parts parts(gradients.parameters, kLeastPart, kMostParts);
+  const int64_t ld = std::min(K, kBlock);
+  std::vector<double> partial(parts.count() * ld * ld);
+  for (int64_t a = 0; a * kBlock < K; ++a) {
+    for (int64_t b = a; b * kBlock < K; ++b) {
+      parallel_for(parts.count(), [&](int64_t first, int64_t last) {
+        std::vector<double> sums(ld * ld * lanes);
+        BlockGram<float> floats(gradients, loops, a, b, ld, sums.data());
+        BlockGram<double> doubles(gradients, loops, a, b, ld, sums.data());
+        for (int64_t p = first; p < last; ++p) {
+          std::fill(sums.begin(), sums.end(), 0.0);
+          parts.for_each_piece(p, [&](size_t t, int64_t begin, int64_t end) {
+            const Parameter& parameter = gradients.parameters[t];
+            if (parameter.dtype == Dtype::kDouble) {
+              doubles.add(parameter, begin, end);
+            } else {
+              floats.add(parameter, begin, end);
+            }
+          });
+          for (int64_t pair = 0; pair < ld * ld; ++pair) {
+            double sum = 0;
+            for (int64_t lane = 0; lane < lanes; ++lane) sum += sums[pair * lanes + lane];
+            partial[p * ld * ld + pair] = sum;
+          }
+        }
+      });
+      for (int64_t i = 0; i < std::min(kBlock, K - a * kBlock); ++i) {
+        for (int64_t j = a == b ? i : 0; j < std::min(kBlock, K - b * kBlock); ++j) {
+          double sum = 0;
+          for (int64_t p = 0; p < parts.count(); ++p) sum += partial[(p * ld + i) * ld + j];
+          result(a * kBlock + i, b * kBlock + j, sum);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace taskgroup

@@ -1,0 +1,52 @@
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+
+#include "ops/cpu/gram.h"
+#include "ops/cpu/torch_parallel.h"
+#include "ops/gram_affinity_update.h"
+
+namespace taskgroup {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+template <typename scalar_t>
+void update(float* matrix,  // [K, K]
+            const Gradients& gradients, const std::vector<int64_t>& tasks,
+            const scalar_t* losses,  // [K]
+            int64_t K, double decay, double lr) {
+  const auto observe = [&](int64_t i, int64_t k, double product) {
+    const double loss = losses[k];
+    if (!(std::isfinite(product) && std::isfinite(loss) && loss > 0.0)) return;
+    float& entry = matrix[i * K + k];
+    entry = static_cast<float>((1.0 - decay) * static_cast<double>(entry) +
+                               decay * (lr * product / loss));
+  };
+  gram(gradients, gradient_loops(), torch_parallel_for, [&](int64_t i, int64_t k, double product) {
+    observe(tasks[i], tasks[k], product);
+    if (i != k) observe(tasks[k], tasks[i], product);
+  });
+}
+
+void gram_affinity_update_cpu(Tensor matrix, std::vector<Tensor> list, std::vector<int64_t> slots,
+                              std::vector<int64_t> tasks, Tensor losses, double decay, double lr) {
+  const Gradients gradients = check_gram_affinity_update(matrix, list, slots, tasks, losses, decay);
+  float* out = matrix.mutable_data_ptr<float>();
+  if (losses.scalar_type() == ScalarType::Double) {
+    update(out, gradients, tasks, losses.const_data_ptr<double>(), matrix.size(0), decay, lr);
+  } else {
+    update(out, gradients, tasks, losses.const_data_ptr<float>(), matrix.size(0), decay, lr);
+  }
+}
+
+static_assert(std::is_same_v<decltype(gram_affinity_update_cpu), GramAffinityUpdate>);
+
+}  // namespace
+}  // namespace taskgroup
+
+STABLE_TORCH_LIBRARY_IMPL(taskgroup, CPU, library) {
+  library.impl("gram_affinity_update_", TORCH_BOX(&taskgroup::gram_affinity_update_cpu));
+}

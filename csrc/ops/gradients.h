@@ -1,0 +1,41 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+// The gradients of K tasks on T parameters, as they lie in memory; free of torch, so that the
+// kernels and their tests need none.
+
+namespace taskgroup {
+
+enum class Dtype { kFloat, kDouble, kBFloat16, kHalf };
+
+constexpr int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
+}
+
+struct Gradient {
+  const void* data;
+  int32_t task;            // 0..K-1
+  const int64_t* strides;  // [dim], in elements; used where the parameter is `strided`
+};
+
+struct Parameter {
+  int64_t numel;
+  Dtype dtype;
+  // False: every gradient holds its numel elements without gaps and in one common order, so that
+  // element x of one belongs to element x of all. True: they are to be visited by their strides.
+  bool strided;
+  int32_t dim;
+  const int64_t* sizes;  // [dim]
+  int64_t begin, end;    // its gradients, in Gradients::all, by ascending task
+};
+
+struct Gradients {
+  int64_t n_tasks = 0;
+  std::vector<Parameter> parameters;
+  std::vector<Gradient> all;
+  std::vector<int64_t> shapes;  // what `sizes` and `strides` point into
+};
+
+}  // namespace taskgroup

@@ -1,0 +1,31 @@
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "ops/gradient_list.h"
+
+namespace taskgroup {
+
+// One per backend: csrc/ops/<backend>/gram_affinity_update_kernel.
+//
+//   matrix            [K, K] float32, contiguous; updated in place
+//   gradients, slots  of the measured tasks, numbered 0..n-1; see gradient_list.h
+//   tasks             [n] the row and column of each measured task, 0..K-1, ascending
+//   losses            [K] float32 or float64, contiguous, on the device of the gradients
+//   decay             in (0, 1]
+//   lr                scales the observation lr * <g_i, g_k> / L_k
+using GramAffinityUpdate = void(torch::stable::Tensor matrix,
+                                std::vector<torch::stable::Tensor> gradients,
+                                std::vector<int64_t> slots, std::vector<int64_t> tasks,
+                                torch::stable::Tensor losses, double decay, double lr);
+
+Gradients check_gram_affinity_update(const torch::stable::Tensor& matrix,
+                                     const std::vector<torch::stable::Tensor>& gradients,
+                                     const std::vector<int64_t>& slots,
+                                     const std::vector<int64_t>& tasks,
+                                     const torch::stable::Tensor& losses, double decay);
+
+}  // namespace taskgroup

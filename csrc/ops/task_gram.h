@@ -1,0 +1,18 @@
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace taskgroup {
+
+// One per backend: csrc/ops/<backend>/task_gram_kernel.
+//
+//   gradients, slots  see gradient_list.h
+//   n_tasks           K, 1 to 1024
+//   returns           [K, K] float32, float64 if any gradient is; row i column j <g_i, g_j>
+using TaskGram = torch::stable::Tensor(std::vector<torch::stable::Tensor> gradients,
+                                       std::vector<int64_t> slots, int64_t n_tasks);
+
+}  // namespace taskgroup

@@ -1,0 +1,145 @@
+"""The weighted combination of the gradients of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from taskgroup.ops import _backend
+from taskgroup.ops._gradient_list import GradientList, Gradients, check, flatten
+
+
+def combine(
+    gradients: Gradients,
+    weights: Tensor | Sequence[float],
+    out: Sequence[Tensor | None] | None = None,
+) -> list[Tensor | None]:
+    r"""Combines the gradients of K tasks into one: :math:`g_t = \sum_k w_k \, g_{k,t}`.
+
+    Every gradient is read once and the result is written once; no copy is made on the way. Sums are
+    in float32 (float64 for float64 gradients), in the order of the tasks, and rounded once to the
+    dtype of the parameter. With :func:`taskgroup.task_gram` before it, any method that needs inner
+    products alone makes two passes over the gradients and keeps nothing else of their size.
+
+    NaN and infinity propagate as in any sum: zero times infinity is NaN.
+
+    Args:
+        gradients: ``[K][T]`` tensors or None, as for :func:`taskgroup.task_gram`.
+        weights: ``[K]``, any floating dtype, on the device of the gradients; or K numbers.
+        out: ``[T]``, where to write: tensors of the shape, dtype and device of the gradients, the
+            ``.grad`` of the parameters for instance. One may be a gradient itself. Where no task
+            reaches the parameter a tensor is set to zero, and may be None.
+
+    Returns:
+        ``[T]``: ``out``, or new tensors; None for a parameter that no task reaches.
+
+    Raises:
+        ValueError: if the weights or ``out`` do not fit the gradients, or a gradient has another
+            shape, dtype, layout or device than the others; the sentence names it.
+
+    Example:
+        >>> depth = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
+        >>> normal = [torch.tensor([1.0, 0.0]), None]
+        >>> combine([depth, normal], [0.5, 0.25])
+        [tensor([0.7500, 1.0000]), tensor([[1.5000]])]
+    """
+    listed = flatten(gradients)
+    n_parameters = len(gradients[0])
+    reached = dict.fromkeys(listed.parameters())  # in order
+    if out is None:
+        place = dict(zip(listed.parameters(), listed.flat, strict=True))
+        result = [torch.empty_like(place[t]) if t in reached else None for t in range(n_parameters)]
+    else:
+        result = list(out)
+        _check_out(result, listed, n_parameters)
+        for t in range(n_parameters):
+            untouched = result[t]
+            if t not in reached and untouched is not None:
+                untouched.detach().zero_()
+    if not listed.flat:
+        return result
+    device = listed.flat[0].device
+    weights = _weights(weights, listed.n_tasks, device)
+    if len(reached) < n_parameters:  # the ops see the parameters that are reached alone
+        position = {t: p for p, t in enumerate(reached)}
+        slots = [
+            position[t] * listed.n_tasks + k
+            for t, k in zip(listed.parameters(), listed.tasks(), strict=True)
+        ]
+        listed = listed._replace(slots=slots)
+    run = _backend.choose(device.type, cpp=_native, reference=_reference)
+    with torch.no_grad():
+        run(listed, weights, [result[t].detach() for t in reached])  # type: ignore[union-attr]
+    return result
+
+
+def _weights(weights: Tensor | Sequence[float], n_tasks: int, device: torch.device) -> Tensor:
+    if not isinstance(weights, Tensor):
+        weights = torch.tensor(weights, dtype=torch.float32, device=device)
+    if weights.shape != (n_tasks,) or not weights.is_floating_point():
+        raise ValueError(
+            f"weights must be floating point [{n_tasks}], one per task, got {weights.dtype} "
+            f"{list(weights.shape)}."
+        )
+    if weights.device != device:
+        raise ValueError(
+            f"weights must be on the device of the gradients, {device}, got {weights.device}."
+        )
+    weights = weights.detach()
+    if weights.dtype not in (torch.float32, torch.float64):
+        weights = weights.float()
+    return weights.contiguous()
+
+
+def _check_out(out: list[Tensor | None], gradients: GradientList, n_parameters: int) -> None:
+    if len(out) != n_parameters:
+        raise ValueError(f"out must hold one tensor per parameter, {n_parameters}, got {len(out)}.")
+    for t, gradient in zip(gradients.parameters(), gradients.flat, strict=True):
+        tensor = out[t]
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"out must hold a tensor to write to for tensor {t}, which a task reaches, got "
+                f"{type(tensor).__name__}."
+            )
+        if (tensor.shape, tensor.dtype, tensor.device) != (
+            gradient.shape,
+            gradient.dtype,
+            gradient.device,
+        ):
+            raise ValueError(
+                f"out must have the shape, dtype and device of the gradients: tensor {t} is "
+                f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}, its gradient "
+                f"{gradient.dtype} {list(gradient.shape)} on {gradient.device}."
+            )
+
+
+def _native(gradients: GradientList, weights: Tensor, out: list[Tensor]) -> None:
+    try:
+        torch.ops.taskgroup.combine(gradients.flat, gradients.slots, weights, out)
+    except (RuntimeError, TypeError):
+        check(gradients)
+        raise
+
+
+def _reference(gradients: GradientList, weights: Tensor, out: list[Tensor]) -> None:
+    check(gradients)
+    sums: dict[int, Tensor] = {}
+    for k, t, gradient in zip(
+        gradients.tasks(), gradients.parameters(), gradients.flat, strict=True
+    ):
+        wide = gradient if gradient.dtype == torch.float64 else gradient.float()
+        term = wide * weights[k].to(wide.dtype)
+        sums[t] = sums[t] + term if t in sums else term
+    for t, total in sums.items():
+        out[t].copy_(total)
+
+
+def _fake(gradients: list[Tensor], slots: list[int], weights: Tensor, out: list[Tensor]) -> None:
+    """The op writes to its argument and returns nothing: without data it can only be checked."""
+    check(GradientList(gradients, slots, len(weights)))
+
+
+if _backend.native.host is not None:
+    torch.library.register_fake("taskgroup::combine", _fake)

@@ -1,0 +1,157 @@
+"""The update of the affinity matrix by the gradients of tasks, to first order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from taskgroup.ops import _backend
+from taskgroup.ops._gradient_list import (
+    GradientList,
+    Gradients,
+    check,
+    flatten,
+    reference_gram,
+)
+
+
+def gram_affinity_update_(
+    matrix: Tensor, gradients: Gradients, losses: Tensor, decay: float, lr: float = 1.0
+) -> Tensor:
+    r"""Updates the affinity matrix, in place, by what a small step on each task would do.
+
+    To first order a gradient step of size :math:`\eta` on task :math:`i` lowers the loss of task
+    :math:`k` by :math:`\eta \langle g_i, g_k \rangle`, so every entry moves to
+
+    .. math::
+        A_{ik} \leftarrow (1 - \beta) A_{ik} + \beta \, \eta \, \frac{\langle g_i, g_k \rangle}{L_k}
+
+    (Fifty et al., "Efficiently Identifying Task Groupings for Multi-Task Learning", NeurIPS 2021,
+    and "Selective Task Group Updates for Multi-Task Optimization", ICLR 2025, arXiv 2502.11986,
+    whose affinities this approximates.) One fused op: the last step of the sum writes the affinity,
+    and nothing of the size of the gradients is copied.
+
+    Entries whose inner product or loss :math:`L_k` is not finite, or whose loss is not positive,
+    stay as they are; so do the rows and columns of tasks that are not measured.
+
+    Args:
+        matrix: affinity :math:`A`, float32 ``[K, K]``, contiguous. Row i is the effect of stepping
+            task i, column k the effect on task k.
+        gradients: ``[K][T]`` tensors or None, as for :func:`taskgroup.task_gram`. A task whose
+            gradients are all None is not measured.
+        losses: ``[K]``, any floating dtype, on the device of ``matrix``.
+        decay: weight :math:`\beta` of the observation, in (0, 1].
+        lr: step size :math:`\eta`. It cancels where the affinity is normalised for clustering.
+
+    Returns:
+        ``matrix``.
+
+    Raises:
+        ValueError: if an argument has another shape, dtype, layout or device than these; the
+            sentence names it. Nothing is changed then.
+
+    Example:
+        >>> gradients = [[torch.tensor([1.0, 0.0])], [torch.tensor([1.0, 1.0])], [None]]
+        >>> losses = torch.tensor([1.0, 2.0, 1.0])
+        >>> gram_affinity_update_(torch.zeros(3, 3), gradients, losses, decay=1.0)
+        tensor([[1.0000, 0.5000, 0.0000],
+                [1.0000, 1.0000, 0.0000],
+                [0.0000, 0.0000, 0.0000]])
+    """
+    listed = flatten(gradients)
+    losses = losses.detach().contiguous()
+    if losses.dtype in (torch.float16, torch.bfloat16):
+        losses = losses.float()
+    _check(matrix, listed, losses, decay)
+    measured = sorted(set(listed.tasks()))
+    if not measured:
+        return matrix
+    if len(measured) < listed.n_tasks:  # the ops see the measured tasks alone
+        place = {k: p for p, k in enumerate(measured)}
+        n = len(measured)
+        slots = [t * n + place[k] for t, k in zip(listed.parameters(), listed.tasks(), strict=True)]
+        listed = GradientList(listed.flat, slots, n)
+    update = _backend.choose(matrix.device.type, cpp=_native, reference=_reference)
+    with torch.no_grad():
+        update(matrix, listed, measured, losses, float(decay), float(lr))
+    return matrix
+
+
+def _check(matrix: Tensor, gradients: GradientList, losses: Tensor, decay: float) -> None:
+    n_tasks = gradients.n_tasks
+    if matrix.shape != (n_tasks, n_tasks):
+        raise ValueError(
+            f"matrix must have shape [{n_tasks}, {n_tasks}], a row per task, got "
+            f"{list(matrix.shape)}."
+        )
+    if matrix.dtype != torch.float32:
+        raise ValueError(f"matrix must be float32, got {matrix.dtype}.")
+    if not matrix.is_contiguous():
+        raise ValueError("matrix must be contiguous: it is updated in place.")
+    if matrix.requires_grad:
+        raise ValueError("matrix must not require a gradient: it is updated in place.")
+    if losses.shape != (n_tasks,):
+        raise ValueError(f"losses must have shape [{n_tasks}], got {list(losses.shape)}.")
+    if losses.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"losses must have a floating dtype, got {losses.dtype}.")
+    if losses.device != matrix.device:
+        raise ValueError(
+            f"losses must be on the device of matrix, {matrix.device}, got {losses.device}."
+        )
+    if gradients.flat and gradients.flat[0].device != matrix.device:
+        raise ValueError(
+            f"gradients must be on the device of matrix, {matrix.device}, got "
+            f"{gradients.flat[0].device}."
+        )
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay must be in (0, 1], got {decay}.")
+
+
+def _native(
+    matrix: Tensor,
+    gradients: GradientList,
+    tasks: list[int],
+    losses: Tensor,
+    decay: float,
+    lr: float,
+) -> None:
+    flat, slots, _ = gradients
+    try:
+        torch.ops.taskgroup.gram_affinity_update_(matrix, flat, slots, tasks, losses, decay, lr)
+    except (RuntimeError, TypeError):
+        check(gradients)
+        raise
+
+
+def _reference(
+    matrix: Tensor,
+    gradients: GradientList,
+    tasks: list[int],
+    losses: Tensor,
+    decay: float,
+    lr: float,
+) -> None:
+    gram = reference_gram(gradients)
+    index = torch.tensor(tasks, device=matrix.device)
+    own = losses.double()[index]
+    valid = gram.isfinite() & own.isfinite() & (own > 0)
+    old = matrix[index[:, None], index]
+    new = ((1 - decay) * old.double() + decay * (lr * gram / own)).float()
+    matrix[index[:, None], index] = torch.where(valid, new, old)
+
+
+def _fake(
+    matrix: Tensor,
+    gradients: list[Tensor],
+    slots: list[int],
+    tasks: list[int],
+    losses: Tensor,
+    decay: float,
+    lr: float,
+) -> None:
+    """The op writes to its argument and returns nothing: without data it can only be checked."""
+    check(GradientList(gradients, slots, len(tasks)))
+
+
+if _backend.native.host is not None:
+    torch.library.register_fake("taskgroup::gram_affinity_update_", _fake)

@@ -1,0 +1,84 @@
+"""Inner products of the gradients of tasks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from taskgroup.ops import _backend
+from taskgroup.ops._gradient_list import (
+    GradientList,
+    Gradients,
+    check,
+    flatten,
+    gram_dtype,
+    reference_gram,
+)
+
+
+def task_gram(gradients: Gradients) -> Tensor:
+    r"""The Gram matrix of the gradients of K tasks: how far they pull the same way.
+
+    .. math::
+        G_{ij} = \langle g_i, g_j \rangle = \sum_t \sum_x g_{i,t,x} \, g_{j,t,x}
+
+    over all parameters :math:`t` and their elements :math:`x`. Every gradient is read once (once
+    for every 64 tasks), from where it lies, whatever its strides: nothing is concatenated. Products
+    of float32, bfloat16 and float16 are summed in float32 over short runs and in float64 beyond;
+    the error is at most 1e-6 of :math:`|g_i| |g_j|`. The result is the same, to the bit, from run
+    to run, and does not depend on the number of threads.
+
+    NaN and infinity propagate as in any sum.
+
+    Args:
+        gradients: ``[K][T]`` tensors or None, as :func:`taskgroup.task_gradients` returns them; K
+            from 1 to 1024. The gradients on one parameter share shape and dtype, float32, float64,
+            bfloat16 or float16; all are on one device. None stands for a task that does not reach
+            the parameter: zero.
+
+    Returns:
+        ``[K, K]``, symmetric, on the device of the gradients; float64 if any gradient is, else
+        float32.
+
+    Raises:
+        ValueError: if there is no gradient at all, or one has another shape, dtype, layout or
+            device than these; the sentence names the task and the tensor.
+
+    Example:
+        >>> depth = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
+        >>> normal = [torch.tensor([1.0, 0.0]), None]
+        >>> task_gram([depth, normal])
+        tensor([[14.,  1.],
+                [ 1.,  1.]])
+    """
+    listed = flatten(gradients)
+    if not listed.flat:
+        raise ValueError("gradients holds None alone: no task reaches any of the parameters.")
+    device = getattr(listed.flat[0], "device", None)
+    gram = _backend.choose(
+        "cpu" if device is None else device.type, cpp=_native, reference=_reference
+    )
+    with torch.no_grad():
+        return gram(listed)
+
+
+def _native(gradients: GradientList) -> Tensor:
+    try:
+        matrix: Tensor = torch.ops.taskgroup.task_gram(*gradients)
+    except (RuntimeError, TypeError):
+        check(gradients)
+        raise
+    return matrix
+
+
+def _reference(gradients: GradientList) -> Tensor:
+    return reference_gram(gradients).to(gram_dtype(gradients.flat))
+
+
+def _fake(gradients: list[Tensor], slots: list[int], n_tasks: int) -> Tensor:
+    check(GradientList(gradients, slots, n_tasks))
+    return gradients[0].new_empty(n_tasks, n_tasks, dtype=gram_dtype(gradients))
+
+
+if _backend.native.host is not None:
+    torch.library.register_fake("taskgroup::task_gram", _fake)
