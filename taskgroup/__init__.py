@@ -15,7 +15,13 @@ Tasks are updated group by group inside every batch, and the groups are learned 
 """
 
 from taskgroup import ops
-from taskgroup.affinity import ProximalAffinity
+from taskgroup.affinity import GradientAffinity, ProximalAffinity
+from taskgroup.gradients import (
+    conflicts,
+    pareto_stationarity,
+    streaming_task_gram,
+    task_gradients,
+)
 from taskgroup.grouping import (
     AffinityPropagation,
     Fixed,
@@ -25,6 +31,7 @@ from taskgroup.grouping import (
     Singletons,
     Together,
 )
+from taskgroup.lookahead import lookahead_affinity
 from taskgroup.metrics import delta_m
 from taskgroup.modules import MultiTaskModel
 from taskgroup.ops import (
@@ -39,6 +46,7 @@ from taskgroup.schedule import Group, TaskGroups
 __all__ = [
     "AffinityPropagation",
     "Fixed",
+    "GradientAffinity",
     "Group",
     "Grouping",
     "Heterogeneous",
@@ -51,9 +59,14 @@ __all__ = [
     "affinity_propagation",
     "affinity_update_",
     "combine",
+    "conflicts",
     "delta_m",
     "gram_affinity_update_",
+    "lookahead_affinity",
     "ops",
+    "pareto_stationarity",
+    "streaming_task_gram",
+    "task_gradients",
     "task_gram",
 ]
 

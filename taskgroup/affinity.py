@@ -1,18 +1,99 @@
-"""What a group's step did to every task."""
+"""How stepping one task affects another: measured on the steps, or from gradients."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from taskgroup.ops import affinity_update_
+from taskgroup.distributed import mean_gradients_over_ranks
+from taskgroup.gradients import task_gradients
+from taskgroup.ops import affinity_update_, gram_affinity_update_
 
-__all__ = ["ProximalAffinity"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # which not every build of torch has
+
+__all__ = ["Affinity", "GradientAffinity", "ProximalAffinity"]
 
 
-class ProximalAffinity:
+class Affinity:
+    """A moving average of the effect of every task on every other: base of the affinities.
+
+    Args:
+        decay: the weight of a new observation, in (0, 1].
+
+    Attributes:
+        matrix: float32 ``[K, K]``; row i is the effect of stepping task i, column k the effect on
+            task k. Zero at the start; on the device of the losses once they have been seen.
+        reads_steps: True where :class:`TaskGroups` must show it what a step did, which takes two
+            steps in a batch.
+    """
+
+    reads_steps = False
+    _matrix: Tensor
+
+    def __init__(self, decay: float) -> None:
+        if not 0.0 < decay <= 1.0:
+            raise ValueError(f"decay must be in (0, 1], got {decay!r}.")
+        self.decay = float(decay)
+
+    @property
+    def matrix(self) -> Tensor:  # noqa: D102 (documented by the class)
+        return self._matrix
+
+    def start(self, tasks: tuple[str, ...]) -> None:
+        """Follow these tasks from nothing; :class:`TaskGroups` calls it once.
+
+        Raises:
+            RuntimeError: if another :class:`TaskGroups` uses this object already.
+        """
+        if hasattr(self, "_matrix"):
+            raise RuntimeError(
+                f"This {type(self).__name__} already belongs to a TaskGroups; make a new one for "
+                "each."
+            )
+        self._matrix = torch.zeros(len(tasks), len(tasks))
+
+    def to(self, device: torch.device) -> None:
+        """Move to ``device``, the one of the losses."""
+        if self._matrix.device != device:
+            self._matrix = self._matrix.to(device)
+
+    def draw(self, round_: int) -> tuple[int, ...]:
+        """The tasks whose gradients are to be measured in this round, by position."""
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to go on exactly: a copy of the matrix."""
+        return {"matrix": self._matrix.detach().to("cpu", copy=True)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave, for the same number of tasks.
+
+        Raises:
+            ValueError: if ``state`` is not of such an affinity, or of other tasks. Nothing has
+                changed then.
+        """
+        kept = self.state_dict()
+        for name, value in kept.items():
+            other = state.get(name)
+            if (
+                set(state) != set(kept)
+                or not isinstance(other, Tensor)
+                or other.shape != value.shape
+                or other.dtype != value.dtype
+            ):
+                raise ValueError(
+                    f"The state of a {type(self).__name__} holds a {value.dtype} {name} of shape "
+                    f"{list(value.shape)}, got keys {sorted(state)}; load the checkpoint with the "
+                    "affinity that wrote it."
+                )
+        self._matrix = state["matrix"].detach().to("cpu", copy=True)
+
+
+class ProximalAffinity(Affinity):
     r"""The proximal inter-task affinity, read off the training steps themselves.
 
     A step on group :math:`S` changes the loss of task :math:`k` on the same batch from
@@ -33,10 +114,6 @@ class ProximalAffinity:
         decay: the weight :math:`\beta` of a new observation, in (0, 1]. The paper uses 1e-3 and
             1e-4 over 40,000 batches; short runs want more.
 
-    Attributes:
-        matrix: float32 ``[K, K]``; row i is the effect of stepping task i, column k the effect on
-            task k. Zero at the start; on the device of the losses once they have been seen.
-
     Raises:
         ValueError: if ``decay`` is outside (0, 1].
 
@@ -50,24 +127,10 @@ class ProximalAffinity:
                 [ 0.0000,  0.0000]])
     """
 
-    matrix: Tensor
+    reads_steps = True
 
     def __init__(self, decay: float = 1e-3) -> None:
-        if not 0.0 < decay <= 1.0:
-            raise ValueError(f"decay must be in (0, 1], got {decay!r}.")
-        self.decay = float(decay)
-
-    def start(self, tasks: tuple[str, ...]) -> None:
-        """Forget everything and follow these tasks; :class:`TaskGroups` calls it once.
-
-        Raises:
-            RuntimeError: if another :class:`TaskGroups` uses this object already.
-        """
-        if hasattr(self, "matrix"):
-            raise RuntimeError(
-                "This ProximalAffinity already belongs to a TaskGroups; make a new one for each."
-            )
-        self.matrix = torch.zeros(len(tasks), len(tasks))
+        super().__init__(decay)
 
     def observe(self, before: Tensor, after: Tensor, mask: Tensor) -> None:
         """Take in the effect of one step.
@@ -78,33 +141,144 @@ class ProximalAffinity:
             mask: bool ``[K]``, True for the tasks of the group that was stepped.
         """
         self.to(after.device)
-        affinity_update_(self.matrix, before, after, mask, self.decay)
+        affinity_update_(self._matrix, before, after, mask, self.decay)
+
+
+class GradientAffinity(Affinity):
+    r"""The affinity to first order, from the gradients of single tasks.
+
+    A small gradient step on task :math:`i` lowers the loss of task :math:`k` by the step size times
+    :math:`\langle g_i, g_k \rangle`, with the gradients on the shared parameters; relative to that
+    loss,
+
+    .. math::
+        A_{ik} \leftarrow (1 - \beta) A_{ik} + \beta \, \langle g_i, g_k \rangle / L_k
+
+    The step size is left out: it cancels where the matrix is normalised for clustering. Where a
+    gradient or loss is not finite, or the loss not positive, the entry stays.
+
+    It needs no second step in a batch and tells the tasks of a group apart, at the price of a
+    backward pass through the shared parameters for every measured task: in the first step of every
+    ``every``-th round, for all tasks or a random ``sample`` of them, so that the price need not
+    grow with K. The losses of the measured tasks must then carry a graph: :class:`MultiTaskModel`
+    keeps it for the tasks in ``group.graph``, a model called whole has it anyway. A compiled model
+    needs ``torch._functorch.config.donated_buffer = False``.
+
+    In data-parallel training gradients are averaged over the ranks. With gradient accumulation the
+    first micro-batch is measured. ``observe_every`` plays no part.
+
+    Args:
+        shared: the parameters that the tasks share, or the module that holds them (the encoder).
+        decay: the weight :math:`\beta` of a new observation, in (0, 1].
+        every: rounds from one measurement to the next.
+        sample: how many tasks to measure at a time; None is all of them.
+
+    Raises:
+        ValueError: if an argument is out of its range, or nothing is shared.
+
+    Example:
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> target = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([3.0, -1.0])}
+        >>> import taskgroup as tg
+        >>> groups = tg.TaskGroups(list(target), affinity=GradientAffinity([x], decay=1.0))
+        >>> for group in groups:
+        ...     losses = {t: (x - target[t]).square().sum() for t in group.observed}
+        ...     group.loss(losses).backward()
+        >>> groups.affinity.matrix
+        tensor([[4.0000, 3.2000],
+                [3.2000, 4.0000]])
+    """
+
+    def __init__(
+        self,
+        shared: nn.Module | Iterable[Tensor],
+        decay: float = 1e-2,
+        every: int = 1,
+        sample: int | None = None,
+    ) -> None:
+        super().__init__(decay)
+        self._shared = list(shared.parameters() if isinstance(shared, nn.Module) else shared)
+        if not self._shared:
+            raise ValueError("shared is empty: name the parameters that the tasks share.")
+        for name, value in (("every", every), ("sample", 2 if sample is None else sample)):
+            least = 1 if name == "every" else 2
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+        self._every = every
+        self._sample = sample
+
+    def start(self, tasks: tuple[str, ...]) -> None:
+        """Follow these tasks from nothing; :class:`TaskGroups` calls it once."""
+        super().start(tasks)
+        # How much of each entry has been observed: a pair is drawn less often than a task, and the
+        # zero that the average starts from would pull it down further.
+        self._observed = torch.zeros_like(self._matrix)
+        self._generator = torch.Generator().manual_seed(0)  # the same on every rank
+
+    @property
+    def matrix(self) -> Tensor:
+        """Float32 ``[K, K]``; the average over what was observed, 0 where nothing was."""
+        if self._sample is None:
+            return self._matrix
+        return self._matrix / self._observed.clamp(min=torch.finfo(torch.float32).tiny)
 
     def to(self, device: torch.device) -> None:
-        """Move the matrix to ``device``, the one of the losses."""
-        if self.matrix.device != device:
-            self.matrix = self.matrix.to(device)
+        """Move to ``device``, the one of the losses."""
+        super().to(device)
+        self._observed = self._observed.to(device)
+
+    def draw(self, round_: int) -> tuple[int, ...]:
+        """The tasks whose gradients are to be measured in this round, by position."""
+        n_tasks = len(self._matrix)
+        if round_ % self._every:
+            return ()
+        if self._sample is None or self._sample >= n_tasks:
+            return tuple(range(n_tasks))
+        drawn = torch.randperm(n_tasks, generator=self._generator)[: self._sample]
+        return tuple(sorted(drawn.tolist()))
+
+    def measure(
+        self,
+        losses: dict[int, Tensor],
+        values: Tensor,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        """Take in the gradients of some tasks; their graph is kept.
+
+        Args:
+            losses: scalars with a graph, by the position of the task.
+            values: losses of all tasks, ``[K]``, without a graph; NaN for a task not measured.
+            process_group: the ranks whose gradients are averaged; None is all of them.
+        """
+        self.to(values.device)
+        found = task_gradients(list(losses.values()), self._shared, retain_graph=True)
+        mean_gradients_over_ranks(found, self._shared, process_group)
+        gradients: list[list[Tensor | None]] = [
+            [None] * len(self._shared) for _ in range(len(self._matrix))
+        ]
+        for k, own in zip(losses, found, strict=True):
+            gradients[k] = own
+        gram_affinity_update_(self._matrix, gradients, values, self.decay)
+        if self._sample is not None:
+            index = torch.tensor(list(losses), device=values.device)
+            weight = self._observed[index[:, None], index]
+            self._observed[index[:, None], index] = weight + self.decay * (1 - weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to go on exactly: a copy of the matrix."""
-        return {"matrix": self.matrix.detach().to("cpu", copy=True)}
+        """What :meth:`load_state_dict` needs to go on exactly."""
+        return {
+            **super().state_dict(),
+            "observed": self._observed.to("cpu", copy=True),
+            "generator": self._generator.get_state(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave, for the same number of tasks.
 
         Raises:
-            ValueError: if ``state`` holds no float32 matrix of the right shape.
+            ValueError: if ``state`` is not of such an affinity, or of other tasks. Nothing has
+                changed then.
         """
-        matrix = state.get("matrix")
-        shape = tuple(self.matrix.shape)
-        if (
-            set(state) != {"matrix"}
-            or not isinstance(matrix, Tensor)
-            or tuple(matrix.shape) != shape
-            or matrix.dtype != torch.float32
-        ):
-            raise ValueError(
-                f"The state of a ProximalAffinity holds one float32 matrix of shape {list(shape)}, "
-                f"got keys {sorted(state)}; load the checkpoint with the affinity that wrote it."
-            )
-        self.matrix = matrix.detach().to("cpu", copy=True)
+        super().load_state_dict(state)
+        self._observed = state["observed"].detach().to("cpu", copy=True)
+        self._generator.set_state(state["generator"].cpu())

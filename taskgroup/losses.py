@@ -117,6 +117,24 @@ class LossReader:
             own = own * weights
         return (own.mean() if self._mean else own.sum()), _at_least_float32(measured)
 
+    def with_graph(self, losses: Losses, members: Members) -> list[Tensor]:
+        """The losses of ``members`` one by one, with their graph; ``losses`` have been read.
+
+        Raises:
+            ValueError: if one has no graph.
+        """
+        if isinstance(losses, Tensor):
+            return [losses[k] for k in members]
+        found = [losses[self.tasks[k]] for k in members]
+        for k, loss in zip(members, found, strict=True):
+            if not loss.requires_grad:
+                raise ValueError(
+                    f"The loss of task {self.tasks[k]!r} has no graph, and this step measures its "
+                    "gradient: call the MultiTaskModel with group=group, or compute the losses of "
+                    "the tasks in group.graph with gradients on."
+                )
+        return found
+
     def spread(self, measured: Tensor, needed: Members) -> Tensor:
         """The losses of ``needed`` at their places in ``[K]``, NaN for the other tasks."""
         if needed == self.everyone:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from taskgroup.affinity import ProximalAffinity
+from taskgroup.affinity import Affinity, GradientAffinity, ProximalAffinity
 from taskgroup.distributed import mean_over_ranks
 from taskgroup.grouping import AffinityPropagation
 from taskgroup.heads import Heads, Outside, head_parameters, prepare_gradients
@@ -44,6 +44,7 @@ class Group:
         groups: TaskGroups,
         members: Members,
         needed: Members,
+        measures: Members,
         *,
         observes: bool,
         first: bool,
@@ -56,6 +57,7 @@ class Group:
         self._groups = groups
         self._members = members
         self._needed = needed
+        self._measures = measures  # whose gradients are taken
         self._shares = 0.0  # of the step, so far
         self._measured: Tensor | None = None  # share-weighted losses of the needed tasks, so far
         self._skipped = False
@@ -67,13 +69,13 @@ class Group:
 
     @property
     def observed(self) -> tuple[str, ...]:
-        """The tasks whose losses this step needs: its own; all where the batch observes."""
+        """The tasks whose losses this step needs: its own, those it observes or measures."""
         return self._groups._reader.names(self._needed)
 
     @property
     def graph(self) -> tuple[str, ...]:
-        """The tasks whose losses must carry a graph: the group's own."""
-        return self.tasks
+        """The tasks whose losses must carry a graph: the group's own, and those it measures."""
+        return self._groups._reader.names(_union(self._members, self._measures))
 
     @property
     def mask(self) -> Tensor:
@@ -183,7 +185,7 @@ class TaskGroups:
         tasks: Sequence[str],
         *,
         weights: Mapping[str, float] | Sequence[float] | None = None,
-        affinity: ProximalAffinity | None = None,
+        affinity: Affinity | None = None,
         grouping: Callable[[Tensor], Tensor | None] | None = None,
         warmup: int = 100,
         regroup_every: int = 1,
@@ -219,6 +221,7 @@ class TaskGroups:
         self._partition: list[Members] = [(k,) for k in range(len(self._tasks))]
         self._queue: list[Members] = []  # groups of this round not dealt yet
         self._rounds = 0  # begun
+        self._to_measure: Members = ()  # in the first step of the batch that began a round
         self._batches = 0  # begun
         self._generator = torch.Generator().manual_seed(seed)
         self.unconverged = 0
@@ -398,19 +401,23 @@ class TaskGroups:
         batch = self._batch = object()
         self._group = self._before = None
         try:
-            observes = self._batches % self._observe_every == 0
+            observes = self.affinity.reads_steps and self._batches % self._observe_every == 0
             self._batches += 1
             steps = self._plan(present, observes)
             observes = observes and len(steps) > 1
+            here = frozenset(present)
+            to_measure, self._to_measure = _cut(self._to_measure, here), ()
             replay = self._replay_rng and len(steps) > 1
             random_state = RandomState(self._reader.device) if replay else None
             for place, members in enumerate(steps):
                 if random_state is not None and place > 0:
                     random_state.replay()
+                measures = to_measure if place == 0 else ()
                 group = self._group = Group(
                     self,
                     members,
-                    present if observes else members,
+                    present if observes else _union(members, measures),
+                    measures,
                     observes=observes,
                     first=place == 0,
                     last=place == len(steps) - 1,
@@ -456,6 +463,7 @@ class TaskGroups:
         warmup = self._warmup if self._learns else 0
         if self._rounds > warmup and self._rounds % self._regroup_every == 0:
             self._regroup()
+        self._to_measure = self.affinity.draw(self._rounds)
         self._rounds += 1
         order = torch.randperm(len(self._partition), generator=self._generator)
         self._queue = [self._partition[i] for i in order.tolist()]
@@ -497,6 +505,8 @@ class TaskGroups:
                 "group.loss(losses) once per step, or with share=1/n in each of n micro-batches."
             )
         value, measured = self._reader.read(losses, group._members, group._needed)
+        if group._measures and group._measured is None and group is self._group:
+            self._measure_gradients(group, losses, measured)
         if share != 1.0:
             value, measured = value * share, measured * share
         if group._measured is not None:
@@ -516,6 +526,7 @@ class TaskGroups:
         else:
             self._watch.look(measured.tolist(), group._needed)
         if group.observes:
+            assert isinstance(self.affinity, ProximalAffinity)
             losses = self._reader.spread(measured, group._needed)
             losses = mean_over_ranks(losses, self._process_group)
             if self._before is not None:
@@ -524,6 +535,16 @@ class TaskGroups:
             self._before = _Step(group.mask, losses)
         if on_gpu and group.last:
             self._copy = HostCopy([self.affinity.matrix, *(values for _, values in self._unread)])
+
+    def _measure_gradients(self, group: Group, losses: Losses, measured: Tensor) -> None:
+        """Take in the gradients of single tasks, before the backward pass of the step."""
+        assert isinstance(self.affinity, GradientAffinity)
+        with_graph = self._reader.with_graph(losses, group._measures)
+        values = mean_over_ranks(self._reader.spread(measured, group._needed), self._process_group)
+        self.affinity.measure(
+            dict(zip(group._measures, with_graph, strict=True)), values, self._process_group
+        )
+        self._copy = None  # it is not of the affinity as it is any more
 
     def _read_copy(self, copy: HostCopy) -> Tensor:
         """Wait for the copy and look at the losses in it; the affinity matrix on the host."""
@@ -553,6 +574,10 @@ class TaskGroups:
 def _cut(members: Members, here: frozenset[int] | None) -> Members:
     """The members that are here; None is everyone."""
     return members if here is None else tuple(k for k in members if k in here)
+
+
+def _union(members: Members, others: Members) -> Members:
+    return members if not others else tuple(sorted({*members, *others}))
 
 
 def _checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
