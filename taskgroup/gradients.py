@@ -41,7 +41,8 @@ def task_gradients(
 
     Returns:
         ``[K][T]`` gradients, in the order of the losses and the parameters; None where a task does
-        not reach a parameter, or it is frozen.
+        not reach a parameter, or it is frozen. A stacked tensor reaches whatever one of its losses
+        reaches: zeros stand there for the others.
 
     Raises:
         ValueError: if there is no loss or parameter, or a loss is not a scalar with a graph; the

@@ -1,0 +1,262 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import taskgroup as tg
+from tests.planted import Planted
+
+# Of torch's own making, when it imports its compiler.
+COMPILER_WARNINGS = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script_method.*:DeprecationWarning"
+)
+TASKS = ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "cosine", "sample"),
+    [
+        pytest.param([3, 3], -0.5, None, id="2x3"),
+        pytest.param([4, 4, 4], -0.3, None, id="3x4"),
+        pytest.param([5, 5, 5, 5], -0.2, None, id="4x5"),
+        pytest.param([2, 1], -0.5, None, id="two-against-one"),
+        pytest.param([3, 3], -0.5, 3, id="2x3-sampled"),
+        pytest.param([5, 5, 5, 5], -0.2, 8, id="4x5-sampled"),
+    ],
+)
+def test_finds_planted_partition(sizes, cosine, sample):
+    warmup = 100
+    for seed in range(4):
+        planted = Planted(sizes, cosine, seed)
+        affinity = tg.GradientAffinity([planted.x], decay=0.01, sample=sample)
+        groups = tg.TaskGroups(planted.tasks, affinity=affinity, warmup=warmup, seed=seed)
+        learned = planted.train(groups, 200)[warmup + 1 :]
+        found = sum(partition == planted.partition for partition in learned)
+        assert found >= 0.99 * len(learned), f"seed {seed}: {found} of {len(learned)} batches"
+
+
+def make_model():
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(4, 6), nn.Tanh())
+    model = tg.MultiTaskModel(encoder, {task: nn.Linear(6, 1) for task in TASKS})
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+    target = torch.randn(3, 8, 1, generator=torch.Generator().manual_seed(2))
+
+    def losses(outputs):
+        return {t: (out - target[TASKS.index(t)]).square().mean() for t, out in outputs.items()}
+
+    return model, x, losses
+
+
+def expected_matrix(model, x, losses):
+    """Pair by pair, from separate backward passes."""
+    values, rows = [], []
+    for task in TASKS:
+        loss = losses(model(x))[task]
+        gradients = torch.autograd.grad(loss, list(model.encoder.parameters()))
+        values.append(loss.item())
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    return torch.stack([torch.stack([a @ b / v for b, v in zip(rows, values)]) for a in rows])  # noqa: B905
+
+
+@pytest.mark.parametrize("kind", ["model", "dict", "stacked", "compiled apart", "compiled whole"])
+@COMPILER_WARNINGS
+def test_measures_before_the_step_whatever_the_losses(kind):
+    model, x, losses = make_model()
+    expected = expected_matrix(model, x, losses)
+    affinity = tg.GradientAffinity(model.encoder, decay=1.0)
+    groups = tg.TaskGroups(TASKS, affinity=affinity, warmup=0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    run = model
+    with torch._functorch.config.patch(donated_buffer=False):
+        if kind == "compiled apart":
+            model.compile()
+        elif kind == "compiled whole":
+            run = torch.compile(model)
+        for group in groups:
+            optimizer.zero_grad()
+            if kind in ("model", "compiled apart"):
+                found = losses(model(x, group=group))
+            else:
+                found = losses(run(x))
+                if kind == "stacked":
+                    found = torch.stack(list(found.values()))
+                elif kind == "dict":
+                    found = {t: found[t] for t in group.observed}
+            group.loss(found).backward()
+            optimizer.step()
+    torch.testing.assert_close(affinity.matrix, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_step_is_that_without_it():
+    """Measuring changes neither the gradients of the step nor the random numbers."""
+    ends = []
+    for affinity in ("gradient", "proximal"):
+        model, x, losses = make_model()
+        groups = tg.TaskGroups(
+            TASKS,
+            affinity=tg.GradientAffinity(model.encoder)
+            if affinity == "gradient"
+            else tg.ProximalAffinity(),
+            grouping=tg.Fixed([["a", "b"], ["c"]]),
+        )
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        for _ in range(4):
+            for group in groups:
+                optimizer.zero_grad()
+                group.loss(losses(model(x, group=group))).backward()
+                optimizer.step()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*ends, strict=True):
+        assert torch.equal(a, b)
+
+
+def batches(groups, n, losses):
+    """Runs n batches; per batch, per step: (tasks, observed, graph)."""
+    seen = []
+    for _ in range(n):
+        steps = []
+        for group in groups:
+            steps.append((group.tasks, group.observed, group.graph))
+            group.loss({t: losses()[t] for t in group.observed})
+        seen.append(steps)
+    return seen
+
+
+def quadratic(x):
+    return lambda: {t: (x - k).square().sum() for k, t in enumerate(TASKS, start=1)}
+
+
+class TestSchedule:
+    @pytest.fixture
+    def x(self):
+        return torch.zeros(2, requires_grad=True)
+
+    def test_measures_every_so_many_rounds_in_the_first_step(self, x):
+        groups = tg.TaskGroups(TASKS, affinity=tg.GradientAffinity([x], every=3), warmup=100)
+        for n, steps in enumerate(batches(groups, 7, quadratic(x))):
+            (first, *rest) = steps
+            assert len(steps) == 3
+            if n % 3 == 0:
+                assert first[1] == first[2] == tuple(TASKS)
+            else:
+                assert first[0] == first[1] == first[2]
+            assert all(tasks == observed == graph for tasks, observed, graph in rest)
+
+    def test_adds_no_second_step(self, x):
+        """All tasks agree: one group, and one step a batch."""
+        groups = tg.TaskGroups(TASKS, affinity=tg.GradientAffinity([x], decay=0.5), warmup=2)
+        assert [len(steps) for steps in batches(groups, 6, quadratic(x))] == [3, 3, 3, 1, 1, 1]
+
+    def test_rounds_over_several_batches(self, x):
+        affinity = tg.GradientAffinity([x], every=1)
+        groups = tg.TaskGroups(TASKS, affinity=affinity, warmup=100, groups_per_batch=1)
+        seen = batches(groups, 6, quadratic(x))
+        assert [len(steps) for steps in seen] == [1] * 6
+        assert [len(steps[0][1]) for steps in seen] == [3, 1, 1, 3, 1, 1]
+
+    def test_sample(self, x):
+        affinity = tg.GradientAffinity([x], sample=2, decay=0.5)
+        groups = tg.TaskGroups(TASKS, affinity=affinity, warmup=100)
+        for steps in batches(groups, 30, quadratic(x)):
+            own, observed, graph = steps[0]
+            assert 2 <= len(graph) <= 3  # two measured, and the one stepped on
+            assert observed == graph
+            assert set(own) <= set(graph)
+        # Nothing moved, so the average of what was observed is what is there.
+        expected = [
+            [2 * gradient[i][0] * gradient[k][0] / (2 * gradient[k][1]) for k in TASKS]
+            for i in TASKS
+        ]
+        torch.testing.assert_close(affinity.matrix, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+    def test_absent_tasks_are_not_measured(self, x):
+        affinity = tg.GradientAffinity([x], decay=1.0)
+        groups = tg.TaskGroups(TASKS, affinity=affinity)
+        for group in groups.batch(["a", "c"]):
+            group.loss({t: quadratic(x)()[t] for t in group.observed})
+        measured = affinity.matrix != 0
+        assert measured.tolist() == [[True, False, True], [False] * 3, [True, False, True]]
+
+    def test_with_fixed_groups_it_is_measured_too(self, x):
+        affinity = tg.GradientAffinity([x])
+        groups = tg.TaskGroups(TASKS, affinity=affinity, grouping=tg.Together())
+        batches(groups, 1, quadratic(x))
+        assert affinity.matrix.all()
+
+    def test_gradient_accumulation_measures_once(self, x):
+        affinity = tg.GradientAffinity([x], decay=1.0)
+        groups = tg.TaskGroups(TASKS, affinity=affinity, grouping=tg.Together())
+        for group in groups:
+            for _ in range(4):
+                group.loss(quadratic(x)(), share=0.25).backward()
+        torch.testing.assert_close(affinity.matrix.diagonal(), torch.full((3,), 4.0))
+
+    def test_invalid_losses_leave_their_entries(self, x):
+        affinity = tg.GradientAffinity([x], decay=1.0)
+        groups = tg.TaskGroups(TASKS, affinity=affinity, grouping=tg.Together())
+        losses = quadratic(x)()
+        losses["b"] = losses["b"] - 100
+        with pytest.warns(UserWarning, match="task 'b'"):
+            [group.loss(losses) for group in groups]
+        assert (affinity.matrix != 0).tolist() == [[True, False, True]] * 3
+
+    def test_resume_is_exact(self, x):
+        def make():
+            affinity = tg.GradientAffinity([x], sample=2, decay=0.1)
+            return tg.TaskGroups(TASKS, affinity=affinity, warmup=3, groups_per_batch=2)
+
+        whole, first = make(), make()
+        batches(first, 7, quadratic(x))
+        second = make()
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        tail = batches(whole, 20, quadratic(x))[7:]
+        assert batches(second, 13, quadratic(x)) == tail
+        assert torch.equal(second.affinity.matrix, whole.affinity.matrix)
+
+    def test_state_of_another_affinity_is_refused(self, x):
+        proximal = tg.TaskGroups(TASKS).state_dict()
+        groups = tg.TaskGroups(TASKS, affinity=tg.GradientAffinity([x]))
+        with pytest.raises(ValueError, match="state of a GradientAffinity holds"):
+            groups.load_state_dict(proximal)
+        with pytest.raises(ValueError, match="state of a ProximalAffinity holds"):
+            tg.TaskGroups(TASKS).load_state_dict(groups.state_dict())
+
+
+class TestErrors:
+    def test_arguments(self):
+        x = torch.zeros(1, requires_grad=True)
+        with pytest.raises(ValueError, match="shared is empty"):
+            tg.GradientAffinity([])
+        with pytest.raises(ValueError, match="decay must be"):
+            tg.GradientAffinity([x], decay=0.0)
+        with pytest.raises(ValueError, match="every must be an integer of at least 1"):
+            tg.GradientAffinity([x], every=0)
+        with pytest.raises(ValueError, match="sample must be an integer of at least 2"):
+            tg.GradientAffinity([x], sample=1)
+
+    def test_a_loss_without_a_graph_is_named(self):
+        x = torch.zeros(2, requires_grad=True)
+        groups = tg.TaskGroups(TASKS, affinity=tg.GradientAffinity([x]))
+        for group in groups:
+            losses = quadratic(x)()
+            outside = next(t for t in TASKS if t not in group.tasks)
+            losses[outside] = losses[outside].detach()
+            with pytest.raises(ValueError, match=f"task '{outside}' has no graph, and this step"):
+                group.loss(losses)
+            break
+        assert not groups.affinity.matrix.any()
+
+    @COMPILER_WARNINGS
+    def test_a_compiled_model_that_frees_its_buffers(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Softmax(-1), nn.Linear(8, 3), nn.Softmax(-1))
+        compiled = torch.compile(model)
+        x = torch.randn(5, 4)
+        compiled(x).sum().backward()
+        groups = tg.TaskGroups(TASKS, affinity=tg.GradientAffinity(model))
+        for group in groups:
+            with pytest.raises(RuntimeError, match=r"donated_buffer = False before the model"):
+                group.loss(compiled(x).square().sum(0))
+            break
