@@ -165,11 +165,9 @@ class TestSchedule:
             assert observed == graph
             assert set(own) <= set(graph)
         # Nothing moved, so the average of what was observed is what is there.
-        expected = [
-            [2 * gradient[i][0] * gradient[k][0] / (2 * gradient[k][1]) for k in TASKS]
-            for i in TASKS
-        ]
-        torch.testing.assert_close(affinity.matrix, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+        # <g_i, g_k> / L_k with g = -2k (1, 1) and L = 2 k^2
+        expected = torch.tensor([[4.0 * i / k for k in (1, 2, 3)] for i in (1, 2, 3)])
+        torch.testing.assert_close(affinity.matrix, expected, rtol=1e-5, atol=1e-5)
 
     def test_absent_tasks_are_not_measured(self, x):
         affinity = tg.GradientAffinity([x], decay=1.0)
