@@ -1,0 +1,11 @@
+# The loops over gradients: one file per instruction set, picked at run time. They are compared with
+# a float64 reference to a tolerance, so products and sums may be fused.
+set(LOOPS ${CMAKE_CURRENT_LIST_DIR}/gradient_loops)
+set(LOOPS_OPTIONS -O3 -ffp-contract=fast)
+set_source_files_properties(${LOOPS}_portable.cpp PROPERTIES COMPILE_OPTIONS "${LOOPS_OPTIONS}")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
+  set_source_files_properties(
+    ${LOOPS}_avx2.cpp PROPERTIES COMPILE_OPTIONS "${LOOPS_OPTIONS};-mavx2;-mfma")
+  set_source_files_properties(
+    ${LOOPS}_avx512.cpp PROPERTIES COMPILE_OPTIONS "${LOOPS_OPTIONS};-mavx512f;-mfma")
+endif()

@@ -1,0 +1,239 @@
+#include <cstdlib>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "ops/cpu/combine.h"
+#include "ops/cpu/gram.h"
+#include "random_gradients.h"
+
+// gram() and combine() on every instruction set that this processor has, against plain sums.
+
+using namespace taskgroup;
+
+namespace {
+
+void serial(int64_t n, const std::function<void(int64_t, int64_t)>& body) { body(0, n); }
+
+void threaded(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < 3; ++i)
+    threads.emplace_back([&, i] { body(n * i / 3, n * (i + 1) / 3); });
+  for (std::thread& thread : threads) thread.join();
+}
+
+std::vector<double> matrix(const Gradients& gradients, const GradientLoops& loops,
+                           const ParallelFor& parallel_for) {
+  const int64_t K = gradients.n_tasks;
+  std::vector<double> result(K * K, NAN);
+  gram(gradients, loops, parallel_for, [&](int64_t i, int64_t j, double product) {
+    CHECK(i <= j && std::isnan(result[i * K + j]));  // every pair once
+    result[i * K + j] = result[j * K + i] = product;
+  });
+  return result;
+}
+
+double exact(const RandomGradients& random, int64_t i, int64_t j) {
+  double sum = 0;
+  for (size_t t = 0; t < random.values[i].size(); ++t) {
+    if (random.values[i][t].empty() || random.values[j][t].empty()) continue;
+    for (size_t x = 0; x < random.values[i][t].size(); ++x) {
+      sum += random.values[i][t][x] * random.values[j][t][x];
+    }
+  }
+  return sum;
+}
+
+void test_gram(const RandomGradients& random, const GradientLoops& loops) {
+  const int64_t K = random.gradients.n_tasks;
+  const std::vector<double> result = matrix(random.gradients, loops, serial);
+  CHECK(result == matrix(random.gradients, loops, threaded));
+  for (int64_t i = 0; i < K; ++i) {
+    for (int64_t j = i; j < K; ++j) {
+      const double scale = std::sqrt(exact(random, i, i) * exact(random, j, j));
+      CHECK(close(result[i * K + j], exact(random, i, j), 1e-6 * scale));
+    }
+  }
+}
+
+double read(const void* data, Dtype dtype, int64_t x) {
+  switch (dtype) {
+    case Dtype::kDouble:
+      return static_cast<const double*>(data)[x];
+    case Dtype::kFloat:
+      return static_cast<const float*>(data)[x];
+    case Dtype::kBFloat16:
+      return widen(static_cast<const BFloat16*>(data)[x]);
+    default:
+      return widen(static_cast<const Half*>(data)[x]);
+  }
+}
+
+void test_combine(const RandomGradients& random, const GradientLoops& loops, bool in_place) {
+  const Gradients& gradients = random.gradients;
+  std::vector<double> weights;
+  for (int64_t k = 0; k < gradients.n_tasks; ++k) {
+    weights.push_back(static_cast<float>(std::cos(static_cast<double>(k))));
+  }
+  std::vector<std::vector<double>> memory;
+  std::vector<Output> outputs;
+  for (const Parameter& parameter : gradients.parameters) {
+    memory.emplace_back(parameter.numel + 1, 7.0);
+    outputs.push_back({memory.back().data(), nullptr});
+    if (in_place) outputs.back().data = const_cast<void*>(gradients.all[parameter.begin].data);
+  }
+  combine(gradients, weights.data(), outputs, loops, threaded);
+  for (size_t t = 0; t < outputs.size(); ++t) {
+    const Parameter& parameter = gradients.parameters[t];
+    for (int64_t x = 0; x < parameter.numel; ++x) {
+      double sum = 0, size = 0;
+      for (int64_t k = 0; k < gradients.n_tasks; ++k) {
+        if (random.values[k][t].empty()) continue;
+        sum += weights[k] * random.values[k][t][x];
+        size += std::fabs(weights[k] * random.values[k][t][x]);
+      }
+      const double unit = parameter.dtype == Dtype::kBFloat16 ? 0x1p-8
+                          : parameter.dtype == Dtype::kHalf   ? 0x1p-11
+                                                              : 1e-6;
+      CHECK(close(read(outputs[t].data, parameter.dtype, x), sum, unit * size + 1e-6));
+    }
+    if (!in_place) CHECK(memory[t].back() == 7.0 || parameter.dtype != Dtype::kDouble);
+  }
+}
+
+// A [3, 5] matrix, row by row in one task and column by column in the other.
+void test_strides(const GradientLoops& loops) {
+  float rows[15], columns[15], out[30];
+  double sum = 0;
+  for (int i = 0; i < 3; ++i) {
+    for (int j = 0; j < 5; ++j) {
+      rows[i * 5 + j] = static_cast<float>(i + 1);
+      columns[j * 3 + i] = static_cast<float>(10 * i + j);
+      sum += (i + 1) * (10 * i + j);
+    }
+  }
+  const int64_t sizes[] = {3, 5}, by_row[] = {5, 1}, by_column[] = {1, 3}, with_gaps[] = {10, 2};
+  Gradients gradients;
+  gradients.n_tasks = 2;
+  gradients.all = {{rows, 0, by_row}, {columns, 1, by_column}};
+  gradients.parameters = {{15, Dtype::kFloat, true, 2, sizes, 0, 2}};
+  CHECK(matrix(gradients, loops, serial)[1] == sum);
+  std::fill(std::begin(out), std::end(out), -1.0f);
+  const double weights[] = {2.0, 1.0};
+  combine(gradients, weights, {{out, with_gaps}}, loops, serial);
+  for (int i = 0; i < 3; ++i) {
+    for (int j = 0; j < 5; ++j) {
+      CHECK(out[i * 10 + j * 2] == static_cast<float>(2 * (i + 1) + 10 * i + j));
+      CHECK(out[i * 10 + j * 2 + 1] == -1.0f);
+    }
+  }
+}
+
+// One and the same number everywhere, the worst case for rounding: it always goes one way.
+void test_accuracy_bound(const GradientLoops& loops) {
+  for (const float value : {0.1f, 1.0f / 3, 0.7f, 1.1f}) {
+    const std::vector<float> same(100003, value);
+    Gradients gradients;
+    gradients.n_tasks = 1;
+    gradients.all = {{same.data(), 0, nullptr}};
+    gradients.parameters = {{100003, Dtype::kFloat, false, 0, nullptr, 0, 1}};
+    const double expected = 100003.0 * value * value;
+    CHECK(close(matrix(gradients, loops, serial)[0], expected, 1e-6 * expected));
+  }
+}
+
+void test_not_finite(const GradientLoops& loops) {
+  RandomGradients random(3, {{700, Dtype::kFloat}}, none, none);
+  random.put(1, 0, 650, INFINITY);
+  random.put(2, 0, 3, NAN);
+  const std::vector<double> result = matrix(random.gradients, loops, serial);
+  CHECK(std::isfinite(result[0]) && std::isinf(result[1]) && std::isinf(result[4]));
+  CHECK(std::isnan(result[2]) && std::isnan(result[5]) && std::isnan(result[8]));
+}
+
+// Bit by bit what the plain functions do: all numbers of two bytes, and floats all over the range.
+void test_conversions(const GradientLoops& loops) {
+  constexpr int64_t kAll = 1 << 16;
+  std::vector<uint16_t> bits(kAll), back(kAll);
+  std::vector<float> wide(kAll);
+  for (int64_t x = 0; x < kAll; ++x) bits[x] = static_cast<uint16_t>(x);
+  const auto same = [](float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); };
+  loops.widen_half(bits.data(), kAll, wide.data());
+  loops.narrow_half(wide.data(), kAll, back.data());
+  for (int64_t x = 0; x < kAll; ++x) {
+    Half half;
+    std::memcpy(&half, &bits[x], 2);
+    CHECK(same(wide[x], widen(half)));
+    CHECK(back[x] == bits[x] || std::isnan(wide[x]));
+  }
+  loops.widen_bfloat16(bits.data(), kAll, wide.data());
+  loops.narrow_bfloat16(wide.data(), kAll, back.data());
+  for (int64_t x = 0; x < kAll; ++x) {
+    BFloat16 brain;
+    std::memcpy(&brain, &bits[x], 2);
+    CHECK(same(wide[x], widen(brain)));
+    CHECK(back[x] == bits[x] || std::isnan(wide[x]));
+  }
+  std::mt19937 random(0);
+  for (int repeat = 0; repeat < 8; ++repeat) {
+    for (float& value : wide) {
+      const auto any = static_cast<uint32_t>(random());
+      // Half of them in the range where a half is not zero or infinite.
+      const uint32_t word = repeat % 2 ? any : (any & 0x8fffffff) | 0x30000000;
+      std::memcpy(&value, &word, 4);
+    }
+    loops.narrow_half(wide.data(), kAll, back.data());
+    for (int64_t x = 0; x < kAll; ++x) {
+      Half got;
+      std::memcpy(&got, &back[x], 2);
+      CHECK(same(widen(got), widen(narrow<Half>(wide[x]))));
+    }
+    loops.narrow_bfloat16(wide.data(), kAll, back.data());
+    for (int64_t x = 0; x < kAll; ++x) {
+      BFloat16 got;
+      std::memcpy(&got, &back[x], 2);
+      CHECK(same(widen(got), widen(narrow<BFloat16>(wide[x]))));
+    }
+  }
+}
+
+void test(const GradientLoops& loops) {
+  const auto some = [](int64_t k, int64_t t) -> int64_t { return (k * 5 + t) % 4 == 1; };
+  const auto odd = [](int64_t k, int64_t t) { return (k + t) % 3; };
+  for (const int64_t K : {1, 2, 3, 4, 5, 11, 16, 64, 65, 130}) {
+    const std::vector<RandomGradients::Shape> shapes = {
+        {0, Dtype::kFloat},   {5, Dtype::kFloat},
+        {600, Dtype::kFloat}, {33, Dtype::kDouble},
+        {70, Dtype::kHalf},   {1300, Dtype::kBFloat16},
+        {16, Dtype::kFloat},  {K < 9 ? 70001 : 513, Dtype::kFloat},
+    };
+    for (const bool all : {true, false}) {
+      RandomGradients random(K, shapes, all || K == 1 ? none : some, odd);
+      test_gram(random, loops);
+      test_combine(random, loops, false);
+      test_combine(random, loops, true);
+    }
+  }
+  test_strides(loops);
+  test_accuracy_bound(loops);
+  test_not_finite(loops);
+  test_conversions(loops);
+}
+
+}  // namespace
+
+int main() {
+  int tested = 0;
+  for (const char* isa : {"avx512", "avx2", "portable"}) {
+    const GradientLoops* loops = gradient_loops(isa);
+    if (loops == nullptr) continue;
+    CHECK(std::string(loops->isa) == isa);
+    test(*loops);
+    ++tested;
+    std::printf("%s: fine\n", isa);
+  }
+  CHECK(tested >= 1);
+  CHECK(gradient_loops("none") == nullptr);
+  CHECK(gradient_loops(gradient_loops().isa) == &gradient_loops());
+}
