@@ -26,7 +26,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     return values.contiguous()
 
 
-def make(n_tasks, shapes, dtypes, layouts, missing, seed):
+def make(n_tasks, shapes, dtypes, layouts, missing, seed, device="cpu"):
     """``[K][T]`` normal gradients; every task on every parameter has a scale of its own."""
     generator = torch.Generator().manual_seed(seed)
     gradients = []
@@ -36,7 +36,8 @@ def make(n_tasks, shapes, dtypes, layouts, missing, seed):
             values = torch.randn(shape, generator=generator, dtype=torch.float64)
             values *= 2.0 ** (torch.randn((), generator=generator).item() * 2)
             layout = layouts[(k * 7 + t) % len(layouts)]
-            own.append(None if (k, t) in missing else laid_out(values.to(dtypes[t]), layout))
+            values = values.to(device, dtypes[t])
+            own.append(None if (k, t) in missing else laid_out(values, layout))
         gradients.append(own)
     return gradients
 
@@ -71,7 +72,7 @@ def exact_gram(gradients):
         for j in range(n_tasks):
             for a, b in zip(gradients[i], gradients[j], strict=True):
                 if a is not None and b is not None:
-                    gram[i, j] += (a.double() * b.double()).sum()
+                    gram[i, j] += (a.double() * b.double()).sum().cpu()
     return gram
 
 
@@ -80,6 +81,6 @@ def gram_error(gram, gradients):
     exact = exact_gram(gradients)
     norm = exact.diagonal().sqrt()
     scale = norm[:, None] * norm
-    error = (gram.double() - exact).abs()
+    error = (gram.cpu().double() - exact).abs()
     assert not error[scale == 0].any()
     return (error / scale.clamp(min=1e-300)).max().item()
