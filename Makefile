@@ -2,19 +2,21 @@
 # make test   run the tests                                                  (about 3 minutes)
 # make lint   linters and type checker
 # make bench  benchmarks, printed as ratios
+# make gpu    build, tests, sanitizers and benchmarks on a GPU                (under 9 minutes)
 #
 # Everything lives in .venv, made on first use. Nothing is installed or built again before a file it
-# depends on changes.
+# depends on changes. `make gpu` alone uses what is there: GPU_PYTHON, with a torch that sees the GPU.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+GPU_PYTHON ?= python3
 
 BIN := .venv/bin
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 BUILD := setup.py CMakeLists.txt pyproject.toml taskgroup/__init__.py $(CPP)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint bench format clean
+.PHONY: demo test lint bench gpu format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/train.stamp
@@ -36,6 +38,9 @@ format: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/python -m pytest benchmarks -s $(ARGS)
+
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf .venv build dist *.egg-info taskgroup/*.so
