@@ -2,9 +2,9 @@
 
 Builds the package in place, runs the tests in tests/gpu, the kernels under compute-sanitizer, and
 the benchmarks against the limits measured there; appends to benchmarks/results/<gpu>/. It needs no
-network: torch with CUDA, nvcc, cmake, ninja, pybind11, pytest, hypothesis, scikit-learn and rich are
-to be there already. Every step has a limit, and all together end within nine minutes; a short table
-comes last.
+network: torch with CUDA, nvcc, cmake, ninja, pybind11, pytest, hypothesis, scikit-learn and rich
+are to be there already. Every step has a limit, and all together end within nine minutes; a short
+table comes last.
 """
 
 from __future__ import annotations
