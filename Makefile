@@ -1,8 +1,9 @@
 # make demo   train on the embedded photograph, three ways, and compare      (about 5 minutes)
 # make test   run the tests                                                  (about 3 minutes)
 # make lint   linters and type checker
-# make bench  benchmarks, printed as ratios
-# make gpu    build, tests, sanitizers and benchmarks on a GPU                (under 9 minutes)
+# make bench  benchmarks, printed as ratios                                  (about 2 minutes)
+#             ARGS="--save --full" for all sizes, kept in benchmarks/results
+# make gpu    build, tests, sanitizers and benchmarks on a GPU               (under 9 minutes)
 #
 # Everything lives in .venv, made on first use. Nothing is installed or built again before a file it
 # depends on changes. `make gpu` alone uses what is there: GPU_PYTHON, with a torch that sees the GPU.

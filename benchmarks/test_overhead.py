@@ -6,18 +6,17 @@ on the same matrix.
 """
 
 import itertools
-import time
 import warnings
 
 import numpy as np
-import pytest
 import torch
 from sklearn.cluster import AffinityPropagation
 
 import taskgroup as tg
 
 TASKS = [f"task{k}" for k in range(11)]
-GOAL = 0.15
+GOAL = 1 / 0.15
+PEER = "scikit-learn, clustering alone"
 
 
 def affinity_of_three_groups():
@@ -29,14 +28,16 @@ def affinity_of_three_groups():
     return torch.tensor(1e-3 * matrix, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["dict", "stacked"])
-def test_cost_of_a_batch(benchmark, capsys, kind):
-    benchmark.group = "overhead, K = 11, M = 3"
+def batch_of(kind, device):
+    """One batch of a loop whose losses are ready-made, and its TaskGroups."""
     groups = tg.TaskGroups(TASKS, warmup=0, affinity=tg.ProximalAffinity(decay=1e-12))
     groups.affinity.matrix.copy_(affinity_of_three_groups())
     # Losses of four forwards, so that every step shows an effect.
     rng = np.random.default_rng(1)
-    stacked = [torch.tensor(rng.uniform(0.5, 1.5, 11)).float().requires_grad_() for _ in range(4)]
+    stacked = [
+        torch.tensor(rng.uniform(0.5, 1.5, 11), dtype=torch.float32, device=device).requires_grad_()
+        for _ in range(4)
+    ]
     losses = [
         dict(zip(TASKS, values.unbind(), strict=True)) if kind == "dict" else values
         for values in stacked
@@ -48,31 +49,20 @@ def test_cost_of_a_batch(benchmark, capsys, kind):
             group.loss(next(forwards))
 
     batch()  # the round that warm-up always has
-    ratio = groups.affinity.matrix.double().numpy()
+    return batch, groups
+
+
+def test_cost_of_a_batch(record, device):
+    batches = {kind: batch_of(kind, device) for kind in ("dict", "stacked")}
+    ratio = affinity_of_three_groups().double().numpy()
     ratio = ratio / ratio.diagonal()
     similarity = (ratio + ratio.T) / 2
     peer = AffinityPropagation(affinity="precomputed", convergence_iter=50, random_state=0)
-
-    def least(rounds):
-        seconds = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            peer.fit(similarity)
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
-
+    sides = {kind: batch for kind, (batch, _) in batches.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        theirs = least(50)
-        benchmark(batch)
-        theirs = min(theirs, least(50))
-    assert len(groups.partition) == 3
-    if benchmark.stats is None:  # --benchmark-disable
-        return
-    ours = benchmark.stats.stats.min
-    benchmark.extra_info["share of scikit-learn's clustering"] = ours / theirs
-    with capsys.disabled():
-        print(
-            f"\n{kind} losses: {ours * 1e6:.0f} µs a batch, scikit-learn's clustering alone "
-            f"{theirs * 1e6:.0f} µs: {ours / theirs:.3f} of it; goal {GOAL}"
-        )
+        least = record.least_seconds({**sides, PEER: lambda: peer.fit(similarity)})
+    for kind, (_, groups) in batches.items():
+        assert len(groups.partition) == 3
+        op = f"batch of 3 groups, {kind} losses"
+        record.add(op, 11, least[kind], {PEER: least[PEER]}, goals={PEER: GOAL})

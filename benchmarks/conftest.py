@@ -1,0 +1,87 @@
+"""Options of the benchmarks, and the cases and the record that follow from them."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from benchmarks.record import Record
+from benchmarks.shapes import WIDTHS
+
+ROUNDS_TO_SAVE = 20
+
+
+class Case(NamedTuple):
+    """Gradients to benchmark on."""
+
+    model: str
+    n_tasks: int
+    dtype: torch.dtype
+
+
+DEFAULT = [
+    Case("ViT-T", 11, torch.float32),
+    Case("ViT-T", 64, torch.float32),
+    Case("ViT-T", 11, torch.bfloat16),
+]
+FULL = [
+    Case(model, n_tasks, dtype)
+    for model, n_tasks, dtype in itertools.product(
+        WIDTHS, (2, 5, 11, 16, 26, 64), (torch.float32, torch.bfloat16)
+    )
+]
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("taskgroup")
+    group.addoption("--full", action="store_true", help="every size, however long it takes")
+    group.addoption("--save", action="store_true", help="append to the files in results/")
+    group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        cases = FULL if metafunc.config.getoption("full") else DEFAULT
+        ids = [f"{c.model}-{c.n_tasks}-{str(c.dtype).removeprefix('torch.')}" for c in cases]
+        metafunc.parametrize("case", cases, ids=ids)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("full"):
+        for item in items:
+            item.add_marker(pytest.mark.timeout(0))
+
+
+@pytest.fixture(scope="module")
+def record(request):
+    """Where a benchmark notes its results; printed, and saved, when its file is through.
+
+    The rounds are those of pytest-benchmark: ``--benchmark-min-rounds``, ``--benchmark-max-time``;
+    under ``--benchmark-disable`` everything runs twice and nothing is printed.
+    """
+    option = request.config.getoption
+    rounds, seconds = option("benchmark_min_rounds"), option("benchmark_max_time")
+    if option("save"):
+        rounds = max(rounds, ROUNDS_TO_SAVE)
+    if option("benchmark_disable"):
+        rounds, seconds = 0, 0
+    command = " ".join(["pytest", *map(str, request.config.invocation_params.args)])
+    name = Path(request.path).stem.removeprefix("test_")
+    record = Record(name, option("device"), rounds, float(seconds), option("full"), command)
+    yield record
+    if not record or option("benchmark_disable"):
+        return
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        record.print()
+        if option("save"):
+            print(f"  saved to {record.save()}", file=sys.stdout)
+
+
+@pytest.fixture
+def device(request):
+    return torch.device(request.config.getoption("device"))

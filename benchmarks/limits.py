@@ -1,0 +1,63 @@
+"""What the machine can do at best, measured beside the ops: bytes copied and products summed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+COPY = "copy of a large tensor"
+PRODUCT = "product of square matrices"
+COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}  # much more than the caches hold
+PRODUCT_SIZE = {"cpu": 1536, "cuda": 8192}
+
+
+class Limit(NamedTuple):
+    """The least seconds that an op can take, by each of the two."""
+
+    by_bytes: float
+    by_flops: float
+
+    @property
+    def seconds(self) -> float:
+        """Both must be done."""
+        return max(self)
+
+    def __str__(self) -> str:
+        return f"bytes {self.by_bytes * 1e6:.0f} µs, flops {self.by_flops * 1e6:.0f} µs"
+
+
+class Limits:
+    """Sides to be measured in the same rounds as the ops, and what follows from them.
+
+    Args:
+        device: of the ops.
+        dtype: of the products.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._source = torch.ones(COPY_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+        self._target = torch.empty_like(self._source)
+        size = PRODUCT_SIZE[device.type]
+        self._factor = torch.rand(size, size, device=device).to(dtype)
+        self._product = torch.empty_like(self._factor)
+
+    def sides(self) -> dict[str, Callable[[], object]]:
+        """What to measure."""
+        return {
+            COPY: lambda: self._target.copy_(self._source),
+            PRODUCT: lambda: torch.mm(self._factor, self._factor, out=self._product),
+        }
+
+    def of(self, least: Mapping[str, float], n_bytes: float, flops: float = 0) -> Limit:
+        """The limit of an op that moves so many bytes and does so many operations.
+
+        Args:
+            least: measured seconds of :meth:`sides`.
+            n_bytes: read and written.
+            flops: additions and multiplications.
+        """
+        bandwidth = 2 * self._source.numel() * 4 / least[COPY]  # read and written
+        speed = 2 * len(self._factor) ** 3 / least[PRODUCT]
+        return Limit(n_bytes / bandwidth, flops / speed)

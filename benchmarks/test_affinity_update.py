@@ -1,0 +1,49 @@
+"""The update of the affinity by one step, side by side with the published one.
+
+Both go through Python with the losses of a step on one of K / 4 groups of four tasks.
+"""
+
+import pytest
+import torch
+
+from benchmarks.published import PublishedTaskAffinity
+from taskgroup import ops
+
+GOAL = {11: 30, 200: 100}
+DECAY = 1e-3
+PEER = "published code"
+
+
+@pytest.mark.parametrize("n_tasks", list(GOAL))
+def test_affinity_update(record, device, n_tasks):
+    tasks = [f"task{k}" for k in range(n_tasks)]
+    group = tasks[:4]
+    mask = (torch.arange(n_tasks) < 4).to(device)
+    generator = torch.Generator().manual_seed(0)
+    before, after = (
+        (1 + 0.1 * torch.rand(n_tasks, generator=generator)).to(device) for _ in range(2)
+    )
+    named = [dict(zip(tasks, losses.unbind(), strict=True)) for losses in (before, after)]
+
+    matrix = torch.zeros(n_tasks, n_tasks, device=device)
+    peer = PublishedTaskAffinity(tasks, {"group": group}, DECAY)
+    peer.update("group", named[0])
+    peer.update("group", named[1])  # on these two steps its credit is right: all are on one group
+    ops.affinity_update_(matrix, before, after, mask, DECAY)
+    torch.testing.assert_close(matrix.cpu(), peer.affinity_map)
+
+    step = 0
+
+    def published():
+        nonlocal step
+        step += 1
+        peer.update("group", named[step % 2])
+
+    least = record.least_seconds(
+        {
+            "ours": lambda: ops.affinity_update_(matrix, before, after, mask, DECAY),
+            PEER: published,
+        }
+    )
+    goals = {PEER: GOAL[n_tasks]} if device.type == "cpu" else None
+    record.add("affinity_update_", n_tasks, least["ours"], {PEER: least[PEER]}, goals=goals)

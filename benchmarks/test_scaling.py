@@ -1,0 +1,77 @@
+"""What a batch costs besides model, loss, backward and optimizer, from few tasks to many.
+
+The losses are ready-made, ``{task: scalar}``, the groups learned: about K / 4 planted clusters.
+Ours is everything :class:`taskgroup.TaskGroups` does in a batch; the peer is the tracking and the
+clustering of the published code on the same losses, without its logging and its loop.
+"""
+
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.exceptions import ConvergenceWarning
+
+import taskgroup as tg
+from benchmarks.published import PublishedTaskAffinity
+
+SIZES = [5, 11, 26, 50, 100, 200, 1000]
+MOST_FOR_PEER = 200  # unless --full
+PEER = "published tracking and clustering"
+DECAY = 1e-12  # the planted clusters stay
+
+
+def planted_affinity(n_tasks):
+    """An affinity, float32 ``[K, K]``, of clusters of about four tasks, and their labels."""
+    labels = np.arange(n_tasks) % max(2, n_tasks // 4)
+    rng = np.random.default_rng(0)
+    matrix = np.where(labels[:, None] == labels, 0.5, -0.2)
+    matrix = matrix + 0.05 * rng.standard_normal((n_tasks, n_tasks))
+    np.fill_diagonal(matrix, 1)
+    return torch.tensor(matrix, dtype=torch.float32), labels
+
+
+def ready_losses(tasks, device):
+    """Losses of many forwards, one after the other, for ever."""
+    rng = np.random.default_rng(1)
+    forwards = []
+    for _ in range(4):
+        values = torch.tensor(rng.uniform(0.5, 1.5, len(tasks)), dtype=torch.float32, device=device)
+        forwards.append(dict(zip(tasks, values.requires_grad_().unbind(), strict=True)))
+    return itertools.cycle(forwards)
+
+
+@pytest.mark.parametrize("n_tasks", SIZES)
+def test_scaling(record, device, n_tasks):
+    tasks = [f"task{k}" for k in range(n_tasks)]
+    matrix, labels = planted_affinity(n_tasks)
+    groups = tg.TaskGroups(tasks, warmup=0, affinity=tg.ProximalAffinity(decay=DECAY))
+    groups.affinity.matrix.copy_(matrix)
+    our_losses = ready_losses(tasks, device)
+
+    def ours():
+        for group in groups:
+            group.loss(next(our_losses))
+
+    peer = PublishedTaskAffinity(tasks, {task: [task] for task in tasks}, DECAY)
+    peer.affinity_map.copy_(matrix)
+    their_losses = ready_losses(tasks, device)
+
+    def published():
+        peer.init_pre_loss()
+        peer.next_groups()
+        for name in peer.order():
+            peer.update(name, next(their_losses))
+
+    ours()  # the round that warm-up always has
+    theirs = published if n_tasks <= MOST_FOR_PEER or record.full else "with --full"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of the published code, as it is
+        least = record.least_seconds({"ours": ours, PEER: theirs})
+    planted = {
+        tuple(task for task, own in zip(tasks, labels, strict=True) if own == label)
+        for label in set(labels.tolist())
+    }
+    assert set(groups.partition) == planted
+    record.add("a batch, all groups", n_tasks, least["ours"], {PEER: least[PEER]})
