@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from benchmarks.record import Record
+from benchmarks.record import ROOT, Record
 from benchmarks.shapes import WIDTHS
 
 ROUNDS_TO_SAVE = 20
@@ -79,7 +78,7 @@ def record(request):
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         record.print()
         if option("save"):
-            print(f"  saved to {record.save()}", file=sys.stdout)
+            print(f"  saved to {record.save().relative_to(ROOT)}")
 
 
 @pytest.fixture

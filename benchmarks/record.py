@@ -233,7 +233,7 @@ class Record:
             for row in self._rows:
                 writer.writerow(
                     {
-                        name: f"{value:.4g}" if isinstance(value, float) else value
+                        name: float(f"{value:.4g}") if isinstance(value, float) else value
                         for name, value in asdict(row).items()
                     }
                 )
