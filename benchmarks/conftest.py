@@ -13,6 +13,11 @@ from benchmarks.record import ROOT, Record
 from benchmarks.shapes import WIDTHS
 
 ROUNDS_TO_SAVE = 20
+WITHOUT_PLUGIN = {
+    "benchmark_min_rounds": 5,
+    "benchmark_max_time": 1.0,
+    "benchmark_disable": False,
+}
 
 
 class Case(NamedTuple):
@@ -27,6 +32,12 @@ DEFAULT = [
     Case("ViT-T", 11, torch.float32),
     Case("ViT-T", 64, torch.float32),
     Case("ViT-T", 11, torch.bfloat16),
+]
+# On a GPU: from small to large, within a few minutes.
+GPU = [
+    *(Case("ViT-T", n_tasks, torch.float32) for n_tasks in (11, 64)),
+    *(Case("ViT-B", n_tasks, torch.float32) for n_tasks in (2, 5, 11, 16, 26, 64)),
+    *(Case("ViT-B", n_tasks, torch.bfloat16) for n_tasks in (11, 64)),
 ]
 FULL = [
     Case(model, n_tasks, dtype)
@@ -45,7 +56,8 @@ def pytest_addoption(parser):
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
-        cases = FULL if metafunc.config.getoption("full") else DEFAULT
+        option = metafunc.config.getoption
+        cases = FULL if option("full") else GPU if option("device") == "cuda" else DEFAULT
         ids = [f"{c.model}-{c.n_tasks}-{str(c.dtype).removeprefix('torch.')}" for c in cases]
         metafunc.parametrize("case", cases, ids=ids)
 
@@ -63,7 +75,11 @@ def record(request):
     The rounds are those of pytest-benchmark: ``--benchmark-min-rounds``, ``--benchmark-max-time``;
     under ``--benchmark-disable`` everything runs twice and nothing is printed.
     """
-    option = request.config.getoption
+
+    def option(name):
+        # pytest-benchmark need not be there: the rest of the benchmarks does without.
+        return request.config.getoption(name, WITHOUT_PLUGIN.get(name))
+
     rounds, seconds = option("benchmark_min_rounds"), option("benchmark_max_time")
     if option("save"):
         rounds = max(rounds, ROUNDS_TO_SAVE)

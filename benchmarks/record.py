@@ -81,12 +81,11 @@ class Record:
         self._remarks: list[str] = []
 
     def room(self) -> float:
-        """Bytes that a benchmark may take; little by default, nearly all that is free if full."""
+        """Bytes that a benchmark may take: of a host's memory little by default, much if full."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            free = torch.cuda.mem_get_info(self.device)[0]
-        else:
-            free = _free_memory()
+            return 0.85 * torch.cuda.mem_get_info(self.device)[0]
+        free = _free_memory()
         return 0.85 * free if self.full else min(0.85 * free, DEFAULT_ROOM)
 
     def least_seconds(self, sides: Mapping[str, Call | str]) -> dict[str, float | str]:
