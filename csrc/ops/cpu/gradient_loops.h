@@ -16,7 +16,7 @@ struct GramRows {
 
 struct GradientLoops {
   const char* isa;
-  int64_t lanes;         // floats in a vector; every n below is a multiple of it
+  int64_t lanes;         // floats in a vector; the n of what follows are multiples of it
   int64_t double_lanes;  // doubles in a vector
 
   // sums[(i * ld + j) * double_lanes + lane] += products of row i of `a` with row j of `b`; where
@@ -32,11 +32,14 @@ struct GradientLoops {
                         float* out);
   void (*combine_double)(const double* const* rows, const double* weights, int32_t count, int64_t n,
                          double* out);
+  void (*combine_bfloat16)(const uint16_t* const* rows, const float* weights, int32_t count,
+                           int64_t n, uint16_t* out);
+  void (*combine_half)(const uint16_t* const* rows, const float* weights, int32_t count, int64_t n,
+                       uint16_t* out);
 
+  // Of any n.
   void (*widen_bfloat16)(const uint16_t* from, int64_t n, float* to);
   void (*widen_half)(const uint16_t* from, int64_t n, float* to);
-  void (*narrow_bfloat16)(const float* from, int64_t n, uint16_t* to);
-  void (*narrow_half)(const float* from, int64_t n, uint16_t* to);
 };
 
 // Elements of a float row after which the sums go to float64: a bound on the rounding error,

@@ -1,10 +1,11 @@
 #include "ops/cpu/gram.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
-#include "ops/cpu/gradient_reader.h"
 #include "ops/cpu/parts.h"
+#include "ops/cpu/strided.h"
 
 namespace taskgroup {
 
@@ -54,14 +55,14 @@ class BlockGram {
         // Few rows take longer chunks, so that a chunk is worth its setting up.
         chunk_(std::max(Parts::kStep, 8192 / ld / Parts::kStep * Parts::kStep)),
         sums_(sums),
-        reader_(loops, chunk_) {}
+        raw_(chunk_) {}
 
   void add(const Parameter& parameter, int64_t begin, int64_t end) {
     left_.select(gradients_, parameter, a_ * kBlock);
     if (a_ != b_) right_.select(gradients_, parameter, b_ * kBlock);
     if (left_.gradients.empty() || (a_ != b_ && right_.gradients.empty())) return;
     const int64_t lanes = std::is_same_v<T, float> ? loops_.lanes : loops_.double_lanes;
-    const bool in_place = GradientReader<T>::in_place(parameter);
+    const bool in_place = !parameter.strided && size_of(parameter.dtype) == sizeof(T);
     for (int64_t x = begin; x < end;) {
       const int64_t n = std::min(chunk_, end - x);
       const int64_t whole = n / lanes * lanes;
@@ -73,8 +74,8 @@ class BlockGram {
       } else {
         // Of other types or strides, or the last few: through a buffer, zeros behind.
         const int64_t padded = round_up(n, lanes);
-        T* buffer = copy(parameter, left_, x, n, padded, 0);
-        if (a_ != b_) copy(parameter, right_, x, n, padded, buffer - buffer_.data());
+        T* end_of_left = copy_rows(parameter, left_, x, n, padded, 0);
+        if (a_ != b_) copy_rows(parameter, right_, x, n, padded, end_of_left - buffer_.data());
         run(padded, false);
         x += n;
       }
@@ -89,17 +90,33 @@ class BlockGram {
   }
 
   // Behind the first `used` elements of the buffer; returns its new end.
-  T* copy(const Parameter& parameter, Rows<T>& rows, int64_t x, int64_t n, int64_t padded,
-          int64_t used) {
+  T* copy_rows(const Parameter& parameter, Rows<T>& rows, int64_t x, int64_t n, int64_t padded,
+               int64_t used) {
     if (buffer_.empty()) buffer_.resize(2 * kBlock * chunk_);
     T* to = buffer_.data() + used;
     for (size_t r = 0; r < rows.data.size(); ++r) {
-      reader_.copy(parameter, gradients_.all[rows.gradients[r]], x, n, to);
+      copy(parameter, gradients_.all[rows.gradients[r]], x, n, to);
       std::fill(to + n, to + padded, T(0));
       rows.data[r] = to;
       to += padded;
     }
     return to;
+  }
+
+  // As the type that is computed in.
+  void copy(const Parameter& parameter, const Gradient& gradient, int64_t x, int64_t n, T* to) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (parameter.dtype != Dtype::kFloat) {
+        const auto* raw = static_cast<const uint16_t*>(gradient.data) + x;
+        if (parameter.strided) {
+          copy_elements(parameter, gradient, x, n, raw_.data());
+          raw = raw_.data();
+        }
+        (parameter.dtype == Dtype::kHalf ? loops_.widen_half : loops_.widen_bfloat16)(raw, n, to);
+        return;
+      }
+    }
+    copy_elements(parameter, gradient, x, n, to);
   }
 
   void run(int64_t n, bool prefetch) {
@@ -116,8 +133,8 @@ class BlockGram {
   const GradientLoops& loops_;
   const int64_t a_, b_, ld_, chunk_;
   double* sums_;
-  GradientReader<T> reader_;
   Rows<T> left_, right_;
+  std::vector<uint16_t> raw_;
   std::vector<T> buffer_;
 };
 
