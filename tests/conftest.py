@@ -2,7 +2,18 @@
 
 import torch
 
+from tests.backends import INTERPRETED
+
 torch.set_num_threads(1)
 
 # `make gpu` runs these where there is one; what they test runs on the host in the other tests.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+# What is about the compiler, and what starts the interpreter.
+collect_ignore_glob = ["ops/test_triton_*.py"] if INTERPRETED else []
+
+
+def pytest_configure(config):
+    if INTERPRETED:  # kernels run in NumPy, which warns of what propagates
+        config.addinivalue_line(
+            "filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter"
+        )

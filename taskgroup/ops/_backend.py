@@ -8,6 +8,7 @@ knows about backends.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import platform
 from collections.abc import Callable
@@ -68,11 +69,24 @@ class _Backend(NamedTuple):
     devices: tuple[str, ...] | None = None  # the types of device it runs on; None: on all
     problem: str | None = None  # why it is not available
     broken: bool = False  # it should be available: nothing takes its place silently
+    on_request: bool = False  # an op never chooses it by itself
+
+
+def _triton() -> _Backend:
+    # Looked for, not imported: that takes a second, and is left to the first use.
+    problem = None
+    if importlib.util.find_spec("triton") is None:
+        problem = "Triton is not installed (pip install triton)"
+    # Triton's interpreter runs kernels in NumPy. It cannot follow addresses on a device, and is
+    # there for tests: nobody wants it by surprise.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return _Backend(("cpu" if interpreted else "cuda",), problem, on_request=interpreted)
 
 
 # In order of preference.
 _BACKENDS = {
     "cpp": _Backend(("cpu",), native.problem, native.broken),
+    "triton": _triton(),
     "reference": _Backend(),
 }
 
@@ -88,8 +102,8 @@ def backends() -> dict[str, str | None]:
 
     Example:
         >>> import taskgroup
-        >>> sorted(taskgroup.ops.backends())
-        ['cpp', 'reference']
+        >>> list(taskgroup.ops.backends())
+        ['cpp', 'triton', 'reference']
     """
     return {name: backend.problem for name, backend in _BACKENDS.items()}
 
@@ -119,8 +133,8 @@ class use_backend:  # noqa: N801 (to its users a function, like torch.no_grad)
     variable ``TASKGROUP_BACKEND``.
 
     Args:
-        name (str or None): ``"reference"`` or ``"cpp"``; ``None`` lets every op choose, by the
-            device of its arguments.
+        name (str or None): ``"cpp"`` (for the CPU), ``"triton"`` (for CUDA) or ``"reference"``;
+            ``None`` lets every op choose, by the device of its arguments.
 
     Raises:
         ValueError: If there is no backend of that name; the message lists those there are.
@@ -176,7 +190,9 @@ def choose(device: str, **implementations: Callable[P, T]) -> Callable[P, T]:
             return implementations[_requested]
     for name, backend in _BACKENDS.items():
         fits = backend.devices is None or device in backend.devices
-        if name in implementations and fits and (backend.problem is None or backend.broken):
+        if backend.on_request or not fits or name not in implementations:
+            continue
+        if backend.problem is None or backend.broken:
             _check_available(name)
             return implementations[name]
     raise AssertionError("every op has a reference")

@@ -63,7 +63,7 @@ def affinity_update_(
     """
     before, after = _losses(before), _losses(after)
     _check(matrix, before, after, mask, decay)
-    update = _backend.choose(matrix.device.type, cpp=_native, reference=_reference)
+    update = _backend.choose(matrix.device.type, cpp=_native, triton=_triton, reference=_reference)
     update(matrix, before, after, mask.contiguous(), float(decay))
     return matrix
 
@@ -104,6 +104,12 @@ def _check(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: f
 
 def _native(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float) -> None:
     torch.ops.taskgroup.affinity_update_(matrix, before, after, mask, decay)
+
+
+def _triton(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float) -> None:
+    from taskgroup.ops.triton import affinity_update as on_triton  # Triton is imported here
+
+    on_triton.affinity_update_(matrix, before, after, mask, decay)
 
 
 def _reference(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float) -> None:

@@ -18,9 +18,10 @@ def combine(
 ) -> list[Tensor | None]:
     r"""Combines the gradients of K tasks into one: :math:`g_t = \sum_k w_k \, g_{k,t}`.
 
-    Every gradient is read once and the result is written once; no copy is made on the way. Sums are
-    in float32 (float64 for float64 gradients), in the order of the tasks, and rounded once to the
-    dtype of the parameter. With :func:`taskgroup.task_gram` before it, any method that needs inner
+    Every gradient is read once and the result is written once; no copy is made on the way, but on
+    CUDA of tensors that are not dense or not in the order of the others. Sums are in float32
+    (float64 for float64 gradients), in the order of the tasks, and rounded once to the dtype of the
+    parameter. With :func:`taskgroup.task_gram` before it, any method that needs inner
     products alone makes two passes over the gradients and keeps nothing else of their size.
 
     NaN and infinity propagate as in any sum: zero times infinity is NaN.
@@ -69,7 +70,7 @@ def combine(
             for t, k in zip(listed.parameters(), listed.tasks(), strict=True)
         ]
         listed = listed._replace(slots=slots)
-    run = _backend.choose(device.type, cpp=_native, reference=_reference)
+    run = _backend.choose(device.type, cpp=_native, triton=_triton, reference=_reference)
     with torch.no_grad():
         run(listed, weights, [result[t].detach() for t in reached])  # type: ignore[union-attr]
     return result
@@ -121,6 +122,13 @@ def _native(gradients: GradientList, weights: Tensor, out: list[Tensor]) -> None
     except (RuntimeError, TypeError):
         check(gradients)
         raise
+
+
+def _triton(gradients: GradientList, weights: Tensor, out: list[Tensor]) -> None:
+    from taskgroup.ops.triton import combine as on_triton  # Triton is imported here
+
+    check(gradients)
+    on_triton.combine(gradients.flat, gradients.slots, weights, out)
 
 
 def _reference(gradients: GradientList, weights: Tensor, out: list[Tensor]) -> None:

@@ -71,7 +71,7 @@ def gram_affinity_update_(
         n = len(measured)
         slots = [t * n + place[k] for t, k in zip(listed.parameters(), listed.tasks(), strict=True)]
         listed = GradientList(listed.flat, slots, n)
-    update = _backend.choose(matrix.device.type, cpp=_native, reference=_reference)
+    update = _backend.choose(matrix.device.type, cpp=_native, triton=_triton, reference=_reference)
     with torch.no_grad():
         update(matrix, listed, measured, losses, float(decay), float(lr))
     return matrix
@@ -121,6 +121,21 @@ def _native(
     except (RuntimeError, TypeError):
         check(gradients)
         raise
+
+
+def _triton(
+    matrix: Tensor,
+    gradients: GradientList,
+    tasks: list[int],
+    losses: Tensor,
+    decay: float,
+    lr: float,
+) -> None:
+    from taskgroup.ops.triton import gram_affinity_update as on_triton  # Triton is imported here
+
+    check(gradients)
+    flat, slots, _ = gradients
+    on_triton.gram_affinity_update_(matrix, flat, slots, tasks, losses, decay, lr)
 
 
 def _reference(

@@ -23,10 +23,11 @@ def task_gram(gradients: Gradients) -> Tensor:
         G_{ij} = \langle g_i, g_j \rangle = \sum_t \sum_x g_{i,t,x} \, g_{j,t,x}
 
     over all parameters :math:`t` and their elements :math:`x`. Every gradient is read once (once
-    for every 64 tasks), from where it lies, whatever its strides: nothing is concatenated. Products
-    of float32, bfloat16 and float16 are summed in float32 over short runs and in float64 beyond;
-    the error is at most 1e-6 of :math:`|g_i| |g_j|`. The result is the same, to the bit, from run
-    to run, and does not depend on the number of threads.
+    for every 64 tasks), from where it lies, whatever its strides: nothing is concatenated. (On CUDA
+    those are copied that are not dense, or not in the order of the others.) Products of float32,
+    bfloat16 and float16 are summed in float32 over short runs and in float64 beyond; the error is
+    at most 1e-6 of :math:`|g_i| |g_j|`. The result is the same, to the bit, from run to run, and
+    does not depend on the number of threads.
 
     NaN and infinity propagate as in any sum.
 
@@ -56,7 +57,7 @@ def task_gram(gradients: Gradients) -> Tensor:
         raise ValueError("gradients holds None alone: no task reaches any of the parameters.")
     device = getattr(listed.flat[0], "device", None)
     gram = _backend.choose(
-        "cpu" if device is None else device.type, cpp=_native, reference=_reference
+        "cpu" if device is None else device.type, cpp=_native, triton=_triton, reference=_reference
     )
     with torch.no_grad():
         return gram(listed)
@@ -68,6 +69,14 @@ def _native(gradients: GradientList) -> Tensor:
     except (RuntimeError, TypeError):
         check(gradients)
         raise
+    return matrix
+
+
+def _triton(gradients: GradientList) -> Tensor:
+    from taskgroup.ops.triton import task_gram as on_triton  # Triton is imported here
+
+    check(gradients)
+    matrix: Tensor = on_triton.task_gram(*gradients)
     return matrix
 
 

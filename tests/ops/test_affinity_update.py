@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from taskgroup import ops
 from taskgroup.ops import affinity_update_
+from tests.backends import BACKENDS, WITH_OPS, backends_op, examples
 
-BACKENDS = ["cpp", "reference"]
 TOLERANCE = 1e-6
 
 
@@ -77,7 +77,7 @@ def arguments(before, after, group, dtype=torch.float64):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(sequence=sequences())
 def test_follows_the_rules(backend, dtype, sequence):
     n_tasks, seed, updates = sequence
@@ -93,7 +93,7 @@ def test_follows_the_rules(backend, dtype, sequence):
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(sequence=sequences())
 def test_backends_agree_to_the_bit(sequence):
     n_tasks, _, updates = sequence
@@ -104,7 +104,7 @@ def test_backends_agree_to_the_bit(sequence):
             for before, after, group, decay in updates:
                 affinity_update_(matrix, *arguments(before, after, group), decay)
         matrices.append(matrix)
-    assert torch.equal(*matrices)
+    assert all(torch.equal(matrix, matrices[0]) for matrix in matrices)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -250,9 +250,11 @@ class TestNativeOp:
     def op(self):
         return torch.ops.taskgroup.affinity_update_.default
 
+    @pytest.mark.parametrize("backend", WITH_OPS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    def test_opcheck(self, op, dtype):
+    def test_opcheck(self, dtype, backend):
         before, after, mask = arguments([1.0, 0.3, 2.5], [0.9, 0.31, 2.0], {0, 1}, dtype)
+        op = backends_op(backend, "affinity_update_")
         torch.library.opcheck(op, (torch.zeros(3, 3), before, after, mask, 0.5))
 
     @pytest.mark.parametrize(

@@ -30,9 +30,10 @@ def chosen(device="cpu"):
 
 def test_native_code_is_here():
     """The tests are worth little without it, so a run that lacks it fails."""
-    assert ops.backends() == {"cpp": None, "reference": None}
+    assert ops.backends() == {"cpp": None, "triton": None, "reference": None}
     assert chosen("cpu") == "cpp"
-    assert chosen("cuda") == "reference"
+    assert chosen("cuda") == "triton"
+    assert chosen("xpu") == "reference"
 
 
 def test_use_backend_as_a_call_and_as_a_context():
@@ -56,7 +57,9 @@ def test_use_backend_ends_with_an_exception():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match=r"no backend 'cuba' .*Available: cpp, reference\."):
+    with pytest.raises(
+        ValueError, match=r"no backend 'cuba' .*Available: cpp, triton, reference\."
+    ):
         ops.use_backend("cuba")
     assert chosen() == "cpp"
 
@@ -67,6 +70,58 @@ def test_backend_that_does_not_run_on_the_device():
         pytest.raises(RuntimeError, match=r"'cpp' runs on cpu, .* on meta"),
     ):
         ratios("meta")
+    with (
+        ops.use_backend("triton"),
+        pytest.raises(RuntimeError, match=r"'triton' runs on cuda, .* on cpu"),
+    ):
+        ratios("cpu")
+
+
+def test_triton_is_imported_at_its_first_use():
+    code = """
+import sys, torch, taskgroup
+from taskgroup import ops
+matrix, losses = torch.zeros(2, 2), torch.ones(2)
+ops.affinity_update_(matrix, losses, losses / 2, losses.bool(), 1.0)
+ops.combine([[losses]], [1.0])
+assert "triton" not in sys.modules
+assert "taskgroup.ops.triton" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_triton():
+    code = """
+import sys
+from importlib.machinery import PathFinder
+find_spec = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+from taskgroup import ops
+from taskgroup.ops._backend import choose
+assert ops.backends()["triton"] == "Triton is not installed (pip install triton)"
+assert choose("cuda", triton=lambda: "triton", reference=lambda: "reference")() == "reference"
+try:
+    ops.use_backend("triton")
+except RuntimeError as error:
+    assert "'triton': Triton is not installed" in str(error)
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_interpreter_runs_when_it_is_asked_for():
+    code = """
+from taskgroup import ops
+from taskgroup.ops._backend import choose
+pure = {"triton": lambda: "triton", "reference": lambda: "reference"}
+assert choose("cpu", **pure)() == "reference"
+assert choose("cuda", **pure)() == "reference"
+with ops.use_backend("triton"):
+    assert choose("cpu", **pure)() == "triton"
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_op_without_the_backend_chooses_by_itself():
@@ -149,7 +204,7 @@ def test_pure_installation_uses_the_reference(installation):
     assert told["cluster"] == [None, CLUSTERED]
     kind, message = told["use cpp"]
     assert kind == "RuntimeError"
-    assert "without native code. Available: reference." in message
+    assert "without native code. Available: triton, reference." in message
 
     told = use(TASKGROUP_BACKEND="cpp")
     for op in ("update", "cluster"):

@@ -8,14 +8,15 @@ from hypothesis import strategies as st
 from taskgroup import ops
 from taskgroup.ops import combine
 from tests import random_gradients
+from tests.backends import BACKENDS, INTERPRETED, WITH_OPS, backends_op, examples
 from tests.random_gradients import DTYPES
 
-BACKENDS = ["cpp", "reference"]
 # Of sum_k |w_k g_k|: rounding of the sum in float32, and once to the dtype of the gradient.
 TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 1e-6,
-    torch.bfloat16: 2**-8,
+    # Triton's interpreter cuts off where its compiler rounds.
+    torch.bfloat16: 2**-7 if INTERPRETED else 2**-8,
     torch.float16: 2**-11 + 1e-6,
 }
 
@@ -35,7 +36,7 @@ def check(result, gradients, weights):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(data=st.data(), gradients=random_gradients.gradients())
 def test_is_the_weighted_sum(backend, data, gradients):
     n_tasks = len(gradients)
@@ -47,7 +48,7 @@ def test_is_the_weighted_sum(backend, data, gradients):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(data=st.data(), gradients=random_gradients.gradients())
 def test_writes_to_out(backend, data, gradients):
     weights = torch.linspace(-1, 1, len(gradients)) + 0.1
@@ -78,7 +79,7 @@ class TestCombine:
         with ops.use_backend(backend):
             yield
 
-    @pytest.mark.parametrize("n_tasks", [1, 4, 5, 64, 65, 1024])
+    @pytest.mark.parametrize("n_tasks", [1, 4, 5, 64, 65, 200 if INTERPRETED else 1024])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_many_tasks(self, n_tasks, dtype):
         gradients = random_gradients.make(
@@ -115,7 +116,10 @@ class TestCombine:
         (total,) = combine([[row] for row in rows], [1.0, 1.0, 1.0])
         assert total.item() == 2.0**-9
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    # Triton's interpreter cuts bfloat16 off; test_triton_compile.py sees that its compiler rounds.
+    @pytest.mark.parametrize(
+        "dtype", [torch.float16, *([] if INTERPRETED else [torch.bfloat16])], ids=str
+    )
     def test_rounds_as_torch_does(self, dtype):
         """Every representable number and the points between, overflow and subnormals among them."""
         bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -125,6 +129,12 @@ class TestCombine:
             (got,) = combine([[every]], [weight])
             expected = (every.float() * torch.tensor(weight)).to(dtype)
             torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+    def test_a_missing_gradient_has_no_weight(self):
+        two = torch.full((3,), 2.0)
+        totals = combine([[None, two], [two, two]], [math.inf, 1.0])
+        assert totals[0].tolist() == [2.0] * 3
+        assert totals[1].tolist() == [math.inf] * 3
 
     def test_float64_weights(self):
         gradients = [[torch.ones(1, dtype=torch.float64)]] * 2
@@ -195,12 +205,14 @@ class TestCombine:
 class TestNativeOp:
     """The op itself, called without its Python face."""
 
+    @pytest.mark.parametrize("backend", WITH_OPS)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_opcheck(self, dtype):
+    def test_opcheck(self, dtype, backend):
         flat = [torch.randn(5).to(dtype) for _ in range(3)]
         out = [torch.zeros(5).to(dtype) for _ in range(2)]
-        op = torch.ops.taskgroup.combine.default
-        torch.library.opcheck(op, (flat, [0, 1, 3], torch.ones(2), out))
+        torch.library.opcheck(
+            backends_op(backend, "combine"), (flat, [0, 1, 3], torch.ones(2), out)
+        )
 
     @pytest.mark.parametrize(
         ("changed", "message"),

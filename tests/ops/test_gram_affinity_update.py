@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from taskgroup import ops
 from taskgroup.ops import gram_affinity_update_
 from tests import random_gradients
+from tests.backends import BACKENDS, WITH_OPS, backends_op, examples
 from tests.random_gradients import exact_gram
-
-BACKENDS = ["cpp", "reference"]
 
 
 def expected_update(matrix, gradients, losses, decay, lr):
@@ -27,7 +26,7 @@ def expected_update(matrix, gradients, losses, decay, lr):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(data=st.data(), gradients=random_gradients.gradients())
 def test_follows_the_formula(backend, data, gradients):
     n_tasks = len(gradients)
@@ -129,12 +128,13 @@ class TestUpdate:
 class TestNativeOp:
     """The op itself, called without its Python face."""
 
+    @pytest.mark.parametrize("backend", WITH_OPS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    def test_opcheck(self, dtype):
+    def test_opcheck(self, dtype, backend):
         flat = [torch.randn(5) for _ in range(3)]
-        op = torch.ops.taskgroup.gram_affinity_update_.default
         losses = torch.ones(3, dtype=dtype)
-        torch.library.opcheck(op, (torch.zeros(3, 3), flat, [0, 1, 3], [0, 2], losses, 0.5, 1.0))
+        arguments = (torch.zeros(3, 3), flat, [0, 1, 3], [0, 2], losses, 0.5, 1.0)
+        torch.library.opcheck(backends_op(backend, "gram_affinity_update_"), arguments)
 
     @pytest.mark.parametrize(
         ("changed", "message"),

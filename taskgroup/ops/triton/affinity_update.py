@@ -1,0 +1,102 @@
+"""The update of the affinity matrix by the step of one group."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from taskgroup.ops.triton._tables import as_float64, bits, on_device_of
+
+_TILE = 4096  # entries of the matrix that a program updates: one program up to 64 tasks
+
+
+@triton.jit
+def _ratio(before_ptr, after_ptr, k, n_tasks, group_size):
+    """``clamp(1 - after / before, -1, 1) / group_size``, validity, and whether the loss moved."""
+    b = tl.load(before_ptr + k, mask=k < n_tasks, other=0).to(tl.float64)
+    a = tl.load(after_ptr + k, mask=k < n_tasks, other=0).to(tl.float64)
+    infinity = float("inf")
+    valid = (b > 0) & (b < infinity) & (tl.abs(a) < infinity)
+    ratio = 1 - a / tl.where(valid, b, 1)
+    ratio = tl.where(ratio > 1, 1, tl.where(ratio < -1, -1, ratio)) / group_size
+    return tl.where(valid, ratio, 0), valid, valid & (a != b)
+
+
+@triton.jit(do_not_specialize=["n_tasks", "decay_bits"])
+def affinity_update_kernel(
+    matrix_ptr,  # float32 [K, K]
+    before_ptr,  # float32 or float64 [K]
+    after_ptr,  # as before
+    mask_ptr,  # uint8 [K]
+    n_tasks,
+    decay_bits,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # at least K
+):
+    k = tl.arange(0, BLOCK)
+    in_group_k = tl.load(mask_ptr + k, mask=k < n_tasks, other=0) != 0  # [K]
+    group_size = tl.sum(in_group_k.to(tl.int32), 0).to(tl.float64)
+    group_size = tl.where(group_size > 0, group_size, 1)
+    ratio_k, valid_k, moved = _ratio(before_ptr, after_ptr, k, n_tasks, group_size)
+    # Losses that did not move at all tell of a step that did not happen.
+    if tl.sum(moved.to(tl.int32), 0) == 0:
+        return
+
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_group_i = tl.load(mask_ptr + i, mask=i < n_tasks, other=0) != 0  # [ROWS]
+    ratio_i, valid_i, _ = _ratio(before_ptr, after_ptr, i, n_tasks, group_size)
+
+    ri, rk = ratio_i[:, None], ratio_k[None, :]
+    inside = tl.where(ri * rk < 0, -tl.where(ri > rk, ri, rk), rk)  # [ROWS, K]
+    other = i[:, None] != k[None, :]
+    observed = tl.where(in_group_k[None, :] & other, inside, rk)
+    there = in_group_i[:, None] & valid_k[None, :]
+    there = there & (valid_i[:, None] | (in_group_k[None, :] == 0)) & (other | (rk >= 0))
+
+    decay = as_float64(decay_bits)
+    entry_ptr = matrix_ptr + i[:, None].to(tl.int64) * n_tasks + k[None, :]
+    old = tl.load(entry_ptr, mask=there, other=0).to(tl.float64)
+    new = (1 - decay) * old + decay * observed
+    tl.store(entry_ptr, new.to(tl.float32), mask=there)
+
+
+@torch.library.custom_op(
+    "taskgroup_triton::affinity_update_",
+    mutates_args=("matrix",),
+    schema="(Tensor(a!) matrix, Tensor before, Tensor after, Tensor mask, float decay) -> ()",
+)
+def affinity_update_(
+    matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float
+) -> None:
+    """One launch; every program works out the ratios of all tasks and updates some rows."""
+    n_tasks = len(matrix)
+    if n_tasks == 0:
+        return
+    rows, block, num_warps = settings(n_tasks)
+    with on_device_of(matrix):
+        affinity_update_kernel[(triton.cdiv(n_tasks, rows),)](
+            matrix,
+            before,
+            after,
+            mask.view(torch.uint8),
+            n_tasks,
+            bits(decay),
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=num_warps,
+            enable_fp_fusion=False,  # rounds as the reference does
+        )
+
+
+def settings(n_tasks: int) -> tuple[int, int, int]:
+    """Rows of a program, its columns, its warps."""
+    block = max(16, triton.next_power_of_2(n_tasks))
+    rows = max(1, min(block, _TILE // block))
+    return rows, block, 4 if block <= 32 else 8
+
+
+@affinity_update_.register_fake
+def _(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float) -> None:
+    """The op writes to its argument and returns nothing."""
