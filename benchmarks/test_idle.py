@@ -9,11 +9,11 @@ import shutil
 
 import pytest
 import torch
-from benchmarks.record import ROOT, machine
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import taskgroup as tg
+from benchmarks.record import ROOT, machine
 
 TASKS = [f"task{k}" for k in range(11)]
 BATCHES = 8

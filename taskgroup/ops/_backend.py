@@ -76,10 +76,10 @@ def _triton() -> _Backend:
     # Looked for, not imported: that takes a second, and is left to the first use.
     problem = None
     if importlib.util.find_spec("triton") is None:
-        problem = "Triton is not installed (pip install triton)"
+        problem = "Triton is not installed (a torch for CUDA brings it; pip install triton)"
     # Triton's interpreter runs kernels in NumPy. It cannot follow addresses on a device, and is
     # there for tests: nobody wants it by surprise.
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
     return _Backend(("cpu" if interpreted else "cuda",), problem, on_request=interpreted)
 
 

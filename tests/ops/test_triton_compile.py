@@ -49,6 +49,26 @@ def assert_no_spills(tmp_path):
     return check
 
 
+def compiled_gram_partials(capability, n_tasks, dtype, *, aligned=True):
+    settings = task_gram.settings(n_tasks, dtype, wide=dtype == torch.float64)
+    integers = ["n_parameters", "n_tasks", "n_blocks", "blocks_per_part", "part_0"]
+    return compiled(
+        task_gram.gram_partials_kernel,
+        capability,
+        {"table_ptr": "*i64", "partials_ptr": "*fp64", **dict.fromkeys(integers, "i32")},
+        {
+            "DTYPE": TRITON_DTYPES[dtype],
+            "DOT": task_gram.dot_dtype(dtype),
+            "BK": settings.tasks,
+            "BP": settings.elements,
+            "ONE_BLOCK": n_tasks <= settings.tasks,
+            "ALIGNED": aligned,
+        },
+        settings.num_warps,
+        fp_fusion=True,
+    )
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(
     ("n_tasks", "dtype"),
@@ -61,22 +81,7 @@ def assert_no_spills(tmp_path):
 def test_gram_partials(capability, n_tasks, dtype, assert_no_spills):
     wide = dtype == torch.float64
     settings = task_gram.settings(n_tasks, dtype, wide=wide)
-    integers = ["n_parameters", "n_tasks", "n_blocks", "blocks_per_part", "part_0"]
-    ptx, cubin = compiled(
-        task_gram.gram_partials_kernel,
-        capability,
-        {"table_ptr": "*i64", "partials_ptr": "*fp64", **dict.fromkeys(integers, "i32")},
-        {
-            "DTYPE": TRITON_DTYPES[dtype],
-            "DOT": task_gram.dot_dtype(dtype),
-            "BK": settings.tasks,
-            "BP": settings.elements,
-            "ONE_BLOCK": n_tasks <= settings.tasks,
-            "ALIGNED": True,
-        },
-        settings.num_warps,
-        fp_fusion=True,
-    )
+    ptx, cubin = compiled_gram_partials(capability, n_tasks, dtype)
     assert_no_spills(cubin)
     if dtype in (torch.bfloat16, torch.float16):
         # Half a warp of tasks is too few for the wide products of later GPUs.
@@ -85,6 +90,13 @@ def test_gram_partials(capability, n_tasks, dtype, assert_no_spills):
         assert not re.search("tf32", ptx)
     if not wide:  # 16 bytes at a time, on their way while others are multiplied
         assert "cp.async.cg.shared.global" in ptx
+
+
+@pytest.mark.parametrize(("n_tasks", "dtype"), [(11, torch.bfloat16), (130, torch.float32)])
+def test_gram_partials_of_unaligned_gradients(n_tasks, dtype, assert_no_spills):
+    ptx, cubin = compiled_gram_partials(90, n_tasks, dtype, aligned=False)
+    assert_no_spills(cubin)
+    assert "cp.async.cg.shared.global" not in ptx  # 16 bytes at a time
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
