@@ -79,6 +79,7 @@ class Record:
         self._rows: list[Row] = []
         self._beside: list[tuple[float | None, float | None, str | None]] = []  # goals, reason
         self._remarks: list[str] = []
+        self.first_side: Call | None = None  # of the last comparison: ours
 
     def room(self) -> float:
         """Bytes that a benchmark may take: of a host's memory little by default, much if full."""
@@ -98,6 +99,7 @@ class Record:
         return {**reasons, **self._least_seconds(calls)}
 
     def _least_seconds(self, sides: Mapping[str, Call]) -> dict[str, float]:
+        self.first_side = next(iter(sides.values()))
         clock = _cuda_seconds if self.device.type == "cuda" else _wall_seconds
         least = {}
         calls = {}

@@ -77,7 +77,7 @@ def arguments(before, after, group, dtype=torch.float64):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=examples(300), deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(sequence=sequences())
 def test_follows_the_rules(backend, dtype, sequence):
     n_tasks, seed, updates = sequence
@@ -93,7 +93,7 @@ def test_follows_the_rules(backend, dtype, sequence):
     )
 
 
-@settings(max_examples=examples(200), deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(sequence=sequences())
 def test_backends_agree_to_the_bit(sequence):
     n_tasks, _, updates = sequence
