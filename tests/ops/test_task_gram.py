@@ -195,6 +195,15 @@ class TestGram:
         torch.testing.assert_close(compiled(gradients), task_gram(gradients))
 
 
+@pytest.mark.slow
+def test_more_elements_than_an_int_counts():
+    """One number in memory stands for all: read by its strides, of which none is contiguous."""
+    n = 2**31 + 256  # which float32 holds
+    ones, twos = (torch.full((1,), v, dtype=torch.bfloat16).expand(n) for v in (1.0, 2.0))
+    with ops.use_backend("cpp"):
+        assert task_gram([[ones], [twos]]).double().tolist() == [[n, 2 * n], [2 * n, 4 * n]]
+
+
 def test_does_not_depend_on_the_number_of_threads():
     gradients = [[torch.randn(1_000_003)] for _ in range(5)]
     threads = torch.get_num_threads()
