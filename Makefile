@@ -10,7 +10,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 BUILD := setup.py CMakeLists.txt pyproject.toml taskgroup/__init__.py $(CPP)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 

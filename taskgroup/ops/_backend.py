@@ -70,9 +70,19 @@ class _Backend(NamedTuple):
     broken: bool = False  # it should be available: nothing takes its place silently
 
 
+def _cuda_problem() -> str | None:
+    if native.problem is not None or torch.ops.taskgroup.cuda_architectures():
+        return native.problem
+    return (
+        "its native code was built without CUDA kernels; build it again where nvcc is "
+        "(TASKGROUP_CUDA=1 pip install --force-reinstall --no-deps --no-build-isolation .)"
+    )
+
+
 # In order of preference.
 _BACKENDS = {
     "cpp": _Backend(("cpu",), native.problem, native.broken),
+    "cuda": _Backend(("cuda",), _cuda_problem(), native.broken),
     "reference": _Backend(),
 }
 
@@ -89,7 +99,7 @@ def backends() -> dict[str, str | None]:
     Example:
         >>> import taskgroup
         >>> sorted(taskgroup.ops.backends())
-        ['cpp', 'reference']
+        ['cpp', 'cuda', 'reference']
     """
     return {name: backend.problem for name, backend in _BACKENDS.items()}
 
@@ -119,8 +129,8 @@ class use_backend:  # noqa: N801 (to its users a function, like torch.no_grad)
     variable ``TASKGROUP_BACKEND``.
 
     Args:
-        name (str or None): ``"reference"`` or ``"cpp"``; ``None`` lets every op choose, by the
-            device of its arguments.
+        name (str or None): ``"reference"``, ``"cpp"`` or ``"cuda"``; ``None`` lets every op
+            choose, by the device of its arguments.
 
     Raises:
         ValueError: If there is no backend of that name; the message lists those there are.
