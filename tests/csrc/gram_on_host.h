@@ -46,7 +46,7 @@ std::vector<double> gram_on_host(const Gradients& gradients, Dtype dtype, const 
 template <typename G, bool kBulk>
 Pass fma_on_host(int first, int other, int stages) {
   return [=](const GramTable& table, double* partial) {
-    shim::launch({static_cast<unsigned>(table.segments), 1}, G::kThreads, G::shared_bytes(stages),
+    shim::launch({1, static_cast<unsigned>(table.segments)}, G::kThreads, G::shared_bytes(stages),
                  [&](void* shared) {
                    gram_fma_block<G, kBulk>(table, first, other, partial, shared, stages);
                  });
@@ -57,12 +57,20 @@ template <typename G>
 Pass double_on_host(int64_t K) {
   const auto blocks = static_cast<unsigned>((K + G::R - 1) / G::R);
   return [=](const GramTable& table, double* partial) {
-    shim::launch({static_cast<unsigned>(table.segments), blocks * (blocks + 1) / 2}, G::kThreads,
+    shim::launch({blocks * (blocks + 1) / 2, static_cast<unsigned>(table.segments)}, G::kThreads,
                  G::shared_bytes(0), [&](void* shared) {
-                   const BlockPair pair = block_pair(blockIdx.y);
+                   const BlockPair pair = block_pair(blockIdx.x);
                    gram_fma_block<G, false>(table, pair.a * G::R, pair.b * G::R, partial, shared,
                                             0);
                  });
+  };
+}
+
+template <typename G>
+Pass mma_on_host(int first, int other) {
+  return [=](const GramTable& table, double* partial) {
+    shim::launch({1, static_cast<unsigned>(table.segments)}, G::kThreads, G::kSharedBytes,
+                 [&](void* shared) { gram_mma_block<G>(table, first, other, partial, shared); });
   };
 }
 

@@ -3,43 +3,28 @@
 // The second pass: adds the partial sums of all segments, in their order, and uses them.
 
 #include "ops/cuda/affinity_update_kernel.cuh"
+#include "ops/cuda/gram.h"
 #include "ops/cuda/gram_table.cuh"
 
 namespace taskgroup {
 
-// The matrix of inner products.
 template <typename T>
-struct GramMatrix {
-  T* matrix;  // [K, K]
-  int64_t K;
+__device__ inline void store(const GramMatrix<T>& to, int64_t i, int64_t j, double product) {
+  to.matrix[i * to.K + j] = to.matrix[j * to.K + i] = static_cast<T>(product);
+}
 
-  __device__ void store(int64_t i, int64_t j, double product) const {
-    matrix[i * K + j] = matrix[j * K + i] = static_cast<T>(product);
-  }
-};
+__device__ inline void observe(const GramAffinity& to, int64_t i, int64_t k, double product) {
+  const double loss = to.wide_losses ? static_cast<const double*>(to.losses)[k]
+                                     : static_cast<const float*>(to.losses)[k];
+  if (!(isfinite(product) && isfinite(loss) && loss > 0.0)) return;
+  float& entry = to.matrix[i * to.K + k];
+  entry = blend(entry, to.lr * product / loss, to.decay);
+}
 
-// The update of the affinity matrix.
-struct GramAffinity {
-  float* matrix;  // [K, K], K of all tasks
-  int64_t K;
-  const void* losses;  // [K] double if wide_losses, else float
-  bool wide_losses;
-  double decay, lr;
-  uint16_t tasks[1024];  // row and column of each measured task
-
-  __device__ void store(int64_t i, int64_t j, double product) const {
-    observe(tasks[i], tasks[j], product);
-    if (i != j) observe(tasks[j], tasks[i], product);
-  }
-
-  __device__ void observe(int64_t i, int64_t k, double product) const {
-    const double loss =
-        wide_losses ? static_cast<const double*>(losses)[k] : static_cast<const float*>(losses)[k];
-    if (!(isfinite(product) && isfinite(loss) && loss > 0.0)) return;
-    float& entry = matrix[i * K + k];
-    entry = blend(entry, lr * product / loss, decay);
-  }
-};
+__device__ inline void store(const GramAffinity& to, int64_t i, int64_t j, double product) {
+  observe(to, to.tasks[i], to.tasks[j], product);
+  if (i != j) observe(to, to.tasks[j], to.tasks[i], product);
+}
 
 // Row blockIdx.y, columns from 32 blockIdx.x on: a column per lane, the segments dealt to the warps.
 template <int kThreads, typename Result>
@@ -61,7 +46,7 @@ __device__ void gram_finish_block(const double* partial, int64_t segments, int64
   __syncthreads();
   if (warp != 0 || !mine) return;
   for (int w = 1; w < kWarps; ++w) sum += sums[w * 32 + lane];
-  result.store(i, j, sum);
+  store(result, i, j, sum);
 }
 
 }  // namespace taskgroup

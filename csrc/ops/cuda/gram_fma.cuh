@@ -83,7 +83,7 @@ __device__ void gram_fma_block(const GramTable& table, int first, int other, dou
   auto* sums = reinterpret_cast<double*>(body);  // [kWarps, kSums], when the ring is done
   const int lane = threadIdx.x % 32;
   const int64_t all = table.end_tile[table.parameters - 1];
-  const int64_t begin = blockIdx.x * table.tiles_per_segment;
+  const int64_t begin = blockIdx.y * table.tiles_per_segment;
   const int64_t end = begin + table.tiles_per_segment < all ? begin + table.tiles_per_segment : all;
 
   const auto in_ring = [&](const TileWalk& at) {
@@ -187,7 +187,7 @@ __device__ void gram_fma_block(const GramTable& table, int first, int other, dou
   }
   __syncthreads();
   const int64_t K = table.K;
-  partial += (table.first_segment + blockIdx.x) * (K * (K + 1) / 2);
+  partial += (table.first_segment + blockIdx.y) * (K * (K + 1) / 2);
   for (int s = threadIdx.x; s < G::kSums; s += G::kThreads) {
     double result = 0;
     for (int w = 0; w < G::kWarps; ++w) result += sums[w * G::kSums + s];

@@ -145,7 +145,7 @@ __device__ void gram_mma_block(const GramTable& table, int first, int other, dou
   for (int s = 0; s < G::kSums; ++s) own[s * 32 + lane] = 0;
 
   const int64_t all = table.end_tile[table.parameters - 1];
-  const int64_t begin = blockIdx.x * table.tiles_per_segment;
+  const int64_t begin = blockIdx.y * table.tiles_per_segment;
   const int64_t end = begin + table.tiles_per_segment < all ? begin + table.tiles_per_segment : all;
   TileWalk at(table, begin, G::kTile);
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -175,7 +175,7 @@ __device__ void gram_mma_block(const GramTable& table, int first, int other, dou
       }
     };
     load(0);
-#pragma unroll
+#pragma unroll 1
     for (int c = 0; c < G::kUnit / G::kWidth; ++c) {
 #pragma unroll
       for (int step = 0; step < kPerVector<T> / 4; ++step) {
@@ -233,7 +233,7 @@ __device__ void gram_mma_block(const GramTable& table, int first, int other, dou
 
   __syncthreads();
   const int64_t K = table.K;
-  partial += (table.first_segment + blockIdx.x) * (K * (K + 1) / 2);
+  partial += (table.first_segment + blockIdx.y) * (K * (K + 1) / 2);
   for (int at_sum = threadIdx.x; at_sum < G::kSums * 32; at_sum += G::kThreads) {
     double result = 0;
     for (int w = 0; w < G::kWarps; ++w) result += sums[w * G::kSums * 32 + at_sum];
@@ -243,23 +243,26 @@ __device__ void gram_mma_block(const GramTable& table, int first, int other, dou
   }
 }
 
-// More than 64 tasks: blocks of 64, each with itself, and the halves of each with all later ones.
+// More than 64 tasks: blocks of 64, each with itself, and the halves of each with those of all later
+// ones.
 constexpr int kMmaBlock = 64;
+constexpr int kMmaHalf = kMmaBlock / 2;
 
-// The y-th pair of a half and a later block.
-struct HalfAndBlock {
+// The y-th pair of halves.
+struct Halves {
   int first, other;  // tasks
 };
 
-__device__ inline HalfAndBlock half_and_block(int y) {
-  int b = 1;
-  while (y >= 2 * b) y -= 2 * b++;
-  return {y * kMmaBlock / 2, b * kMmaBlock};
+__device__ inline Halves halves(int y) {
+  const int quarter = y % 4;
+  int a = y / 4, b = 1;  // blocks
+  while (a >= b) a -= b++;
+  return {a * kMmaBlock + quarter / 2 * kMmaHalf, b * kMmaBlock + quarter % 2 * kMmaHalf};
 }
 
-constexpr int64_t halves_and_blocks(int64_t K) {
+constexpr int64_t pairs_of_halves(int64_t K) {
   const int64_t blocks = (K + kMmaBlock - 1) / kMmaBlock;
-  return blocks * (blocks - 1);
+  return 2 * blocks * (blocks - 1);
 }
 
 }  // namespace taskgroup
