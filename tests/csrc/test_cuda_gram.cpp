@@ -8,25 +8,25 @@ using namespace taskgroup;
 namespace {
 
 const auto odd = [](int64_t k, int64_t t) { return (k + t) % 3; };
-const auto equally_odd = [](int64_t, int64_t t) { return t % 4; };
 const auto some = [](int64_t k, int64_t t) -> int64_t { return (k * 5 + t) % 4 == 1; };
 
 // The sizes of parameters: empty, less than a tile, whole tiles, several and a tail.
 std::vector<RandomGradients::Shape> shapes(Dtype dtype, int64_t tile) {
-  return {{0, dtype}, {5, dtype}, {2 * tile, dtype}, {1, dtype}, {9 * tile + 7, dtype}};
+  return {{0, dtype}, {5, dtype}, {2 * tile, dtype}, {1, dtype}, {5 * tile + 7, dtype}};
 }
 
 template <int R, int kThreads, bool kBulk>
 void test_fma(int K) {
   using G = GramFma<float, R, true, kThreads>;
   const auto sizes = shapes(Dtype::kFloat, G::kTile);
-  for (const int stages : {1, 3}) {
+  for (const int stages : {1, 2}) {
     const auto run = [&](const Gradients& gradients) {
       return gram_on_host<G>(gradients, Dtype::kFloat, fma_on_host<G, kBulk>(0, 0, stages));
     };
     check_gram({K, sizes, none, none}, run);
     check_gram({K, sizes, some, odd}, run);
-    check_gram({K, sizes, some, equally_odd}, run);
+    const RandomGradients random(K, sizes, some, none);
+    CHECK(run(random.gradients) == run(random.gradients));  // to the bit
   }
 }
 
@@ -97,11 +97,10 @@ void test_affinity() {
 
 int main() {
   test_fma<2, 32, false>(1);
-  test_fma<2, 64, true>(2);
+  test_fma<2, 32, true>(2);
   test_fma<4, 64, true>(3);
-  test_fma<12, 32, false>(11);
-  test_fma<12, 64, true>(11);
-  test_fma<16, 32, true>(16);
+  test_fma<12, 32, true>(11);
+  test_fma<16, 64, true>(16);
   test_not_finite_fma();
   for (const int K : {1, 8, 17}) test_double(K);
   test_overflow();
