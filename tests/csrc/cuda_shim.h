@@ -170,6 +170,7 @@ namespace taskgroup {
 
 inline double multiply(double a, double b) { return a * b; }
 inline double add(double a, double b) { return a + b; }
+inline int opaque(int number) { return number; }
 
 struct alignas(16) Words {
   uint32_t word[4];

@@ -154,11 +154,16 @@ __device__ void gram_fma_block(const GramTable& table, int first, int other, dou
       }
     } else {
       const int64_t x = at.x + threadIdx.x * kPerVector<T>, n = table.numel[at.p];
-      const bool aligned = table.aligned[at.p];
+      const bool whole = table.aligned[at.p] && x + kPerVector<T> <= n;
+      const auto load = [&](int task) {
+        const T* data = table.gradient<T>(at.p, task);
+        if (data == nullptr) return Vector<T>{};
+        return whole ? load_vector(data + x) : load_ragged(data, x, n);
+      };
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        a[r] = load_some(table.gradient<T>(at.p, first + r), x, n, aligned);
-        if (!G::kTriangle) b[r] = load_some(table.gradient<T>(at.p, other + r), x, n, aligned);
+        a[r] = load(first + r);
+        if (!G::kTriangle) b[r] = load(other + r);
       }
     }
 #pragma unroll

@@ -155,24 +155,27 @@ __device__ void gram_mma_block(const GramTable& table, int first, int other, dou
     if (tile + 1 < end) at.next(G::kTile);
     if (x >= n) continue;  // the whole warp
 
-    const T *left[G::kLeft], *right[G::kTriangle ? 1 : G::kRight];
-#pragma unroll
-    for (int r = 0; r < G::kLeft; ++r) left[r] = table.gradient<T>(p, first + 8 * r + lane / 4);
-    if constexpr (!G::kTriangle) {
-#pragma unroll
-      for (int r = 0; r < G::kRight; ++r) right[r] = table.gradient<T>(p, other + 8 * r + lane / 4);
-    }
-
+    const int n_here = n - x < G::kUnit ? static_cast<int>(n - x) : G::kUnit;
+    const bool whole = aligned && n_here == G::kUnit;
     float sum[G::kSums] = {};
     Vector<T> a[G::kLeft], b[G::kTriangle ? 1 : G::kRight];
-    const auto load = [&](int c) {
-      const int64_t y = x + c * G::kWidth + lane % 4 * kPerVector<T>;
+    const auto load_rows = [&](auto& rows, int task, int c) {
+      const int y = c * G::kWidth + lane % 4 * kPerVector<T>;
 #pragma unroll
-      for (int r = 0; r < G::kLeft; ++r) a[r] = load_some(left[r], y, n, aligned);
-      if constexpr (!G::kTriangle) {
-#pragma unroll
-        for (int r = 0; r < G::kRight; ++r) b[r] = load_some(right[r], y, n, aligned);
+      for (int r = 0; r < static_cast<int>(sizeof(rows) / sizeof(rows[0])); ++r) {
+        const T* data = table.gradient<T>(p, task + 8 * r);
+        if (data == nullptr) {
+          rows[r] = {};
+        } else {
+          rows[r] = whole ? load_vector(data + x + y) : load_ragged(data + x, y, n_here);
+        }
       }
+    };
+    const auto load = [&](int c) {
+      // The addresses are read again each time, from the cache of constants: as opaque numbers the
+      // compiler cannot keep them, and they would take registers that the sums need.
+      load_rows(a, opaque(first + lane / 4), c);
+      if constexpr (!G::kTriangle) load_rows(b, opaque(other + lane / 4), c);
     };
     load(0);
 #pragma unroll 1

@@ -106,23 +106,15 @@ inline int64_t number_segments(std::vector<GramTable>& tables, int64_t first) {
   return first;
 }
 
-// Not inlined: the rare case must not take registers from the common one.
-template <typename T>
-__device__ __noinline__ Vector<T> load_ragged(const T* data, int64_t left) {
+// The elements of a vector that starts at element x of n, at any address; zero where there is none.
+template <typename T, typename Index>
+__device__ inline Vector<T> load_ragged(const T* data, Index x, Index n) {
   Vector<T> some = {};
 #pragma unroll
   for (int e = 0; e < kPerVector<T>; ++e) {
-    if (e < left) some.at[e] = data[e];
+    if (x + e < n) some.at[e] = data[x + e];
   }
   return some;
-}
-
-// The elements of a vector that starts at element x of n; zero where there is none.
-template <typename T>
-__device__ inline Vector<T> load_some(const T* data, int64_t x, int64_t n, bool aligned) {
-  if (data == nullptr || x >= n) return {};
-  if (aligned && x + kPerVector<T> <= n) return load_vector(data + x);
-  return load_ragged(data + x, n - x);
 }
 
 }  // namespace taskgroup
