@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int kTasks>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kWarps * 32, kTasks == kMmaBlock ? 1 : 2)
     gram_mma(const __grid_constant__ GramTable table, double* partial) {
   extern __shared__ __align__(128) unsigned char shared[];
   const int first = blockIdx.x * kMmaBlock;
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kWarps * 32)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kWarps * 32, 2)
     gram_mma_rectangle(const __grid_constant__ GramTable table, double* partial) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Halves at = halves(blockIdx.x);

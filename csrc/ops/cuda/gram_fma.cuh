@@ -61,12 +61,18 @@ struct GramFma {
   static constexpr int kTile = kThreads * kPerVector<T>;  // elements
   static constexpr int kTilesOfChain = kFmaChain / kPerVector<T>;
 
-  static constexpr size_t kBarrierBytes = 128;
+  static constexpr size_t kBarrierBytes = 128;  // the barriers, and what is ahead
   static constexpr size_t kStageBytes = R * kTile * sizeof(T);
   static constexpr size_t shared_bytes(int stages) {
     const size_t sums = kWarps * kSums * sizeof(double), ring = stages * kStageBytes;
     return kBarrierBytes + (sums > ring ? sums : ring);
   }
+};
+
+// What thread 0 is to fetch next; in shared memory, since registers are scarce.
+struct Ahead {
+  int64_t tile, x;
+  int p, stage;
 };
 
 // One segment. Where kBulk the copy engine fetches whole aligned tiles into a ring of stages ahead
@@ -77,7 +83,8 @@ __device__ void gram_fma_block(const GramTable& table, int first, int other, dou
   using T = typename G::T;
   constexpr int R = G::R;
   static_assert(!kBulk || G::kTriangle, "");
-  auto* barrier = static_cast<uint64_t*>(shared);  // [stages]
+  auto* barrier = static_cast<uint64_t*>(shared);  // [kMostStages]
+  auto* ahead = reinterpret_cast<Ahead*>(barrier + kMostStages);
   auto* body = static_cast<unsigned char*>(shared) + G::kBarrierBytes;
   auto* ring = reinterpret_cast<T*>(body);       // [stages, R, kTile]
   auto* sums = reinterpret_cast<double*>(body);  // [kWarps, kSums], when the ring is done
@@ -90,27 +97,29 @@ __device__ void gram_fma_block(const GramTable& table, int first, int other, dou
     return kBulk && table.aligned[at.p] && at.x + G::kTile <= table.numel[at.p];
   };
   // Thread 0 asks for the next tile that goes through the ring, if there is one.
-  TileWalk ahead(table, begin, G::kTile);
-  int64_t ahead_tile = begin;
-  int fill_stage = 0;
   const auto fill = [&] {
-    while (ahead_tile < end && !in_ring(ahead)) {
-      ++ahead_tile;
-      if (ahead_tile < end) ahead.next(G::kTile);
+    int64_t tile = ahead->tile;
+    TileWalk at(table, ahead->p, ahead->x);
+    while (tile < end && !in_ring(at)) {
+      if (++tile < end) at.next(G::kTile);
     }
-    if (ahead_tile >= end) return;
-    uint32_t rows = 0;
-    for (int r = 0; r < R; ++r) rows += table.gradient<T>(ahead.p, first + r) != nullptr;
-    mbarrier_expect(barrier + fill_stage, rows * G::kTile * sizeof(T));
-    for (int r = 0; r < R; ++r) {
-      const T* from = table.gradient<T>(ahead.p, first + r);
-      if (from == nullptr) continue;
-      bulk_copy(ring + (fill_stage * R + r) * G::kTile, from + ahead.x, G::kTile * sizeof(T),
-                barrier + fill_stage);
+    if (tile < end) {
+      const int stage = ahead->stage;
+      uint32_t rows = 0;
+      for (int r = 0; r < R; ++r) rows += table.gradient<T>(at.p, first + r) != nullptr;
+      mbarrier_expect(barrier + stage, rows * G::kTile * sizeof(T));
+      for (int r = 0; r < R; ++r) {
+        const T* from = table.gradient<T>(at.p, first + r);
+        if (from == nullptr) continue;
+        bulk_copy(ring + (stage * R + r) * G::kTile, from + at.x, G::kTile * sizeof(T),
+                  barrier + stage);
+      }
+      ahead->stage = stage + 1 == stages ? 0 : stage + 1;
+      if (++tile < end) at.next(G::kTile);
     }
-    fill_stage = fill_stage + 1 == stages ? 0 : fill_stage + 1;
-    ++ahead_tile;
-    if (ahead_tile < end) ahead.next(G::kTile);
+    ahead->tile = tile;
+    ahead->p = at.p;
+    ahead->x = at.x;
   };
   if (kBulk) {
     if (threadIdx.x == 0) {
@@ -118,6 +127,8 @@ __device__ void gram_fma_block(const GramTable& table, int first, int other, dou
     }
     __syncthreads();
     if (threadIdx.x == 0) {
+      const TileWalk start(table, begin, G::kTile);
+      *ahead = {begin, start.x, start.p, 0};
       for (int s = 0; s < stages; ++s) fill();
     }
   }

@@ -46,6 +46,8 @@ class TileWalk {
     x = (tile - (p == 0 ? 0 : table.end_tile[p - 1])) * tile_size;
   }
 
+  __device__ TileWalk(const GramTable& table, int p, int64_t x) : p(p), x(x), table_(table) {}
+
   __device__ void next(int64_t tile_size) {
     x += tile_size;
     if (x >= table_.numel[p]) {
