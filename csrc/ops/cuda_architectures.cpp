@@ -12,9 +12,7 @@ std::vector<int64_t> cuda_architectures() { return {TASKGROUP_CUDA_ARCHITECTURES
 }  // namespace
 }  // namespace taskgroup
 
-STABLE_TORCH_LIBRARY_FRAGMENT(taskgroup, library) {
-  library.def("cuda_architectures() -> int[]");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(taskgroup, library) { library.def("cuda_architectures() -> int[]"); }
 
 STABLE_TORCH_LIBRARY_IMPL(taskgroup, CompositeExplicitAutograd, library) {
   library.impl("cuda_architectures", TORCH_BOX(&taskgroup::cuda_architectures));

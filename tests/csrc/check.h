@@ -5,12 +5,12 @@
 #include <cstdlib>
 
 // Ends the test with the place and the condition that does not hold.
-#define CHECK(condition)                                                                \
-  do {                                                                                  \
-    if (!(condition)) {                                                                 \
+#define CHECK(condition)                                                                 \
+  do {                                                                                   \
+    if (!(condition)) {                                                                  \
       std::fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                                     \
-    }                                                                                   \
+      std::exit(1);                                                                      \
+    }                                                                                    \
   } while (false)
 
 // Within `tolerance`, or not finite in the same way.

@@ -147,8 +147,7 @@ void launch(Index blocks, int threads, size_t shared_bytes, const Kernel& kernel
 inline void __syncthreads() { shim::everyone->barrier.wait(); }
 
 inline int __syncthreads_count(bool value) {
-  const auto* slots =
-      shim::exchange(shim::everyone, shim::turn_of_everyone, shim::thread.x, value);
+  const auto* slots = shim::exchange(shim::everyone, shim::turn_of_everyone, shim::thread.x, value);
   int count = 0;
   for (unsigned t = 0; t < blockDim.x; ++t) count += slots[t].bytes[0];
   return count;
@@ -196,7 +195,7 @@ inline void store_words(void* to, Words words) {
 
 inline float widen_half(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float magnitude = exponent == 31   ? (fraction != 0 ? NAN : INFINITY)
+  const float magnitude = exponent == 31  ? (fraction != 0 ? NAN : INFINITY)
                           : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
                                           : std::ldexp(1024.0f + fraction, exponent - 25);
   return bits & 0x8000 ? -magnitude : magnitude;

@@ -93,9 +93,10 @@ inline void check_gram(const RandomGradients& random,
   for (size_t i = 0; i < K; ++i) {
     for (size_t j = 0; j < K; ++j) {
       const double scale = std::sqrt(exact[i * K + i]) * std::sqrt(exact[j * K + j]);
-      CHECK(close(gram[i * K + j], exact[i * K + j], std::isfinite(scale) ? tolerance * scale : 0) ||
-            (!std::isfinite(scale) && std::isfinite(exact[i * K + j]) &&
-             close(gram[i * K + j], exact[i * K + j], 1e-3)));
+      CHECK(
+          close(gram[i * K + j], exact[i * K + j], std::isfinite(scale) ? tolerance * scale : 0) ||
+          (!std::isfinite(scale) && std::isfinite(exact[i * K + j]) &&
+           close(gram[i * K + j], exact[i * K + j], 1e-3)));
     }
   }
 }

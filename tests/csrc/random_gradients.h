@@ -39,10 +39,11 @@ struct RandomGradients {
         memory.emplace_back(static_cast<unsigned char*>(whole), std::free);
         unsigned char* data = memory.back().get() + offset(k, t) * size_of(dtype);
         gradients.all.push_back({data, static_cast<int32_t>(k), nullptr});
-        for (int64_t x = 0; x < numel; ++x) values[k][t].push_back(set(data, dtype, x, normal(random)));
+        for (int64_t x = 0; x < numel; ++x)
+          values[k][t].push_back(set(data, dtype, x, normal(random)));
       }
-      gradients.parameters.push_back({numel, dtype, false, 0, nullptr, begin,
-                                      static_cast<int64_t>(gradients.all.size())});
+      gradients.parameters.push_back(
+          {numel, dtype, false, 0, nullptr, begin, static_cast<int64_t>(gradients.all.size())});
     }
   }
 

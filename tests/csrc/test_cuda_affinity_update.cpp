@@ -66,9 +66,7 @@ void test(int64_t K, int threads, int kind) {
 
 int main() {
   for (const int kind : {0, 1, 2, 3}) {
-    for (const int K : {1, 2, 3, 11, 40, 70}) {
-      taskgroup::test<float>(K, 32, kind);
-      taskgroup::test<double>(K, 64, kind);
-    }
+    for (const int K : {1, 11, 70}) taskgroup::test<float>(K, 32, kind);
+    taskgroup::test<double>(40, 64, kind);
   }
 }

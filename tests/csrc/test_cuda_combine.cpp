@@ -12,14 +12,12 @@ template <typename T>
 int run(const Gradients& gradients, Dtype dtype, const std::vector<void*>& outputs,
         const void* weights, bool wide) {
   int launches = 0;
-  for_each_combine_table<T, kThreads>(gradients, dtype, outputs, weights, wide,
-                                      [&](const CombineTable& table, int64_t blocks) {
-                                        ++launches;
-                                        shim::launch({static_cast<unsigned>(blocks), 1}, kThreads,
-                                                     0, [&](void*) {
-                                                       combine_block<T, kThreads>(table);
-                                                     });
-                                      });
+  for_each_combine_table<T, kThreads>(
+      gradients, dtype, outputs, weights, wide, [&](const CombineTable& table, int64_t blocks) {
+        ++launches;
+        shim::launch({static_cast<unsigned>(blocks), 1}, kThreads, 0,
+                     [&](void*) { combine_block<T, kThreads>(table); });
+      });
   return launches;
 }
 
@@ -97,8 +95,10 @@ int main() {
     test({3, shapes, some, none}, false, false, 1, 1);
   }
   // All types at once.
-  test({3, {{70, Dtype::kFloat}, {9, Dtype::kHalf}, {30, Dtype::kDouble}, {8, Dtype::kBFloat16}},
-        some, none},
+  test({3,
+        {{70, Dtype::kFloat}, {9, Dtype::kHalf}, {30, Dtype::kDouble}, {8, Dtype::kBFloat16}},
+        some,
+        none},
        false, false, 0, 4);
   // More than a table holds: of parameters, and of rows.
   test({2, std::vector<RandomGradients::Shape>(300, {3, Dtype::kFloat}), some, none}, false, false,

@@ -18,8 +18,7 @@ namespace {
 constexpr int kThreads = 256;
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    combine(const __grid_constant__ CombineTable table) {
+__global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ CombineTable table) {
   combine_block<T, kThreads>(table);
 }
 
@@ -28,8 +27,7 @@ void run(const Gradients& gradients, Dtype dtype, const std::vector<void*>& outp
          const Tensor& weights, cudaStream_t stream) {
   for_each_combine_table<T, kThreads>(
       gradients, dtype, outputs, weights.const_data_ptr(),
-      weights.scalar_type() == ScalarType::Double,
-      [&](const CombineTable& table, int64_t blocks) {
+      weights.scalar_type() == ScalarType::Double, [&](const CombineTable& table, int64_t blocks) {
         combine<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(table);
       });
 }

@@ -11,9 +11,9 @@ namespace taskgroup {
 
 namespace {
 
-constexpr int kFmaTasks = 16;            // up to as many float32 gradients need no tensor cores
+constexpr int kFmaTasks = 16;              // up to as many float32 gradients need no tensor cores
 constexpr int kThreads = 256, kWarps = 4;  // of a block of the first kind, and of the second
-constexpr int64_t kLeastTiles = 8;       // of a segment
+constexpr int64_t kLeastTiles = 8;         // of a segment
 constexpr int64_t kMostSegments = 1024;
 constexpr int64_t kMostPartials = 1 << 22;  // doubles: 32 MB
 

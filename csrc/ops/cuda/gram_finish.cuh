@@ -26,7 +26,8 @@ __device__ inline void store(const GramAffinity& to, int64_t i, int64_t j, doubl
   if (i != j) observe(to, to.tasks[j], to.tasks[i], product);
 }
 
-// Row blockIdx.y, columns from 32 blockIdx.x on: a column per lane, the segments dealt to the warps.
+// Row blockIdx.y, columns from 32 blockIdx.x on: a column per lane, the segments dealt to the
+// warps.
 template <int kThreads, typename Result>
 __device__ void gram_finish_block(const double* partial, int64_t segments, int64_t K,
                                   const Result& result, void* shared) {

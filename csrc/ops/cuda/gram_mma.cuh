@@ -3,10 +3,10 @@
 // Inner products of up to 64 tasks on the tensor cores.
 //
 // An inner product does not mind the order of its terms, so columns are dealt to the lanes as they
-// lie in memory: with g = lane / 4 and t = lane % 4 a lane takes 16 bytes of row g of every group of
-// 8 rows, from column t of such pieces on. What it then holds of groups 2i and 2i+1 is its fragment
-// of the i-th left operand [16, 16], and what it holds of group j its fragment of the j-th right
-// operand [16, 8]: the same registers, and no shared memory on the way.
+// lie in memory: with g = lane / 4 and t = lane % 4 a lane takes 16 bytes of row g of every group
+// of 8 rows, from column t of such pieces on. What it then holds of groups 2i and 2i+1 is its
+// fragment of the i-th left operand [16, 16], and what it holds of group j its fragment of the j-th
+// right operand [16, 8]: the same registers, and no shared memory on the way.
 
 #include "ops/cuda/gram_table.cuh"
 
@@ -51,8 +51,8 @@ __device__ inline Fragment<T> fragment(const Vector<T>& v, int s) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     if constexpr (sizeof(T) == 2) {
-      f.word[0][h] = v.at[4 * s + 2 * h].bits |
-                     static_cast<uint32_t>(v.at[4 * s + 2 * h + 1].bits) << 16;
+      f.word[0][h] = v.at[4 * s + 2 * h].bits | static_cast<uint32_t>(v.at[4 * s + 2 * h + 1].bits)
+                                                    << 16;
     } else {
       float low = v.at[2 * h], high = v.at[2 * h + 1];
 #pragma unroll
@@ -87,10 +87,11 @@ struct GramMma {
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kLeftTiles = kLeft / 2;
   // Tiles of 16 x 8; of a triangle those that hold an entry on or above the diagonal.
-  static constexpr int kTiles = kTriangle ? kLeftTiles * (kRight - kLeftTiles + 1) : kLeftTiles * kRight;
-  static constexpr int kSums = 4 * kTiles;        // of a lane
-  static constexpr int kUnit = 64;                // columns after which sums go to float64
-  static constexpr int kTile = kWarps * kUnit;    // a unit for each warp
+  static constexpr int kTiles =
+      kTriangle ? kLeftTiles * (kRight - kLeftTiles + 1) : kLeftTiles * kRight;
+  static constexpr int kSums = 4 * kTiles;          // of a lane
+  static constexpr int kUnit = 64;                  // columns after which sums go to float64
+  static constexpr int kTile = kWarps * kUnit;      // a unit for each warp
   static constexpr int kWidth = 4 * kPerVector<T>;  // columns of a load
   static constexpr size_t kSharedBytes = kWarps * kSums * 32 * sizeof(double);
 
@@ -117,8 +118,8 @@ __device__ inline Place place_of_sum(int s, int lane) {
 // A unit once more, by plain multiply-adds: splitting infinity gives infinity less infinity, and
 // numbers next to the largest float round to infinity.
 template <typename G>
-__device__ __noinline__ void gram_mma_plain_unit(const GramTable& table, int first, int other, int p,
-                                                 int64_t x, double* own) {
+__device__ __noinline__ void gram_mma_plain_unit(const GramTable& table, int first, int other,
+                                                 int p, int64_t x, double* own) {
   using T = typename G::T;
   const int lane = threadIdx.x % 32;
   const int64_t end = x + G::kUnit < table.numel[p] ? x + G::kUnit : table.numel[p];
@@ -246,8 +247,8 @@ __device__ void gram_mma_block(const GramTable& table, int first, int other, dou
   }
 }
 
-// More than 64 tasks: blocks of 64, each with itself, and the halves of each with those of all later
-// ones.
+// More than 64 tasks: blocks of 64, each with itself, and the halves of each with those of all
+// later ones.
 constexpr int kMmaBlock = 64;
 constexpr int kMmaHalf = kMmaBlock / 2;
 

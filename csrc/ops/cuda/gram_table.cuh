@@ -86,8 +86,8 @@ inline std::vector<GramTable> gram_tables(const Gradients& gradients, Dtype dtyp
     GramTable& table = tables.back();
     const int32_t p = table.parameters++;
     table.numel[p] = parameter.numel;
-    table.end_tile[p] = (p == 0 ? 0 : table.end_tile[p - 1]) +
-                        (parameter.numel + tile_size - 1) / tile_size;
+    table.end_tile[p] =
+        (p == 0 ? 0 : table.end_tile[p - 1]) + (parameter.numel + tile_size - 1) / tile_size;
     table.aligned[p] = true;
     std::fill_n(table.row + p * K, K, nullptr);
     for (int64_t i = parameter.begin; i < parameter.end; ++i) {

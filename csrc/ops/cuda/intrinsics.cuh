@@ -32,8 +32,7 @@ __device__ inline Words load_words(const void* from) {
 }
 
 __device__ inline void store_words(void* to, Words words) {
-  *static_cast<uint4*>(to) =
-      make_uint4(words.word[0], words.word[1], words.word[2], words.word[3]);
+  *static_cast<uint4*>(to) = make_uint4(words.word[0], words.word[1], words.word[2], words.word[3]);
 }
 
 __device__ inline float widen_half(uint16_t bits) {
@@ -62,9 +61,9 @@ __device__ inline uint32_t narrow_bfloat16_pair(float low, float high) {
 }
 
 // d [16, 8] += a [16, 16] b [16, 8] of a warp. With g = lane / 4 and t = lane % 4 a lane holds two
-// neighbours in each word, the first in the lower half: of a, columns 2t and 2t+1 of rows g and g+8,
-// then columns 2t+8 and 2t+9 of both; of b, rows 2t and 2t+1 of column g, then rows 2t+8 and 2t+9;
-// of d, columns 2t and 2t+1 of row g, then of row g+8.
+// neighbours in each word, the first in the lower half: of a, columns 2t and 2t+1 of rows g and
+// g+8, then columns 2t+8 and 2t+9 of both; of b, rows 2t and 2t+1 of column g, then rows 2t+8 and
+// 2t+9; of d, columns 2t and 2t+1 of row g, then of row g+8.
 __device__ inline void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
@@ -96,10 +95,10 @@ __device__ inline void mbarrier_init(uint64_t* barrier) {
 }
 
 __device__ inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 // Until the phase of this parity, 0 for the first, is complete.

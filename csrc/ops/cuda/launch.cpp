@@ -33,7 +33,10 @@ cudaStream_t current_stream(int32_t device) {
 }  // namespace
 
 Launch::Launch(const torch::stable::Tensor& tensor)
-    : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {}
+    : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {
+  // Once more, for the CUDA runtime inside this library, which is not torch's.
+  cudaSetDevice(tensor.get_device_index());
+}
 
 void Launch::check(const char* op) const {
   const cudaError_t error = cudaGetLastError();
