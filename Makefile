@@ -13,8 +13,8 @@ TORCH ?= torch==2.13.0
 GPU_PYTHON ?= python3
 
 BIN := .venv/bin
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
-BUILD := setup.py CMakeLists.txt pyproject.toml taskgroup/__init__.py $(CPP)
+CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+BUILD := setup.py CMakeLists.txt pyproject.toml taskgroup/__init__.py $(shell find csrc -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test lint bench gpu format clean

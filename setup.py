@@ -1,6 +1,7 @@
 """Calls CMake, which describes the native build; everything else is in pyproject.toml.
 
-``TASKGROUP_PURE=1`` installs without native code.
+``TASKGROUP_PURE=1`` installs without native code. ``TASKGROUP_CUDA=0`` leaves the CUDA kernels out
+and ``TASKGROUP_CUDA=1`` requires them; by default they are built where there is an nvcc.
 """
 
 import importlib
@@ -17,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PURE = os.environ.get("TASKGROUP_PURE", "0") not in ("", "0")
+CUDA = os.environ.get("TASKGROUP_CUDA", "")
 
 
 def stop(sentence):
@@ -69,6 +71,27 @@ def check_compiler():
         )
 
 
+def nvcc():
+    """Path of the CUDA compiler, as CMake will look for it, or None."""
+    if CUDA not in ("", "0", "1"):
+        stop(f"TASKGROUP_CUDA must be 0, 1 or empty, got {CUDA!r}")
+    named = os.environ.get("CUDACXX")
+    directories = [os.environ.get(name) for name in ("CUDA_PATH", "CUDA_HOME")]
+    directories = [str(Path(directory) / "bin") for directory in directories if directory]
+    path = os.pathsep.join(
+        [os.environ.get("PATH", os.defpath), *directories, "/usr/local/cuda/bin"]
+    )
+    found = shutil.which(named.split()[0] if named else "nvcc", path=path)
+    if CUDA == "1" and found is None:
+        stop(
+            "TASKGROUP_CUDA=1 requires the CUDA kernels, and no nvcc was found"
+            + (f" (CUDACXX={named})" if named else "")
+            + ": install the CUDA toolkit 12.1 or later, or name its nvcc with CUDACXX, or leave "
+            "TASKGROUP_CUDA empty to build without"
+        )
+    return found
+
+
 class CMakeBuild(build_ext):
     """Builds every extension in one run of CMake."""
 
@@ -87,7 +110,11 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_INCLUDE_DIRS": ";".join(torch.include_paths()),
             "TORCH_LIBRARY_DIRS": ";".join(torch.library_paths()),
+            "TASKGROUP_CUDA": CUDA,
         }
+        compiler = nvcc()
+        if compiler is not None:
+            os.environ["CUDACXX"] = compiler  # where CMake looks first
         # Kept between builds, one for each Python, so that only what changed is compiled again.
         build_dir = (
             ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -95,7 +122,8 @@ class CMakeBuild(build_ext):
         build_dir.mkdir(parents=True, exist_ok=True)
         # CMake reads the environment at its first run only: when anything it was given differs
         # from the last build, start afresh rather than keep, silently, the old compiler or torch.
-        environment = {name: os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS")}
+        names = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CUDAHOSTCXX", "CUDAARCHS")
+        environment = {name: os.environ.get(name) for name in names}
         given = json.dumps([str(ROOT), cmake, options, environment], indent=1)
         record = build_dir / "given.json"
         if not record.is_file() or record.read_text() != given:

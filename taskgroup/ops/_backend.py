@@ -83,9 +83,19 @@ def _triton() -> _Backend:
     return _Backend(("cpu" if interpreted else "cuda",), problem, on_request=interpreted)
 
 
+def _cuda_problem() -> str | None:
+    if native.problem is not None or torch.ops.taskgroup.cuda_architectures():
+        return native.problem
+    return (
+        "its native code was built without CUDA kernels; build it again where nvcc is "
+        "(TASKGROUP_CUDA=1 pip install --force-reinstall --no-deps --no-build-isolation .)"
+    )
+
+
 # In order of preference.
 _BACKENDS = {
     "cpp": _Backend(("cpu",), native.problem, native.broken),
+    "cuda": _Backend(("cuda",), _cuda_problem(), native.broken),
     "triton": _triton(),
     "reference": _Backend(),
 }
@@ -103,7 +113,7 @@ def backends() -> dict[str, str | None]:
     Example:
         >>> import taskgroup
         >>> list(taskgroup.ops.backends())
-        ['cpp', 'triton', 'reference']
+        ['cpp', 'cuda', 'triton', 'reference']
     """
     return {name: backend.problem for name, backend in _BACKENDS.items()}
 
@@ -133,8 +143,8 @@ class use_backend:  # noqa: N801 (to its users a function, like torch.no_grad)
     variable ``TASKGROUP_BACKEND``.
 
     Args:
-        name (str or None): ``"cpp"`` (for the CPU), ``"triton"`` (for CUDA) or ``"reference"``;
-            ``None`` lets every op choose, by the device of its arguments.
+        name (str or None): ``"cpp"`` (for the CPU), ``"cuda"`` or ``"triton"`` (for a GPU), or
+            ``"reference"``; ``None`` lets every op choose, by the device of its arguments.
 
     Raises:
         ValueError: If there is no backend of that name; the message lists those there are.

@@ -63,7 +63,9 @@ def affinity_update_(
     """
     before, after = _losses(before), _losses(after)
     _check(matrix, before, after, mask, decay)
-    update = _backend.choose(matrix.device.type, cpp=_native, triton=_triton, reference=_reference)
+    update = _backend.choose(
+        matrix.device.type, cpp=_native, cuda=_native, triton=_triton, reference=_reference
+    )
     update(matrix, before, after, mask.contiguous(), float(decay))
     return matrix
 

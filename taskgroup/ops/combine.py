@@ -70,7 +70,9 @@ def combine(
             for t, k in zip(listed.parameters(), listed.tasks(), strict=True)
         ]
         listed = listed._replace(slots=slots)
-    run = _backend.choose(device.type, cpp=_native, triton=_triton, reference=_reference)
+    run = _backend.choose(
+        device.type, cpp=_native, cuda=_native, triton=_triton, reference=_reference
+    )
     with torch.no_grad():
         run(listed, weights, [result[t].detach() for t in reached])  # type: ignore[union-attr]
     return result

@@ -71,7 +71,9 @@ def gram_affinity_update_(
         n = len(measured)
         slots = [t * n + place[k] for t, k in zip(listed.parameters(), listed.tasks(), strict=True)]
         listed = GradientList(listed.flat, slots, n)
-    update = _backend.choose(matrix.device.type, cpp=_native, triton=_triton, reference=_reference)
+    update = _backend.choose(
+        matrix.device.type, cpp=_native, cuda=_native, triton=_triton, reference=_reference
+    )
     with torch.no_grad():
         update(matrix, listed, measured, losses, float(decay), float(lr))
     return matrix

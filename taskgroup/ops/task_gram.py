@@ -57,7 +57,11 @@ def task_gram(gradients: Gradients) -> Tensor:
         raise ValueError("gradients holds None alone: no task reaches any of the parameters.")
     device = getattr(listed.flat[0], "device", None)
     gram = _backend.choose(
-        "cpu" if device is None else device.type, cpp=_native, triton=_triton, reference=_reference
+        "cpu" if device is None else device.type,
+        cpp=_native,
+        cuda=_native,
+        triton=_triton,
+        reference=_reference,
     )
     with torch.no_grad():
         return gram(listed)

@@ -30,10 +30,30 @@ def chosen(device="cpu"):
 
 def test_native_code_is_here():
     """The tests are worth little without it, so a run that lacks it fails."""
-    assert ops.backends() == {"cpp": None, "triton": None, "reference": None}
+    found = ops.backends()
+    assert list(found) == ["cpp", "cuda", "triton", "reference"]
+    assert found["cpp"] is found["triton"] is found["reference"] is None
     assert chosen("cpu") == "cpp"
-    assert chosen("cuda") == "triton"
-    assert chosen("xpu") == "reference"
+    assert chosen("xpu") == chosen("meta") == "reference"
+
+
+def test_cuda_kernels_are_there_or_said_to_be_missing():
+    """Whether or not there is a GPU: the library holds the kernels, and loads on any torch."""
+    architectures = torch.ops.taskgroup.cuda_architectures()
+    problem = ops.backends()["cuda"]
+    for op in ("affinity_update_", "combine", "gram_affinity_update_", "task_gram"):
+        registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"taskgroup::{op}", "CUDA")
+        assert registered == bool(architectures)
+    if architectures:
+        assert problem is None
+        assert chosen("cuda") == "cuda"
+        with ops.use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' runs on cuda, "):
+            ratios("cpu")
+    else:
+        assert "built without CUDA kernels" in problem
+        assert chosen("cuda") == "triton"
+        with pytest.raises(RuntimeError, match="built without CUDA kernels"):
+            ops.use_backend("cuda")
 
 
 def test_use_backend_as_a_call_and_as_a_context():
@@ -57,9 +77,7 @@ def test_use_backend_ends_with_an_exception():
 
 
 def test_unknown_backend():
-    with pytest.raises(
-        ValueError, match=r"no backend 'cuba' .*Available: cpp, triton, reference\."
-    ):
+    with pytest.raises(ValueError, match=r"no backend 'cuba' .*Available: cpp, .*reference"):
         ops.use_backend("cuba")
     assert chosen() == "cpp"
 

@@ -1,0 +1,63 @@
+#pragma once
+
+#include "ops/cuda/intrinsics.cuh"
+
+namespace taskgroup {
+
+// (1 - decay) old + decay observed, rounded as on the CPU.
+__device__ inline float blend(float old, double observed, double decay) {
+  return static_cast<float>(
+      add(multiply(1.0 - decay, static_cast<double>(old)), multiply(decay, observed)));
+}
+
+// What the step of a group that holds task i says about its effect on task k of the same group;
+// ri and rk are their ratios. NaN, "nothing", where either is.
+__device__ inline double observe_inside(double ri, double rk, bool same_task) {
+  if (same_task) return ri >= 0.0 ? ri : NAN;
+  const double product = ri * rk;
+  if (product >= 0.0) return rk;
+  return product < 0.0 ? -(ri < rk ? rk : ri) : NAN;
+}
+
+// One block of any number of threads; ratio is [K] of shared memory.
+template <typename scalar_t>
+__device__ void affinity_update_block(float* matrix,           // [K, K]
+                                      const scalar_t* before,  // [K]
+                                      const scalar_t* after,   // [K]
+                                      const bool* mask,        // [K]
+                                      int64_t K, double decay, double* ratio) {
+  int in_group = 0;
+  bool stepped = false;
+  // Every thread takes every turn, since all wait for all in it.
+  for (int64_t first = 0; first < K; first += blockDim.x) {
+    const int64_t k = first + threadIdx.x;
+    in_group += __syncthreads_count(k < K && mask[k]);
+  }
+  for (int64_t first = 0; first < K; first += blockDim.x) {
+    const int64_t k = first + threadIdx.x;
+    bool moved = false;
+    if (k < K) {
+      const double b = before[k], a = after[k];
+      ratio[k] = NAN;
+      if (isfinite(b) && b > 0.0 && isfinite(a)) {
+        moved = a != b;
+        const double gain = 1.0 - a / b;
+        ratio[k] = (gain < -1.0 ? -1.0 : gain > 1.0 ? 1.0 : gain) / in_group;
+      }
+    }
+    stepped |= __syncthreads_count(moved) > 0;
+  }
+  // Losses that did not move at all tell of a step that did not happen.
+  if (!stepped) return;
+
+  for (int64_t i = 0; i < K; ++i) {
+    if (!mask[i]) continue;
+    for (int64_t k = threadIdx.x; k < K; k += blockDim.x) {
+      const double observed = mask[k] ? observe_inside(ratio[i], ratio[k], i == k) : ratio[k];
+      if (isnan(observed)) continue;
+      matrix[i * K + k] = blend(matrix[i * K + k], observed, decay);
+    }
+  }
+}
+
+}  // namespace taskgroup

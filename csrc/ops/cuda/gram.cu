@@ -1,0 +1,191 @@
+#include "ops/cuda/gram.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "ops/cuda/gram_finish.cuh"
+#include "ops/cuda/gram_fma.cuh"
+#include "ops/cuda/gram_mma.cuh"
+
+namespace taskgroup {
+
+namespace {
+
+constexpr int kFmaTasks = 16;              // up to as many float32 gradients need no tensor cores
+constexpr int kThreads = 256, kWarps = 4;  // of a block of the first kind, and of the second
+constexpr int64_t kLeastTiles = 8;         // of a segment
+constexpr int64_t kMostSegments = 1024;
+constexpr int64_t kMostPartials = 1 << 22;  // doubles: 32 MB
+
+template <int R>
+using FloatFma = GramFma<float, R, true, kThreads>;
+using DoubleFma = GramFma<double, 8, false, kThreads>;
+template <typename T, int kTasks>
+using Mma = GramMma<T, kTasks / 8, kTasks / 8, true, kWarps>;
+template <typename T>
+using MmaRectangle = GramMma<T, kMmaHalf / 8, kMmaHalf / 8, false, kWarps>;
+
+template <int R>
+__global__ void __launch_bounds__(kThreads)
+    gram_fma_float(const __grid_constant__ GramTable table, double* partial, int stages) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  gram_fma_block<FloatFma<R>, kHasBulkCopies>(table, 0, 0, partial, shared, stages);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    gram_fma_double(const __grid_constant__ GramTable table, double* partial) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  const BlockPair pair = block_pair(blockIdx.x);
+  gram_fma_block<DoubleFma, false>(table, pair.a * DoubleFma::R, pair.b * DoubleFma::R, partial,
+                                   shared, 0);
+}
+
+template <typename T, int kTasks>
+__global__ void __launch_bounds__(kWarps * 32, kTasks == kMmaBlock ? 1 : 2)
+    gram_mma(const __grid_constant__ GramTable table, double* partial) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  const int first = blockIdx.x * kMmaBlock;
+  gram_mma_block<Mma<T, kTasks>>(table, first, first, partial, shared);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kWarps * 32, 2)
+    gram_mma_rectangle(const __grid_constant__ GramTable table, double* partial) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  const Halves at = halves(blockIdx.x);
+  gram_mma_block<MmaRectangle<T>>(table, at.first, at.other, partial, shared);
+}
+
+template <typename Result>
+__global__ void __launch_bounds__(kThreads)
+    gram_finish(const double* partial, int64_t segments, int64_t K,
+                const __grid_constant__ Result result) {
+  __shared__ double sums[kThreads];
+  gram_finish_block<kThreads>(partial, segments, K, result, sums);
+}
+
+// A block may use this many bytes of shared memory.
+int shared_limit() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
+bool has_bulk_copies() {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major >= 9;
+}
+
+// The blocks of one segment side by side: what one of them reads the others find in the cache.
+template <typename Kernel, typename... Arguments>
+void launch(Kernel kernel, const GramTable& table, int64_t blocks, int threads, size_t shared_bytes,
+            cudaStream_t stream, double* partial, Arguments... arguments) {
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       static_cast<int>(shared_bytes));
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(table.segments));
+  kernel<<<grid, threads, shared_bytes, stream>>>(table, partial, arguments...);
+}
+
+template <int R>
+void launch_fma(const GramTable& table, double* partial, cudaStream_t stream) {
+  using G = FloatFma<R>;
+  int stages = 0;
+  if (has_bulk_copies()) {
+    const auto most = static_cast<int>((shared_limit() - G::kBarrierBytes) / G::kStageBytes);
+    stages = std::min(most, kMostStages);
+  }
+  launch(gram_fma_float<R>, table, 1, kThreads, G::shared_bytes(stages), stream, partial, stages);
+}
+
+template <typename T, int kTasks>
+void launch_mma(const GramTable& table, double* partial, cudaStream_t stream) {
+  using G = Mma<T, kTasks>;
+  const int64_t blocks = (table.K + kMmaBlock - 1) / kMmaBlock;
+  launch(gram_mma<T, kTasks>, table, blocks, G::kThreads, G::kSharedBytes, stream, partial);
+  if (blocks == 1) return;
+  using Rectangle = MmaRectangle<T>;
+  launch(gram_mma_rectangle<T>, table, pairs_of_halves(table.K), Rectangle::kThreads,
+         Rectangle::kSharedBytes, stream, partial);
+}
+
+using Launch = void (*)(const GramTable&, double* partial, cudaStream_t);
+
+void launch_double(const GramTable& table, double* partial, cudaStream_t stream) {
+  const int64_t blocks = (table.K + DoubleFma::R - 1) / DoubleFma::R;
+  launch(gram_fma_double, table, blocks * (blocks + 1) / 2, kThreads, DoubleFma::shared_bytes(0),
+         stream, partial);
+}
+
+// What reads gradients of a dtype, and its tile.
+struct Reader {
+  Launch launch;
+  int64_t tile;
+};
+
+template <typename T>
+Reader mma_reader(int64_t K) {
+  static constexpr Launch kLaunches[] = {launch_mma<T, 16>, launch_mma<T, 32>, launch_mma<T, 48>,
+                                         launch_mma<T, 64>};
+  return {kLaunches[std::min<int64_t>((K - 1) / 16, 3)], Mma<T, 64>::kTile};
+}
+
+Reader reader(Dtype dtype, int64_t K) {
+  static constexpr Launch kFma[] = {launch_fma<2>,  launch_fma<4>,  launch_fma<6>,  launch_fma<8>,
+                                    launch_fma<10>, launch_fma<12>, launch_fma<14>, launch_fma<16>};
+  switch (dtype) {
+    case Dtype::kFloat:
+      if (K <= kFmaTasks) return {kFma[(K - 1) / 2], FloatFma<2>::kTile};
+      return mma_reader<float>(K);
+    case Dtype::kBFloat16:
+      return mma_reader<BFloat16>(K);
+    case Dtype::kHalf:
+      return mma_reader<Half>(K);
+    default:
+      return {launch_double, DoubleFma::kTile};
+  }
+}
+
+template <typename Result>
+void run(const Gradients& gradients, const Allocate& allocate, cudaStream_t stream,
+         const Result& result) {
+  const int64_t K = gradients.n_tasks, pairs = K * (K + 1) / 2;
+  const int64_t most = std::clamp<int64_t>(kMostPartials / pairs, 8, kMostSegments);
+  std::vector<GramTable> tables[4];
+  Launch launches[4];
+  int64_t segments = 0;
+  for (int d = 0; d < 4; ++d) {
+    const auto dtype = static_cast<Dtype>(d);
+    const Reader read = reader(dtype, K);
+    launches[d] = read.launch;
+    tables[d] = gram_tables(gradients, dtype, read.tile, kLeastTiles, most);
+    segments = number_segments(tables[d], segments);
+  }
+  double* partial = allocate(segments * pairs);
+  for (int d = 0; d < 4; ++d) {
+    for (const GramTable& table : tables[d]) launches[d](table, partial, stream);
+  }
+  const dim3 grid(static_cast<unsigned>((K + 31) / 32), static_cast<unsigned>(K));
+  gram_finish<<<grid, kThreads, 0, stream>>>(partial, segments, K, result);
+}
+
+}  // namespace
+
+void gram(const Gradients& gradients, const Allocate& allocate, CUstream_st* stream,
+          const GramMatrix<float>& result) {
+  run(gradients, allocate, stream, result);
+}
+
+void gram(const Gradients& gradients, const Allocate& allocate, CUstream_st* stream,
+          const GramMatrix<double>& result) {
+  run(gradients, allocate, stream, result);
+}
+
+void gram(const Gradients& gradients, const Allocate& allocate, CUstream_st* stream,
+          const GramAffinity& result) {
+  run(gradients, allocate, stream, result);
+}
+
+}  // namespace taskgroup

@@ -1,0 +1,39 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "ops/gradients.h"
+
+struct CUstream_st;
+
+namespace taskgroup {
+
+// What becomes of the inner products. The matrix itself:
+template <typename T>
+struct GramMatrix {
+  T* matrix;  // [K, K]
+  int64_t K;
+};
+
+// Or the update of an affinity matrix:
+struct GramAffinity {
+  float* matrix;  // [K, K], K of all tasks
+  int64_t K;
+  const void* losses;  // [K] double if wide_losses, else float
+  bool wide_losses;
+  double decay, lr;
+  uint16_t tasks[1024];  // row and column of each measured task
+};
+
+// Launches all kernels on the stream: one or several that read the gradients, none of which may be
+// `strided`, and one that adds up and writes the result. allocate(n) returns n doubles of scratch.
+using Allocate = std::function<double*(int64_t n)>;
+void gram(const Gradients& gradients, const Allocate& allocate, CUstream_st* stream,
+          const GramMatrix<float>& result);
+void gram(const Gradients& gradients, const Allocate& allocate, CUstream_st* stream,
+          const GramMatrix<double>& result);
+void gram(const Gradients& gradients, const Allocate& allocate, CUstream_st* stream,
+          const GramAffinity& result);
+
+}  // namespace taskgroup

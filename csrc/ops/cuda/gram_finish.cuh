@@ -1,0 +1,53 @@
+#pragma once
+
+// The second pass: adds the partial sums of all segments, in their order, and uses them.
+
+#include "ops/cuda/affinity_update_kernel.cuh"
+#include "ops/cuda/gram.h"
+#include "ops/cuda/gram_table.cuh"
+
+namespace taskgroup {
+
+template <typename T>
+__device__ inline void store(const GramMatrix<T>& to, int64_t i, int64_t j, double product) {
+  to.matrix[i * to.K + j] = to.matrix[j * to.K + i] = static_cast<T>(product);
+}
+
+__device__ inline void observe(const GramAffinity& to, int64_t i, int64_t k, double product) {
+  const double loss = to.wide_losses ? static_cast<const double*>(to.losses)[k]
+                                     : static_cast<const float*>(to.losses)[k];
+  if (!(isfinite(product) && isfinite(loss) && loss > 0.0)) return;
+  float& entry = to.matrix[i * to.K + k];
+  entry = blend(entry, to.lr * product / loss, to.decay);
+}
+
+__device__ inline void store(const GramAffinity& to, int64_t i, int64_t j, double product) {
+  observe(to, to.tasks[i], to.tasks[j], product);
+  if (i != j) observe(to, to.tasks[j], to.tasks[i], product);
+}
+
+// Row blockIdx.y, columns from 32 blockIdx.x on: a column per lane, the segments dealt to the
+// warps.
+template <int kThreads, typename Result>
+__device__ void gram_finish_block(const double* partial, int64_t segments, int64_t K,
+                                  const Result& result, void* shared) {
+  constexpr int kWarps = kThreads / 32;
+  auto* sums = static_cast<double*>(shared);  // [kWarps, 32]
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t i = blockIdx.y, j = static_cast<int64_t>(blockIdx.x) * 32 + lane;
+  const bool mine = i <= j && j < K;
+  double sum = 0;
+  if (mine) {
+    const int64_t pairs = K * (K + 1) / 2;
+    const double* at = partial + pair_index(i, j, K);
+#pragma unroll 4
+    for (int64_t s = warp; s < segments; s += kWarps) sum += at[s * pairs];
+  }
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp != 0 || !mine) return;
+  for (int w = 1; w < kWarps; ++w) sum += sums[w * 32 + lane];
+  store(result, i, j, sum);
+}
+
+}  // namespace taskgroup

@@ -1,0 +1,272 @@
+#pragma once
+
+// Inner products of up to 64 tasks on the tensor cores.
+//
+// An inner product does not mind the order of its terms, so columns are dealt to the lanes as they
+// lie in memory: with g = lane / 4 and t = lane % 4 a lane takes 16 bytes of row g of every group
+// of 8 rows, from column t of such pieces on. What it then holds of groups 2i and 2i+1 is its
+// fragment of the i-th left operand [16, 16], and what it holds of group j its fragment of the j-th
+// right operand [16, 8]: the same registers, and no shared memory on the way.
+
+#include "ops/cuda/gram_table.cuh"
+
+namespace taskgroup {
+
+// The words of one lane for one group of 8 rows and 16 columns, as a sum of kParts terms.
+template <typename T>
+struct Fragment {
+  static constexpr int kParts = 1, kProducts = 1;
+  uint32_t word[1][2];
+};
+
+// A float is the sum of three bfloat16, exactly. Of the nine products of two such sums the six
+// largest are taken; the others are below 2^-25 of the whole. With two terms, three products, a
+// gradient of equal numbers would be wrong by 8e-6.
+template <>
+struct Fragment<float> {
+  static constexpr int kParts = 3, kProducts = 6;
+  uint32_t word[3][2];
+};
+
+// Left and right part of each product, the small ones first.
+struct Product {
+  int left, right;
+};
+
+template <typename T>
+__device__ constexpr Product product_of_parts(int n) {
+  return Fragment<T>::kParts == 1 ? Product{0, 0}
+         : n == 0                 ? Product{1, 1}
+         : n == 1                 ? Product{0, 2}
+         : n == 2                 ? Product{2, 0}
+         : n == 3                 ? Product{0, 1}
+         : n == 4                 ? Product{1, 0}
+                                  : Product{0, 0};
+}
+
+// Of step s of the kPerVector<T> / 4 in a vector.
+template <typename T>
+__device__ inline Fragment<T> fragment(const Vector<T>& v, int s) {
+  Fragment<T> f;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if constexpr (sizeof(T) == 2) {
+      f.word[0][h] = v.at[4 * s + 2 * h].bits | static_cast<uint32_t>(v.at[4 * s + 2 * h + 1].bits)
+                                                    << 16;
+    } else {
+      float low = v.at[2 * h], high = v.at[2 * h + 1];
+#pragma unroll
+      for (int p = 0; p < 3; ++p) {
+        const uint32_t pair = narrow_bfloat16_pair(low, high);
+        f.word[p][h] = pair;
+        low -= bits_as<float>(pair << 16);
+        high -= bits_as<float>(pair & 0xffff0000u);
+      }
+    }
+  }
+  return f;
+}
+
+__device__ inline void mma(BFloat16, float (&d)[4], const uint32_t (&a)[4],
+                           const uint32_t (&b)[2]) {
+  mma_bfloat16(d, a, b);
+}
+__device__ inline void mma(float, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma_bfloat16(d, a, b);
+}
+__device__ inline void mma(Half, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma_half(d, a, b);
+}
+
+// The sums of 8 kLeft tasks with one another (kTriangle, kLeft == kRight), or with 8 kRight others.
+template <typename T_, int kLeft_, int kRight_, bool kTriangle_, int kWarps_>
+struct GramMma {
+  using T = T_;
+  static constexpr int kLeft = kLeft_, kRight = kRight_, kWarps = kWarps_;  // kLeft even
+  static constexpr bool kTriangle = kTriangle_;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kLeftTiles = kLeft / 2;
+  // Tiles of 16 x 8; of a triangle those that hold an entry on or above the diagonal.
+  static constexpr int kTiles =
+      kTriangle ? kLeftTiles * (kRight - kLeftTiles + 1) : kLeftTiles * kRight;
+  static constexpr int kSums = 4 * kTiles;          // of a lane
+  static constexpr int kUnit = 64;                  // columns after which sums go to float64
+  static constexpr int kTile = kWarps * kUnit;      // a unit for each warp
+  static constexpr int kWidth = 4 * kPerVector<T>;  // columns of a load
+  static constexpr size_t kSharedBytes = kWarps * kSums * 32 * sizeof(double);
+
+  // The first right tile beside left tile i.
+  static __device__ constexpr int first_right(int i) { return kTriangle ? 2 * i : 0; }
+};
+
+// Row and column of sum s of a lane.
+struct Place {
+  int row, column;
+};
+
+template <typename G>
+__device__ inline Place place_of_sum(int s, int lane) {
+  int i = 0, j = s / 4;
+  while (j >= G::kRight - G::first_right(i)) {
+    j -= G::kRight - G::first_right(i);
+    ++i;
+  }
+  j += G::first_right(i);
+  return {16 * i + lane / 4 + s % 4 / 2 * 8, 8 * j + lane % 4 * 2 + s % 2};
+}
+
+// A unit once more, by plain multiply-adds: splitting infinity gives infinity less infinity, and
+// numbers next to the largest float round to infinity.
+template <typename G>
+__device__ __noinline__ void gram_mma_plain_unit(const GramTable& table, int first, int other,
+                                                 int p, int64_t x, double* own) {
+  using T = typename G::T;
+  const int lane = threadIdx.x % 32;
+  const int64_t end = x + G::kUnit < table.numel[p] ? x + G::kUnit : table.numel[p];
+  for (int s = 0; s < G::kSums; ++s) {
+    const Place place = place_of_sum<G>(s, lane);
+    const T* a = table.gradient<T>(p, first + place.row);
+    const T* b = table.gradient<T>(p, other + place.column);
+    if (a == nullptr || b == nullptr) continue;
+    float sum = 0;
+    for (int64_t y = x; y < end; ++y) sum += widen(a[y]) * widen(b[y]);
+    own[s * 32 + lane] += sum;
+  }
+}
+
+// One segment of the tasks from `first` on (kTriangle: other == first).
+template <typename G>
+__device__ void gram_mma_block(const GramTable& table, int first, int other, double* partial,
+                               void* shared) {
+  using T = typename G::T;
+  using F = Fragment<T>;
+  auto* sums = static_cast<double*>(shared);  // [kWarps, kSums, 32]
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  double* own = sums + warp * G::kSums * 32;  // of this warp; a lane touches its column alone
+  for (int s = 0; s < G::kSums; ++s) own[s * 32 + lane] = 0;
+
+  const int64_t all = table.end_tile[table.parameters - 1];
+  const int64_t begin = blockIdx.y * table.tiles_per_segment;
+  const int64_t end = begin + table.tiles_per_segment < all ? begin + table.tiles_per_segment : all;
+  TileWalk at(table, begin, G::kTile);
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int p = at.p;
+    const int64_t n = table.numel[p], x = at.x + warp * G::kUnit;
+    const bool aligned = table.aligned[p];
+    if (tile + 1 < end) at.next(G::kTile);
+    if (x >= n) continue;  // the whole warp
+
+    const int n_here = n - x < G::kUnit ? static_cast<int>(n - x) : G::kUnit;
+    const bool whole = aligned && n_here == G::kUnit;
+    float sum[G::kSums] = {};
+    Vector<T> a[G::kLeft], b[G::kTriangle ? 1 : G::kRight];
+    const auto load_rows = [&](auto& rows, int task, int c) {
+      const int y = c * G::kWidth + lane % 4 * kPerVector<T>;
+#pragma unroll
+      for (int r = 0; r < static_cast<int>(sizeof(rows) / sizeof(rows[0])); ++r) {
+        const T* data = table.gradient<T>(p, task + 8 * r);
+        if (data == nullptr) {
+          rows[r] = {};
+        } else {
+          rows[r] = whole ? load_vector(data + x + y) : load_ragged(data + x, y, n_here);
+        }
+      }
+    };
+    const auto load = [&](int c) {
+      // The addresses are read again each time, from the cache of constants: as opaque numbers the
+      // compiler cannot keep them, and they would take registers that the sums need.
+      load_rows(a, opaque(first + lane / 4), c);
+      if constexpr (!G::kTriangle) load_rows(b, opaque(other + lane / 4), c);
+    };
+    load(0);
+#pragma unroll 1
+    for (int c = 0; c < G::kUnit / G::kWidth; ++c) {
+#pragma unroll
+      for (int step = 0; step < kPerVector<T> / 4; ++step) {
+        F fa[G::kLeft], fb[G::kTriangle ? 1 : G::kRight];
+#pragma unroll
+        for (int r = 0; r < G::kLeft; ++r) fa[r] = fragment(a[r], step);
+        if constexpr (!G::kTriangle) {
+#pragma unroll
+          for (int r = 0; r < G::kRight; ++r) fb[r] = fragment(b[r], step);
+        }
+        // The vectors are used up: the next are on their way during the products.
+        if (step + 1 == kPerVector<T> / 4 && c + 1 < G::kUnit / G::kWidth) load(c + 1);
+
+        int s = 0;
+#pragma unroll
+        for (int i = 0; i < G::kLeftTiles; ++i) {
+          // Two tiles side by side, so that one's products need not wait for the other's.
+#pragma unroll
+          for (int j = G::first_right(i); j < G::kRight; j += 2) {
+            float d[2][4] = {};
+#pragma unroll
+            for (int q = 0; q < F::kProducts; ++q) {
+              const Product parts = product_of_parts<T>(q);
+              const uint32_t l[4] = {
+                  fa[2 * i].word[parts.left][0], fa[2 * i + 1].word[parts.left][0],
+                  fa[2 * i].word[parts.left][1], fa[2 * i + 1].word[parts.left][1]};
+#pragma unroll
+              for (int m = 0; m < 2; ++m) {
+                mma(T{}, d[m], l,
+                    G::kTriangle ? fa[j + m].word[parts.right] : fb[j + m].word[parts.right]);
+              }
+            }
+            // Tensor cores cut off rather than round: every 16 products start from zero, and it is
+            // the float32 unit that adds them up.
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+#pragma unroll
+              for (int c4 = 0; c4 < 4; ++c4) sum[s++] += d[m][c4];
+            }
+          }
+        }
+      }
+    }
+
+    float probe = 0;  // NaN if any sum is not finite
+#pragma unroll
+    for (int s = 0; s < G::kSums; ++s) probe += 0.0f * sum[s];
+    if (__any_sync(~0u, !(probe == 0.0f))) {
+      gram_mma_plain_unit<G>(table, first, other, p, x, own);
+    } else {
+#pragma unroll
+      for (int s = 0; s < G::kSums; ++s) own[s * 32 + lane] += sum[s];
+    }
+  }
+
+  __syncthreads();
+  const int64_t K = table.K;
+  partial += (table.first_segment + blockIdx.y) * (K * (K + 1) / 2);
+  for (int at_sum = threadIdx.x; at_sum < G::kSums * 32; at_sum += G::kThreads) {
+    double result = 0;
+    for (int w = 0; w < G::kWarps; ++w) result += sums[w * G::kSums * 32 + at_sum];
+    const Place place = place_of_sum<G>(at_sum / 32, at_sum % 32);
+    const int64_t i = first + place.row, j = other + place.column;
+    if (i <= j && j < K) partial[pair_index(i, j, K)] = result;
+  }
+}
+
+// More than 64 tasks: blocks of 64, each with itself, and the halves of each with those of all
+// later ones.
+constexpr int kMmaBlock = 64;
+constexpr int kMmaHalf = kMmaBlock / 2;
+
+// The y-th pair of halves.
+struct Halves {
+  int first, other;  // tasks
+};
+
+__device__ inline Halves halves(int y) {
+  const int quarter = y % 4;
+  int a = y / 4, b = 1;  // blocks
+  while (a >= b) a -= b++;
+  return {a * kMmaBlock + quarter / 2 * kMmaHalf, b * kMmaBlock + quarter % 2 * kMmaHalf};
+}
+
+constexpr int64_t pairs_of_halves(int64_t K) {
+  const int64_t blocks = (K + kMmaBlock - 1) / kMmaBlock;
+  return 2 * blocks * (blocks - 1);
+}
+
+}  // namespace taskgroup

@@ -1,0 +1,138 @@
+#pragma once
+
+// What CUDA C++ has no portable words for, each behind one small function, so that the kernels also
+// compile as plain C++: tests/csrc/cuda_shim.h has the same functions for the host.
+
+#include <cstdint>
+
+#ifndef __CUDACC__
+#include "cuda_shim.h"
+#else
+
+namespace taskgroup {
+
+// As CUDA's own, and never fused with one another.
+__device__ inline double multiply(double a, double b) { return __dmul_rn(a, b); }
+__device__ inline double add(double a, double b) { return __dadd_rn(a, b); }
+
+// The same number, of which the compiler knows nothing.
+__device__ inline int opaque(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
+struct alignas(16) Words {
+  uint32_t word[4];
+};
+
+// 16 aligned bytes.
+__device__ inline Words load_words(const void* from) {
+  const uint4 v = *static_cast<const uint4*>(from);
+  return {{v.x, v.y, v.z, v.w}};
+}
+
+__device__ inline void store_words(void* to, Words words) {
+  *static_cast<uint4*>(to) = make_uint4(words.word[0], words.word[1], words.word[2], words.word[3]);
+}
+
+__device__ inline float widen_half(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+
+__device__ inline uint16_t narrow_half(float value) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+__device__ inline uint16_t narrow_bfloat16(float value) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+// Two floats rounded to bfloat16, `low` in the lower half.
+__device__ inline uint32_t narrow_bfloat16_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// d [16, 8] += a [16, 16] b [16, 8] of a warp. With g = lane / 4 and t = lane % 4 a lane holds two
+// neighbours in each word, the first in the lower half: of a, columns 2t and 2t+1 of rows g and
+// g+8, then columns 2t+8 and 2t+9 of both; of b, rows 2t and 2t+1 of column g, then rows 2t+8 and
+// 2t+9; of d, columns 2t and 2t+1 of row g, then of row g+8.
+__device__ inline void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// Copies of whole rows by the copy engine: one thread asks, an mbarrier in shared memory tells all.
+
+constexpr bool kHasBulkCopies = true;
+
+__device__ inline uint32_t shared_address(const void* in_shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(in_shared));
+}
+
+// One arrival, that of the thread that expects, completes a phase once its bytes are here. The
+// barrier is ready for the copy engine; the threads of the block learn of it by a __syncthreads().
+__device__ inline void mbarrier_init(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+
+// Until the phase of this parity, 0 for the first, is complete.
+__device__ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t complete = 0;
+  while (complete == 0) {
+    asm volatile(
+        "{\n"
+        ".reg .pred complete;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, complete;\n"
+        "}"
+        : "=r"(complete)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  }
+}
+
+// Both addresses and the size are multiples of 16.
+__device__ inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+#else
+constexpr bool kHasBulkCopies = false;
+__device__ inline void mbarrier_init(uint64_t*) {}
+__device__ inline void mbarrier_expect(uint64_t*, uint32_t) {}
+__device__ inline void mbarrier_wait(uint64_t*, uint32_t) {}
+__device__ inline void bulk_copy(void*, const void*, uint32_t, uint64_t*) {}
+#endif
+
+}  // namespace taskgroup
+
+#endif

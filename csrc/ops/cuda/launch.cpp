@@ -1,0 +1,50 @@
+#include "ops/cuda/launch.h"
+
+#include <dlfcn.h>
+
+namespace taskgroup {
+
+namespace {
+
+using CurrentStream = int32_t (*)(int32_t device, void** stream);
+
+// Looked up at run time, since a torch without CUDA, which this library loads on as well, does not
+// export it. Python loads torch's libraries for itself alone: only that one is sure to be found by
+// its name.
+CurrentStream find_current_stream() {
+  const char* name = "aoti_torch_get_current_cuda_stream";
+  void* found = dlsym(RTLD_DEFAULT, name);
+  if (found == nullptr) {
+    if (void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD)) {
+      found = dlsym(library, name);
+    }
+  }
+  return reinterpret_cast<CurrentStream>(found);
+}
+
+cudaStream_t current_stream(int32_t device) {
+  static const CurrentStream get = find_current_stream();
+  STD_TORCH_CHECK(get != nullptr, "this torch has no CUDA: install one that has.");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(get(device, &stream) == 0, "torch does not tell the current CUDA stream.");
+  return static_cast<cudaStream_t>(stream);
+}
+
+}  // namespace
+
+Launch::Launch(const torch::stable::Tensor& tensor)
+    : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {
+  // Once more, for the CUDA runtime inside this library, which is not torch's.
+  cudaSetDevice(tensor.get_device_index());
+}
+
+void Launch::check(const char* op) const {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error != cudaErrorNoKernelImageForDevice,
+                  "taskgroup's CUDA kernels were not built for this GPU: build them with "
+                  "CUDAARCHS set to its architecture, or choose another backend.");
+  STD_TORCH_CHECK(error == cudaSuccess, "the CUDA kernel of ", op,
+                  " was not launched: ", cudaGetErrorString(error), ".");
+}
+
+}  // namespace taskgroup
