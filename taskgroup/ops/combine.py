@@ -47,23 +47,24 @@ def combine(
         [tensor([0.7500, 1.0000]), tensor([[1.5000]])]
     """
     listed = flatten(gradients)
-    n_parameters = len(gradients[0])
-    reached = dict.fromkeys(listed.parameters())  # in order
+    # Of each parameter one gradient; None where no task reaches it.
+    first = [next((g for g in column if g is not None), None) for column in zip(*gradients)]  # noqa: B905
+    if not all(isinstance(gradient, Tensor) for gradient in first if gradient is not None):
+        check(listed)
     if out is None:
-        place = dict(zip(listed.parameters(), listed.flat, strict=True))
-        result = [torch.empty_like(place[t]) if t in reached else None for t in range(n_parameters)]
+        result = [None if gradient is None else torch.empty_like(gradient) for gradient in first]
     else:
         result = list(out)
-        _check_out(result, listed, n_parameters)
-        for t in range(n_parameters):
-            untouched = result[t]
-            if t not in reached and untouched is not None:
+        _check_out(result, first)
+        for gradient, untouched in zip(first, result, strict=True):
+            if gradient is None and untouched is not None:
                 untouched.detach().zero_()
     if not listed.flat:
         return result
     device = listed.flat[0].device
     weights = _weights(weights, listed.n_tasks, device)
-    if len(reached) < n_parameters:  # the ops see the parameters that are reached alone
+    reached = [t for t, gradient in enumerate(first) if gradient is not None]
+    if len(reached) < len(first):  # the ops see the parameters that are reached alone
         position = {t: p for p, t in enumerate(reached)}
         slots = [
             position[t] * listed.n_tasks + k
@@ -96,11 +97,12 @@ def _weights(weights: Tensor | Sequence[float], n_tasks: int, device: torch.devi
     return weights.contiguous()
 
 
-def _check_out(out: list[Tensor | None], gradients: GradientList, n_parameters: int) -> None:
-    if len(out) != n_parameters:
-        raise ValueError(f"out must hold one tensor per parameter, {n_parameters}, got {len(out)}.")
-    for t, gradient in zip(gradients.parameters(), gradients.flat, strict=True):
-        tensor = out[t]
+def _check_out(out: list[Tensor | None], first: list[Tensor | None]) -> None:
+    if len(out) != len(first):
+        raise ValueError(f"out must hold one tensor per parameter, {len(first)}, got {len(out)}.")
+    for t, (tensor, gradient) in enumerate(zip(out, first, strict=True)):
+        if gradient is None:
+            continue
         if not isinstance(tensor, Tensor):
             raise ValueError(
                 f"out must hold a tensor to write to for tensor {t}, which a task reaches, got "

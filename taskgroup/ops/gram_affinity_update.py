@@ -100,6 +100,8 @@ def _check(matrix: Tensor, gradients: GradientList, losses: Tensor, decay: float
         raise ValueError(
             f"losses must be on the device of matrix, {matrix.device}, got {losses.device}."
         )
+    if gradients.flat and not isinstance(gradients.flat[0], Tensor):
+        check(gradients)
     if gradients.flat and gradients.flat[0].device != matrix.device:
         raise ValueError(
             f"gradients must be on the device of matrix, {matrix.device}, got "

@@ -181,6 +181,8 @@ class TestCombine:
     def test_bad_gradient_is_named(self):
         with pytest.raises(ValueError, match="task 1 on tensor 0 is on meta"):
             combine([[torch.ones(2)], [torch.ones(2, device="meta")]], [1.0, 1.0])
+        with pytest.raises(ValueError, match="task 0 on tensor 0 must be a Tensor or None"):
+            combine([["x"]], [1.0])
         with pytest.raises(ValueError, match="task 1 on tensor 0 has shape"):
             combine([[torch.ones(2)], [torch.ones(3)]], [1.0, 1.0])
 

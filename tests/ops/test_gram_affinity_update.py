@@ -93,6 +93,7 @@ class TestUpdate:
                 {"gradients": [[torch.ones(2)], [torch.ones(2, device="meta")]]},
                 "task 1 on tensor 0 is on meta",
             ),
+            ({"gradients": [["x"], ["y"]]}, "task 0 on tensor 0 must be a Tensor or None"),
             (
                 {"gradients": [[torch.ones(2)], [torch.ones(3)]]},
                 "task 1 on tensor 0 has shape",
