@@ -49,10 +49,11 @@ void test_gram(const RandomGradients& random, const GradientLoops& loops) {
   const int64_t K = random.gradients.n_tasks;
   const std::vector<double> result = matrix(random.gradients, loops, serial);
   CHECK(result == matrix(random.gradients, loops, threaded));
+  std::vector<double> norms(K);
+  for (int64_t i = 0; i < K; ++i) norms[i] = std::sqrt(exact(random, i, i));
   for (int64_t i = 0; i < K; ++i) {
     for (int64_t j = i; j < K; ++j) {
-      const double scale = std::sqrt(exact(random, i, i) * exact(random, j, j));
-      CHECK(close(result[i * K + j], exact(random, i, j), 1e-6 * scale));
+      CHECK(close(result[i * K + j], exact(random, i, j), 1e-6 * norms[i] * norms[j]));
     }
   }
 }
@@ -180,12 +181,12 @@ void test_conversions(Widen widen_all, Combine combine_all) {
 void test(const GradientLoops& loops) {
   const auto some = [](int64_t k, int64_t t) -> int64_t { return (k * 5 + t) % 4 == 1; };
   const auto odd = [](int64_t k, int64_t t) { return (k + t) % 3; };
-  for (const int64_t K : {1, 2, 3, 4, 5, 11, 16, 64, 65, 130}) {
+  for (const int64_t K : {1, 3, 4, 5, 11, 65, 130}) {
     const std::vector<RandomGradients::Shape> shapes = {
         {0, Dtype::kFloat},   {5, Dtype::kFloat},
         {600, Dtype::kFloat}, {33, Dtype::kDouble},
-        {70, Dtype::kHalf},   {1300, Dtype::kBFloat16},
-        {16, Dtype::kFloat},  {K < 9 ? 70001 : 513, Dtype::kFloat},
+        {70, Dtype::kHalf},   {530, Dtype::kBFloat16},
+        {16, Dtype::kFloat},  {K == 3 ? 70001 : 33, Dtype::kFloat},
     };
     for (const bool all : {true, false}) {
       RandomGradients random(K, shapes, all || K == 1 ? none : some, odd);

@@ -1,7 +1,10 @@
 # The loops over gradients: one file per instruction set, picked at run time. They are compared with
 # a float64 reference to a tolerance, so products and sums may be fused.
 set(LOOPS ${CMAKE_CURRENT_LIST_DIR}/gradient_loops)
-set(LOOPS_OPTIONS -O3 -ffp-contract=fast)
+if(NOT LOOPS_OPTIMIZE)
+  set(LOOPS_OPTIMIZE -O3)  # whatever the rest is built with
+endif()
+set(LOOPS_OPTIONS ${LOOPS_OPTIMIZE} -ffp-contract=fast)
 set_source_files_properties(${LOOPS}_portable.cpp PROPERTIES COMPILE_OPTIONS "${LOOPS_OPTIONS}")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set_source_files_properties(
