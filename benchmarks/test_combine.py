@@ -53,11 +53,11 @@ def test_combine(record, device, case):
         {
             "new": lambda: ops.combine(gradients, weights),
             "into": lambda: ops.combine(gradients, weights, out=out),
+            **limits.sides(),
             "both": gram_and_combine,
             **new,
             **into,
             **both,
-            **limits.sides(),
         }
     )
     combine = limits.of(least, n_bytes * (n_tasks + 1) / n_tasks)
