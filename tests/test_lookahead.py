@@ -79,6 +79,22 @@ def test_is_what_a_copy_of_the_model_shows(kind, trained):
         torch.testing.assert_close(got[i], expected, rtol=0, atol=1e-6)
 
 
+def test_heads_stay_even_where_the_optimizer_would_move_them():
+    """Zero gradients, as from attach(outside="coast"), let momentum move the heads: not here."""
+    model, optimizer, losses = make(OPTIMIZERS["momentum"])
+    sum(losses().values()).backward()
+    optimizer.step()  # now there is momentum
+    expected = tg.lookahead_affinity(losses, optimizer, model.encoder)
+
+    def coast(*_):
+        for parameter in model.heads.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    optimizer.register_step_pre_hook(coast)
+    assert torch.equal(tg.lookahead_affinity(losses, optimizer, model.encoder), expected)
+
+
 def test_first_order_agrees_with_gradient_affinity():
     """For a small plain step the look ahead is lr <g_i, g_k> / L_k."""
     model, _, losses = make(OPTIMIZERS["sgd"])
