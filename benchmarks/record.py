@@ -11,6 +11,7 @@ import gc
 import math
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -51,7 +52,7 @@ class Row:
     peer_us: float | None
     ratio: float | None  # peer_us / ours_us: times as fast
     limit_us: float | None
-    share_of_limit: float | None  # limit_us / ours_us
+    share_of_limit: float | None  # median over the rounds
     command: str
 
 
@@ -80,6 +81,7 @@ class Record:
         self._beside: list[tuple[float | None, float | None, str | None]] = []  # goals, reason
         self._remarks: list[str] = []
         self.first_side: Call | None = None  # of the last comparison: ours
+        self._last_rounds: list[dict[str, float]] = []  # of the last comparison: seconds by side
 
     def room(self) -> float:
         """Bytes that a benchmark may take: of a host's memory little by default, much if full."""
@@ -100,6 +102,7 @@ class Record:
 
     def _least_seconds(self, sides: Mapping[str, Call]) -> dict[str, float]:
         self.first_side = next(iter(sides.values()))
+        self._last_rounds = []
         clock = _cuda_seconds if self.device.type == "cuda" else _wall_seconds
         least = {}
         calls = {}
@@ -119,15 +122,30 @@ class Record:
                 still = [name for name in sides if spent[name] < LONGEST]
                 if not still:
                     break
+                seconds = {}
                 for name in still:
-                    once = clock(sides[name], calls[name])
+                    once = seconds[name] = clock(sides[name], calls[name])
                     least[name] = min(least[name], once)
                     spent[name] += once * calls[name]
+                self._last_rounds.append(seconds)
                 rounds += 1
         finally:
             if collects:
                 gc.enable()
         return least
+
+    def share(self, ours: str, limit: Callable[[Mapping[str, float]], float]) -> float | None:
+        """The limit over our time, round by round of the last comparison: the median.
+
+        A shared machine's memory is faster at some times than at others, and a single lucky copy
+        would set a limit that nothing else in the run had a chance to meet.
+
+        Args:
+            ours: the side.
+            limit: from the seconds of all sides in a round to the least seconds possible.
+        """
+        found = [limit(seconds) / seconds[ours] for seconds in self._last_rounds if ours in seconds]
+        return statistics.median(found) if found else None
 
     def add(
         self,
@@ -139,6 +157,7 @@ class Record:
         model: str | None = None,
         dtype: torch.dtype = torch.float32,
         limit: float | None = None,
+        share: float | None = None,
         goals: Mapping[str, float] | None = None,
         limit_goal: float | None = None,
     ) -> None:
@@ -167,7 +186,7 @@ class Record:
                     peer_us=seconds and seconds * 1e6,
                     ratio=seconds and seconds / ours,
                     limit_us=limit and limit * 1e6,
-                    share_of_limit=limit and limit / ours,
+                    share_of_limit=share,
                     command=self._command,
                 )
             )

@@ -60,12 +60,20 @@ def test_combine(record, device, case):
             **both,
         }
     )
-    combine = limits.of(least, n_bytes * (n_tasks + 1) / n_tasks)
-    gram = limits.of(least, n_bytes, count * n_tasks * (n_tasks + 1))
+
+    def combine(seconds):
+        return limits.of(seconds, n_bytes * (n_tasks + 1) / n_tasks).seconds
+
+    def gram(seconds):
+        return limits.of(seconds, n_bytes, count * n_tasks * (n_tasks + 1)).seconds
+
+    def gram_then_combine(seconds):
+        return gram(seconds) + combine(seconds)
+
     for op, ours, peers, limit, goal in (
-        ("combine", "new", new, combine.seconds, None),
-        ("combine, out=", "into", into, combine.seconds, GOAL),
-        ("task_gram, combine", "both", both, gram.seconds + combine.seconds, None),
+        ("combine", "new", new, combine, None),
+        ("combine, out=", "into", into, combine, GOAL),
+        ("task_gram, combine", "both", both, gram_then_combine, None),
     ):
         record.add(
             op,
@@ -74,6 +82,7 @@ def test_combine(record, device, case):
             {name: least[name] for name in peers},
             model=model,
             dtype=dtype,
-            limit=limit,
+            limit=limit(least),
+            share=record.share(ours, limit),
             limit_goal=goal,
         )

@@ -81,7 +81,8 @@ def test_task_gram(record, device, case, op):
     limits = Limits(device, dtype if device.type == "cuda" else torch.float32)
     # The limits right after ours: a shared machine is faster at some times than at others.
     least = record.least_seconds({"ours": ours, **limits.sides(), **peers})
-    limit = limits.of(least, n_bytes, n_elements * (n_tasks + 1))
+    flops = n_elements * (n_tasks + 1)
+    limit = limits.of(least, n_bytes, flops)
     record.remark(f"{op}, K = {n_tasks}, {model}, {dtype}: limits {limit}")
     goals, share = goals_of(case, device) if op == "task_gram" else ({}, None)
     record.add(
@@ -92,6 +93,7 @@ def test_task_gram(record, device, case, op):
         model=model,
         dtype=dtype,
         limit=limit.seconds,
+        share=record.share("ours", lambda seconds: limits.of(seconds, n_bytes, flops).seconds),
         goals=goals,
         limit_goal=share,
     )

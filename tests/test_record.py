@@ -58,8 +58,17 @@ def test_a_slow_side_gets_no_more_rounds(record, monkeypatch):
     assert [name for name, _ in measured].count("peer") == 2
 
 
+def test_the_share_of_the_limit_is_the_median_over_the_rounds(record, monkeypatch):
+    times = {"ours": [9.0, 0.4, 0.5, 1.0], "peer": [9.0, 0.3, 0.1, 0.4]}
+    scripted_clock(monkeypatch, times)
+    record.least_seconds({"us": ours, "copy": peer})
+    # Of 0.3 / 0.4, 0.1 / 0.5 and 0.4 / 1.0; the first call is no round.
+    assert record.share("us", lambda seconds: seconds["copy"]) == 0.4
+    assert record.share("nobody", lambda seconds: seconds["copy"]) is None
+
+
 def test_results_are_appended(record, tmp_path):
-    record.add("sum", 3, 2e-6, {"loop": 8e-6, "abacus": "sold"}, limit=1e-6)
+    record.add("sum", 3, 2e-6, {"loop": 8e-6, "abacus": "sold"}, limit=1e-6, share=0.5)
     record.save()
     path = record.save()
     assert path == tmp_path / "results" / "abacus" / "sums.csv"
@@ -80,7 +89,7 @@ def test_results_are_appended(record, tmp_path):
 
 def test_the_table_says_ratio_goal_and_why_a_peer_was_not_run(record, capsys):
     peers = {"loop": 8e-6, "abacus": "sold"}
-    record.add("sum", 3, 2e-6, peers, goals={"loop": 7.5}, limit=1e-6, limit_goal=0.6)
+    record.add("sum", 3, 2e-6, peers, goals={"loop": 7.5}, limit=1e-6, share=0.5, limit_goal=0.6)
     record.remark("on a quiet day")
     record.print()
     printed = capsys.readouterr().out
