@@ -260,7 +260,7 @@ class GradientAffinity(Affinity):
             gradients[k] = own
         gram_affinity_update_(self._matrix, gradients, values, self.decay)
         if self._sample is not None:
-            index = torch.tensor(list(losses), device=values.device)
+            index = torch.tensor(list(losses)).to(values.device, non_blocking=True)
             weight = self._observed[index[:, None], index]
             self._observed[index[:, None], index] = weight + self.decay * (1 - weight)
 

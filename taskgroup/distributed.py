@@ -37,8 +37,8 @@ def mean_gradients_over_ranks(
     """Averages the gradients of single tasks over the ranks, in place; in one process, nothing.
 
     Args:
-        gradients: ``[K][T]`` on the parameters; the same tasks on every rank. None counts as zero,
-            and stays None on no rank that has others.
+        gradients: ``[K][T]`` on the parameters; the same tasks on every rank. None counts as zero;
+            only for frozen parameters it stays.
         params: the T parameters.
         process_group: the ranks that train one model; None is all of them.
     """

@@ -80,10 +80,14 @@ class LossReader:
             mask[index] = True
             weights = None
             if self._weights is not None:
-                weights = torch.tensor([self._weights[k] for k in members]).to(self.device)
-            kept = GroupTensors(mask.to(self.device), index.to(self.device), weights)
+                weights = self._send(torch.tensor([self._weights[k] for k in members]))
+            kept = GroupTensors(self._send(mask), self._send(index), weights)
             self._kept[members] = kept
         return kept
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        """To the device of the losses, without waiting for it: new groups come while training."""
+        return tensor.to(self.device, non_blocking=True)
 
     def read(self, losses: Losses, members: Members, needed: Members) -> tuple[Tensor, Tensor]:
         """Check the losses and take what a step needs of them.

@@ -128,7 +128,7 @@ def reference_gram(gradients: GradientList) -> Tensor:
         while end < len(parameters) and parameters[end] == parameters[begin]:
             end += 1
         rows = torch.stack([gradient.flatten().double() for gradient in gradients.flat[begin:end]])
-        index = torch.tensor(tasks[begin:end], device=first.device)
+        index = torch.tensor(tasks[begin:end]).to(first.device, non_blocking=True)
         gram.index_put_((index[:, None], index[None, :]), rows @ rows.t(), accumulate=True)
         begin = end
     return gram.triu() + gram.triu(1).t()  # a matrix product need not be symmetric to the bit

@@ -81,7 +81,7 @@ def combine(
 
 def _weights(weights: Tensor | Sequence[float], n_tasks: int, device: torch.device) -> Tensor:
     if not isinstance(weights, Tensor):
-        weights = torch.tensor(weights, dtype=torch.float32, device=device)
+        weights = torch.tensor(weights, dtype=torch.float32).to(device, non_blocking=True)
     if weights.shape != (n_tasks,) or not weights.is_floating_point():
         raise ValueError(
             f"weights must be floating point [{n_tasks}], one per task, got {weights.dtype} "
@@ -106,7 +106,8 @@ def _check_out(out: list[Tensor | None], first: list[Tensor | None]) -> None:
         if not isinstance(tensor, Tensor):
             raise ValueError(
                 f"out must hold a tensor to write to for tensor {t}, which a task reaches, got "
-                f"{type(tensor).__name__}."
+                f"{type(tensor).__name__}; give one like the parameter, such as "
+                "torch.zeros_like(parameter)."
             )
         if (tensor.shape, tensor.dtype, tensor.device) != (
             gradient.shape,

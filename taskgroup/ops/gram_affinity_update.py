@@ -151,7 +151,7 @@ def _reference(
     lr: float,
 ) -> None:
     gram = reference_gram(gradients)
-    index = torch.tensor(tasks, device=matrix.device)
+    index = torch.tensor(tasks).to(matrix.device, non_blocking=True)
     own = losses.double()[index]
     valid = gram.isfinite() & own.isfinite() & (own > 0)
     old = matrix[index[:, None], index]

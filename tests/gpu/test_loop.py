@@ -18,7 +18,9 @@ def make(affinity, *, device=GPU, dropout=0.0, dtype=torch.float32):
     kind = (
         tg.ProximalAffinity(decay=0.1)
         if affinity == "proximal"
-        else tg.GradientAffinity(model.encoder, decay=0.1)
+        else tg.GradientAffinity(
+            model.encoder, decay=0.1, sample=4 if affinity == "sampled gradient" else None
+        )
     )
     groups = tg.TaskGroups(TASKS, affinity=kind, warmup=5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -42,7 +44,7 @@ def train(model, groups, optimizer, x, y, batches, stacked=False):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("affinity", ["proximal", "gradient"])
+@pytest.mark.parametrize("affinity", ["proximal", "gradient", "sampled gradient"])
 def test_nothing_synchronises(affinity, stacked):
     """Any operation that makes the host wait for the GPU raises; past warm-up and regrouping."""
     run = make(affinity, dropout=0.2)

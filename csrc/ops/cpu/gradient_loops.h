@@ -20,7 +20,7 @@ struct GradientLoops {
   int64_t double_lanes;  // doubles in a vector
 
   // sums[(i * ld + j) * double_lanes + lane] += products of row i of `a` with row j of `b`; where
-  // `b` is null, of `a` with itself, i <= j. At most `chain` products of a lane are summed in
+  // `b` is null, of `a` with itself, i <= j. At most kChain products of a lane are summed in
   // float32 before they go to the float64 sums; prefetch asks for the elements n further on.
   void (*gram_float)(const GramRows<float>& a, const GramRows<float>* b, int64_t n, double* sums,
                      int64_t ld, bool prefetch);
@@ -42,8 +42,8 @@ struct GradientLoops {
   void (*widen_half)(const uint16_t* from, int64_t n, float* to);
 };
 
-// Elements of a float row after which the sums go to float64: a bound on the rounding error,
-// chain / 2 * 2^-24 relative to |g_i| |g_j|, that holds for every input.
+// Products of a lane after which the sums go to float64: a bound on the rounding error,
+// kChain / 2 * 2^-24 relative to |g_i| |g_j|, that holds for every input.
 constexpr int64_t kChain = 32;
 
 // Of the best instruction set this processor has.

@@ -92,7 +92,7 @@ class BlockGram {
   // Behind the first `used` elements of the buffer; returns its new end.
   T* copy_rows(const Parameter& parameter, Rows<T>& rows, int64_t x, int64_t n, int64_t padded,
                int64_t used) {
-    if (buffer_.empty()) buffer_.resize(2 * kBlock * chunk_);
+    if (buffer_.empty()) buffer_.resize(2 * ld_ * chunk_);
     T* to = buffer_.data() + used;
     for (size_t r = 0; r < rows.data.size(); ++r) {
       copy(parameter, gradients_.all[rows.gradients[r]], x, n, to);
