@@ -14,8 +14,8 @@ import taskgroup as tg
 from taskgroup.report.live import Display
 from taskgroup.report.tables import groups_line
 from taskgroup.vision import TASKONOMY
-from taskgroup.vision.recipe import read_recipe
-from taskgroup.vision.train import Run
+from taskgroup.experiment.recipe import read_recipe
+from taskgroup.experiment.run import Run
 
 OUT = Path("runs/demo")
 TITLES = {task.name: task.title for task in TASKONOMY.values()}

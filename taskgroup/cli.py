@@ -1,7 +1,11 @@
-"""The command line: ``taskgroup train``."""
+"""The command line: ``taskgroup train | compare``."""
 
 from __future__ import annotations
 
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,10 +43,10 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="selective or joint.")] = None,
+    method: Annotated[str | None, typer.Option(help="selective, joint, or another by its name.")] = None,
     grouping: Annotated[
         str | None,
-        typer.Option(help="affinity-propagation, heterogeneous, singletons, together or random:M."),
+        typer.Option(help="affinity-propagation, heterogeneous, random:M, graph-coloring, ..."),
     ] = None,
     batches: Annotated[int | None, typer.Option(help="Length of the run.")] = None,
     seed: Annotated[
@@ -67,26 +71,73 @@ def train(
         "baseline": baseline,
     }
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-    try:
+    with _errors_in_words():
         if resume is not None and (given or set_ or out or recipe != "motorcycle"):
             raise ValueError(
                 "--resume goes on with the settings of the run; give no other option with it."
             )
         _train(recipe, given, set_ or [], out, resume)
-    except (ValueError, OSError) as error:
+
+
+@app.command()
+def compare(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe that ships with taskgroup, or a YAML file.")
+    ] = "motorcycle",
+    preset: Annotated[
+        str, typer.Option(help="What to compare: methods, or one of the ablations: grouping, ...")
+    ] = "methods",
+    methods: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Some of the preset's methods alone.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each method.")] = 5,
+    batches: Annotated[int | None, typer.Option(help="Length of the runs.")] = None,
+    budgets: Annotated[
+        str, typer.Option(metavar="A,B,...", help="Of batches, time and tuned.")
+    ] = "batches,time,tuned",
+    rates: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="To choose the best of [recipe's, a third, 3 times]."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes [one per core].")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder; goes on with what it holds.")
+    ] = None,
+) -> None:
+    """Compare methods over seeds, at equal batches and at equal time; stop it and go on any time."""
+    given: dict[str, Any] = {} if batches is None else {"batches": batches}
+    with _errors_in_words():
+        _compare(
+            recipe, preset, _words(methods), seeds, given, _words(budgets) or [], _words(rates),
+            set_ or [], jobs, out,
+        )  # fmt: skip
+
+
+@contextmanager
+def _errors_in_words() -> Iterator[None]:
+    """What went wrong as one sentence, and exit status 2."""
+    try:
+        yield
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
         # Escaped: what stands in brackets, as in taskgroup[train], is no markup.
         rich.get_console().print(f"[bold red]taskgroup:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
 
 
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
 def _train(
     recipe: str, options: dict[str, Any], changes: list[str], out: Path | None, resume: Path | None
 ) -> None:
+    from taskgroup.experiment.recipe import parse_changes, read_recipe
+    from taskgroup.experiment.run import Interrupted, Run
     from taskgroup.report.live import Display
     from taskgroup.report.tables import summary_table
-    from taskgroup.vision.recipe import parse_changes, read_recipe
-    from taskgroup.vision.tasks import TASKONOMY
-    from taskgroup.vision.train import Interrupted, Run
 
     console = rich.get_console()
     if resume is not None:
@@ -95,7 +146,7 @@ def _train(
         settings = read_recipe(recipe, {**parse_changes(changes), **options})
         name = f"{Path(recipe).stem}-{settings.method}-{settings.seed}"
         run = Run(settings, out or _free(Path("runs") / name))
-    titles = {task.name: task.title for task in TASKONOMY.values()}
+    titles = dict(run.trainer.problem.titles)
     try:
         with Display(str(run.out), titles, console) as display:
             summary = run.train(display.update)
@@ -105,6 +156,62 @@ def _train(
     console.print(summary_table(summary, titles))
     console.print(
         f"Pictures and numbers are in {run.out}", soft_wrap=True, highlight=False, markup=False
+    )
+
+
+def _compare(
+    recipe: str,
+    preset_name: str,
+    methods: list[str] | None,
+    seeds: int,
+    options: dict[str, Any],
+    budgets: list[str],
+    rates: list[str] | None,
+    changes: list[str],
+    jobs: int | None,
+    out: Path | None,
+) -> None:
+    from taskgroup.experiment.comparison import Comparison
+    from taskgroup.experiment.presets import JOINT, preset, variants_by_name
+    from taskgroup.experiment.problem import make_problem
+    from taskgroup.experiment.recipe import parse_changes, read_recipe
+    from taskgroup.report import comparison as report
+
+    console = rich.get_console()
+    settings = read_recipe(recipe, {**parse_changes(changes), **options})
+    settings, variants = preset(preset_name, settings, make_problem(settings))
+    if methods is not None:
+        variants = variants_by_name([JOINT, *methods], variants)
+    try:
+        tried = [float(rate) for rate in rates or []]
+    except ValueError:
+        raise ValueError(f"--rates takes numbers, got {', '.join(rates or [])}.") from None
+    comparison = Comparison(
+        settings,
+        variants,
+        seeds,
+        out or Path("runs") / f"compare-{Path(recipe).stem}-{preset_name}",
+        budgets=budgets,
+        rates=tried or [settings.lr / 3, settings.lr, 3 * settings.lr],
+        strict=methods is not None,
+    )
+    titles = {variant.name: variant.title for variant in comparison.variants}
+    try:
+        with report.ComparisonDisplay(str(comparison.out), titles, console) as display:
+            table = comparison.run(display.update, jobs)
+    except KeyboardInterrupt:
+        console.print(
+            "Stopped; finished runs are kept. The same command goes on.", soft_wrap=True
+        )
+        raise typer.Exit(130) from None
+    command = shlex.join(["taskgroup", *sys.argv[1:]])
+    for shown in report.tables(table):
+        console.print(shown)
+    (comparison.out / "table.md").write_text(report.markdown(table, command))
+    report.write_csv(table, comparison.out / "table.csv")
+    report.delta_m_plot(table, comparison.out / "delta_m.png")
+    console.print(
+        f"Tables and picture are in {comparison.out}", soft_wrap=True, highlight=False, markup=False
     )
 
 

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 import taskgroup as tg
 from taskgroup.cli import app
 from taskgroup.vision import TASKONOMY, Motorcycle, criterion, vit
-from taskgroup.vision import train as train_module
-from taskgroup.vision.recipe import read_recipe
-from taskgroup.vision.train import Interrupted, Run, load_metrics
+from taskgroup.experiment import files
+from taskgroup.experiment.recipe import read_recipe
+from taskgroup.experiment.run import Interrupted, Run, load_metrics
 
 SMALL = {
     "size": 32,
@@ -151,7 +151,7 @@ def test_failed_write_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train_module.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match=r"checkpoint.pt could not be written \(.*No space left"):
         run.save()
     assert (run.out / "checkpoint.pt").read_bytes() == before

@@ -18,7 +18,8 @@ def summary_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> Tabl
         titles: ``{task: name}`` as shown.
     """
     table = Table(title=f"{summary['method']}, {summary['batches']} batches", title_justify="left")
-    table.add_column("Held-out error (lower is better)")
+    better = "lower" if summary["lower_is_better"] else "higher"
+    table.add_column(f"Held-out {summary['metric']} ({better} is better)")
     table.add_column(summary["method"], justify="right")
     for task, value in summary["metrics"].items():
         table.add_row(titles[task], f"{value:.4f}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +12,21 @@ from typing import Any, Literal
 import yaml
 
 import taskgroup as tg
+from taskgroup.experiment.problem import data_names
 
 __all__ = ["Recipe", "parse_changes", "read_recipe", "recipe_names"]
 
-GROUPINGS: dict[str, type[tg.Grouping]] = {
-    "affinity-propagation": tg.AffinityPropagation,
+# By name, and with a number behind a colon: the number of groups.
+GROUPINGS: dict[str, Callable[[], tg.Grouping]] = {
     "heterogeneous": tg.Heterogeneous,
     "singletons": tg.Singletons,
     "together": tg.Together,
+    "graph-coloring": tg.GraphColoring,
+}
+COUNTED: dict[str, Callable[[int], tg.Grouping]] = {
+    "exhaustive": tg.Exhaustive,
+    "kmeans": tg.KMeans,
+    "spectral": tg.Spectral,
 }
 
 
@@ -28,24 +35,33 @@ class Recipe:
     """Everything that decides how a run goes.
 
     Attributes:
-        data: the data set: ``"motorcycle"``.
+        data: the data set: ``"motorcycle"`` (the embedded photograph) or ``"yeast"``.
+        tasks: those to train, in the order of the data set; None is all.
         size: side of the square crops, pixels.
-        batch_size: crops per batch.
+        batch_size: samples per batch.
         patch: side of a ViT patch, pixels.
-        dim: width of the ViT.
-        depth: blocks of the ViT, a multiple of 4.
+        dim: width of the network.
+        depth: blocks of the ViT, a multiple of 4, or layers of the MLP.
         attention_heads: attention heads of a block.
-        dropout: probability of dropout in the ViT.
+        dropout: probability of dropout in the network.
         batches: length of the run.
-        lr: learning rate of the encoder, at the start.
-        head_lr: learning rate of the heads, at the start.
+        lr: learning rate of the encoder, at the start; and of what a method learns besides.
+        head_lr: learning rate of the heads, at the start; None is that of the encoder.
+        head_lr_times: what the learning rate of the heads is multiplied with: ``"1"``, or
+            ``"sqrt(M)"``, ``"M"`` with today's number of groups, or ``"K"``.
         weight_decay: of Adam.
         poly_power: the learning rate falls as ``(1 - batch / batches) ** poly_power``.
-        method: ``"selective"``, or ``"joint"``: all tasks in one step.
+        method: ``"selective"``; ``"joint"``: all tasks in one step; or one of
+            :data:`taskgroup.methods.METHODS`.
         grouping: how selective updates group: ``"affinity-propagation"``, ``"heterogeneous"``,
-            ``"singletons"``, ``"together"`` or ``"random:M"``.
+            ``"singletons"``, ``"together"``, ``"graph-coloring"``, or with a number of groups M
+            ``"random:M"``, ``"kmeans:M"``, ``"spectral:M"``, ``"exhaustive:M"``.
+        affinity: what the groups are learned from: ``"proximal"`` or ``"gradient"``.
+        preference: of affinity propagation; None is the median.
+        credit: to which group a change of loss is credited: ``"step"``, the one whose step caused
+            it, or ``"published"``, the one about to be stepped on, as the published code does.
         outside: what a step does to the heads of other groups: ``"hold"`` or ``"coast"``.
-        decay: of :class:`taskgroup.ProximalAffinity`.
+        decay: of the affinity.
         warmup: see :class:`taskgroup.TaskGroups`, as for the three that follow.
         regroup_every: rounds between regroupings.
         groups_per_batch: groups dealt to a batch; None is all.
@@ -59,6 +75,7 @@ class Recipe:
     """
 
     data: str = "motorcycle"
+    tasks: tuple[str, ...] | None = None
     size: int = 64
     batch_size: int = 8
     patch: int = 8
@@ -68,11 +85,15 @@ class Recipe:
     dropout: float = 0.0
     batches: int = 300
     lr: float = 1e-3
-    head_lr: float = 1e-3
+    head_lr: float | None = None
+    head_lr_times: Literal["1", "sqrt(M)", "M", "K"] = "1"
     weight_decay: float = 1e-6
     poly_power: float = 0.9
-    method: Literal["selective", "joint"] = "selective"
+    method: str = "selective"
     grouping: str = "affinity-propagation"
+    affinity: Literal["proximal", "gradient"] = "proximal"
+    preference: float | None = None
+    credit: Literal["step", "published"] = "step"
     outside: Literal["hold", "coast"] = "hold"
     decay: float = 1e-3
     warmup: int = 100
@@ -87,16 +108,22 @@ class Recipe:
         for field in dataclasses.fields(self):
             value = _typed(field.name, str(field.type), getattr(self, field.name))
             object.__setattr__(self, field.name, value)
-        for name in ("size", "batch_size", "patch", "dim", "batches", "checkpoint_every"):
+        for name in ("size", "batch_size", "patch", "dim", "depth", "batches", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("lr", "head_lr", "weight_decay", "poly_power"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(
-                    f"{name} must be finite and not negative, got {getattr(self, name)}."
-                )
-        if self.data != "motorcycle":
-            raise ValueError(f"data must be 'motorcycle', got {self.data!r}.")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be finite and not negative, got {value}.")
+        if self.data not in data_names():
+            raise ValueError(f"data must be one of {', '.join(data_names())}, got {self.data!r}.")
+        if self.method not in ("selective", "joint"):
+            _check_method(self.method)
+        if self.credit == "published" and (self.affinity != "proximal" or self.observe_every > 1):
+            raise ValueError(
+                "credit: published is a rule of the proximal affinity, observed in every batch; "
+                "leave affinity and observe_every as they are."
+            )
         self.make_grouping()
 
     def make_grouping(self) -> tg.Grouping:
@@ -107,20 +134,32 @@ class Recipe:
         """
         if self.method == "joint":
             return tg.Together()
+        if self.grouping == "affinity-propagation":
+            return tg.AffinityPropagation(preference=self.preference)
+        if self.grouping in GROUPINGS:
+            return GROUPINGS[self.grouping]()
         kind, _, count = self.grouping.partition(":")
-        if kind == "random" and count.isdigit():
+        if count.isdigit() and kind == "random":
             return tg.RandomGroups(int(count), seed=self.seed)
-        if self.grouping not in GROUPINGS:
-            raise ValueError(
-                f"grouping must be one of {', '.join(GROUPINGS)} or random:M with a number M, got "
-                f"{self.grouping!r}."
-            )
-        return GROUPINGS[self.grouping]()
+        if count.isdigit() and kind in COUNTED:
+            return COUNTED[kind](int(count))
+        known = [*GROUPINGS, *(f"{name}:M" for name in ("random", *COUNTED))]
+        raise ValueError(
+            f"grouping must be one of affinity-propagation, {', '.join(known)} with a number M of "
+            f"groups, got {self.grouping!r}."
+        )
+
+
+def _check_method(name: str) -> None:
+    known = ["selective", "joint", *tg.methods.METHODS]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=len(known), cutoff=0.0)
+        raise ValueError(f"There is no method {name!r}; the methods are {', '.join(near)}.")
 
 
 def recipe_names() -> list[str]:
     """The recipes that ship with the package."""
-    folder = resources.files("taskgroup.vision") / "recipes"
+    folder = resources.files("taskgroup.experiment") / "recipes"
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
 
 
@@ -140,7 +179,7 @@ def read_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
     """
     path = Path(name)
     if str(name) in recipe_names():
-        text = (resources.files("taskgroup.vision") / "recipes" / f"{name}.yaml").read_text()
+        text = (resources.files("taskgroup.experiment") / "recipes" / f"{name}.yaml").read_text()
     elif path.is_file():
         text = path.read_text()
     else:
@@ -186,12 +225,18 @@ def _typed(name: str, kind: str, value: Any) -> Any:
     """The value as the annotation has it: YAML reads 1e-3 as a string and 1 as an integer."""
     if kind.startswith("Literal"):
         choices = [choice.strip("\"' ") for choice in kind[len("Literal[") : -1].split(",")]
-        if value not in choices:
+        if str(value) not in choices:  # a YAML 1 is no string
             raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}.")
-        return value
+        return str(value)
     if value is None and kind.endswith("| None"):
         return None
-    if kind == "float":
+    if kind.startswith("tuple"):
+        if isinstance(value, str):
+            value = [word.strip() for word in value.split(",")]
+        if isinstance(value, list | tuple) and value and all(isinstance(w, str) for w in value):
+            return tuple(value)
+        raise ValueError(f"{name} must be a list of words, got {value!r}.")
+    if kind.startswith("float"):
         if isinstance(value, int | float | str) and not isinstance(value, bool):
             try:
                 return float(value)

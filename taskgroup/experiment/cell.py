@@ -1,0 +1,166 @@
+"""One run of a comparison: trained in a worker process, kept as one small file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from taskgroup.experiment.files import write_atomically
+from taskgroup.experiment.recipe import Recipe
+from taskgroup.experiment.trainer import Trainer
+
+__all__ = ["Cell", "prepare_worker", "train_cell"]
+
+_VERSION = 1  # of what a file holds; a file of another one is not read
+# Settings that change nothing about the result of a cell.
+_IRRELEVANT = ("checkpoint_every", "baseline")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A run of a comparison.
+
+    Attributes:
+        name: of the variant.
+        recipe: all settings, seed and length among them.
+    """
+
+    name: str
+    recipe: Recipe
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides how the run goes, as JSON can hold it."""
+        settings = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
+        return {key: settings[key] for key in settings if key not in _IRRELEVANT}
+
+    def file(self, folder: Path) -> Path:
+        """Where the result is kept: the name holds a digest of all settings."""
+        text = json.dumps([_VERSION, self.settings], sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return folder / f"{self.name}-{self.recipe.seed}-{digest}.json"
+
+    def read(self, folder: Path) -> dict[str, Any] | None:
+        """The result, if the run is finished and its file is whole."""
+        try:
+            result: dict[str, Any] = json.loads(self.file(folder).read_text())
+        except (OSError, ValueError):
+            return None
+        return result
+
+
+def train_cell(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Train, evaluate, and write the result.
+
+    Returns:
+        ``{"settings", "metrics": {split: {task: value}}, "seconds_per_batch", "peak_bytes",
+        "steps_per_batch", "groups": groups per batch, "changes": batches after which the partition
+        changed, "diverged": batch or None}``. Seconds are of the processor, so that a busy machine
+        does not count; the last batch, of which the memory is measured, does not either.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a run that diverges; the result says so
+        result = _train(cell.recipe)
+    result["settings"] = cell.settings
+    text = json.dumps(result)
+    write_atomically(cell.file(folder), lambda file: file.write(text.encode()))
+    return result
+
+
+def _train(recipe: Recipe) -> dict[str, Any]:
+    trainer = Trainer(recipe)
+    steps = 0
+    groups: list[int] = []
+    changes: list[int] = []
+    partition = trainer.groups.partition
+    diverged: int | None = None
+    seconds = 0.0
+    peak = 0
+
+    def step() -> None:
+        nonlocal steps, partition
+        progress = trainer.step()
+        steps += len(progress.groups)
+        groups.append(len(progress.partition))
+        if progress.partition != partition:
+            changes.append(progress.batch)
+            partition = progress.partition
+
+    try:
+        for batch in range(recipe.batches):
+            if batch == recipe.batches - 1:
+                peak = _peak_bytes(step) + _standing_bytes(trainer)
+            else:
+                started = time.process_time()
+                step()
+                seconds += time.process_time() - started
+    except FloatingPointError:
+        diverged = trainer.batch
+    metrics = {}
+    if diverged is None:
+        metrics = {split: trainer.evaluate(split) for split in trainer.problem.splits}
+        if not all(math.isfinite(v) for values in metrics.values() for v in values.values()):
+            diverged = trainer.batch
+    timed = max(1, min(trainer.batch, recipe.batches - 1))
+    return {
+        "metrics": metrics,
+        "seconds_per_batch": seconds / timed,
+        "peak_bytes": peak,
+        "steps_per_batch": steps / max(1, trainer.batch),
+        "groups": groups,
+        "changes": changes,
+        "partition": [list(group) for group in partition],
+        "diverged": diverged,
+    }
+
+
+def _peak_bytes(step: Callable[[], None]) -> int:
+    """The most memory that tensors made in the call took at once, in bytes."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with _no_stderr(), torch.profiler.profile(activities=cpu, profile_memory=True) as profiler:
+        step()
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    level = most = 0
+    for _, change in changes:
+        level += change
+        most = max(most, level)
+    return most
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Away with what the profiler's C++ code says of its start and stop."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _standing_bytes(trainer: Trainer) -> int:
+    """Parameters and the state of the optimizer."""
+    state = [v for values in trainer.optimizer.state.values() for v in values.values()]
+    tensors = [*trainer.model.parameters(), *state]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+
+def prepare_worker() -> None:
+    """One thread: as many processes as cores train side by side."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)

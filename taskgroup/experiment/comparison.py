@@ -1,0 +1,477 @@
+"""Methods times seeds on a data set: which runs there are, and running those that are missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import taskgroup as tg
+from taskgroup.experiment.cell import Cell, prepare_worker, train_cell
+from taskgroup.experiment.presets import JOINT, REFERENCE, Variant
+from taskgroup.experiment.problem import Problem, make_problem
+from taskgroup.experiment.recipe import Recipe, read_recipe
+from taskgroup.experiment.statistics import Estimate, estimate, noise_floor
+from taskgroup.experiment.trainer import Trainer
+
+__all__ = ["Budget", "Comparison", "Listener", "Row", "Table"]
+
+Result = dict[str, Any]
+
+#: Called after every cell with the cells done and all of the stage, and what just finished.
+Listener = Callable[[str, int, int, Cell, Result | None], None]
+
+_TUNING_SEEDS = 1000  # rates are chosen on other seeds than those that are compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What every method is given the same of.
+
+    Attributes:
+        name: ``"batches"``: as many batches as the recipe has; ``"time"``: as much time as the
+            selective run of so many batches takes; ``"tuned"``: that, at the best of the rates.
+        title: what tables call it.
+    """
+
+    name: str
+    title: str
+
+
+BUDGETS = (
+    Budget("batches", "as many batches"),
+    Budget("time", "as much time"),
+    Budget("tuned", "as much time, best rate"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a comparison says of one variant.
+
+    Attributes:
+        variant: the variant.
+        time: seconds per batch relative to joint training.
+        memory: peak bytes of a batch relative to joint training.
+        steps: optimizer steps per batch.
+        groups: mean number of groups in the second half of a run.
+        changes: share of the batches of the last quarter after which the partition changed.
+        rate: learning rate of the tuned runs.
+        batches: ``{budget: batches}``.
+        delta: ``{(budget, split): Δm in percent against single-task training}``.
+        gain: ``{(budget, split): Δm minus that of joint training of the same seed}``.
+        floor: ``{(budget, split): noise floor of such a difference}``, from the joint runs.
+        metrics: ``{(budget, split): {task: mean}}``.
+        diverged: ``{budget: runs that diverged}``.
+    """
+
+    variant: Variant
+    time: float
+    memory: float
+    steps: float
+    groups: float
+    changes: float
+    rate: float | None
+    batches: dict[str, int]
+    delta: dict[tuple[str, str], Estimate]
+    gain: dict[tuple[str, str], Estimate]
+    floor: dict[tuple[str, str], float]
+    metrics: dict[tuple[str, str], dict[str, float]]
+    diverged: dict[str, int]
+
+    def verdict(self, budget: str, split: str) -> str:
+        """Whether the variant differs from joint training: ``"better"``, ``"worse"`` or ``""``.
+
+        It does where the interval of the difference excludes zero and the difference is larger
+        than the noise floor.
+        """
+        key = (budget, split)
+        if key not in self.gain or self.gain[key].n < 2:
+            return ""
+        gain, floor = self.gain[key], self.floor[key]
+        if not (abs(gain.mean) > gain.half and abs(gain.mean) > floor):
+            return ""
+        return "better" if gain.mean > 0 else "worse"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """All that a comparison found.
+
+    Attributes:
+        recipe: what all variants start from.
+        problem: the data set.
+        tasks: of the recipe.
+        seeds: how many.
+        budgets: those that were run.
+        rows: one per variant.
+        single: ``{split: {task: mean metric}}`` of single-task training.
+        refused: ``{title: why the method cannot work on the data}``.
+    """
+
+    recipe: Recipe
+    problem: Problem
+    tasks: list[str]
+    seeds: int
+    budgets: list[Budget]
+    rows: list[Row]
+    single: dict[str, dict[str, float]]
+    refused: dict[str, str]
+
+
+class Comparison:
+    """Trains variants of a recipe over several seeds, each run in a process of its own.
+
+    The folder holds ``compare.yaml`` and ``cells/``, a small file per finished run. What is there
+    is not run again: a comparison that was stopped goes on, and one with more seeds or variants
+    adds to it.
+
+    Args:
+        recipe: what all variants start from; its seed is the first one.
+        variants: what to compare; one of them is joint training (``"gd"``).
+        seeds: how many.
+        out: the folder.
+        budgets: of :data:`BUDGETS`, by name.
+        rates: learning rates to choose the best of, for the budget ``"tuned"``.
+        tuning_seeds: runs that a rate is chosen by.
+        strict: raise where a variant cannot work on the data, instead of leaving it out.
+
+    Raises:
+        ValueError: if a setting is out of range or, with ``strict``, a variant cannot work.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        variants: Sequence[Variant],
+        seeds: int,
+        out: str | Path,
+        *,
+        budgets: Iterable[str] = ("batches", "time", "tuned"),
+        rates: Sequence[float] = (),
+        tuning_seeds: int = 3,
+        strict: bool = False,
+    ) -> None:
+        if seeds < 1:
+            raise ValueError(f"A comparison needs at least one seed, got {seeds}.")
+        if not any(variant.name == JOINT for variant in variants):
+            raise ValueError(f"A comparison needs joint training to compare with: add {JOINT!r}.")
+        wanted = set(budgets)
+        if unknown := sorted(wanted - {budget.name for budget in BUDGETS}):
+            raise ValueError(
+                f"There is no budget {', '.join(unknown)}; take some of "
+                f"{', '.join(budget.name for budget in BUDGETS)}."
+            )
+        if "tuned" in wanted and len(rates) < 2:
+            raise ValueError("To choose the best rate, give at least two rates.")
+        self.recipe = recipe
+        self.seeds = seeds
+        self.out = Path(out)
+        self.budgets = [budget for budget in BUDGETS if budget.name in wanted | {"batches"}]
+        self.rates = sorted({*rates, recipe.lr}) if rates else [recipe.lr]
+        self.tuning_seeds = tuning_seeds
+        self.problem = make_problem(recipe)
+        self.tasks = list(self.problem.titles if recipe.tasks is None else recipe.tasks)
+        self.refused: dict[str, str] = {}
+        self.variants = [v for v in variants if self._can_work(v, strict)]
+        self._cells = self.out / "cells"
+        self._check_folder()
+
+    def _can_work(self, variant: Variant, strict: bool) -> bool:
+        """Whether the method can be made; before hours are spent on the others."""
+        try:
+            Trainer(self._recipe(variant, self.recipe.seed))
+        except (ValueError, ImportError) as error:
+            if strict:
+                raise ValueError(f"{variant.title} cannot be compared here: {error}") from error
+            self.refused[variant.title] = str(error)
+            return False
+        return True
+
+    def _check_folder(self) -> None:
+        """The folder is of one recipe; the seed and what variants change may differ."""
+        file = self.out / "compare.yaml"
+        settings = Cell("", dataclasses.replace(self.recipe, seed=0)).settings
+        if file.is_file():
+            there = Cell("", dataclasses.replace(read_recipe(file), seed=0)).settings
+            differing = [key for key in settings if settings[key] != there[key]]
+            if differing:
+                raise ValueError(
+                    f"{self.out} holds a comparison with other settings "
+                    f"({', '.join(f'{k}: {there[k]}' for k in differing)}); name another folder "
+                    "with --out, or compare with the settings it has."
+                )
+        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise ValueError(
+                f"{self.out} is not empty and holds no comparison; name another with --out."
+            )
+        self._cells.mkdir(parents=True, exist_ok=True)
+        if not file.is_file():
+            file.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+    def _recipe(self, variant: Variant, seed: int, **settings: Any) -> Recipe:
+        return dataclasses.replace(self.recipe, seed=seed, **{**variant.settings, **settings})
+
+    # What is run, stage by stage.
+
+    def run(self, listen: Listener = lambda *_: None, jobs: int | None = None) -> Table:
+        """Run what is missing, and read all of it.
+
+        Args:
+            listen: called after every run.
+            jobs: processes side by side; None is one per core.
+
+        Raises:
+            RuntimeError: if runs failed, or a worker process died; the rest is finished and kept.
+        """
+        jobs = jobs or len(os.sched_getaffinity(0))
+        wanted = {budget.name for budget in self.budgets}
+        self._run_stage("as many batches", self._single() + self._by("batches"), listen, jobs)
+        if "time" in wanted:
+            self._run_stage("as much time", self._by("time"), listen, jobs)
+        if "tuned" in wanted:
+            self._run_stage("choosing rates", self._tuning(), listen, jobs)
+            self._run_stage("best rates", self._by("tuned"), listen, jobs)
+        return self.read()
+
+    def _seeds(self) -> range:
+        return range(self.recipe.seed, self.recipe.seed + self.seeds)
+
+    def _single(self) -> list[Cell]:
+        """Single-task training: the baseline of Δm."""
+        return [
+            Cell(f"single-{task}", self._single_recipe(task, seed))
+            for seed in self._seeds()
+            for task in self.tasks
+        ]
+
+    def _single_recipe(self, task: str, seed: int) -> Recipe:
+        return dataclasses.replace(self.recipe, seed=seed, method="gd", tasks=(task,))
+
+    def _by(self, budget: str) -> list[Cell]:
+        """Seed by seed, so that what disturbs the machine for a while disturbs all methods."""
+        return [self._cell(v, seed, budget) for seed in self._seeds() for v in self.variants]
+
+    def _cell(self, variant: Variant, seed: int, budget: str, rate: float | None = None) -> Cell:
+        settings: dict[str, Any] = {}
+        if budget != "batches":
+            settings["batches"] = self._batches(variant)
+        if rate is None and budget == "tuned":
+            rate = self.best_rate(variant)
+        if rate is not None and rate != self.recipe.lr:
+            settings["lr"] = rate
+            if self.recipe.head_lr is not None:
+                settings["head_lr"] = rate * self.recipe.head_lr / self.recipe.lr
+        return Cell(variant.name, self._recipe(variant, seed, **settings))
+
+    def _tuning(self) -> list[Cell]:
+        first = self.recipe.seed + _TUNING_SEEDS
+        return [
+            self._cell(variant, seed, "time", rate)
+            for seed in range(first, first + self.tuning_seeds)
+            for variant in self.variants
+            for rate in self.rates
+        ]
+
+    def _run_stage(self, title: str, cells: list[Cell], listen: Listener, jobs: int) -> None:
+        missing = []
+        done = 0
+        for cell in {cell.file(self._cells): cell for cell in cells}.values():
+            result = cell.read(self._cells)
+            if result is None:
+                missing.append(cell)
+            else:
+                done += 1
+                listen(title, done, len(cells), cell, result)
+        total = done + len(missing)
+        if not missing:
+            return
+        failed: list[str] = []
+        # Spawned: a forked process would inherit the threads of torch in an unknown state.
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(min(jobs, len(missing)), context, prepare_worker)
+        try:
+            open_: dict[Future[Result], Cell] = {
+                pool.submit(train_cell, cell, self._cells): cell for cell in missing
+            }
+            while open_:
+                for future in wait(open_, return_when=FIRST_COMPLETED).done:
+                    cell = open_.pop(future)
+                    result = None
+                    try:
+                        result = future.result()
+                    except BrokenProcessPool:
+                        raise RuntimeError(
+                            "A worker process died, of too little memory maybe; what was finished "
+                            "is kept. Start the same command again, with fewer --jobs."
+                        ) from None
+                    except Exception as error:  # noqa: BLE001 (the others go on)
+                        failed.append(f"{cell.name}, seed {cell.recipe.seed}: {error}")
+                    done += 1
+                    listen(title, done, total, cell, result)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        if failed:
+            raise RuntimeError(
+                f"{len(failed)} of {total} runs failed, the others are kept; the first: {failed[0]}"
+            )
+
+    # What is read.
+
+    def _results(self, cells: Iterable[Cell]) -> list[Result]:
+        return [result for cell in cells if (result := cell.read(self._cells)) is not None]
+
+    def _cost(self, variant: Variant) -> float:
+        """Seconds per batch: the median over seeds; NaN where no run is finished."""
+        cells = [self._cell(variant, seed, "batches") for seed in self._seeds()]
+        seconds = [r["seconds_per_batch"] for r in self._results(cells) if r["diverged"] is None]
+        return statistics.median(seconds) if seconds else math.nan
+
+    def _batches(self, variant: Variant) -> int:
+        """As many as take the time of the reference.
+
+        Measured once: the number must be the same whenever the comparison goes on.
+        """
+        file = self.out / "batches.yaml"
+        known: dict[str, int] = yaml.safe_load(file.read_text()) if file.is_file() else {}
+        if variant.name not in known:
+            reference = next((v for v in self.variants if v.name == REFERENCE), self.variants[0])
+            ratio = self._cost(reference) / self._cost(variant)
+            if math.isnan(ratio):  # all of its runs diverged, or none is finished
+                return self.recipe.batches
+            known[variant.name] = max(2, round(self.recipe.batches * ratio))
+            file.write_text(yaml.safe_dump(known, sort_keys=False))
+        return known[variant.name]
+
+    def best_rate(self, variant: Variant) -> float:
+        """The rate of the highest mean Δm, on validation data where there is some.
+
+        Without validation data the held-out split decides, by runs of other seeds than those that
+        are compared. A rate with a run that diverged is out, unless all are.
+        """
+        split = "validation" if "validation" in self.problem.splits else "held_out"
+        first = self.recipe.seed + _TUNING_SEEDS
+        best = (-math.inf, self.recipe.lr)
+        for rate in self.rates:
+            cells = [
+                self._cell(variant, seed, "time", rate)
+                for seed in range(first, first + self.tuning_seeds)
+            ]
+            deltas = [self._delta(result, split) for result in self._results(cells)]
+            mean = statistics.fmean(deltas) if deltas else math.nan
+            if mean > best[0]:  # False for NaN
+                best = (mean, rate)
+        return best[1]
+
+    def _baseline(self, split: str) -> dict[str, float]:
+        """The mean metric of single-task training, over the seeds."""
+        found = {}
+        for task in self.tasks:
+            cells = [
+                Cell(f"single-{task}", self._single_recipe(task, seed)) for seed in self._seeds()
+            ]
+            values = [
+                r["metrics"][split][task] for r in self._results(cells) if r["diverged"] is None
+            ]
+            found[task] = statistics.fmean(values) if values else math.nan
+        return found
+
+    def _delta(self, result: Result, split: str) -> float:
+        if result["diverged"] is not None:
+            return math.nan
+        metrics = result["metrics"][split]
+        baseline = {task: value for task, value in self.single[split].items() if task in metrics}
+        lower = dict.fromkeys(metrics, self.problem.lower_is_better)
+        return tg.delta_m(metrics, baseline, lower)
+
+    @property
+    def single(self) -> dict[str, dict[str, float]]:
+        """``{split: {task: mean metric}}`` of single-task training."""
+        if not hasattr(self, "_single_metrics"):
+            self._single_metrics = {split: self._baseline(split) for split in self.problem.splits}
+        return self._single_metrics
+
+    def read(self) -> Table:
+        """What the finished runs say."""
+        by_name = {variant.name: variant for variant in self.variants}
+        return Table(
+            recipe=self.recipe,
+            problem=self.problem,
+            tasks=self.tasks,
+            seeds=self.seeds,
+            budgets=self.budgets,
+            rows=[self._row(v, by_name.get(v.against, by_name[JOINT])) for v in self.variants],
+            single=self.single,
+            refused=self.refused,
+        )
+
+    def _row(self, variant: Variant, joint: Variant) -> Row:
+        own = self._results(self._cell(variant, seed, "batches") for seed in self._seeds())
+        reference = self._results(self._cell(joint, seed, "batches") for seed in self._seeds())
+        finished = [r for r in own if r["diverged"] is None]
+        delta, gain, floor, metrics, diverged = {}, {}, {}, {}, {}
+        for budget in self.budgets:
+            cells = {
+                seed: self._cell(variant, seed, budget.name).read(self._cells)
+                for seed in self._seeds()
+            }
+            joints = {
+                seed: self._cell(joint, seed, budget.name).read(self._cells)
+                for seed in self._seeds()
+            }
+            lost = [r for r in cells.values() if r is not None and r["diverged"] is not None]
+            diverged[budget.name] = len(lost)
+            for split in self.problem.splits:
+                key = (budget.name, split)
+                values = {s: self._delta(r, split) for s, r in cells.items() if r is not None}
+                others = {s: self._delta(r, split) for s, r in joints.items() if r is not None}
+                delta[key] = estimate([v for v in values.values() if math.isfinite(v)])
+                pairs = [values[s] - others[s] for s in values if s in others]
+                gain[key] = estimate([v for v in pairs if math.isfinite(v)])
+                floor[key] = noise_floor([v for v in others.values() if math.isfinite(v)])
+                kept = [r["metrics"][split] for r in cells.values() if r and r["diverged"] is None]
+                if kept:
+                    metrics[key] = {t: statistics.fmean(m[t] for m in kept) for t in kept[0]}
+        return Row(
+            variant=variant,
+            time=self._cost(variant) / self._cost(joint),
+            memory=_median(finished, "peak_bytes") / _median(reference, "peak_bytes"),
+            steps=_median(finished, "steps_per_batch"),
+            groups=_mean(statistics.fmean(r["groups"][len(r["groups"]) // 2 :]) for r in finished),
+            changes=_mean(_late_changes(r) for r in finished),
+            rate=self.best_rate(variant) if any(b.name == "tuned" for b in self.budgets) else None,
+            batches={
+                b.name: self._cell(variant, self.recipe.seed, b.name).recipe.batches
+                for b in self.budgets
+            },
+            delta=delta,
+            gain=gain,
+            floor=floor,
+            metrics=metrics,
+            diverged=diverged,
+        )
+
+
+def _median(results: list[Result], key: str) -> float:
+    return statistics.median(r[key] for r in results) if results else math.nan
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return statistics.fmean(values) if values else math.nan
+
+
+def _late_changes(result: Result) -> float:
+    """Share of the batches of the last quarter after which the partition changed."""
+    batches = len(result["groups"])
+    late = range(batches - batches // 4, batches + 1)
+    return sum(batch in late for batch in result["changes"]) / max(1, batches // 4)

@@ -1,0 +1,84 @@
+"""What a data set offers to a training run, and where those that ship are found."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import taskgroup as tg
+
+if TYPE_CHECKING:
+    from taskgroup.experiment.recipe import Recipe
+
+__all__ = ["Problem", "data_names", "make_problem"]
+
+# Imported when asked for: each needs libraries of its own.
+_WHERE = {
+    "motorcycle": ("taskgroup.vision.photograph", "Photograph"),
+    "yeast": ("taskgroup.tabular", "Yeast"),
+}
+
+
+class Problem(Protocol):
+    """A data set with its tasks, network, losses and metrics.
+
+    Attributes:
+        titles: ``{task: name}`` as shown, all tasks of the data set in their order.
+        lower_is_better: whether a smaller metric is the better one.
+        metric: what the metric is, in a word or two.
+        score: from the losses of some tasks to scores in (0, 1), higher is better; None where the
+            losses give no such score.
+        splits: what can be evaluated: ``"train"`` (fixed training data), ``"held_out"``, and
+            ``"validation"`` where there is data to choose settings on.
+    """
+
+    titles: Mapping[str, str]
+    lower_is_better: bool
+    metric: str
+    score: Callable[[Tensor], Tensor] | None
+    splits: Sequence[str]
+
+    def model(self, tasks: Sequence[str]) -> tg.MultiTaskModel:
+        """A fresh network for some of the tasks, from torch's global generator."""
+        ...
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Any:
+        """A random training batch."""
+        ...
+
+    def inputs(self, batch: Any) -> Tensor:
+        """What of a batch the model is called with."""
+        ...
+
+    def losses(self, outputs: Mapping[str, Tensor], batch: Any) -> dict[str, Tensor]:
+        """``{task: scalar}`` for the tasks of the outputs."""
+        ...
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """``{task: metric}`` over all of a split."""
+        ...
+
+    def draw(self, model: nn.Module, folder: Path) -> None:
+        """Pictures of what the model predicts, where the data has any."""
+        ...
+
+
+def data_names() -> list[str]:
+    """The data sets that ship with the package."""
+    return list(_WHERE)
+
+
+def make_problem(recipe: Recipe) -> Problem:
+    """The data set that a recipe names, with the recipe's settings.
+
+    Raises:
+        ImportError: if a library that it needs is missing; the sentence says what to install.
+    """
+    module, name = _WHERE[recipe.data]
+    problem: Problem = getattr(importlib.import_module(module), name)(recipe)
+    return problem

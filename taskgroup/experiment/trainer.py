@@ -1,0 +1,281 @@
+"""One model, one method, batch after batch: the loop that every run shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import PolynomialLR
+
+import taskgroup as tg
+from taskgroup.experiment.credit import PublishedCredit
+from taskgroup.experiment.problem import Problem, make_problem
+from taskgroup.experiment.recipe import Recipe
+
+__all__ = ["MODEL_SECTIONS", "Progress", "Trainer"]
+
+#: What a user would pay for without taskgroup, of the parts of a batch that are timed.
+MODEL_SECTIONS = ("forward", "loss", "backward", "optimizer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What is known after a batch.
+
+    Attributes:
+        batch: batches done.
+        batches: batches of the whole run.
+        losses: of every task, before the first step of the batch.
+        groups: as they were stepped on.
+        partition: as it stands.
+    """
+
+    batch: int
+    batches: int
+    losses: dict[str, float]
+    groups: list[tuple[str, ...]]
+    partition: list[tuple[str, ...]]
+
+
+class Trainer:
+    """Trains a network by a recipe: selectively, or by a joint method.
+
+    Weights, batches and the order of the groups come from the recipe's seed: two trainers of one
+    seed and different methods start from the same weights and see the same batches.
+
+    Args:
+        recipe: the settings.
+
+    Attributes:
+        problem: the data set.
+        tasks: those that are trained.
+        model: the network.
+        groups: the task groups; for a joint method all tasks are one.
+        batch: batches done.
+        seconds: ``{section: seconds}``, so far.
+
+    Raises:
+        ValueError: if the recipe does not fit the data set.
+        ImportError: if the method or the data set needs what is not installed.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.problem: Problem = make_problem(recipe)
+        self.tasks = _tasks(recipe, self.problem)
+        self.batch = 0
+        self.seconds = dict.fromkeys(MODEL_SECTIONS, 0.0)
+        self._data = torch.Generator().manual_seed(recipe.seed)
+
+        torch.manual_seed(recipe.seed)
+        self.model = self.problem.model(self.tasks)
+        self.groups = self._make_groups()
+        self._method = self._make_method()
+        head_lr = recipe.lr if recipe.head_lr is None else recipe.head_lr
+        parameters = [
+            {"params": list(self.model.encoder.parameters()), "lr": recipe.lr},
+            {"params": list(self.model.heads.parameters()), "lr": head_lr},
+        ]
+        if self._method is not None and self._method.parameters():
+            learned = {"params": self._method.parameters(), "lr": recipe.lr, "weight_decay": 0.0}
+            parameters.append(learned)
+        self.optimizer = torch.optim.Adam(
+            parameters,
+            weight_decay=recipe.weight_decay,
+            fused=True,  # a third of the time of the default on a CPU
+        )
+        self.groups.attach(self.optimizer, self.model.heads, outside=recipe.outside)
+        self.scheduler = PolynomialLR(self.optimizer, recipe.batches, recipe.poly_power)
+        self.model.train()
+
+    def _make_groups(self) -> tg.TaskGroups:
+        recipe = self.recipe
+        affinity: Any = tg.ProximalAffinity(decay=recipe.decay)
+        grouping: Any = recipe.make_grouping() if self._steps_on_groups else tg.Together()
+        self._published: PublishedCredit | None = None
+        if recipe.affinity == "gradient":
+            affinity = tg.GradientAffinity(self.model.encoder, decay=recipe.decay)
+        if recipe.credit == "published" and getattr(grouping, "reads_affinity", True):
+            grouping = self._published = PublishedCredit(len(self.tasks), recipe.decay, grouping)
+        return tg.TaskGroups(
+            self.tasks,
+            affinity=affinity,
+            grouping=grouping,
+            warmup=recipe.warmup,
+            regroup_every=recipe.regroup_every,
+            groups_per_batch=recipe.groups_per_batch,
+            observe_every=recipe.observe_every,
+            seed=recipe.seed,
+        )
+
+    @property
+    def _steps_on_groups(self) -> bool:
+        return self.recipe.method in ("selective", "joint")
+
+    def _make_method(self) -> tg.methods.JointMethod | None:
+        if self._steps_on_groups:
+            return None
+        options: dict[str, Any] = {}
+        if self.recipe.method == "dtp":
+            options["score"] = self.problem.score
+        elif self.recipe.method == "dwa":
+            options["epoch"] = max(1, self.recipe.batches // _EPOCHS)
+        method = tg.methods.find(self.recipe.method)
+        return method(self.model.encoder, self.tasks, **options)
+
+    def step(self) -> Progress:
+        """Train on one batch.
+
+        Raises:
+            FloatingPointError: if a loss is not finite.
+        """
+        batch = self.problem.sample(self.recipe.batch_size, self._data)
+        method = self._method
+        losses, stepped = (
+            self._step_on_groups(batch) if method is None else self._step_jointly(batch, method)
+        )
+        self.scheduler.step()
+        self.batch += 1
+        values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
+        if lost := [task for task, value in values.items() if not math.isfinite(value)]:
+            raise FloatingPointError(
+                f"The loss of {', '.join(lost)} is not finite after batch {self.batch}; take a "
+                "smaller learning rate."
+            )
+        return Progress(
+            batch=self.batch,
+            batches=self.recipe.batches,
+            losses=values,
+            groups=stepped,
+            partition=self.groups.partition,
+        )
+
+    def _step_on_groups(self, batch: Any) -> tuple[dict[str, Tensor], list[tuple[str, ...]]]:
+        """The loop that the README shows, with a clock beside it."""
+        inputs = self.problem.inputs(batch)
+        clock = _Clock(self.seconds)
+        first: dict[str, Tensor] | None = None
+        stepped = []
+        for group in self.groups:
+            clock.start()
+            outputs = self.model(inputs, group=group)
+            clock.lap("forward")
+            losses = self.problem.losses(outputs, batch)
+            clock.lap("loss")
+            self.optimizer.zero_grad()
+            loss = group.loss(losses)
+            if self._published is not None:
+                self._published.observe(group, losses)
+            clock.start()
+            loss.backward()
+            clock.lap("backward")
+            with self._scaled_head_lr():
+                self.optimizer.step()
+            clock.lap("optimizer")
+            if first is None:
+                first = {task: losses[task].detach() for task in group.observed}
+            stepped.append(group.tasks)
+        assert first is not None
+        return first, stepped
+
+    def _step_jointly(
+        self, batch: Any, method: tg.methods.JointMethod
+    ) -> tuple[dict[str, Tensor], list[tuple[str, ...]]]:
+        inputs = self.problem.inputs(batch)
+        clock = _Clock(self.seconds)
+        clock.start()
+        outputs = self.model(inputs)
+        clock.lap("forward")
+        losses = self.problem.losses(outputs, batch)
+        clock.lap("loss")
+        self.optimizer.zero_grad()
+        method.backward(losses)
+        clock.lap("backward")
+        with self._scaled_head_lr():
+            self.optimizer.step()
+        clock.lap("optimizer")
+        if method.observes_step:
+            with torch.no_grad():
+                method.observe(self.problem.losses(self.model(inputs), batch))
+            clock.lap("forward")
+        return {task: loss.detach() for task, loss in losses.items()}, [tuple(self.tasks)]
+
+    @contextmanager
+    def _scaled_head_lr(self) -> Iterator[None]:
+        """The learning rate of the heads, times what the recipe says, for one step."""
+        n_groups = len(self.groups.partition)
+        times = {"1": 1, "sqrt(M)": math.sqrt(n_groups), "M": n_groups, "K": len(self.tasks)}
+        heads = self.optimizer.param_groups[1]
+        before = heads["lr"]  # which the scheduler goes on from
+        heads["lr"] = before * times[self.recipe.head_lr_times]
+        try:
+            yield
+        finally:
+            heads["lr"] = before
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        """``{task: metric}`` on a split of the data."""
+        return self.problem.evaluate(self.model, split)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything an exact resume needs; it loads under ``weights_only=True``."""
+        return {
+            "batch": self.batch,
+            "seconds": dict(self.seconds),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "groups": self.groups.state_dict(),
+            "method": {} if self._method is None else self._method.state_dict(),
+            "data": self._data.get_state(),
+            "torch": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where :meth:`state_dict` was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.groups.load_state_dict(state["groups"])
+        if self._method is not None:
+            self._method.load_state_dict(state["method"])
+        self._data.set_state(state["data"])
+        torch.set_rng_state(state["torch"])
+        self.batch = state["batch"]
+        self.seconds = state["seconds"]
+
+
+_EPOCHS = 20  # that DWA divides a run into: batches are drawn at random, without epochs
+
+
+def _tasks(recipe: Recipe, problem: Problem) -> list[str]:
+    if recipe.tasks is None:
+        return list(problem.titles)
+    if unknown := [task for task in recipe.tasks if task not in problem.titles]:
+        raise ValueError(
+            f"{recipe.data} has no task {', '.join(map(repr, unknown))}; its tasks are "
+            f"{', '.join(problem.titles)}."
+        )
+    return [task for task in problem.titles if task in recipe.tasks]
+
+
+class _Clock:
+    """Adds the time between laps to named sections."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+        self._since = 0.0
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def lap(self, section: str) -> None:
+        now = time.perf_counter()
+        self._seconds[section] += now - self._since
+        self._since = now

@@ -1,0 +1,372 @@
+"""A comparison: the display while it runs, its tables and its picture."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from matplotlib.figure import Figure
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+from rich.text import Text
+
+__all__ = ["ComparisonDisplay", "delta_m_plot", "markdown", "tables", "write_csv"]
+
+_DPI = 150
+_SPLIT_TITLES = {"held_out": "held-out data", "train": "fixed training data"}
+
+
+class _Estimate(Protocol):
+    @property
+    def mean(self) -> float: ...
+    @property
+    def half(self) -> float: ...
+    @property
+    def n(self) -> int: ...
+
+
+class ComparisonDisplay:
+    """Which runs are done, method by method; in a pipe, a line now and then.
+
+    Use as a context manager and pass :meth:`update` as the listener.
+
+    Args:
+        title: above all.
+        titles: ``{name of a variant: title}``.
+        console: where to draw.
+    """
+
+    def __init__(self, title: str, titles: Mapping[str, str], console: Console) -> None:
+        self._title = title
+        self._titles = titles
+        self._console = console
+        self._done: dict[str, int] = {}
+        self._diverged: dict[str, int] = {}
+        self._bar: Progress | None = None
+        self._stage = ""
+        self._task: Any = None
+        self._next_line = 0.0
+        self._live = Live(console=console, get_renderable=self._draw, refresh_per_second=4)
+
+    def __enter__(self) -> ComparisonDisplay:
+        self._started = time.monotonic()
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def update(
+        self, stage: str, done: int, total: int, cell: Any, result: Mapping[str, Any] | None
+    ) -> None:
+        """Take in that a run is finished, or was found finished."""
+        if stage != self._stage:
+            self._begin(stage, total)
+        assert self._bar is not None
+        self._bar.update(self._task, completed=done, total=total)
+        name = cell.name if cell.name in self._titles else "single-task"
+        self._done[name] = self._done.get(name, 0) + 1
+        if result is not None and result["diverged"] is not None:
+            self._diverged[name] = self._diverged.get(name, 0) + 1
+        if not self._console.is_terminal and (done >= self._next_line or done == total):
+            self._next_line = done + total / 10
+            self._console.print(
+                f"{self._title}: {stage}, run {done} of {total}, "
+                f"{time.monotonic() - self._started:.0f} s"
+            )
+
+    def _begin(self, stage: str, total: int) -> None:
+        self._stage = stage
+        self._next_line = 0.0
+        self._done.clear()
+        self._diverged.clear()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("runs · left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self._console,
+            expand=True,
+        )
+        self._task = self._bar.add_task(stage, total=total)
+
+    def _draw(self) -> Panel:
+        if self._bar is None:
+            return Panel("starting", title=self._title, border_style="dim")
+        cells = []
+        for name, done in self._done.items():
+            title = self._titles.get(name, "Single-task")
+            text = Text(f"{title:<28}{done:4d}")
+            if name in self._diverged:
+                text.append(f" ({self._diverged[name]} diverged)", style="red")
+            cells.append(text)
+        grid = RichTable.grid(padding=(0, 2))
+        columns = max(1, self._console.width // 40)
+        for start in range(0, len(cells), columns):
+            grid.add_row(*cells[start : start + columns])
+        return Panel(Group(self._bar, "", grid), title=self._title, border_style="dim")
+
+
+def tables(table: Any) -> list[RenderableType]:
+    """The results for a terminal: the gains, and below them what must be known to read them."""
+    shown = RichTable(title=_headline(table), title_justify="left", pad_edge=False)
+    header, rows = _main_rows(table)
+    for k, column in enumerate(header):
+        shown.add_column(column, justify="left" if k == 0 else "right")
+    for row in rows:
+        style = "bold" if row[0].startswith("Selective") else ""
+        shown.add_row(*row, style=style)
+    return [shown, *(Text(note, style="dim") for note in _notes(table))]
+
+
+def markdown(table: Any, command: str) -> str:
+    """The results as Markdown: gains and cost, metrics per task, groups.
+
+    Args:
+        table: a :class:`taskgroup.experiment.comparison.Table`.
+        command: that made it.
+    """
+    parts = [f"# {_headline(table)}", f"```\n{command}\n```"]
+    parts.append(_markdown_table(*_main_rows(table)))
+    parts.append("\n".join(f"- {note}" for note in _notes(table)))
+    for budget in table.budgets:
+        parts.append(f"## {_sentence(table.problem.metric)} of each task, {budget.title}")
+        parts.append(
+            "Held-out, mean over the seeds; in brackets the gain over single-task training in "
+            "percent."
+        )
+        parts.append(_markdown_table(*_task_rows(table, budget.name, "held_out")))
+    parts.append("## Groups")
+    parts.append(
+        "Mean number of groups over the second half of a run, and the share of the batches of the "
+        "last quarter after which the partition was another one."
+    )
+    groups = [
+        [row.variant.title, f"{row.groups:.1f}", f"{100 * row.changes:.0f} %"]
+        for row in table.rows
+        if row.variant.settings.get("method") == "selective"
+    ]
+    parts.append(_markdown_table(["", "groups", "batches with a change"], groups))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_csv(table: Any, path: str | os.PathLike[str]) -> None:
+    """All figures, a line per variant, budget and split."""
+    with Path(path).open("w", newline="") as file:
+        writer = csv.writer(file)
+        tasks = [f"{table.problem.metric} {task}" for task in table.tasks]
+        writer.writerow(
+            ["variant", "budget", "split", "batches", "rate", "seeds", "diverged", "delta_m"]
+            + ["delta_m_half", "gain", "gain_half", "noise_floor", "verdict", "time", "memory"]
+            + ["steps", "groups", "changes", *tasks]
+        )
+        for row in table.rows:
+            for (budget, split), delta in row.delta.items():
+                gain = row.gain[budget, split]
+                metrics = row.metrics.get((budget, split), {})
+                writer.writerow(
+                    [row.variant.name, budget, split, row.batches[budget]]
+                    + [row.rate if budget == "tuned" else table.recipe.lr, delta.n]
+                    + [row.diverged[budget]]
+                    + [_figure(x) for x in (delta.mean, delta.half, gain.mean, gain.half)]
+                    + [_figure(row.floor[budget, split]), row.verdict(budget, split)]
+                    + [_figure(x) for x in (row.time, row.memory, row.steps, row.groups)]
+                    + [_figure(row.changes)]
+                    + [_figure(metrics.get(task, math.nan)) for task in table.tasks]
+                )
+        for split, metrics in table.single.items():
+            writer.writerow(
+                ["single-task", "batches", split, table.recipe.batches, table.recipe.lr]
+                + [table.seeds, "", *[""] * 11, *(_figure(metrics[task]) for task in table.tasks)]
+            )
+
+
+def delta_m_plot(table: Any, path: str | os.PathLike[str]) -> None:
+    """Δm against the cost of a batch, and Δm of all methods given the same time.
+
+    Left the trade of the paper's Figure 2, with the result on the other axis; right the fair
+    comparison, sorted, with the noise floor about joint training shaded.
+
+    Args:
+        table: a :class:`taskgroup.experiment.comparison.Table`.
+        path: of the PNG.
+    """
+    last = table.budgets[-1]
+    rows = [row for row in table.rows if row.delta[last.name, "held_out"].n]
+    height = 1.6 + 0.27 * max(8, len(rows))
+    figure = Figure(figsize=(12.5, height), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+
+    _draw_cost(left, [row for row in rows if row.delta["batches", "held_out"].n])
+    left.set(
+        xlabel="time of a batch, relative to joint training",
+        ylabel="Δm against single-task training, %",
+    )
+    left.set_title("Given as many batches", loc="left")
+
+    joint = next(row for row in rows if row.variant.settings.get("method") == "gd")
+    centre, floor = joint.delta[last.name, "held_out"].mean, joint.floor[last.name, "held_out"]
+    rows.sort(key=lambda row: row.delta[last.name, "held_out"].mean)
+    right.axvspan(centre - floor, centre + floor, color="#eeeeee", zorder=0)
+    for y, row in enumerate(rows):
+        mean, half, _ = row.delta[last.name, "held_out"]
+        right.errorbar(mean, y, xerr=half, fmt="o", color=_colour(row), markersize=5, capsize=2)
+    right.set_yticks(range(len(rows)), [row.variant.title for row in rows])
+    right.set(xlabel="Δm against single-task training, %", ylim=(-0.7, len(rows) - 0.3))
+    right.set_title(f"Given {last.title} (shaded: noise floor about GD)", loc="left")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=_DPI)
+
+
+def _draw_cost(axes: Any, rows: Sequence[Any]) -> None:
+    axes.set_xscale("log")
+    ticks = [t for t in (0.5, 1, 2, 3, 5, 10, 20) if t <= 1.2 * max(row.time for row in rows)]
+    axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    axes.minorticks_off()
+    points = [(math.log10(row.time), row.delta["batches", "held_out"], row) for row in rows]
+    for _, (mean, half, _), row in points:
+        axes.errorbar(
+            row.time, mean, yerr=half, fmt="o", color=_colour(row), markersize=5, alpha=0.8
+        )
+    # Names to the right of the points; pushed apart where they would lie on each other.
+    means = [delta.mean for _, delta, _ in points]
+    span = max(means) - min(means) or 1.0
+    axes.margins(x=0.25, y=0.08)
+    placed: list[tuple[float, float]] = []
+    for x, delta, row in sorted(points, key=lambda point: (point[1].mean, point[0])):
+        y = delta.mean
+        while any(abs(x - other) < 0.3 and abs(y - height) < span / 24 for other, height in placed):
+            y += span / 48
+        placed.append((x, y))
+        axes.annotate(
+            row.variant.title,
+            (row.time, delta.mean),
+            (10 ** (x + 0.02), y),
+            fontsize=7.5,
+            va="center",
+            color=_colour(row),
+        )
+
+
+def _colour(row: Any) -> str:
+    settings = row.variant.settings
+    if settings.get("method") == "selective":
+        return "#d6604d"
+    return "#222222" if settings.get("method") == "gd" else "#4393c3"
+
+
+def _headline(table: Any) -> str:
+    seeds = f"{table.seeds} seed{'s' if table.seeds > 1 else ''}"
+    return (
+        f"{table.recipe.data}: {len(table.tasks)} tasks, {table.recipe.batches} batches of "
+        f"{table.recipe.batch_size}, {seeds}"
+    )
+
+
+def _main_rows(table: Any) -> tuple[list[str], list[list[str]]]:
+    header = ["Δm against single-task, %", "time", "memory"]
+    header += [f"{budget.title}" for budget in table.budgets]
+    last = table.budgets[-1].name
+    header += ["against joint", "training data"]
+    rows = []
+    for row in table.rows:
+        cells = [row.variant.title, _times(row.time), _times(row.memory)]
+        for budget in table.budgets:
+            cells.append(_shown(row.delta[budget.name, "held_out"], row.diverged[budget.name]))
+            if budget.name == "tuned" and row.rate is not None:
+                cells[-1] += f" ({row.rate:g})"
+        gain = row.gain[last, "held_out"]
+        verdict = row.verdict(last, "held_out")
+        cells.append("" if row.variant.name == row.variant.against else _gain(gain, verdict))
+        cells.append(_shown(row.delta[last, "train"], row.diverged[last]))
+        rows.append(cells)
+    return header, rows
+
+
+def _task_rows(table: Any, budget: str, split: str) -> tuple[list[str], list[list[str]]]:
+    single = table.single[split]
+    titles = [table.problem.titles[task] for task in table.tasks]
+    rows = [["Single-task", *(f"{single[task]:.4f}" for task in table.tasks)]]
+    sign = -1 if table.problem.lower_is_better else 1
+    for row in table.rows:
+        metrics = row.metrics.get((budget, split), {})
+        cells = [row.variant.title]
+        for task in table.tasks:
+            if task in metrics:
+                gain = sign * 100 * (metrics[task] - single[task]) / single[task]
+                cells.append(f"{metrics[task]:.4f} ({gain:+.1f})")
+            else:
+                cells.append("")
+        rows.append(cells)
+    return ["", *titles], rows
+
+
+def _notes(table: Any) -> list[str]:
+    last = table.budgets[-1]
+    joint = next(row for row in table.rows if row.variant.settings.get("method") == "gd")
+    notes = [
+        f"Δm: mean over the seeds and its 95% interval, on held-out data; the last column on fixed "
+        f"training data, {last.title}. Higher is better.",
+        f"Against joint: the difference to GD of the same seed, {last.title}. Noise floor: two sets "
+        f"of {table.seeds} joint runs differ by up to {joint.floor[last.name, 'held_out']:.1f} by "
+        f"chance. Only what is outside both this floor and its own interval is called better or "
+        f"worse; with {len(table.rows)} rows one or so in twenty is so by luck.",
+        "Time and memory: of a batch, relative to GD; processor seconds on one thread, and the most "
+        "bytes that tensors take.",
+    ]
+    if any(budget.name != "batches" for budget in table.budgets):
+        notes.append("As much time: as many batches as take the time of the selective run.")
+    if any(budget.name == "tuned" for budget in table.budgets):
+        which = "validation data" if "validation" in table.problem.splits else "held-out data"
+        notes.append(
+            f"Best rate: of three, the same for encoder and heads, by Δm on {which} over other "
+            "seeds; in brackets."
+        )
+    notes += [f"{title} is left out: {reason}" for title, reason in table.refused.items()]
+    return notes
+
+
+def _shown(delta: _Estimate, diverged: int) -> str:
+    lost = f" ({diverged} diverged)" if diverged else ""
+    if delta.n == 0:
+        return "diverged" if diverged else ""
+    if math.isnan(delta.half):
+        return f"{delta.mean:+.1f}{lost}"
+    return f"{delta.mean:+.1f} ± {delta.half:.1f}{lost}"
+
+
+def _gain(gain: _Estimate, verdict: str) -> str:
+    shown = _shown(gain, 0)
+    return f"{shown} {verdict}".rstrip()
+
+
+def _times(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}x"
+
+
+def _figure(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.6g}"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |"]
+    lines.append("|---" + "|---:" * (len(header) - 1) + "|")
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines)

@@ -1,0 +1,138 @@
+"""Many tasks on one table: river's yeast data set, fourteen labels of a gene.
+
+Needs the extra ``compare``, and Python 3.11 or later, as river does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.functional.classification import binary_auroc
+
+import taskgroup as tg
+
+try:
+    from river.datasets import Yeast as Records
+except ImportError:
+    raise ImportError(
+        "The yeast data ships with river, which is not installed: pip install 'taskgroup[compare]' "
+        "(river needs Python 3.11 or later)."
+    ) from None
+
+__all__ = ["Yeast"]
+
+# Of the 2,417 genes, in an order shuffled once and for all.
+_SPLITS = {"train": slice(0, 1450), "validation": slice(1450, 1850), "held_out": slice(1850, None)}
+
+
+class Table(NamedTuple):
+    """Some genes.
+
+    Attributes:
+        features: ``[N, 103]``, float32; over the training genes of mean 0 and variance 1.
+        labels: ``[N, 14]``, float32, 0 or 1.
+    """
+
+    features: Tensor
+    labels: Tensor
+
+
+class Settings(Protocol):
+    """What the network is made by."""
+
+    dim: int
+    depth: int
+    dropout: float
+
+
+class Yeast:
+    """Which of 14 functional classes a yeast gene belongs to (Elisseeff & Weston, NIPS 2001).
+
+    2,417 genes with 103 features (expression levels and phylogenetic profiles), each class a binary
+    task; positive rates from 1.4 to 75 per cent. 1,450 genes are trained on, 400 serve to choose
+    settings, 567 are held out. The network is an MLP of ``depth`` layers of width ``dim`` with a
+    linear head per task, the loss is binary cross-entropy, the metric is the area under the ROC
+    curve. The score of a loss L is exp(-L), the geometric mean probability of the right label.
+
+    Args:
+        settings: size of the network.
+    """
+
+    titles: Mapping[str, str] = {f"class{k}": f"Class {k}" for k in range(1, 15)}
+    lower_is_better = False
+    metric = "AUC"
+    splits = ("train", "validation", "held_out")
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._train = _tables()["train"]
+
+    @staticmethod
+    def score(losses: Tensor) -> Tensor:
+        """exp(-L), in (0, 1)."""
+        return torch.exp(-losses)
+
+    def model(self, tasks: Sequence[str]) -> tg.MultiTaskModel:
+        """An MLP with a linear head for each of the tasks."""
+        layers: list[nn.Module] = []
+        width = self._train.features.shape[1]
+        for _ in range(self._settings.depth):
+            layers += [nn.Linear(width, self._settings.dim), nn.ReLU()]
+            if self._settings.dropout:
+                layers.append(nn.Dropout(self._settings.dropout))
+            width = self._settings.dim
+        return tg.MultiTaskModel(
+            nn.Sequential(*layers), {task: nn.Linear(width, 1) for task in tasks}
+        )
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Table:
+        """Random training genes, drawn with replacement."""
+        rows = torch.randint(len(self._train.features), (batch_size,), generator=generator)
+        return Table(self._train.features[rows], self._train.labels[rows])
+
+    def inputs(self, batch: Table) -> Tensor:
+        """The features ``[B, 103]``."""
+        return batch.features
+
+    def losses(self, outputs: Mapping[str, Tensor], batch: Table) -> dict[str, Tensor]:
+        """Binary cross-entropy of every task."""
+        column = {task: k for k, task in enumerate(self.titles)}
+        return {
+            task: F.binary_cross_entropy_with_logits(output[:, 0], batch.labels[:, column[task]])
+            for task, output in outputs.items()
+        }
+
+    def draw(self, model: nn.Module, folder: Path) -> None:
+        """Nothing: a table has no pictures."""
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """The area under the ROC curve of every task."""
+        table = _tables()[split]
+        training = model.training
+        model.eval()
+        outputs = model(table.features)
+        model.train(training)
+        labels = dict(zip(self.titles, table.labels.long().unbind(1), strict=True))
+        return {
+            task: binary_auroc(output[:, 0], labels[task]).item()
+            for task, output in outputs.items()
+        }
+
+
+@cache
+def _tables() -> dict[str, Table]:
+    rows = [(list(x.values()), list(y.values())) for x, y in Records()]
+    features = torch.tensor([x for x, _ in rows])
+    labels = torch.tensor([y for _, y in rows], dtype=torch.float32)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    features, labels = features[order], labels[order]
+    train = features[_SPLITS["train"]]
+    features = (features - train.mean(0)) / train.std(0)
+    return {name: Table(features[rows], labels[rows]) for name, rows in _SPLITS.items()}
