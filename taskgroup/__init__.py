@@ -16,21 +16,21 @@ Tasks are updated group by group inside every batch, and the groups are learned 
 
 from taskgroup import ops
 from taskgroup.affinity import GradientAffinity, ProximalAffinity
+from taskgroup.clustering import (
+    AffinityPropagation,
+    Exhaustive,
+    GraphColoring,
+    Heterogeneous,
+    KMeans,
+    Spectral,
+)
 from taskgroup.gradients import (
     conflicts,
     pareto_stationarity,
     streaming_task_gram,
     task_gradients,
 )
-from taskgroup.grouping import (
-    AffinityPropagation,
-    Fixed,
-    Grouping,
-    Heterogeneous,
-    RandomGroups,
-    Singletons,
-    Together,
-)
+from taskgroup.grouping import Fixed, Grouping, RandomGroups, Singletons, Together
 from taskgroup.lookahead import lookahead_affinity
 from taskgroup.metrics import delta_m
 from taskgroup.modules import MultiTaskModel
@@ -45,15 +45,19 @@ from taskgroup.schedule import Group, TaskGroups
 
 __all__ = [
     "AffinityPropagation",
+    "Exhaustive",
     "Fixed",
     "GradientAffinity",
+    "GraphColoring",
     "Group",
     "Grouping",
     "Heterogeneous",
+    "KMeans",
     "MultiTaskModel",
     "ProximalAffinity",
     "RandomGroups",
     "Singletons",
+    "Spectral",
     "TaskGroups",
     "Together",
     "affinity_propagation",

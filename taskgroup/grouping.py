@@ -1,8 +1,9 @@
-"""From an affinity matrix to a partition of the tasks.
+"""From an affinity matrix to a partition of the tasks: what a grouping is, and controls.
 
 A grouping is any callable that takes the affinity matrix, float32 ``[K, K]`` on the CPU, and
 returns labels, int64 ``[K]`` (tasks of equal label share a group), or None for "keep the
-partition". The classes here are such callables; :class:`Grouping` lists what else one may have.
+partition". :class:`Grouping` lists what else one may have. Those here do not look at the matrix;
+:mod:`taskgroup.clustering` has those that do.
 """
 
 from __future__ import annotations
@@ -10,17 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from taskgroup.ops import affinity_propagation
-
 __all__ = [
-    "AffinityPropagation",
     "Fixed",
     "Grouping",
-    "Heterogeneous",
     "RandomGroups",
     "Singletons",
     "Together",
@@ -59,101 +55,6 @@ class Grouping:
                 f"{type(self).__name__} expects the state {sorted(self.state_dict())}, got "
                 f"{sorted(state)}; load the checkpoint with the grouping that wrote it."
             )
-
-
-class AffinityPropagation(Grouping):
-    r"""Clusters the tasks by affinity propagation; the paper's choice and the default.
-
-    Tasks whose self-affinity :math:`A_{kk}` is not positive keep a group of their own. For the
-    others the affinity is made comparable over tasks and symmetric,
-    :math:`X_{ik} = A_{ik} / A_{kk}`, :math:`X \leftarrow (X + X^\top) / 2`, and clustered (Frey &
-    Dueck, Science 2007) with the median of :math:`X` as preference. Up to three tasks, where the
-    median says nothing, the preference is 0: tasks join where their affinity is positive.
-
-    Args:
-        preference: self-similarity of every task; more gives more groups. None is the rule above.
-        damping: in [0.5, 1), the weight of the old messages.
-        max_iter: iterations after which the partition is kept as it was.
-        convergence_iter: iterations without a change of exemplars that count as converged.
-
-    Example:
-        >>> matrix = torch.tensor([[1.0, 0.8, -0.5], [0.7, 1.0, -0.4], [-0.6, -0.5, 1.0]])
-        >>> AffinityPropagation()(matrix)
-        tensor([0, 0, 1])
-    """
-
-    def __init__(
-        self,
-        preference: float | None = None,
-        damping: float = 0.5,
-        max_iter: int = 200,
-        convergence_iter: int = 50,
-    ) -> None:
-        if not 0.5 <= damping < 1.0:
-            raise ValueError(f"damping must be in [0.5, 1), got {damping!r}.")
-        if max_iter < 1 or convergence_iter < 1:
-            raise ValueError(
-                "max_iter and convergence_iter must be at least 1, "
-                f"got {max_iter!r} and {convergence_iter!r}."
-            )
-        self.preference = preference
-        self.damping = damping
-        self.max_iter = max_iter
-        self.convergence_iter = convergence_iter
-
-    def __call__(self, matrix: Tensor) -> Tensor | None:
-        """Labels, int64 ``[K]``; None where affinity propagation does not converge."""
-        affinity = matrix.detach().cpu().numpy().astype(np.float64)
-        known = np.flatnonzero(affinity.diagonal() > 0)
-        labels = np.arange(len(affinity))
-        if len(known) > 1:
-            if len(known) < len(affinity):
-                affinity = affinity[np.ix_(known, known)]
-            ratio = affinity / affinity.diagonal()
-            preference = self.preference
-            if preference is None and len(known) <= 3:
-                # The least number above 0: an affinity of exactly 0, not measured yet, is no
-                # reason to join.
-                preference = np.finfo(np.float64).tiny
-            found = affinity_propagation(
-                (ratio + ratio.T) / 2,
-                preference=preference,
-                damping=self.damping,
-                max_iter=self.max_iter,
-                convergence_iter=self.convergence_iter,
-            )
-            if found is None:
-                return None
-            groups = self._arrange(found)
-            if len(known) == len(labels):
-                return groups
-            labels[known] = len(labels) + groups.numpy()  # apart from the labels of the rest
-        return torch.from_numpy(np.unique(labels, return_inverse=True)[1])
-
-    def _arrange(self, clusters: Tensor) -> Tensor:
-        """The groups to make of the clusters, labels ``[n]`` both."""
-        return clusters
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(preference={self.preference}, damping={self.damping})"
-
-
-class Heterogeneous(AffinityPropagation):
-    """Groups of tasks that conflict; a control for :class:`AffinityPropagation`.
-
-    Finds the same clusters, and deals the members of each out over the groups, so that tasks that
-    serve each other are kept apart. There are as many groups as clusters: a batch costs the same.
-
-    Example:
-        >>> matrix = torch.tensor([[1.0, 0.8, -0.5], [0.7, 1.0, -0.4], [-0.6, -0.5, 1.0]])
-        >>> Heterogeneous()(matrix)      # tasks 0 and 1 agree
-        tensor([0, 1, 0])
-    """
-
-    def _arrange(self, clusters: Tensor) -> Tensor:
-        groups = torch.empty_like(clusters)
-        groups[clusters.argsort(stable=True)] = torch.arange(len(clusters)) % (clusters.max() + 1)
-        return groups
 
 
 class Singletons(Grouping):

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from taskgroup.affinity import Affinity, GradientAffinity, ProximalAffinity
+from taskgroup.clustering import AffinityPropagation
 from taskgroup.distributed import mean_over_ranks
-from taskgroup.grouping import AffinityPropagation
 from taskgroup.heads import Heads, Outside, head_parameters, prepare_gradients
 from taskgroup.host import HostCopy
 from taskgroup.losses import Losses, LossReader, LossWatch, Members

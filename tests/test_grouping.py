@@ -1,93 +1,104 @@
-"""From an affinity matrix to a partition."""
+"""What every grouping promises, and those that do not read the affinity."""
 
 import numpy as np
 import pytest
 import torch
-from sklearn.cluster import AffinityPropagation
-from sklearn.exceptions import ConvergenceWarning
 
 import taskgroup as tg
 
+TASKS = ("a", "b", "c", "d", "e", "f")
+K = len(TASKS)
+GROUPINGS = {
+    "together": tg.Together,
+    "singletons": tg.Singletons,
+    "fixed": lambda: tg.Fixed([["a", "c"], ["b"], ["d", "e", "f"]]),
+    "random": lambda: tg.RandomGroups(3),
+    "propagation": tg.AffinityPropagation,
+    "heterogeneous": tg.Heterogeneous,
+    "coloring": tg.GraphColoring,
+    "coloring-strict": lambda: tg.GraphColoring(threshold=0.5),
+    "exhaustive": lambda: tg.Exhaustive(3),
+    "exhaustive-one": lambda: tg.Exhaustive(1),
+    "k-means": lambda: tg.KMeans(3),
+    "k-means-one": lambda: tg.KMeans(1),
+    "k-means-many": lambda: tg.KMeans(10),
+    "spectral": lambda: tg.Spectral(3),
+    "spectral-one": lambda: tg.Spectral(1),
+    "spectral-many": lambda: tg.Spectral(10),
+}
+LEARNED = [name for name in GROUPINGS if GROUPINGS[name]().reads_affinity]
 
-def labels_of(blocks, strength=0.8, against=-0.4, seed=0):
-    """An affinity with these blocks, in arbitrary units per column, and the labels they mean."""
-    labels = np.repeat(range(len(blocks)), blocks)
-    same = labels[:, None] == labels
-    rng = np.random.default_rng(seed)
-    matrix = np.where(same, strength, against) + 0.05 * rng.standard_normal(same.shape)
-    np.fill_diagonal(matrix, 1)
-    scale = 10.0 ** rng.uniform(-4, 0, len(labels))
-    return torch.tensor(matrix * scale, dtype=torch.float32), labels.tolist()
 
-
-@pytest.mark.parametrize("blocks", [[2], [1, 1], [3], [2, 1], [3, 3], [5, 4, 2], [6, 5, 4, 3]])
-def test_units_of_a_task_do_not_matter(blocks):
-    for seed in range(20):
-        matrix, expected = labels_of(blocks, seed=seed)
-        assert tg.AffinityPropagation()(matrix).tolist() == expected
-
-
-def test_is_scikit_learns_clustering_of_the_normalised_affinity():
+def affinities():
     rng = np.random.default_rng(0)
-    agreed = 0
-    for _ in range(200):
-        matrix = rng.uniform(-1, 1, (8, 8)).astype(np.float32)
-        np.fill_diagonal(matrix, rng.uniform(0.1, 1, 8))
-        ratio = matrix.astype(np.float64) / matrix.diagonal()
-        model = AffinityPropagation(affinity="precomputed", convergence_iter=50, random_state=0)
-        labels = tg.AffinityPropagation()(torch.tensor(matrix))
-        try:
-            expected = model.fit((ratio + ratio.T) / 2).labels_
-        except ConvergenceWarning:
-            assert labels is None
-            continue
-        # The same partition; the numbers of the groups may follow another order.
-        pairs = set(zip(labels.tolist(), expected.tolist(), strict=True))
-        assert len(pairs) == len(set(labels.tolist())) == len(set(expected.tolist()))
-        agreed += 1
-    assert agreed > 150
+    random = rng.standard_normal((K, K))
+    positive = random.copy()
+    np.fill_diagonal(positive, rng.uniform(0.1, 1, K))
+    labels = np.array([0, 0, 0, 1, 1, 2])
+    blocks = np.where(labels[:, None] == labels, 1.0, -1.0)
+    holes = positive.copy()
+    holes[:, 1] = np.nan  # as a lookahead has them: where a loss is not positive
+    holes[2, 3] = holes[4, 0] = np.nan
+    infinite = positive.copy()
+    infinite[0, 1], infinite[3, 3] = np.inf, np.inf
+    return {
+        "zeros": np.zeros((K, K)),
+        "identity": np.eye(K),
+        "ones": np.ones((K, K)),
+        "nan": np.full((K, K), np.nan),
+        "holes": holes,
+        "infinite": infinite,
+        "random": random,
+        "positive": positive,
+        "negative": -positive,
+        "tiny": positive * 1e-42,
+        "huge": positive * 1e38,
+        "steep": positive / 10.0 ** np.arange(0, 6 * K, 6),  # unlike units
+        "blocks": blocks,
+        "two-known": np.diag([1.0, 1, 0, 0, 0, 0]) + 0.1,
+    }
 
 
-def test_tasks_without_self_affinity_stay_alone():
-    matrix, _ = labels_of([3, 3])
-    matrix[1, 1] = 0.0
-    matrix[4, 4] = -0.1
-    partition = {}
-    for task, label in enumerate(tg.AffinityPropagation()(matrix).tolist()):
-        partition.setdefault(label, set()).add(task)
-    assert sorted(map(sorted, partition.values())) == [[0, 2], [1], [3, 5], [4]]
-    assert len(set(tg.AffinityPropagation()(torch.zeros(5, 5)).tolist())) == 5
+AFFINITIES = {name: torch.tensor(a, dtype=torch.float32) for name, a in affinities().items()}
 
 
-def test_no_measured_affinity_is_no_reason_to_join():
-    for count in (1, 2, 3):
-        assert len(set(tg.AffinityPropagation()(torch.eye(count)).tolist())) == count
+@pytest.mark.parametrize("kind", AFFINITIES)
+@pytest.mark.parametrize("name", GROUPINGS)
+def test_any_affinity_gives_a_partition(name, kind):
+    matrix = AFFINITIES[kind].clone()
+    found = []
+    for _ in range(2):
+        grouping = GROUPINGS[name]()
+        grouping.start(TASKS)
+        labels = grouping(matrix)
+        assert torch.equal(matrix.nan_to_num(7.0), AFFINITIES[kind].nan_to_num(7.0))
+        if labels is not None:
+            assert labels.dtype == torch.int64
+            assert labels.shape == (K,)
+            assert set(labels.tolist()) == set(range(int(labels.max()) + 1))
+            labels = labels.tolist()
+        found.append(labels)
+        if name != "random":
+            again = grouping(matrix)
+            found.append(again if again is None else again.tolist())
+    assert all(labels == found[0] for labels in found)
+    assert found[0] is not None or name in ("propagation", "heterogeneous")
 
 
-def test_preference_steers_the_number_of_groups():
-    matrix, _ = labels_of([4, 4])
-    few = tg.AffinityPropagation(preference=-20.0)(matrix)
-    many = tg.AffinityPropagation(preference=1.0)(matrix)
-    assert len(set(few.tolist())) < len(set(many.tolist()))
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_tasks(name, count):
+    for matrix in (torch.zeros(count, count), torch.eye(count), torch.ones(count, count)):
+        labels = GROUPINGS[name]()(matrix)
+        assert set(labels.tolist()) == set(range(int(labels.max()) + 1))
+        assert len(labels) == count
 
 
-@pytest.mark.parametrize("blocks", [[2, 2], [3, 3], [4, 4, 4], [5, 3, 2]])
-def test_heterogeneous_spreads_every_cluster_over_as_many_groups(blocks):
-    matrix, clusters = labels_of(blocks)
-    groups = tg.Heterogeneous()(matrix).tolist()
-    assert len(set(groups)) == len(blocks)
-    for cluster in set(clusters):
-        members = [group for group, c in zip(groups, clusters, strict=True) if c == cluster]
-        counts = [members.count(group) for group in set(groups)]
-        assert max(counts) - min(counts) <= 1
-
-
-def test_no_convergence_keeps_the_partition():
-    rng = np.random.default_rng(0)
-    matrix = torch.tensor(rng.uniform(-1, 1, (30, 30)), dtype=torch.float32)
-    matrix.fill_diagonal_(1.0)
-    impatient = tg.AffinityPropagation(max_iter=2)
-    assert impatient(matrix) is None
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LEARNED)
+def test_any_dtype(name, dtype):
+    matrix = AFFINITIES["blocks"]
+    assert torch.equal(GROUPINGS[name]()(matrix.to(dtype)), GROUPINGS[name]()(matrix))
 
 
 @pytest.mark.parametrize(
@@ -99,6 +110,10 @@ def test_no_convergence_keeps_the_partition():
         (lambda: tg.RandomGroups(0), ValueError, "at least one group, got m=0"),
         (lambda: tg.AffinityPropagation(damping=0.4), ValueError, r"damping must be in \[0.5, 1\)"),
         (lambda: tg.AffinityPropagation(max_iter=0), ValueError, "at least 1"),
+        (lambda: tg.GraphColoring(float("nan")), ValueError, "threshold must be a finite number"),
+        (lambda: tg.Exhaustive(0), ValueError, "at least one group, got max_groups=0"),
+        (lambda: tg.KMeans(0), ValueError, "KMeans needs at least one group, got m=0"),
+        (lambda: tg.Spectral(0), ValueError, "Spectral needs at least one group, got m=0"),
     ],
 )
 def test_bad_groupings(make, error, said):

@@ -52,6 +52,70 @@ def test_heterogeneous_mixes_planted_clusters():
         assert all(set(group) & set(c) for group in partition for c in planted.partition)
 
 
+def of_steps(planted):
+    return tg.ProximalAffinity(decay=0.02)
+
+
+def of_gradients(planted):
+    return tg.GradientAffinity([planted.x], decay=0.05)
+
+
+def of_some_gradients(planted):
+    return tg.GradientAffinity([planted.x], decay=0.05, sample=3)
+
+
+@pytest.mark.parametrize("affinity", [of_steps, of_gradients, of_some_gradients])
+@pytest.mark.parametrize(
+    "grouping",
+    [
+        lambda m: tg.AffinityPropagation(),
+        lambda m: tg.GraphColoring(),
+        tg.Exhaustive,
+        tg.KMeans,
+        tg.Spectral,
+    ],
+    ids=["propagation", "coloring", "exhaustive", "k-means", "spectral"],
+)
+@pytest.mark.parametrize(("sizes", "cosine"), [([3, 3], -0.5), ([3, 2, 3], -0.3)], ids=str)
+def test_every_grouping_finds_planted_partition_with_every_affinity(
+    grouping, affinity, sizes, cosine
+):
+    planted = Planted(sizes, cosine, seed=1)
+    groups = tg.TaskGroups(
+        planted.tasks, affinity=affinity(planted), grouping=grouping(len(sizes)), warmup=60
+    )
+    learned = planted.train(groups, 120)[61:]
+    found = sum(partition == planted.partition for partition in learned)
+    assert found >= 0.95 * len(learned), f"{found} of {len(learned)} batches"
+
+
+@pytest.mark.parametrize("affinity", [of_gradients, of_steps])
+def test_one_colour_a_batch(affinity):
+    """SON-GOKU's schedule; only a batch that observes steps takes two groups."""
+    planted = Planted([3, 2, 3], -0.3, seed=0)
+    groups = tg.TaskGroups(
+        planted.tasks,
+        affinity=affinity(planted),
+        grouping=tg.GraphColoring(),
+        groups_per_batch=1,
+        observe_every=5,
+        warmup=30,
+    )
+    dealt = []
+    for batch in range(400):
+        targets = planted.batch()
+        steps = []
+        for group in groups:
+            steps.append(group.tasks)
+            (gradient,) = torch.autograd.grad(group.loss(planted.losses(targets)), planted.x)
+            planted.x.data.sub_(1e-3 * gradient)
+        observes = affinity is of_steps and batch % 5 == 0
+        assert len(steps) == (2 if observes else 1)
+        dealt += steps
+    assert set(groups.partition) == planted.partition
+    assert set(dealt[-6:]) == planted.partition  # two rounds, whole
+
+
 def test_first_order_identity():
     """A step on S changes the loss of k by lr * <sum of g_j over S, g_k> / L_k, to first order."""
     errors = []
