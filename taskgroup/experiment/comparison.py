@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -233,14 +233,22 @@ class Comparison:
         Raises:
             RuntimeError: if runs failed, or a worker process died; the rest is finished and kept.
         """
-        jobs = jobs or len(os.sched_getaffinity(0))
         wanted = {budget.name for budget in self.budgets}
-        self._run_stage("as many batches", self._single() + self._by("batches"), listen, jobs)
-        if "time" in wanted:
-            self._run_stage("as much time", self._by("time"), listen, jobs)
-        if "tuned" in wanted:
-            self._run_stage("choosing rates", self._tuning(), listen, jobs)
-            self._run_stage("best rates", self._by("tuned"), listen, jobs)
+        # Spawned: a forked process would inherit the threads of torch in an unknown state.
+        pool = ProcessPoolExecutor(
+            jobs or len(os.sched_getaffinity(0)),
+            multiprocessing.get_context("spawn"),
+            prepare_worker,
+        )
+        try:
+            self._run_stage("as many batches", self._single() + self._by("batches"), pool, listen)
+            if "time" in wanted:
+                self._run_stage("as much time", self._by("time"), pool, listen)
+            if "tuned" in wanted:
+                self._run_stage("choosing rates", self._tuning(), pool, listen)
+                self._run_stage("best rates", self._by("tuned"), pool, listen)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         return self.read()
 
     def _seeds(self) -> range:
@@ -282,47 +290,39 @@ class Comparison:
             for rate in self.rates
         ]
 
-    def _run_stage(self, title: str, cells: list[Cell], listen: Listener, jobs: int) -> None:
+    def _run_stage(
+        self, title: str, cells: list[Cell], pool: ProcessPoolExecutor, listen: Listener
+    ) -> None:
         missing = []
+        cells = list({cell.file(self._cells): cell for cell in cells}.values())
         done = 0
-        for cell in {cell.file(self._cells): cell for cell in cells}.values():
+        for cell in cells:
             result = cell.read(self._cells)
             if result is None:
                 missing.append(cell)
             else:
                 done += 1
                 listen(title, done, len(cells), cell, result)
-        total = done + len(missing)
-        if not missing:
-            return
         failed: list[str] = []
-        # Spawned: a forked process would inherit the threads of torch in an unknown state.
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(jobs, len(missing)), context, prepare_worker)
-        try:
-            open_: dict[Future[Result], Cell] = {
-                pool.submit(train_cell, cell, self._cells): cell for cell in missing
-            }
-            while open_:
-                for future in wait(open_, return_when=FIRST_COMPLETED).done:
-                    cell = open_.pop(future)
-                    result = None
-                    try:
-                        result = future.result()
-                    except BrokenProcessPool:
-                        raise RuntimeError(
-                            "A worker process died, of too little memory maybe; what was finished "
-                            "is kept. Start the same command again, with fewer --jobs."
-                        ) from None
-                    except Exception as error:  # noqa: BLE001 (the others go on)
-                        failed.append(f"{cell.name}, seed {cell.recipe.seed}: {error}")
-                    done += 1
-                    listen(title, done, total, cell, result)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        running = {pool.submit(train_cell, cell, self._cells): cell for cell in missing}
+        for future in as_completed(running):
+            cell = running[future]
+            result = None
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                raise RuntimeError(
+                    "A worker process died, of too little memory maybe; what was finished is kept. "
+                    "Start the same command again, with fewer --jobs."
+                ) from None
+            except Exception as error:  # noqa: BLE001 (the others go on)
+                failed.append(f"{cell.name}, seed {cell.recipe.seed}: {error}")
+            done += 1
+            listen(title, done, len(cells), cell, result)
         if failed:
             raise RuntimeError(
-                f"{len(failed)} of {total} runs failed, the others are kept; the first: {failed[0]}"
+                f"{len(failed)} of {len(cells)} runs failed, the others are kept; the first: "
+                f"{failed[0]}"
             )
 
     # What is read.

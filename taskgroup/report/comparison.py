@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -120,14 +121,15 @@ class ComparisonDisplay:
 
 def tables(table: Any) -> list[RenderableType]:
     """The results for a terminal: the gains, and below them what must be known to read them."""
-    shown = RichTable(title=_headline(table), title_justify="left", pad_edge=False)
-    header, rows = _main_rows(table)
-    for k, column in enumerate(header):
-        shown.add_column(column, justify="left" if k == 0 else "right")
-    for row in rows:
-        style = "bold" if row[0].startswith("Selective") else ""
-        shown.add_row(*row, style=style)
-    return [shown, *(Text(note, style="dim") for note in _notes(table))]
+    shown: list[RenderableType] = [Text(_headline(table), style="bold")]
+    for header, rows in (_gain_rows(table), _difference_rows(table)):
+        part = RichTable(pad_edge=False, box=SIMPLE_HEAD)
+        for k, column in enumerate(header):
+            part.add_column(column, justify="left" if k == 0 else "right", no_wrap=k == 0)
+        for row in rows:
+            part.add_row(*row, style="bold" if row[0].startswith("Selective") else "")
+        shown.append(part)
+    return [*shown, *(Text(f"{note}\n", style="dim") for note in _notes(table))]
 
 
 def markdown(table: Any, command: str) -> str:
@@ -138,7 +140,8 @@ def markdown(table: Any, command: str) -> str:
         command: that made it.
     """
     parts = [f"# {_headline(table)}", f"```\n{command}\n```"]
-    parts.append(_markdown_table(*_main_rows(table)))
+    parts.append(_markdown_table(*_gain_rows(table)))
+    parts.append(_markdown_table(*_difference_rows(table)))
     parts.append("\n".join(f"- {note}" for note in _notes(table)))
     for budget in table.budgets:
         parts.append(f"## {_sentence(table.problem.metric)} of each task, {budget.title}")
@@ -223,8 +226,8 @@ def delta_m_plot(table: Any, path: str | os.PathLike[str]) -> None:
         mean, half, _ = row.delta[last.name, "held_out"]
         right.errorbar(mean, y, xerr=half, fmt="o", color=_colour(row), markersize=5, capsize=2)
     right.set_yticks(range(len(rows)), [row.variant.title for row in rows])
-    right.set(xlabel="Δm against single-task training, %", ylim=(-0.7, len(rows) - 0.3))
-    right.set_title(f"Given {last.title} (shaded: noise floor about GD)", loc="left")
+    right.set(xlabel="Δm against single-task training, % (shaded: noise floor about GD)", ylim=(-0.7, len(rows) - 0.3))
+    right.set_title(f"Given {last.title}", loc="left")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
@@ -276,23 +279,31 @@ def _headline(table: Any) -> str:
     )
 
 
-def _main_rows(table: Any) -> tuple[list[str], list[list[str]]]:
-    header = ["Δm against single-task, %", "time", "memory"]
-    header += [f"{budget.title}" for budget in table.budgets]
-    last = table.budgets[-1].name
-    header += ["against joint", "training data"]
+def _gain_rows(table: Any) -> tuple[list[str], list[list[str]]]:
+    header = ["Δm, %", "time", "memory", *(budget.title for budget in table.budgets)]
     rows = []
     for row in table.rows:
         cells = [row.variant.title, _times(row.time), _times(row.memory)]
         for budget in table.budgets:
             cells.append(_shown(row.delta[budget.name, "held_out"], row.diverged[budget.name]))
             if budget.name == "tuned" and row.rate is not None:
-                cells[-1] += f" ({row.rate:g})"
-        gain = row.gain[last, "held_out"]
-        verdict = row.verdict(last, "held_out")
-        cells.append("" if row.variant.name == row.variant.against else _gain(gain, verdict))
-        cells.append(_shown(row.delta[last, "train"], row.diverged[last]))
+                cells[-1] += f" ({row.rate:.2g})"
         rows.append(cells)
+    return header, rows
+
+
+def _difference_rows(table: Any) -> tuple[list[str], list[list[str]]]:
+    budgets = [budget.name for budget in table.budgets]
+    last = table.budgets[-1]
+    header = ["Δm minus that of joint training"]
+    header += [f"held-out, {budget.title}" for budget in table.budgets]
+    header.append(f"training data, {last.title}")
+    rows = []
+    for row in table.rows:
+        if row.variant.name == row.variant.against:
+            continue
+        keys = [*((budget, "held_out") for budget in budgets), (last.name, "train")]
+        rows.append([row.variant.title, *(_gain(row.gain[k], row.verdict(*k)) for k in keys)])
     return header, rows
 
 
@@ -317,13 +328,13 @@ def _task_rows(table: Any, budget: str, split: str) -> tuple[list[str], list[lis
 def _notes(table: Any) -> list[str]:
     last = table.budgets[-1]
     joint = next(row for row in table.rows if row.variant.settings.get("method") == "gd")
+    floor = joint.floor[last.name, "held_out"]
     notes = [
-        f"Δm: mean over the seeds and its 95% interval, on held-out data; the last column on fixed "
-        f"training data, {last.title}. Higher is better.",
-        f"Against joint: the difference to GD of the same seed, {last.title}. Noise floor: two sets "
-        f"of {table.seeds} joint runs differ by up to {joint.floor[last.name, 'held_out']:.1f} by "
-        f"chance. Only what is outside both this floor and its own interval is called better or "
-        f"worse; with {len(table.rows)} rows one or so in twenty is so by luck.",
+        "Δm: gain over single-task training, mean over the seeds and its 95% interval, on held-out "
+        "data. Higher is better.",
+        f"Noise floor: two sets of {table.seeds} joint runs differ by up to {floor:.1f} by chance "
+        f"({last.title}, held-out). A difference is called better or worse only outside both this "
+        f"floor and its own interval; of {len(table.rows)} rows one in twenty is so by luck.",
         "Time and memory: of a batch, relative to GD; processor seconds on one thread, and the most "
         "bytes that tensors take.",
     ]
@@ -345,7 +356,7 @@ def _shown(delta: _Estimate, diverged: int) -> str:
         return "diverged" if diverged else ""
     if math.isnan(delta.half):
         return f"{delta.mean:+.1f}{lost}"
-    return f"{delta.mean:+.1f} ± {delta.half:.1f}{lost}"
+    return f"{delta.mean:+.1f}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{delta.half:.1f}{lost}"
 
 
 def _gain(gain: _Estimate, verdict: str) -> str:
