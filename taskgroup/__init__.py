@@ -14,7 +14,7 @@ Tasks are updated group by group inside every batch, and the groups are learned 
             optimizer.step()
 """
 
-from taskgroup import ops
+from taskgroup import methods, ops
 from taskgroup.affinity import GradientAffinity, ProximalAffinity
 from taskgroup.clustering import (
     AffinityPropagation,
@@ -67,6 +67,7 @@ __all__ = [
     "delta_m",
     "gram_affinity_update_",
     "lookahead_affinity",
+    "methods",
     "ops",
     "pareto_stationarity",
     "streaming_task_gram",

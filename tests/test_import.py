@@ -6,11 +6,13 @@ import sys
 import taskgroup as tg
 
 EXTRAS = [
+    "cvxpy",
     "matplotlib",
     "rich",
     "scipy",
     "skimage",
     "sklearn",
+    "torchjd",
     "torchmetrics",
     "transformers",
     "typer",

@@ -1,0 +1,83 @@
+"""The joint methods to compare with: every one steps on all tasks at once.
+
+Adapters over TorchJD (``pip install 'taskgroup[compare]'``), without its matrix of all gradients;
+only what TorchJD lacks is written here. TorchJD is imported when a method is made::
+
+    method = tg.methods.find("cagrad")(model.encoder, tasks)
+    ...
+    method.backward(losses)  # where loss.backward() would stand
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from taskgroup.methods.dtp import DTP
+from taskgroup.methods.dwa import DWA
+from taskgroup.methods.famo import FAMO
+from taskgroup.methods.graddrop import GradDrop
+from taskgroup.methods.gradvac import GradVac
+from taskgroup.methods.gram import IMTLG, MGDA, AlignedMTL, CAGrad, FairGrad, PCGrad, UPGrad
+from taskgroup.methods.loss_space import GD, IMTLL, UW
+from taskgroup.methods.method import JointMethod
+from taskgroup.methods.nash_mtl import NashMTL
+
+__all__ = [
+    "DTP",
+    "DWA",
+    "FAMO",
+    "GD",
+    "IMTLG",
+    "IMTLL",
+    "METHODS",
+    "MGDA",
+    "UW",
+    "AlignedMTL",
+    "CAGrad",
+    "FairGrad",
+    "GradDrop",
+    "GradVac",
+    "JointMethod",
+    "NashMTL",
+    "PCGrad",
+    "UPGrad",
+    "find",
+]
+
+METHODS: dict[str, type[JointMethod]] = {
+    "gd": GD,
+    "uw": UW,
+    "dtp": DTP,
+    "dwa": DWA,
+    "famo": FAMO,
+    "imtl-l": IMTLL,
+    "mgda": MGDA,
+    "pcgrad": PCGrad,
+    "cagrad": CAGrad,
+    "graddrop": GradDrop,
+    "imtl-g": IMTLG,
+    "aligned-mtl": AlignedMTL,
+    "nash-mtl": NashMTL,
+    "upgrad": UPGrad,
+    "fairgrad": FairGrad,
+    "gradvac": GradVac,
+}
+
+
+def find(name: str) -> type[JointMethod]:
+    """The method of this name.
+
+    Args:
+        name: a key of ``METHODS``.
+
+    Raises:
+        ValueError: if there is none; the known ones are listed, the nearest first.
+
+    Example:
+        >>> find("pcgrad").__name__
+        'PCGrad'
+    """
+    if name in METHODS:
+        return METHODS[name]
+    near = difflib.get_close_matches(str(name).lower(), METHODS, n=len(METHODS), cutoff=0)
+    raise ValueError(f"There is no method {name!r}; those known, the nearest first: {near}.")

@@ -1,0 +1,94 @@
+"""Dynamic weight average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taskgroup.methods.loss_space import ScalarizerMethod
+
+__all__ = ["DWA"]
+
+
+class DWA(ScalarizerMethod):
+    r"""Dynamic weight average: more weight to the tasks whose losses fall more slowly.
+
+    .. math::
+        w_k = K \operatorname{softmax}_k \bigl( \bar L_k(t-1) / (T \, \bar L_k(t-2)) \bigr)
+
+    with :math:`\bar L_k(t)` the mean loss of epoch :math:`t`; all weights are 1 in the first two
+    epochs. From "End-to-End Multi-Task Learning with Attention" (Liu et al., CVPR 2019), by
+    TorchJD.
+
+    Args:
+        shared: the parameters that the tasks share, or the module that holds them.
+        tasks: the K task names.
+        epoch: backward passes in an epoch, such as ``len(loader)``; after so many the method rolls
+            its history by itself.
+        temperature: :math:`T` > 0; larger is more uniform. The paper uses 2.
+
+    Raises:
+        ImportError: if TorchJD is missing.
+        ValueError: if nothing is shared, the tasks are not K different names, or an option is out
+            of its range.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> method = DWA([x], ["a", "b"], epoch=1)
+        >>> for scale in (1.0, 0.5, 0.5):  # the loss of b halves, that of a does not
+        ...     weights = method.backward({"a": x.sum(), "b": scale * x.sum()})
+        >>> weights
+        tensor([1.1244, 0.8756])
+    """
+
+    def __init__(
+        self,
+        shared: nn.Module | Iterable[Tensor],
+        tasks: Sequence[str],
+        epoch: int,
+        temperature: float = 2.0,
+    ) -> None:
+        super().__init__(shared, tasks)
+        if not isinstance(epoch, int) or epoch < 1:
+            raise ValueError(
+                f"epoch must be the number of batches in an epoch, 1 or more, got {epoch!r}."
+            )
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature!r}.")
+        from torchjd.scalarization import DWA as Average  # noqa: N811
+
+        self._scalarizer: Average = Average(temperature)
+        self._epoch = epoch
+
+    def _weigh(self, values: Tensor) -> Tensor:
+        weights = super()._weigh(values)
+        if self._scalarizer._n_batches >= self._epoch:
+            self._scalarizer.step()
+        return weights
+
+    # TorchJD keeps its history in private attributes that are None or short at first.
+    def _state(self) -> dict[str, Any]:
+        average = self._scalarizer
+        total = torch.zeros(len(self._tasks))
+        if average._loss_sum is not None:
+            total.copy_(average._loss_sum)
+        averages = torch.zeros(2, len(self._tasks))
+        for row, known in zip(averages, average._previous_averages):  # noqa: B905 (0 to 2 known)
+            row.copy_(known)
+        return {
+            "sum": total,
+            "batches": average._n_batches,
+            "averages": averages,
+            "epochs": len(average._previous_averages),
+        }
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        average = self._scalarizer
+        total = state["sum"].to(self._device, copy=True)
+        averages = state["averages"].to(self._device, copy=True)
+        average._loss_sum = total if state["batches"] else None
+        average._n_batches = state["batches"]
+        average._previous_averages = list(averages[: state["epochs"]])

@@ -1,0 +1,127 @@
+"""Fast adaptive multitask optimization."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taskgroup.methods.loss_space import ScalarizerMethod
+from taskgroup.methods.method import values_of
+
+__all__ = ["FAMO"]
+
+
+class FAMO(ScalarizerMethod):
+    r"""FAMO: all losses are to fall at about the same rate, seen from the losses alone.
+
+    .. math::
+        w_k = \frac{c \, z_k}{L_k}, \qquad z = \operatorname{softmax}(\xi), \qquad
+        c = \Bigl( \sum_k z_k / L_k \Bigr)^{-1}
+
+    After the step, the logits :math:`\xi` take a step of Adam by :math:`\log L_k - \log L_k'`.
+    From "FAMO: Fast Adaptive Multitask Optimization" (Liu et al., NeurIPS 2023), by TorchJD. Losses
+    must be positive. The losses after the step cost a forward pass::
+
+        method.backward(losses(batch))
+        optimizer.step()
+        with torch.no_grad():
+            method.observe(losses(batch))
+
+    Args:
+        shared: the parameters that the tasks share, or the module that holds them.
+        tasks: the K task names.
+        lr: of the logits; the paper's 0.025.
+        weight_decay: of the logits; the paper's 1e-3.
+
+    Raises:
+        ImportError: if TorchJD is missing.
+        ValueError: if nothing is shared, the tasks are not K different names, or an option is
+            negative.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> method = FAMO([x], ["a", "b"])
+        >>> method.backward({"a": x.sum(), "b": 3 * x.sum()})
+        tensor([0.7500, 0.2500])
+        >>> method.observe({"a": x.sum(), "b": 2 * x.sum()})
+        >>> method.backward({"a": x.sum(), "b": 3 * x.sum()})  # b fell faster: more to a
+        tensor([0.7593, 0.2407])
+    """
+
+    observes_step = True
+
+    def __init__(
+        self,
+        shared: nn.Module | Iterable[Tensor],
+        tasks: Sequence[str],
+        lr: float = 0.025,
+        weight_decay: float = 1e-3,
+    ) -> None:
+        super().__init__(shared, tasks)
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value!r}.")
+        from torchjd.scalarization import FAMO as Scalarizer  # noqa: N811
+
+        self._scalarizer: Scalarizer = Scalarizer(
+            len(self._tasks), lr=lr, weight_decay=weight_decay
+        ).to(self._device)
+        self._open = False  # whether a step is to be observed
+        # TorchJD makes Adam and its moments on first use: made now, for a state that has the same
+        # keys from the start.
+        self._logits = self._scalarizer._w
+        adam = torch.optim.Adam([self._logits], lr=lr, weight_decay=weight_decay)
+        self._adam = adam.state[self._logits] = {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(self._logits, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(self._logits, requires_grad=False),
+        }
+        self._scalarizer._optimizer = adam
+        self._scalarizer._prev_losses = torch.zeros_like(self._logits, requires_grad=False)
+
+    def backward(self, losses: Mapping[str, Tensor] | Tensor) -> Tensor:
+        """As for every method, once per step.
+
+        Raises:
+            RuntimeError: if the step before has not been observed.
+        """
+        if self._open:
+            raise RuntimeError(
+                "FAMO has not seen what the last step did: after optimizer.step() call "
+                "observe(losses) with the losses on the same batch, computed anew."
+            )
+        weights = super().backward(losses)
+        self._open = True
+        return weights
+
+    def observe(self, losses: Mapping[str, Tensor] | Tensor) -> None:
+        """Learn from the losses on the same batch after the step; they need no graph.
+
+        Raises:
+            RuntimeError: if there is no step to observe.
+        """
+        if not self._open:
+            raise RuntimeError("There is no step to observe: call backward(losses) before it.")
+        values = values_of(self._read(losses, with_graph=False))
+        self._scalarizer.update(values.to(self._device))
+        self._open = False
+
+    def _kept(self) -> dict[str, Tensor]:
+        assert self._scalarizer._prev_losses is not None
+        return {
+            "logits": self._logits.detach(),
+            "losses": self._scalarizer._prev_losses,
+            **self._adam,
+        }
+
+    def _state(self) -> dict[str, Any]:
+        kept = {name: value.to("cpu", copy=True) for name, value in self._kept().items()}
+        return {**kept, "open": self._open}
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        for name, value in self._kept().items():
+            value.copy_(state[name])
+        self._open = state["open"]

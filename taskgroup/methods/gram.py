@@ -1,0 +1,313 @@
+"""The methods that weigh by inner products of gradients and remember nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from taskgroup.methods.gradient_space import GramMethod
+
+__all__ = ["IMTLG", "MGDA", "AlignedMTL", "CAGrad", "FairGrad", "PCGrad", "UPGrad"]
+
+
+class MGDA(GramMethod):
+    r"""MGDA: the shortest convex combination of the gradients.
+
+    .. math::
+        \min_{w \ge 0,\ \sum_k w_k = 1} \Bigl\lVert \sum_k w_k g_k \Bigr\rVert^2
+
+    by Frank-Wolfe. From "Multiple-gradient descent algorithm for multiobjective optimization"
+    (Désidéri, 2012) and "Multi-Task Learning as Multi-Objective Optimization" (Sener and Koltun,
+    NeurIPS 2018), by TorchJD.
+
+    Args:
+        shared: the parameters that the tasks share, or the module that holds them.
+        tasks: the K task names.
+        epsilon: the step of Frank-Wolfe below which it ends.
+        max_iters: its iterations at most.
+
+    Raises:
+        ImportError: if TorchJD is missing.
+        ValueError: if nothing is shared, the tasks are not K different names, or an option is not
+            positive.
+
+    Example:
+        >>> import torch
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> method = MGDA([x], ["a", "b"])
+        >>> method.backward({"a": x[0] + x[1], "b": 2 * x[0] - x[1]})
+        tensor([0.8000, 0.2000])
+        >>> x.grad
+        tensor([1.2000, 0.6000])
+    """
+
+    def __init__(
+        self,
+        shared: nn.Module | Iterable[Tensor],
+        tasks: Sequence[str],
+        epsilon: float = 1e-3,
+        max_iters: int = 100,
+    ) -> None:
+        super().__init__(shared, tasks)
+        from torchjd.aggregation import MGDAWeighting
+
+        self._weighting = MGDAWeighting(epsilon, max_iters)
+
+
+class PCGrad(GramMethod):
+    r"""PCGrad: each gradient without what conflicts with the others, projected away one by one.
+
+    .. math::
+        \hat g_i \leftarrow \hat g_i - \frac{\langle \hat g_i, g_j \rangle}{\lVert g_j \rVert^2} g_j
+        \quad \text{where} \quad \langle \hat g_i, g_j \rangle < 0
+
+    for the j in random order (torch's global generator); the sum of all :math:`\hat g_i`. From
+    "Gradient Surgery for Multi-Task Learning" (Yu et al., NeurIPS 2020), by TorchJD.
+
+    Args:
+        shared: the parameters that the tasks share, or the module that holds them.
+        tasks: the K task names.
+
+    Raises:
+        ImportError: if TorchJD is missing.
+        ValueError: if nothing is shared, or the tasks are not K different names.
+
+    Example:
+        >>> import torch
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> method = PCGrad([x], ["a", "b"])
+        >>> method.backward({"a": x[0], "b": x[1] - x[0]})
+        tensor([2.0000, 1.5000])
+        >>> x.grad
+        tensor([0.5000, 1.5000])
+    """
+
+    def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
+        super().__init__(shared, tasks)
+        from torchjd.aggregation import PCGradWeighting
+
+        self._weighting = PCGradWeighting()
+
+
+class CAGrad(GramMethod):
+    r"""CAGrad: near the mean gradient, the direction best for the task that gains least.
+
+    .. math::
+        \max_d \min_k \langle g_k, d \rangle \quad \text{s.t.} \quad
+        \lVert d - g_0 \rVert \le c \lVert g_0 \rVert, \qquad g_0 = \tfrac1K \sum_k g_k
+
+    From "Conflict-Averse Gradient Descent for Multi-task Learning" (Liu et al., NeurIPS 2021), by
+    TorchJD. At a Pareto-stationary point the weights are zero.
+
+    Args:
+        shared: the parameters that the tasks share, or the module that holds them.
+        tasks: the K task names.
+        c: how far from the mean, 0 or more; the paper's 0.4.
+
+    Raises:
+        ImportError: if TorchJD, cvxpy or clarabel is missing.
+        ValueError: if nothing is shared, the tasks are not K different names, or c is negative.
+
+    Example:
+        >>> import torch
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> method = CAGrad([x], ["a", "b"])
+        >>> weights = method.backward({"a": x[0], "b": 3 * x[1]})
+        >>> weights.round(decimals=2)  # the smaller gradient gets more
+        tensor([1.1300, 0.5000])
+    """
+
+    _requires: ClassVar[tuple[str, ...]] = ("torchjd", "cvxpy", "clarabel")
+
+    def __init__(
+        self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str], c: float = 0.4
+    ) -> None:
+        super().__init__(shared, tasks)
+        from torchjd.aggregation import CAGradWeighting
+
+        self._weighting = CAGradWeighting(c)
+
+    def _weigh(self, gram: Tensor) -> Tensor:
+        return super()._weigh(_scaled(gram))
+
+
+class IMTLG(GramMethod):
+    r"""IMTL-G: the combination whose projections on all gradients are equal.
+
+    .. math::
+        \Bigl\langle \sum_j w_j g_j, \frac{g_k}{\lVert g_k \rVert} \Bigr\rangle
+        \ \text{the same for all } k, \qquad \sum_k w_k = 1
+
+    From "Towards Impartial Multi-task Learning" (Liu et al., ICLR 2021), by TorchJD, for gradients
+    that may depend on each other.
+
+    Args:
+        shared: the parameters that the tasks share, or the module that holds them.
+        tasks: the K task names.
+
+    Raises:
+        ImportError: if TorchJD is missing.
+        ValueError: if nothing is shared, or the tasks are not K different names.
+
+    Example:
+        >>> import torch
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> method = IMTLG([x], ["a", "b"])
+        >>> method.backward({"a": x[0], "b": 3 * x[1]})
+        tensor([0.7500, 0.2500])
+        >>> x.grad
+        tensor([0.7500, 0.7500])
+    """
+
+    def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
+        super().__init__(shared, tasks)
+        from torchjd.aggregation import IMTLGWeighting
+
+        self._weighting = IMTLGWeighting()
+
+    def _weigh(self, gram: Tensor) -> Tensor:
+        return self._weighting(gram)  # as precise as it is, no more: it decides the rank
+
+
+class AlignedMTL(GramMethod):
+    r"""Aligned-MTL: the gradients made orthogonal and of one length, then averaged.
+
+    .. math::
+        w = \sqrt{\lambda_{\min}} \, V \Lambda^{-1/2} V^\top \tfrac1K \mathbf 1,
+        \qquad G = V \Lambda V^\top
+
+    over the eigenvalues that are not zero. From "Independent Component Alignment for Multi-Task
+    Learning" (Senushkin et al., CVPR 2023), by TorchJD.
+
+    Args:
+        shared: the parameters that the tasks share, or the module that holds them.
+        tasks: the K task names.
+        scale_mode: the length, from the eigenvalues: ``"min"`` (the paper's), ``"median"`` or
+            ``"rmse"``.
+
+    Raises:
+        ImportError: if TorchJD is missing.
+        ValueError: if nothing is shared, the tasks are not K different names, or the mode is
+            another.
+
+    Example:
+        >>> import torch
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> method = AlignedMTL([x], ["a", "b"])
+        >>> weights = method.backward({"a": x[0], "b": 3 * x[1]})
+        >>> x.grad
+        tensor([0.5000, 0.5000])
+    """
+
+    def __init__(
+        self,
+        shared: nn.Module | Iterable[Tensor],
+        tasks: Sequence[str],
+        scale_mode: str = "min",
+    ) -> None:
+        super().__init__(shared, tasks)
+        if scale_mode not in ("min", "median", "rmse"):
+            raise ValueError(f"scale_mode must be 'min', 'median' or 'rmse', got {scale_mode!r}.")
+        from torchjd.aggregation import AlignedMTLWeighting
+
+        self._weighting = AlignedMTLWeighting(scale_mode=scale_mode)  # type: ignore[arg-type]
+
+    def _weigh(self, gram: Tensor) -> Tensor:
+        return self._weighting(gram)  # as precise as it is, no more: it decides the rank
+
+
+class UPGrad(GramMethod):
+    r"""UPGrad: each gradient projected to where it conflicts with none; the mean of these.
+
+    .. math::
+        \frac1K \sum_k \operatorname*{argmin}_{x:\ \langle x, g_j \rangle \ge 0 \ \forall j}
+        \lVert x - g_k \rVert
+
+    From "Jacobian Descent for Multi-Objective Optimization" (Quinton and Rey, 2024, arXiv
+    2406.16232), by TorchJD.
+
+    Args:
+        shared: the parameters that the tasks share, or the module that holds them.
+        tasks: the K task names.
+
+    Raises:
+        ImportError: if TorchJD, qpsolvers or quadprog is missing.
+        ValueError: if nothing is shared, or the tasks are not K different names.
+
+    Example:
+        >>> import torch
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> method = UPGrad([x], ["a", "b"])
+        >>> weights = method.backward({"a": x[0], "b": x[1] - x[0]})
+        >>> x.grad.round(decimals=2)
+        tensor([0.2500, 0.7500])
+    """
+
+    _requires: ClassVar[tuple[str, ...]] = ("torchjd", "qpsolvers", "quadprog")
+
+    def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
+        super().__init__(shared, tasks)
+        from torchjd.aggregation import UPGradWeighting
+
+        self._weighting = UPGradWeighting()
+
+    def _weigh(self, gram: Tensor) -> Tensor:
+        return super()._weigh(_scaled(gram))
+
+
+class FairGrad(GramMethod):
+    r"""FairGrad: alpha-fair shares of the gain, tasks that gain little first.
+
+    .. math::
+        G w = w^{-1 / \alpha}
+
+    From "Fair Resource Allocation in Multi-Task Learning" (Ban and Ji, ICML 2024), by TorchJD.
+
+    Args:
+        shared: the parameters that the tasks share, or the module that holds them.
+        tasks: the K task names.
+        alpha: the fairness; 1 is proportional, more is nearer to max-min. The published code's 2.
+        max_iters: evaluations of the solver at most; None is SciPy's 100 K.
+
+    Raises:
+        ImportError: if TorchJD or SciPy is missing.
+        ValueError: if nothing is shared, the tasks are not K different names, or alpha is not
+            positive.
+
+    Example:
+        >>> import torch
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> method = FairGrad([x], ["a", "b"])
+        >>> weights = method.backward({"a": x[0], "b": 8 * x[1]})
+        >>> weights.round(decimals=3)  # (1, 64) to the power of -2/3
+        tensor([1.0000, 0.0620])
+    """
+
+    _requires: ClassVar[tuple[str, ...]] = ("torchjd", "scipy")
+
+    def __init__(
+        self,
+        shared: nn.Module | Iterable[Tensor],
+        tasks: Sequence[str],
+        alpha: float = 2.0,
+        max_iters: int | None = None,
+    ) -> None:
+        super().__init__(shared, tasks)
+        if not alpha > 0:
+            raise ValueError(f"alpha must be positive, got {alpha!r}.")
+        from torchjd.aggregation import FairGradWeighting
+
+        self._weighting = FairGradWeighting(alpha, max_iters)
+        self._alpha = alpha
+
+    def _weigh(self, gram: Tensor) -> Tensor:
+        # The solver is good where numbers are near 1, and the scale can be solved for by hand.
+        scale = gram.diagonal().sum().double() ** (-self._alpha / (self._alpha + 1))
+        return super()._weigh(_scaled(gram)) * scale
+
+
+def _scaled(gram: Tensor) -> Tensor:
+    """Of trace 1: TorchJD takes less than 1e-4 for zero, and small gradients are no zeros."""
+    return gram / gram.diagonal().sum()

@@ -1,0 +1,183 @@
+"""Methods that weigh the losses and take one backward pass: GD, UW, IMTL-L."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from taskgroup.methods.method import JointMethod, values_of
+
+if TYPE_CHECKING:
+    from torchjd.scalarization import Scalarizer
+
+__all__ = ["GD", "IMTLL", "UW", "LossMethod", "ScalarizerMethod"]
+
+# Backward passes without a step on what a method learns, after which it was surely forgotten: more
+# than anyone's micro-batches.
+_FORGOTTEN = 100
+
+
+class LossMethod(JointMethod):
+    """A method that needs the values of the losses alone: base of those in loss space."""
+
+    def backward(self, losses: Mapping[str, Tensor] | Tensor) -> Tensor:  # noqa: D102 (inherited)
+        scalars = self._read(losses)
+        weights = self._weigh(values_of(scalars)).to(scalars[0].device)
+        cotangents = [w.to(loss.dtype) for w, loss in zip(weights, scalars, strict=True)]
+        torch.autograd.backward(scalars, cotangents)
+        return weights
+
+    def _weigh(self, values: Tensor) -> Tensor:
+        """From the losses ``[K]``, float32 without a graph, to their weights ``[K]``."""
+        raise NotImplementedError
+
+
+class GD(LossMethod):
+    r"""Plain gradient descent on the sum of the losses: what every other method is compared with.
+
+    .. math::
+        w_k = 1
+
+    Args:
+        shared: the parameters that the tasks share, or the module that holds them.
+        tasks: the K task names.
+
+    Raises:
+        ValueError: if nothing is shared, or the tasks are not K different names.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> GD([x], ["a", "b"]).backward({"a": x.sum(), "b": x.square().sum()})
+        tensor([1., 1.])
+        >>> x.grad
+        tensor([3., 3.])
+    """
+
+    def _weigh(self, values: Tensor) -> Tensor:
+        return torch.ones_like(values)
+
+
+class ScalarizerMethod(LossMethod):
+    """A method whose weights are the derivatives of one of TorchJD's scalarizers."""
+
+    _requires: ClassVar[tuple[str, ...]] = ("torchjd",)
+    _scalarizer: Scalarizer
+
+    def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
+        super().__init__(shared, tasks)
+        self._device = self._shared[0].device  # of what the method remembers
+
+    def _weigh(self, values: Tensor) -> Tensor:
+        values = values.to(self._device).requires_grad_()
+        # The same pass fills the gradients of what the scalarizer itself learns.
+        self._scalarizer(values).backward()
+        assert values.grad is not None
+        return values.grad
+
+
+class _LearnedMethod(ScalarizerMethod):
+    """A method that learns one number per task along with the model, by gradient."""
+
+    _learned: nn.Parameter
+    _passes = 0  # backward passes since the start, or since a state was loaded
+
+    def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
+        super().__init__(shared, tasks)
+        self._scalarizer = self._made().to(self._device)
+        (self._learned,) = self._scalarizer.parameters()
+        self._start = self._learned.detach().clone()
+
+    def _made(self) -> Scalarizer:
+        raise NotImplementedError
+
+    def backward(self, losses: Mapping[str, Tensor] | Tensor) -> Tensor:
+        weights = super().backward(losses)
+        self._passes += 1
+        # Looked at once, since it waits for the device. (Fused optimizers do not count versions.)
+        if self._passes == _FORGOTTEN and torch.equal(self._learned, self._start):
+            warnings.warn(
+                f"{type(self).__name__} learns its weights, and no optimizer has stepped on them "
+                f"in {_FORGOTTEN} backward passes: pass method.parameters() to the optimizer "
+                "together with the model's. Until then all weights stay as they are.",
+                stacklevel=2,
+            )
+        return weights
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self._learned]
+
+    def _state(self) -> dict[str, Any]:
+        return {"learned": self._learned.detach().to("cpu", copy=True)}
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        with torch.no_grad():
+            self._learned.copy_(state["learned"])
+        self._start = self._learned.detach().clone()
+        self._passes = 0
+
+
+class UW(_LearnedMethod):
+    r"""Uncertainty weighting: a log-variance per task, learned with the model.
+
+    .. math::
+        \sum_k \tfrac12 e^{-s_k} L_k + \tfrac12 s_k, \qquad w_k = \tfrac12 e^{-s_k}
+
+    From "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and Semantics"
+    (Kendall et al., CVPR 2018), by TorchJD. The :math:`s_k` start at zero; pass
+    :meth:`parameters` to the optimizer.
+
+    Args:
+        shared: the parameters that the tasks share, or the module that holds them.
+        tasks: the K task names.
+
+    Raises:
+        ImportError: if TorchJD is missing.
+        ValueError: if nothing is shared, or the tasks are not K different names.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> method = UW([x], ["a", "b"])
+        >>> optimizer = torch.optim.SGD([x, *method.parameters()], lr=0.1)
+        >>> method.backward({"a": x.sum(), "b": x.square().sum()})
+        tensor([0.5000, 0.5000])
+    """
+
+    def _made(self) -> Scalarizer:
+        from torchjd.scalarization import UW as Uncertainty  # noqa: N811
+
+        return Uncertainty(len(self._tasks))
+
+
+class IMTLL(_LearnedMethod):
+    r"""IMTL-L, impartial loss balance: a scale per task, learned with the model.
+
+    .. math::
+        \sum_k e^{s_k} L_k - s_k, \qquad w_k = e^{s_k}
+
+    From "Towards Impartial Multi-task Learning" (Liu et al., ICLR 2021), by TorchJD. The
+    :math:`s_k` start at zero; pass :meth:`parameters` to the optimizer. Losses should be positive.
+
+    Args:
+        shared: the parameters that the tasks share, or the module that holds them.
+        tasks: the K task names.
+
+    Raises:
+        ImportError: if TorchJD is missing.
+        ValueError: if nothing is shared, or the tasks are not K different names.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> method = IMTLL([x], ["a", "b"])
+        >>> optimizer = torch.optim.SGD([x, *method.parameters()], lr=0.1)
+        >>> method.backward({"a": x.sum(), "b": x.square().sum()})
+        tensor([1., 1.])
+    """
+
+    def _made(self) -> Scalarizer:
+        from torchjd.scalarization import IMTLL as Scales  # noqa: N811
+
+        return Scales(len(self._tasks))

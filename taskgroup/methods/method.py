@@ -1,0 +1,185 @@
+"""What every joint method has in common: its tasks, its losses, its state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["JointMethod"]
+
+
+class JointMethod:
+    """A way to step on all tasks at once: base of the joint methods.
+
+    ``backward`` stands where ``loss.backward()`` would::
+
+        method = tg.methods.CAGrad(model.encoder, tasks)
+        ...
+        optimizer.zero_grad()
+        method.backward(losses)
+        optimizer.step()
+
+    Gradients add to those that are there, as they do in any backward pass. Every method is for one
+    process: under data parallelism the ranks would weigh differently.
+
+    Args:
+        shared: the parameters that the tasks share, or the module that holds them (the encoder).
+            What no task reaches, or is frozen, is passed over.
+        tasks: the K task names, in the order of stacked losses and of the weights.
+
+    Attributes:
+        observes_step: True where :meth:`observe` must be called after every ``optimizer.step()``.
+
+    Raises:
+        ImportError: if a package that the method needs is missing; all are in the extra
+            ``taskgroup[compare]``.
+        ValueError: if nothing is shared, or the tasks are not K different names.
+    """
+
+    observes_step: bool = False
+    _requires: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
+        name = type(self).__name__
+        if missing := [module for module in self._requires if find_spec(module) is None]:
+            raise ImportError(
+                f"{name} needs {', '.join(missing)}: pip install 'taskgroup[compare]'"
+            )
+        found = shared.parameters() if isinstance(shared, nn.Module) else shared
+        self._shared = list(dict.fromkeys(found))  # each once, or it would count twice
+        if not self._shared:
+            raise ValueError("shared is empty: name at least one parameter that the tasks share.")
+        for t, parameter in enumerate(self._shared):
+            if not isinstance(parameter, Tensor) or not parameter.is_leaf:
+                raise ValueError(
+                    f"shared must hold parameters, and entry {t} is computed or no tensor: it "
+                    "gets no .grad."
+                )
+        self._tasks = tuple(tasks)
+        if isinstance(tasks, str) or not tasks or len(set(self._tasks)) < len(self._tasks):
+            raise ValueError(f"tasks must be a sequence of different names, got {tasks!r}.")
+
+    def backward(self, losses: Mapping[str, Tensor] | Tensor) -> Tensor:
+        """Add to the gradients of the shared parameters and the heads, as the method says.
+
+        Args:
+            losses: ``{task: scalar}`` or ``[K]`` in task order, with a graph, of any floating
+                dtype. A dict is cheaper: through a stacked tensor the backward pass of one task
+                visits the heads of all.
+
+        Returns:
+            The weights ``[K]`` of the tasks, without a graph, on the device of the losses.
+
+        Raises:
+            ValueError: if a task is unknown or missing, or its loss is not a scalar with a graph.
+                Nothing has changed then.
+        """
+        raise NotImplementedError
+
+    def observe(self, losses: Mapping[str, Tensor] | Tensor) -> None:
+        """Look at the losses on the same batch after the step; only FAMO needs it."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the method learns by gradient, to be passed to the optimizer with the model's."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything an exact resume needs; it loads under ``weights_only=True``.
+
+        The keys and shapes are the same from the first moment. Methods that draw at random (PCGrad,
+        GradVac, GradDrop) draw from torch's global generator, whose state is not the method's.
+        """
+        return {"method": type(self).__name__, "tasks": list(self._tasks), **self._state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where :meth:`state_dict` was taken; the options stay those of this object.
+
+        Raises:
+            ValueError: if the state is of another method or other tasks, or not whole. Nothing has
+                changed then.
+        """
+        kept = self.state_dict()
+        if differing := sorted(set(kept) ^ set(state)):
+            raise ValueError(
+                f"This is not the state of {kept['method']}: {', '.join(differing)} missing or "
+                "unexpected; pass what state_dict() returned."
+            )
+        for key in ("method", "tasks"):
+            if state[key] != kept[key]:
+                raise ValueError(
+                    f"The state was written with {key} {state[key]!r}, this has {kept[key]!r}; "
+                    "load it into the same method of the same tasks."
+                )
+        for key, value in kept.items():
+            if _kind(state[key]) != _kind(value):
+                raise ValueError(
+                    f"{key} in the state of {kept['method']} must be {_kind(value)}, got "
+                    f"{_kind(state[key])}; pass what state_dict() returned."
+                )
+        self._load(state)
+
+    def _state(self) -> dict[str, Any]:
+        """What the method remembers: numbers and tensors of the same shapes from the start."""
+        return {}
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Take over a state that has been checked."""
+
+    def _read(self, losses: Mapping[str, Tensor] | Tensor, with_graph: bool = True) -> list[Tensor]:
+        """The losses one by one in task order, checked."""
+        if isinstance(losses, Tensor):
+            if losses.shape != (len(self._tasks),):
+                raise ValueError(
+                    f"Stacked losses must have shape [{len(self._tasks)}], one per task in the "
+                    f"order {list(self._tasks)}, got {list(losses.shape)}."
+                )
+            scalars = list(losses.unbind())
+        elif isinstance(losses, Mapping):
+            if unknown := [task for task in losses if task not in self._tasks]:
+                raise ValueError(
+                    f"Unknown task {unknown[0]!r} among the losses; the tasks are "
+                    f"{list(self._tasks)}. Leave it out."
+                )
+            if absent := [task for task in self._tasks if task not in losses]:
+                raise ValueError(
+                    f"The loss of task {absent[0]!r} is missing: a joint method steps on all "
+                    f"tasks, {list(self._tasks)}."
+                )
+            scalars = [losses[task] for task in self._tasks]
+        else:
+            raise TypeError(
+                f"Losses must be {{task: scalar tensor}} or one tensor [{len(self._tasks)}] in the "
+                f"order {list(self._tasks)}, got {type(losses).__name__}."
+            )
+        for task, loss in zip(self._tasks, scalars, strict=True):
+            if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
+                raise ValueError(
+                    f"The loss of task {task!r} must be a floating-point scalar tensor, got "
+                    f"{_kind(loss)}; reduce it, with .mean() for instance."
+                )
+            if loss.device != scalars[0].device:
+                raise ValueError(
+                    f"The loss of task {task!r} is on {loss.device}, that of {self._tasks[0]!r} on "
+                    f"{scalars[0].device}; move them to one device."
+                )
+            if with_graph and not loss.requires_grad:
+                raise ValueError(
+                    f"The loss of task {task!r} has no graph, so it has no gradient; compute it "
+                    "with gradients on, from outputs that are not detached."
+                )
+        return scalars
+
+
+def values_of(scalars: Sequence[Tensor]) -> Tensor:
+    """The losses as plain numbers, float32 ``[K]``."""
+    return torch.stack([loss.detach().float() for loss in scalars])
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {list(value.shape)}"
+    return type(value).__name__

@@ -1,0 +1,120 @@
+"""Nash-MTL: the tasks bargain for the step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from taskgroup.methods.gradient_space import GramMethod
+
+__all__ = ["NashMTL"]
+
+
+class NashMTL(GramMethod):
+    r"""Nash-MTL: the Nash bargaining solution, at which all gain the same relative to their weight.
+
+    .. math::
+        G w = 1 / w, \qquad \text{then shortened to} \quad
+        \Bigl\lVert \sum_k w_k g_k \Bigr\rVert \le n
+
+    with G divided by its norm, by a sequence of convex problems (ECOS) that starts from the weights
+    of the step before. From "Multi-Task Learning as a Bargaining Game" (Navon et al., ICML 2022),
+    by TorchJD. Where the solver finds nothing :meth:`backward` raises: published numbers of this
+    method were equal weights by accident.
+
+    Args:
+        shared: the parameters that the tasks share, or the module that holds them.
+        tasks: the K task names.
+        max_norm: the length n at most; 0 is no limit. The published code's 1.
+        update_weights_every: steps that keep their weights; 1 weighs anew in each.
+        optim_niter: convex problems in a step at most; the published code's 20.
+
+    Raises:
+        ImportError: if TorchJD, cvxpy or ecos is missing.
+        ValueError: if nothing is shared, the tasks are not K different names, or an option is out
+            of its range.
+
+    Example:
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> method = NashMTL([x], ["a", "b"])
+        >>> weights = method.backward({"a": x[0], "b": 3 * x[1]})
+        >>> x.grad.round(decimals=2)  # both gain the same
+        tensor([0.7100, 0.7100])
+    """
+
+    _requires: ClassVar[tuple[str, ...]] = ("torchjd", "cvxpy", "ecos")
+
+    def __init__(
+        self,
+        shared: nn.Module | Iterable[Tensor],
+        tasks: Sequence[str],
+        max_norm: float = 1.0,
+        update_weights_every: int = 1,
+        optim_niter: int = 20,
+    ) -> None:
+        super().__init__(shared, tasks)
+        from torchjd.aggregation import NashMTL as Aggregator
+
+        # TorchJD gives the weighting no public name, makes its problem when step is 0, and swallows
+        # what the solver says: so the problem is made here, watched, and the steps are counted from
+        # one whole period, which changes nothing else.
+        n_tasks = len(self._tasks)
+        self._nash: Any = Aggregator(n_tasks, max_norm, update_weights_every, optim_niter).weighting
+        self._nash.prvs_alpha = np.ones(n_tasks)
+        self._nash._init_optim_problem()
+        self._nash.step = update_weights_every
+        self._problem = self._nash.prob = _Watched(self._nash.prob)
+
+    def _weigh(self, gram: Tensor) -> Tensor:
+        # Of the matrix of gradients TorchJD uses G alone, so any root of it will do.
+        values, vectors = torch.linalg.eigh(gram.double())
+        self._problem.tried = self._problem.solved = 0
+        before = self._nash.prvs_alpha
+        weights: Tensor = self._nash(vectors * values.clamp(min=0).sqrt())
+        if self._problem.tried and not self._problem.solved:
+            self._nash.prvs_alpha = before
+            raise ArithmeticError(f"ECOS failed: {self._problem.said}")
+        return weights
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "alpha": torch.tensor(self._nash.prvs_alpha, dtype=torch.float64),
+            "normalization": torch.tensor(self._nash.normalization_factor, dtype=torch.float64),
+            "step": int(self._nash.step),
+        }
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._nash.prvs_alpha = state["alpha"].numpy(force=True).copy()
+        self._nash.normalization_factor = state["normalization"].numpy(force=True).copy()
+        self._nash.step = state["step"]
+
+
+class _Watched:
+    """A problem of cvxpy's that counts how often it was solved."""
+
+    def __init__(self, problem: Any) -> None:
+        self._problem = problem
+        self.tried = 0
+        self.solved = 0
+        self.said: object = ""
+
+    def solve(self, **options: Any) -> None:
+        self.tried += 1
+        try:
+            with warnings.catch_warnings():
+                # Of speed alone: the problem is made anew for each solve, which is small.
+                warnings.filterwarnings("ignore", ".*not DPP", UserWarning)
+                self._problem.solve(**options)
+        except Exception as error:
+            self.said = error
+            raise
+        values = [variable.value for variable in self._problem.variables()]
+        if all(value is not None and np.isfinite(value).all() for value in values):
+            self.solved += 1
+        else:
+            self.said = self._problem.status
