@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from taskgroup.experiment.files import write_atomically
-from taskgroup.experiment.recipe import Recipe
+from taskgroup.experiment.recipe import Recipe, read_recipe
 from taskgroup.experiment.trainer import Trainer
 
-__all__ = ["Cell", "prepare_worker", "train_cell"]
+__all__ = ["Cell", "Result", "open_folder", "prepare_worker", "train_cell"]
+
+Result = dict[str, Any]
 
 _VERSION = 1  # of what a file holds; a file of another one is not read
 # Settings that change nothing about the result of a cell.
@@ -34,10 +37,13 @@ class Cell:
     Attributes:
         name: of the variant.
         recipe: all settings, seed and length among them.
+        lookahead_every: batches from one measurement of the lookahead affinity to the next, whose
+            mean takes the place of the affinity in the result; None does not measure it.
     """
 
     name: str
     recipe: Recipe
+    lookahead_every: int | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -47,38 +53,39 @@ class Cell:
 
     def file(self, folder: Path) -> Path:
         """Where the result is kept: the name holds a digest of all settings."""
-        text = json.dumps([_VERSION, self.settings], sort_keys=True)
+        key = [_VERSION, self.settings, self.lookahead_every]
+        text = json.dumps(key, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         return folder / f"{self.name}-{self.recipe.seed}-{digest}.json"
 
-    def read(self, folder: Path) -> dict[str, Any] | None:
+    def read(self, folder: Path) -> Result | None:
         """The result, if the run is finished and its file is whole."""
         try:
-            result: dict[str, Any] = json.loads(self.file(folder).read_text())
+            result: Result = json.loads(self.file(folder).read_text())
         except (OSError, ValueError):
             return None
         return result
 
 
-def train_cell(cell: Cell, folder: Path) -> dict[str, Any]:
+def train_cell(cell: Cell, folder: Path) -> Result:
     """Train, evaluate, and write the result.
 
     Returns:
         ``{"settings", "metrics": {split: {task: value}}, "seconds_per_batch", "peak_bytes",
         "steps_per_batch", "groups": groups per batch, "changes": batches after which the partition
-        changed, "diverged": batch or None}``. Seconds are of the processor, so that a busy machine
+        changed, "partition", "affinity": [K, K] at the end, "diverged": batch or None}``. Seconds are of the processor, so that a busy machine
         does not count; the last batch, of which the memory is measured, does not either.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a run that diverges; the result says so
-        result = _train(cell.recipe)
+        result = _train(cell.recipe, cell.lookahead_every)
     result["settings"] = cell.settings
     text = json.dumps(result)
     write_atomically(cell.file(folder), lambda file: file.write(text.encode()))
     return result
 
 
-def _train(recipe: Recipe) -> dict[str, Any]:
+def _train(recipe: Recipe, lookahead_every: int | None) -> Result:
     trainer = Trainer(recipe)
     steps = 0
     groups: list[int] = []
@@ -87,6 +94,7 @@ def _train(recipe: Recipe) -> dict[str, Any]:
     diverged: int | None = None
     seconds = 0.0
     peak = 0
+    lookaheads: list[torch.Tensor] = []
 
     def step() -> None:
         nonlocal steps, partition
@@ -105,6 +113,8 @@ def _train(recipe: Recipe) -> dict[str, Any]:
                 started = time.process_time()
                 step()
                 seconds += time.process_time() - started
+            if lookahead_every is not None and batch % lookahead_every == 0:
+                lookaheads.append(trainer.lookahead())
     except FloatingPointError:
         diverged = trainer.batch
     metrics = {}
@@ -112,6 +122,9 @@ def _train(recipe: Recipe) -> dict[str, Any]:
         metrics = {split: trainer.evaluate(split) for split in trainer.problem.splits}
         if not all(math.isfinite(v) for values in metrics.values() for v in values.values()):
             diverged = trainer.batch
+    affinity = trainer.groups.affinity.matrix
+    if lookaheads:
+        affinity = torch.stack(lookaheads).nanmean(0)
     timed = max(1, min(trainer.batch, recipe.batches - 1))
     return {
         "metrics": metrics,
@@ -121,8 +134,39 @@ def _train(recipe: Recipe) -> dict[str, Any]:
         "groups": groups,
         "changes": changes,
         "partition": [list(group) for group in partition],
+        "affinity": affinity.tolist(),
         "diverged": diverged,
     }
+
+
+def open_folder(folder: Path, recipe: Recipe) -> Path:
+    """Where the results of many runs of one recipe are kept; made if it is not there.
+
+    The seed and what single runs change may differ; ``base.yaml`` holds the rest.
+
+    Returns:
+        The folder of the results.
+
+    Raises:
+        ValueError: if the folder holds runs of other settings, or something else.
+    """
+    file = folder / "base.yaml"
+    settings = Cell("", dataclasses.replace(recipe, seed=0)).settings
+    if file.is_file():
+        there = Cell("", dataclasses.replace(read_recipe(file), seed=0)).settings
+        if differing := [key for key in settings if settings[key] != there[key]]:
+            raise ValueError(
+                f"{folder} holds runs with other settings "
+                f"({', '.join(f'{k}: {there[k]}' for k in differing)}); name another folder with "
+                "--out, or keep to the settings it has."
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty and holds no runs; name another with --out.")
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    if not file.is_file():
+        text = yaml.safe_dump(settings, sort_keys=False)
+        write_atomically(file, lambda opened: opened.write(text.encode()))
+    return folder / "cells"
 
 
 def _peak_bytes(step: Callable[[], None]) -> int:

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import multiprocessing
-import os
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import taskgroup as tg
-from taskgroup.experiment.cell import Cell, prepare_worker, train_cell
+from taskgroup.experiment.cell import Cell, Result, open_folder
 from taskgroup.experiment.presets import JOINT, REFERENCE, Variant
 from taskgroup.experiment.problem import Problem, make_problem
-from taskgroup.experiment.recipe import Recipe, read_recipe
+from taskgroup.experiment.recipe import Recipe
 from taskgroup.experiment.statistics import Estimate, estimate, noise_floor
 from taskgroup.experiment.trainer import Trainer
+from taskgroup.experiment.workers import Listener, Workers
 
-__all__ = ["Budget", "Comparison", "Listener", "Row", "Table"]
-
-Result = dict[str, Any]
-
-#: Called after every cell with the cells done and all of the stage, and what just finished.
-Listener = Callable[[str, int, int, Cell, Result | None], None]
+__all__ = ["Budget", "Comparison", "Row", "Table"]
 
 _TUNING_SEEDS = 1000  # rates are chosen on other seeds than those that are compared
 
@@ -183,8 +175,7 @@ class Comparison:
         self.tasks = list(self.problem.titles if recipe.tasks is None else recipe.tasks)
         self.refused: dict[str, str] = {}
         self.variants = [v for v in variants if self._can_work(v, strict)]
-        self._cells = self.out / "cells"
-        self._check_folder()
+        self._cells = open_folder(self.out, recipe)
 
     def _can_work(self, variant: Variant, strict: bool) -> bool:
         """Whether the method can be made; before hours are spent on the others."""
@@ -196,27 +187,6 @@ class Comparison:
             self.refused[variant.title] = str(error)
             return False
         return True
-
-    def _check_folder(self) -> None:
-        """The folder is of one recipe; the seed and what variants change may differ."""
-        file = self.out / "compare.yaml"
-        settings = Cell("", dataclasses.replace(self.recipe, seed=0)).settings
-        if file.is_file():
-            there = Cell("", dataclasses.replace(read_recipe(file), seed=0)).settings
-            differing = [key for key in settings if settings[key] != there[key]]
-            if differing:
-                raise ValueError(
-                    f"{self.out} holds a comparison with other settings "
-                    f"({', '.join(f'{k}: {there[k]}' for k in differing)}); name another folder "
-                    "with --out, or compare with the settings it has."
-                )
-        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise ValueError(
-                f"{self.out} is not empty and holds no comparison; name another with --out."
-            )
-        self._cells.mkdir(parents=True, exist_ok=True)
-        if not file.is_file():
-            file.write_text(yaml.safe_dump(settings, sort_keys=False))
 
     def _recipe(self, variant: Variant, seed: int, **settings: Any) -> Recipe:
         return dataclasses.replace(self.recipe, seed=seed, **{**variant.settings, **settings})
@@ -234,21 +204,13 @@ class Comparison:
             RuntimeError: if runs failed, or a worker process died; the rest is finished and kept.
         """
         wanted = {budget.name for budget in self.budgets}
-        # Spawned: a forked process would inherit the threads of torch in an unknown state.
-        pool = ProcessPoolExecutor(
-            jobs or len(os.sched_getaffinity(0)),
-            multiprocessing.get_context("spawn"),
-            prepare_worker,
-        )
-        try:
-            self._run_stage("as many batches", self._single() + self._by("batches"), pool, listen)
+        with Workers(self._cells, jobs) as workers:
+            workers.run("as many batches", self._single() + self._by("batches"), listen)
             if "time" in wanted:
-                self._run_stage("as much time", self._by("time"), pool, listen)
+                workers.run("as much time", self._by("time"), listen)
             if "tuned" in wanted:
-                self._run_stage("choosing rates", self._tuning(), pool, listen)
-                self._run_stage("best rates", self._by("tuned"), pool, listen)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+                workers.run("choosing rates", self._tuning(), listen)
+                workers.run("best rates", self._by("tuned"), listen)
         return self.read()
 
     def _seeds(self) -> range:
@@ -289,41 +251,6 @@ class Comparison:
             for variant in self.variants
             for rate in self.rates
         ]
-
-    def _run_stage(
-        self, title: str, cells: list[Cell], pool: ProcessPoolExecutor, listen: Listener
-    ) -> None:
-        missing = []
-        cells = list({cell.file(self._cells): cell for cell in cells}.values())
-        done = 0
-        for cell in cells:
-            result = cell.read(self._cells)
-            if result is None:
-                missing.append(cell)
-            else:
-                done += 1
-                listen(title, done, len(cells), cell, result)
-        failed: list[str] = []
-        running = {pool.submit(train_cell, cell, self._cells): cell for cell in missing}
-        for future in as_completed(running):
-            cell = running[future]
-            result = None
-            try:
-                result = future.result()
-            except BrokenProcessPool:
-                raise RuntimeError(
-                    "A worker process died, of too little memory maybe; what was finished is kept. "
-                    "Start the same command again, with fewer --jobs."
-                ) from None
-            except Exception as error:  # noqa: BLE001 (the others go on)
-                failed.append(f"{cell.name}, seed {cell.recipe.seed}: {error}")
-            done += 1
-            listen(title, done, len(cells), cell, result)
-        if failed:
-            raise RuntimeError(
-                f"{len(failed)} of {len(cells)} runs failed, the others are kept; the first: "
-                f"{failed[0]}"
-            )
 
     # What is read.
 

@@ -31,8 +31,8 @@ class Problem(Protocol):
         titles: ``{task: name}`` as shown, all tasks of the data set in their order.
         lower_is_better: whether a smaller metric is the better one.
         metric: what the metric is, in a word or two.
-        score: from the losses of some tasks to scores in (0, 1), higher is better; None where the
-            losses give no such score.
+        score: from ``{task: loss}`` to ``{task: score}`` in (0, 1), higher is better; None where
+            the losses give no such score.
         splits: what can be evaluated: ``"train"`` (fixed training data), ``"held_out"``, and
             ``"validation"`` where there is data to choose settings on.
     """
@@ -40,7 +40,7 @@ class Problem(Protocol):
     titles: Mapping[str, str]
     lower_is_better: bool
     metric: str
-    score: Callable[[Tensor], Tensor] | None
+    score: Callable[[Mapping[str, Tensor]], Mapping[str, float]] | None
     splits: Sequence[str]
 
     def model(self, tasks: Sequence[str]) -> tg.MultiTaskModel:

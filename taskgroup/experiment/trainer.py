@@ -219,6 +219,16 @@ class Trainer:
         finally:
             heads["lr"] = before
 
+    def lookahead(self) -> Tensor:
+        """The inter-task affinity by its definition, ``[K, K]``, on a fresh batch."""
+        batch = self.problem.sample(self.recipe.batch_size, self._data)
+        inputs = self.problem.inputs(batch)
+        return tg.lookahead_affinity(
+            lambda: self.problem.losses(self.model(inputs), batch),
+            self.optimizer,
+            self.model.encoder,
+        )
+
     def evaluate(self, split: str) -> dict[str, float]:
         """``{task: metric}`` on a split of the data."""
         return self.problem.evaluate(self.model, split)
