@@ -64,7 +64,8 @@ class NashMTL(GramMethod):
         # what the solver says: so the problem is made here, watched, and the steps are counted from
         # one whole period, which changes nothing else.
         n_tasks = len(self._tasks)
-        self._nash: Any = Aggregator(n_tasks, max_norm, update_weights_every, optim_niter).weighting
+        aggregator = Aggregator(n_tasks, max_norm, update_weights_every, optim_niter)
+        self._nash: Any = aggregator.weighting
         self._nash.prvs_alpha = np.ones(n_tasks)
         self._nash._init_optim_problem()
         self._nash.step = update_weights_every
