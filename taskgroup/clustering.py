@@ -194,7 +194,6 @@ class GraphColoring(_Clustering):
 
     def _cluster(self, similarity: _Floats) -> npt.NDArray[Any]:
         conflict = similarity < self.threshold
-        np.fill_diagonal(conflict, False)
         colours = np.full(len(conflict), -1)
         for task in np.argsort(-conflict.sum(1), kind="stable"):
             taken = set(colours[conflict[task]].tolist())

@@ -128,9 +128,10 @@ def test_exhaustive_is_the_best_of_all_partitions(count):
     every = list(partitions(list(range(count))))
     for trial in range(12):
         matrix = rng.standard_normal((count, count)) + 0.3 * (trial % 3)
-        if trial % 4 == 3:  # many ties
+        np.fill_diagonal(matrix, rng.uniform(0.1, 1, count))
+        if trial % 2:  # many ties
             matrix = matrix.round()
-        np.fill_diagonal(matrix, 0.5 if trial % 4 == 3 else rng.uniform(0.1, 1, count))
+            np.fill_diagonal(matrix, 0.5)
         matrix = torch.tensor(matrix, dtype=torch.float32)
         for most in range(1, count + 1):
             found = partition_of(tg.Exhaustive(most)(matrix))
@@ -194,11 +195,17 @@ def test_graph_coloring_takes_the_most_conflicts_first_and_ties_by_position():
     assert tg.GraphColoring()(conflict_graph(crown, 6)).tolist() == [0, 0, 1, 1, 2, 2]
 
 
+def test_graph_coloring_of_many_ties():
+    ring = conflict_graph([(k, (k + 1) % 40) for k in range(40)], 40)
+    assert tg.GraphColoring()(ring).tolist() == [0, 1] * 20
+
+
 def test_threshold_decides_who_conflicts():
     matrix = torch.tensor([[1.0, 0.2], [0.4, 1.0]])
     for threshold, colours in ((0.0, 1), (0.29, 1), (0.31, 2)):
         assert len(set(tg.GraphColoring(threshold)(matrix).tolist())) == colours
     assert tg.GraphColoring()(torch.eye(3)).tolist() == [0, 0, 0]  # zero is no conflict
+    assert tg.GraphColoring(2.0)(torch.eye(3)).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("make", [tg.KMeans, tg.Spectral, tg.Exhaustive])
@@ -208,6 +215,14 @@ def test_given_the_number_of_groups_blocks_are_found(make, blocks):
         matrix, expected = labels_of(blocks, seed=seed)
         found = partition_of(make(len(blocks))(matrix))
         assert sorted(found) == sorted(partition_of(torch.tensor(expected)))
+
+
+def test_spectral_clips_the_affinity():
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        matrix = 3 * rng.standard_normal((9, 9))
+        matrix = torch.tensor(matrix + matrix.T).fill_diagonal_(1.0)
+        assert torch.equal(tg.Spectral(3)(matrix), tg.Spectral(3)(matrix.clamp(-1, 1)))
 
 
 @pytest.mark.parametrize("make", [tg.KMeans, tg.Spectral])
