@@ -24,8 +24,9 @@ class NashMTL(GramMethod):
 
     with G divided by its norm, by a sequence of convex problems (ECOS) that starts from the weights
     of the step before. From "Multi-Task Learning as a Bargaining Game" (Navon et al., ICML 2022),
-    by TorchJD. Where the solver finds nothing :meth:`backward` raises: published numbers of this
-    method were equal weights by accident.
+    by TorchJD. Where the solver finds nothing the weights of the step before stay, as in the
+    published code, and :attr:`unsolved` counts it; where it has never found any, :meth:`backward`
+    raises: published numbers of this method were equal weights by accident.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them.
@@ -33,6 +34,9 @@ class NashMTL(GramMethod):
         max_norm: the length n at most; 0 is no limit. The published code's 1.
         update_weights_every: steps that keep their weights; 1 weighs anew in each.
         optim_niter: convex problems in a step at most; the published code's 20.
+
+    Attributes:
+        unsolved: steps that kept the weights of the one before, for want of a solution.
 
     Raises:
         ImportError: if TorchJD, cvxpy or ecos is missing.
@@ -69,17 +73,21 @@ class NashMTL(GramMethod):
         self._nash.prvs_alpha = np.ones(n_tasks)
         self._nash._init_optim_problem()
         self._nash.step = update_weights_every
+        self._found = False  # whether any problem was ever solved
+        self.unsolved = 0
         self._problem = self._nash.prob = _Watched(self._nash.prob)
 
     def _weigh(self, gram: Tensor) -> Tensor:
         # Of the matrix of gradients TorchJD uses G alone, so any root of it will do.
         values, vectors = torch.linalg.eigh(gram.double())
         self._problem.tried = self._problem.solved = 0
-        before = self._nash.prvs_alpha
         weights: Tensor = self._nash(vectors * values.clamp(min=0).sqrt())
-        if self._problem.tried and not self._problem.solved:
-            self._nash.prvs_alpha = before
+        if self._problem.solved:
+            self._found = True
+        elif self._problem.tried and not self._found:
             raise ArithmeticError(f"ECOS failed: {self._problem.said}")
+        elif self._problem.tried:
+            self.unsolved += 1
         return weights
 
     def _state(self) -> dict[str, Any]:
@@ -87,12 +95,16 @@ class NashMTL(GramMethod):
             "alpha": torch.tensor(self._nash.prvs_alpha, dtype=torch.float64),
             "normalization": torch.tensor(self._nash.normalization_factor, dtype=torch.float64),
             "step": int(self._nash.step),
+            "found": self._found,
+            "unsolved": self.unsolved,
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self._nash.prvs_alpha = state["alpha"].numpy(force=True).copy()
         self._nash.normalization_factor = state["normalization"].numpy(force=True).copy()
         self._nash.step = state["step"]
+        self._found = state["found"]
+        self.unsolved = state["unsolved"]
 
 
 class _Watched:
