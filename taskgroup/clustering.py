@@ -220,8 +220,9 @@ class Exhaustive(_Clustering):
     partitions that serve equally well, that with fewest groups is taken, then that whose first
     group, then second and so on, is the lowest as a binary number (task k is bit k).
 
-    Affinities differ by noise, and the mean over fewer is more extreme: with more groups than
-    there are clusters, clusters are split into the pairs that look best.
+    It is M that makes the groups large. A group of n tasks scores n times its mean affinity, and so
+    do, on average, its random splits: of four tasks or more, some split into pairs and triples
+    serves them no worse. With more groups than there are clusters, clusters are split by noise.
 
     Args:
         max_groups: M; groups for the tasks that have a self-affinity, the others come besides.

@@ -155,6 +155,24 @@ def test_exhaustive_breaks_ties_by_fewer_groups_then_by_the_lowest():
     assert tg.Exhaustive(4)(matrix).tolist() == [0, 0, 1, 1]  # not [0, 1, 1, 0]
 
 
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 7, 8])
+def test_exhaustive_sees_ties_through_rounding(count):
+    """Where all affinities are equal, any groups of two or more serve equally well."""
+    for affinity in (0.1, 0.3, 0.7, 0.9):
+        matrix = torch.full((count, count), affinity, dtype=torch.float64).fill_diagonal_(1.0)
+        assert tg.Exhaustive(count)(matrix).tolist() == [0] * count
+
+
+def test_without_a_limit_pairs_and_triples_are_never_worse():
+    rng = np.random.default_rng(0)
+    every = list(partitions(list(range(6))))
+    small = [partition for partition in every if max(map(len, partition)) <= 3]
+    for _ in range(5):
+        matrix = torch.tensor(rng.uniform(-0.2, 1, (6, 6))).fill_diagonal_(1.0)
+        best = served(matrix, partition_of(tg.Exhaustive(6)(matrix)))
+        assert max(served(matrix, partition) for partition in small) == pytest.approx(best)
+
+
 def test_exhaustive_says_where_the_tasks_are_too_many():
     groups = [f"task{k}" for k in range(15)]
     tg.Exhaustive(2).start(tuple(groups[:14]))
@@ -195,9 +213,23 @@ def test_graph_coloring_takes_the_most_conflicts_first_and_ties_by_position():
     assert tg.GraphColoring()(conflict_graph(crown, 6)).tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_graph_coloring_of_many_ties():
-    ring = conflict_graph([(k, (k + 1) % 40) for k in range(40)], 40)
-    assert tg.GraphColoring()(ring).tolist() == [0, 1] * 20
+def test_graph_coloring_is_welsh_and_powells():
+    """Against the algorithm as they wrote it, colour by colour, on graphs with many ties."""
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        edges = np.argwhere(np.triu(rng.random((40, 40)) < 0.1, 1)).tolist()
+        conflicts = {k: {i for edge in edges if k in edge for i in edge} - {k} for k in range(40)}
+        left = sorted(range(40), key=lambda k: (-len(conflicts[k]), k))
+        colours = {}
+        for colour in range(40):
+            members = set()
+            for k in left:
+                if not conflicts[k] & members:
+                    members.add(k)
+            colours.update(dict.fromkeys(members, colour))
+            left = [k for k in left if k not in members]
+        matrix = conflict_graph(edges, 40)
+        assert tg.GraphColoring()(matrix).tolist() == [colours[k] for k in range(40)]
 
 
 def test_threshold_decides_who_conflicts():
