@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 import taskgroup as tg
+from taskgroup.experiment.recipe import read_recipe
+from taskgroup.experiment.run import Run
 from taskgroup.report.live import Display
 from taskgroup.report.tables import groups_line
 from taskgroup.vision import TASKONOMY
-from taskgroup.experiment.recipe import read_recipe
-from taskgroup.experiment.run import Run
 
 OUT = Path("runs/demo")
 TITLES = {task.name: task.title for task in TASKONOMY.values()}

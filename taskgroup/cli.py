@@ -1,4 +1,4 @@
-"""The command line: ``taskgroup train | compare``."""
+"""The command line: ``taskgroup train | compare | affinity-gain``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="selective, joint, or another by its name.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="selective, joint, or another by its name.")
+    ] = None,
     grouping: Annotated[
         str | None,
         typer.Option(help="affinity-propagation, heterogeneous, random:M, graph-coloring, ..."),
@@ -107,13 +109,34 @@ def compare(
         Path | None, typer.Option(metavar="DIR", help="Folder; goes on with what it holds.")
     ] = None,
 ) -> None:
-    """Compare methods over seeds, at equal batches and at equal time; stop it and go on any time."""
+    """Compare methods over seeds, at equal batches and at equal time; stopped, it goes on."""
     given: dict[str, Any] = {} if batches is None else {"batches": batches}
     with _errors_in_words():
         _compare(
             recipe, preset, _words(methods), seeds, given, _words(budgets) or [], _words(rates),
             set_ or [], jobs, out,
         )  # fmt: skip
+
+
+@app.command()
+def affinity_gain(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe that ships with taskgroup, or a YAML file.")
+    ] = "yeast",
+    seeds: Annotated[int, typer.Option(help="Runs of each pair, and of each affinity.")] = 5,
+    batches: Annotated[int | None, typer.Option(help="Length of the runs.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes [one per core].")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder; goes on with what it holds.")
+    ] = None,
+) -> None:
+    """Train all pairs of tasks, and say whether affinities foretold what they gain."""
+    given: dict[str, Any] = {} if batches is None else {"batches": batches}
+    with _errors_in_words():
+        _affinity_gain(recipe, seeds, given, set_ or [], jobs, out)
 
 
 @contextmanager
@@ -154,9 +177,7 @@ def _train(
         console.print(str(stopped), soft_wrap=True, markup=False)
         raise typer.Exit(130) from None
     console.print(summary_table(summary, titles))
-    console.print(
-        f"Pictures and numbers are in {run.out}", soft_wrap=True, highlight=False, markup=False
-    )
+    _say_where("Pictures and numbers", run.out)
 
 
 def _compare(
@@ -196,22 +217,65 @@ def _compare(
         strict=methods is not None,
     )
     titles = {variant.name: variant.title for variant in comparison.variants}
+    with _stoppable(), report.ComparisonDisplay(str(comparison.out), titles, console) as display:
+        table = comparison.run(display.update, jobs)
+    for shown in report.tables(table):
+        console.print(shown)
+    (comparison.out / "table.md").write_text(report.markdown(table, _command()))
+    report.write_csv(table, comparison.out / "table.csv")
+    report.delta_m_plot(table, comparison.out / "delta_m.png")
+    _say_where("Tables and picture", comparison.out)
+
+
+def _affinity_gain(
+    recipe: str,
+    seeds: int,
+    options: dict[str, Any],
+    changes: list[str],
+    jobs: int | None,
+    out: Path | None,
+) -> None:
+    from taskgroup.experiment.affinity_gain import AffinityGain
+    from taskgroup.experiment.recipe import parse_changes, read_recipe
+    from taskgroup.report import affinity_gain as report
+    from taskgroup.report.comparison import ComparisonDisplay
+
+    console = rich.get_console()
+    settings = read_recipe(recipe, {**parse_changes(changes), **options})
+    measured = AffinityGain(
+        settings, seeds, out or Path("runs") / f"affinity-gain-{Path(recipe).stem}"
+    )
+    titles = {"proximal": "Proximal", "gradient": "From gradients", "lookahead": "Lookahead"}
+    with _stoppable(), ComparisonDisplay(str(measured.out), titles, console) as display:
+        gains = measured.run(display.update, jobs)
+    for shown in report.tables(gains):
+        console.print(shown)
+    (measured.out / "gains.md").write_text(report.markdown(gains, _command()))
+    report.write_csv(gains, measured.out / "gains.csv")
+    report.affinity_gain_plot(gains, measured.out / "gains.png")
+    _say_where("Tables and picture", measured.out)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C ends with a word on how to go on, and exit status 130."""
     try:
-        with report.ComparisonDisplay(str(comparison.out), titles, console) as display:
-            table = comparison.run(display.update, jobs)
+        yield
     except KeyboardInterrupt:
-        console.print(
+        rich.get_console().print(
             "Stopped; finished runs are kept. The same command goes on.", soft_wrap=True
         )
         raise typer.Exit(130) from None
-    command = shlex.join(["taskgroup", *sys.argv[1:]])
-    for shown in report.tables(table):
-        console.print(shown)
-    (comparison.out / "table.md").write_text(report.markdown(table, command))
-    report.write_csv(table, comparison.out / "table.csv")
-    report.delta_m_plot(table, comparison.out / "delta_m.png")
-    console.print(
-        f"Tables and picture are in {comparison.out}", soft_wrap=True, highlight=False, markup=False
+
+
+def _command() -> str:
+    """What was typed."""
+    return shlex.join(["taskgroup", *sys.argv[1:]])
+
+
+def _say_where(what: str, folder: Path) -> None:
+    rich.get_console().print(
+        f"{what} are in {folder}", soft_wrap=True, highlight=False, markup=False
     )
 
 

@@ -129,7 +129,7 @@ class Yeast:
 
 @cache
 def _tables() -> dict[str, Table]:
-    rows = [(list(x.values()), list(y.values())) for x, y in Records()]
+    rows = [(list(x.values()), list(y.values())) for x, y in Records()]  # type: ignore[no-untyped-call]
     features = torch.tensor([x for x, _ in rows])
     labels = torch.tensor([y for _, y in rows], dtype=torch.float32)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))

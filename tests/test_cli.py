@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 import taskgroup as tg
 from taskgroup.cli import app
-from taskgroup.vision import TASKONOMY, Motorcycle, criterion, vit
 from taskgroup.experiment import files
 from taskgroup.experiment.recipe import read_recipe
 from taskgroup.experiment.run import Interrupted, Run, load_metrics
+from taskgroup.vision import TASKONOMY, Motorcycle, criterion, vit
 
 SMALL = {
     "size": 32,

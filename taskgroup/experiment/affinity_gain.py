@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,10 +141,8 @@ class AffinityGain:
                 every = max(1, recipe.batches // _LOOKAHEADS)
                 cells.append(Cell("lookahead", recipe, lookahead_every=every))
             else:
-                recipe = dataclasses.replace(
-                    self.recipe, method="selective", affinity=kind, seed=seed
-                )
-                cells.append(Cell(kind, recipe))
+                settings: dict[str, Any] = {"method": "selective", "affinity": kind}
+                cells.append(Cell(kind, dataclasses.replace(self.recipe, seed=seed, **settings)))
         return cells
 
     def _metrics(self, cells: Iterable[Cell], task: str) -> Floats:

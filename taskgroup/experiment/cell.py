@@ -73,8 +73,9 @@ def train_cell(cell: Cell, folder: Path) -> Result:
     Returns:
         ``{"settings", "metrics": {split: {task: value}}, "seconds_per_batch", "peak_bytes",
         "steps_per_batch", "groups": groups per batch, "changes": batches after which the partition
-        changed, "partition", "affinity": [K, K] at the end, "diverged": batch or None}``. Seconds are of the processor, so that a busy machine
-        does not count; the last batch, of which the memory is measured, does not either.
+        changed, "partition", "affinity": [K, K] at the end, "diverged": batch or None}``. Seconds
+        are of the processor, so that a busy machine does not count; the last batch, of which the
+        memory is measured, does not either.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a run that diverges; the result says so
@@ -188,7 +189,7 @@ def _peak_bytes(step: Callable[[], None]) -> int:
 def _no_stderr() -> Iterator[None]:
     """Away with what the profiler's C++ code says of its start and stop."""
     kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
+    with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
         yield

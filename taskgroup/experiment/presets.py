@@ -94,19 +94,18 @@ def _grouping(recipe: Recipe, n_tasks: int) -> list[Variant]:
 
 
 def _heads(recipe: Recipe, n_tasks: int) -> list[Variant]:
-    variants = [_GD, _SELECTIVE]
-    for outside in ("hold", "coast"):
-        for times in ("1", "sqrt(M)", "M", "K"):
-            variants.append(
-                _selective(
-                    f"{outside}-{times}",
-                    f"Heads {outside}, rate x {times}",
-                    outside=outside,
-                    head_lr_times=times,
-                )
-            )
+    rules = [
+        _selective(
+            f"{outside}-{times}",
+            f"Heads {outside}, rate x {times}",
+            outside=outside,
+            head_lr_times=times,
+        )
+        for outside in ("hold", "coast")
+        for times in ("1", "sqrt(M)", "M", "K")
+    ]
     joint = Variant("gd-K", "GD, head rate x K", {"method": "gd", "head_lr_times": "K"})
-    return [*variants, joint]
+    return [_GD, _SELECTIVE, *rules, joint]
 
 
 def _preference(recipe: Recipe, n_tasks: int) -> list[Variant]:

@@ -69,7 +69,7 @@ class Workers:
                     "A worker process died, of too little memory maybe; what was finished is kept. "
                     "Start the same command again, with fewer --jobs."
                 ) from None
-            except Exception as error:  # noqa: BLE001 (the others go on)
+            except Exception as error:  # the others go on
                 failed.append(f"{cell.name}, seed {cell.recipe.seed}: {error}")
             done += 1
             listen(title, done, len(cells), cell, result)

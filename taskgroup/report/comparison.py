@@ -22,7 +22,11 @@ from rich.text import Text
 __all__ = ["ComparisonDisplay", "delta_m_plot", "markdown", "tables", "write_csv"]
 
 _DPI = 150
-_SPLIT_TITLES = {"held_out": "held-out data", "train": "fixed training data"}
+_COLUMNS = [
+    *("variant", "budget", "split", "batches", "rate", "runs", "diverged"),
+    *("delta_m", "delta_m_half", "gain", "gain_half", "noise_floor", "verdict"),
+    *("time", "memory", "steps", "groups", "changes"),
+]
 
 
 class _Estimate(Protocol):
@@ -75,7 +79,7 @@ class ComparisonDisplay:
             self._begin(stage, total)
         assert self._bar is not None
         self._bar.update(self._task, completed=done, total=total)
-        name = cell.name if cell.name in self._titles else "single-task"
+        name = cell.name if cell.name in self._titles else _other(cell)
         self._done[name] = self._done.get(name, 0) + 1
         if result is not None and result["diverged"] is not None:
             self._diverged[name] = self._diverged.get(name, 0) + 1
@@ -107,7 +111,7 @@ class ComparisonDisplay:
             return Panel("starting", title=self._title, border_style="dim")
         cells = []
         for name, done in self._done.items():
-            title = self._titles.get(name, "Single-task")
+            title = self._titles.get(name, name)
             text = Text(f"{title:<28}{done:4d}")
             if name in self._diverged:
                 text.append(f" ({self._diverged[name]} diverged)", style="red")
@@ -117,6 +121,12 @@ class ComparisonDisplay:
         for start in range(0, len(cells), columns):
             grid.add_row(*cells[start : start + columns])
         return Panel(Group(self._bar, "", grid), title=self._title, border_style="dim")
+
+
+def _other(cell: Any) -> str:
+    """What is run besides the variants, by how many tasks it trains."""
+    tasks = cell.recipe.tasks
+    return "Single-task" if tasks is None or len(tasks) == 1 else "Pairs"
 
 
 def tables(table: Any) -> list[RenderableType]:
@@ -168,31 +178,39 @@ def write_csv(table: Any, path: str | os.PathLike[str]) -> None:
     """All figures, a line per variant, budget and split."""
     with Path(path).open("w", newline="") as file:
         writer = csv.writer(file)
-        tasks = [f"{table.problem.metric} {task}" for task in table.tasks]
-        writer.writerow(
-            ["variant", "budget", "split", "batches", "rate", "seeds", "diverged", "delta_m"]
-            + ["delta_m_half", "gain", "gain_half", "noise_floor", "verdict", "time", "memory"]
-            + ["steps", "groups", "changes", *tasks]
-        )
+        writer.writerow(_COLUMNS + [f"{table.problem.metric} {task}" for task in table.tasks])
         for row in table.rows:
             for (budget, split), delta in row.delta.items():
                 gain = row.gain[budget, split]
                 metrics = row.metrics.get((budget, split), {})
-                writer.writerow(
-                    [row.variant.name, budget, split, row.batches[budget]]
-                    + [row.rate if budget == "tuned" else table.recipe.lr, delta.n]
-                    + [row.diverged[budget]]
-                    + [_figure(x) for x in (delta.mean, delta.half, gain.mean, gain.half)]
-                    + [_figure(row.floor[budget, split]), row.verdict(budget, split)]
-                    + [_figure(x) for x in (row.time, row.memory, row.steps, row.groups)]
-                    + [_figure(row.changes)]
-                    + [_figure(metrics.get(task, math.nan)) for task in table.tasks]
-                )
+                values: dict[str, Any] = {
+                    "variant": row.variant.name,
+                    "budget": budget,
+                    "split": split,
+                    "batches": row.batches[budget],
+                    "rate": row.rate if budget == "tuned" else table.recipe.lr,
+                    "runs": delta.n,
+                    "diverged": row.diverged[budget],
+                    "delta_m": delta.mean,
+                    "delta_m_half": delta.half,
+                    "gain": gain.mean,
+                    "gain_half": gain.half,
+                    "noise_floor": row.floor[budget, split],
+                    "verdict": row.verdict(budget, split),
+                    "time": row.time,
+                    "memory": row.memory,
+                    "steps": row.steps,
+                    "groups": row.groups,
+                    "changes": row.changes,
+                }
+                figures = [*values.values(), *(metrics.get(t, math.nan) for t in table.tasks)]
+                writer.writerow([_figure(value) for value in figures])
         for split, metrics in table.single.items():
-            writer.writerow(
-                ["single-task", "batches", split, table.recipe.batches, table.recipe.lr]
-                + [table.seeds, "", *[""] * 11, *(_figure(metrics[task]) for task in table.tasks)]
-            )
+            values = dict.fromkeys(_COLUMNS, "") | {"variant": "single-task", "split": split}
+            values |= {"budget": "batches", "batches": table.recipe.batches}
+            values |= {"rate": table.recipe.lr, "runs": table.seeds}
+            figures = [*values.values(), *(metrics[task] for task in table.tasks)]
+            writer.writerow([_figure(value) for value in figures])
 
 
 def delta_m_plot(table: Any, path: str | os.PathLike[str]) -> None:
@@ -226,7 +244,10 @@ def delta_m_plot(table: Any, path: str | os.PathLike[str]) -> None:
         mean, half, _ = row.delta[last.name, "held_out"]
         right.errorbar(mean, y, xerr=half, fmt="o", color=_colour(row), markersize=5, capsize=2)
     right.set_yticks(range(len(rows)), [row.variant.title for row in rows])
-    right.set(xlabel="Δm against single-task training, % (shaded: noise floor about GD)", ylim=(-0.7, len(rows) - 0.3))
+    right.set(
+        xlabel="Δm against single-task training, % (shaded: noise floor about GD)",
+        ylim=(-0.7, len(rows) - 0.3),
+    )
     right.set_title(f"Given {last.title}", loc="left")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -335,8 +356,8 @@ def _notes(table: Any) -> list[str]:
         f"Noise floor: two sets of {table.seeds} joint runs differ by up to {floor:.1f} by chance "
         f"({last.title}, held-out). A difference is called better or worse only outside both this "
         f"floor and its own interval; of {len(table.rows)} rows one in twenty is so by luck.",
-        "Time and memory: of a batch, relative to GD; processor seconds on one thread, and the most "
-        "bytes that tensors take.",
+        "Time and memory: of a batch, relative to GD; processor seconds on one thread, and the "
+        "most bytes that tensors take.",
     ]
     if any(budget.name != "batches" for budget in table.budgets):
         notes.append("As much time: as many batches as take the time of the selective run.")
@@ -368,8 +389,10 @@ def _times(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.2f}x"
 
 
-def _figure(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.6g}"
+def _figure(value: object) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return str(value)
 
 
 def _sentence(text: str) -> str:
