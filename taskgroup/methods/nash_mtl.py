@@ -75,11 +75,14 @@ class NashMTL(GramMethod):
         # Of the matrix of gradients TorchJD uses G alone, so any root of it will do.
         values, vectors = torch.linalg.eigh(gram.double())
         self._problem.tried = self._problem.solved = 0
-        before = self._nash.prvs_alpha
-        weights: Tensor = self._nash(vectors * values.clamp(min=0).sqrt())
-        if self._problem.tried and not self._problem.solved:
-            self._nash.prvs_alpha = before
-            raise ArithmeticError(f"ECOS failed: {self._problem.said}")
+        before = self._nash.prvs_alpha, self._nash.step
+        try:
+            weights: Tensor = self._nash(vectors * values.clamp(min=0).sqrt())
+            if self._problem.tried and not self._problem.solved:
+                raise ArithmeticError(f"ECOS failed: {self._problem.said}")
+        except Exception:
+            self._nash.prvs_alpha, self._nash.step = before  # the next step tries again
+            raise
         return weights
 
     def _state(self) -> dict[str, Any]:
