@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ class NashMTL(GramMethod):
         # one whole period, which changes nothing else.
         n_tasks = len(self._tasks)
         aggregator = Aggregator(n_tasks, max_norm, update_weights_every, optim_niter)
-        self._nash: Any = aggregator.weighting
+        self._nash = cast(Any, aggregator.weighting)
         self._nash.prvs_alpha = np.ones(n_tasks)
         self._nash._init_optim_problem()
         self._nash.step = update_weights_every
