@@ -12,7 +12,7 @@ from torch import Tensor
 from taskgroup.methods.method import JointMethod
 from taskgroup.ops import combine, task_gram
 
-__all__ = ["GradientMethod", "Gradients", "GramMethod"]
+__all__ = ["GradientMethod", "Gradients", "GramMethod", "targets"]
 
 Gradients: TypeAlias = list[list[Tensor | None]]  # [K] tasks of [T] parameters
 

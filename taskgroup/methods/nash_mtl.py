@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ class NashMTL(GramMethod):
         # one whole period, which changes nothing else.
         n_tasks = len(self._tasks)
         aggregator = Aggregator(n_tasks, max_norm, update_weights_every, optim_niter)
-        self._nash: Any = aggregator.weighting
+        self._nash = cast(Any, aggregator.weighting)
         self._nash.prvs_alpha = np.ones(n_tasks)
         self._nash._init_optim_problem()
         self._nash.step = update_weights_every
@@ -81,13 +81,16 @@ class NashMTL(GramMethod):
         # Of the matrix of gradients TorchJD uses G alone, so any root of it will do.
         values, vectors = torch.linalg.eigh(gram.double())
         self._problem.tried = self._problem.solved = 0
-        weights: Tensor = self._nash(vectors * values.clamp(min=0).sqrt())
-        if self._problem.solved:
-            self._found = True
-        elif self._problem.tried and not self._found:
-            raise ArithmeticError(f"ECOS failed: {self._problem.said}")
-        elif self._problem.tried:
-            self.unsolved += 1
+        before = self._nash.prvs_alpha, self._nash.step
+        try:
+            weights: Tensor = self._nash(vectors * values.clamp(min=0).sqrt())
+            if self._problem.tried and not (self._problem.solved or self._found):
+                raise ArithmeticError(f"ECOS failed: {self._problem.said}")
+        except Exception:
+            self._nash.prvs_alpha, self._nash.step = before  # the next step tries again
+            raise
+        self._found |= self._problem.solved > 0
+        self.unsolved += self._problem.tried > 0 and not self._problem.solved
         return weights
 
     def _state(self) -> dict[str, Any]:

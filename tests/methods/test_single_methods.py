@@ -98,11 +98,11 @@ def test_dtp_names_the_tasks_that_are_not_scored():
 def test_nash_mtl_raises_where_ecos_finds_nothing():
     """TorchJD would return the weights of the step before, equal ones at first."""
     x = nn.Parameter(torch.zeros(2))
-    losses = {"a": 0 * x[0], "b": x[1]}  # a has no gradient
-    method = tg.methods.NashMTL([x], ["a", "b"])
+    method = tg.methods.NashMTL([x], ["a", "b"], update_weights_every=3)
     before = method.state_dict()
-    with pytest.raises(RuntimeError, match="NashMTL found no weights for these gradients"):
-        method.backward(losses)
+    for _ in range(2):  # the second step would keep the weights of the first
+        with pytest.raises(RuntimeError, match="NashMTL found no weights for these gradients"):
+            method.backward({"a": 0 * x[0], "b": x[1]})  # a has no gradient
     assert x.grad is None
     assert torch.equal(method.state_dict()["alpha"], before["alpha"])
     assert method.backward({"a": x[0], "b": x[1]}).isfinite().all()
@@ -120,6 +120,24 @@ def test_nash_mtl_raises_where_every_problem_fails(monkeypatch):
     monkeypatch.setattr(method._problem._problem, "solve", fails)
     with pytest.raises(RuntimeError, match=r"NashMTL found no weights .*ECOS gave up"):
         method.backward({"a": x[0], "b": x[1]})
+
+
+def test_nash_mtl_keeps_its_weights_where_a_later_problem_fails(monkeypatch):
+    x = nn.Parameter(torch.zeros(2))
+    method = tg.methods.NashMTL([x], ["a", "b"])
+    solved = method.backward({"a": x[0], "b": 3 * x[1]})
+    assert method.unsolved == 0
+
+    def fails(**options):
+        raise ValueError("ECOS gave up")
+
+    monkeypatch.setattr(method._problem._problem, "solve", fails)
+    kept = method.backward({"a": x[0], "b": 3 * x[1]})
+    torch.testing.assert_close(kept, solved)
+    assert method.unsolved == 1
+    resumed = tg.methods.NashMTL([x], ["a", "b"])
+    resumed.load_state_dict(method.state_dict())
+    assert resumed.unsolved == 1
 
 
 def test_nash_mtl_keeps_weights_between_updates():
