@@ -196,11 +196,12 @@ def _compare(
     from taskgroup.experiment.presets import JOINT, preset, variants_by_name
     from taskgroup.experiment.problem import make_problem
     from taskgroup.experiment.recipe import parse_changes, read_recipe
+    from taskgroup.experiment.trainer import task_names
     from taskgroup.report import comparison as report
 
     console = rich.get_console()
     settings = read_recipe(recipe, {**parse_changes(changes), **options})
-    settings, variants = preset(preset_name, settings, make_problem(settings))
+    variants = preset(preset_name, settings, task_names(settings, make_problem(settings)))
     if methods is not None:
         variants = variants_by_name([JOINT, *methods], variants)
     try:
@@ -211,7 +212,7 @@ def _compare(
         settings,
         variants,
         seeds,
-        out or Path("runs") / f"compare-{Path(recipe).stem}-{preset_name}",
+        out or Path("runs") / f"compare-{Path(recipe).stem}",
         budgets=budgets,
         rates=tried or [settings.lr / 3, settings.lr, 3 * settings.lr],
         strict=methods is not None,
@@ -221,10 +222,10 @@ def _compare(
         table = comparison.run(display.update, jobs)
     for shown in report.tables(table):
         console.print(shown)
-    (comparison.out / "table.md").write_text(report.markdown(table, _command()))
-    report.write_csv(table, comparison.out / "table.csv")
-    report.delta_m_plot(table, comparison.out / "delta_m.png")
-    _say_where("Tables and picture", comparison.out)
+    (comparison.out / f"{preset_name}.md").write_text(report.markdown(table, _command()))
+    report.write_csv(table, comparison.out / f"{preset_name}.csv")
+    report.delta_m_plot(table, comparison.out / f"{preset_name}.png")
+    _say_where(f"Tables and picture ({preset_name}.md, .csv and .png)", comparison.out)
 
 
 def _affinity_gain(

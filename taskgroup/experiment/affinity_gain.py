@@ -15,6 +15,7 @@ from scipy import stats
 from taskgroup.experiment.cell import Cell, open_folder
 from taskgroup.experiment.problem import Problem, make_problem
 from taskgroup.experiment.recipe import Recipe
+from taskgroup.experiment.trainer import task_names
 from taskgroup.experiment.workers import Listener, Workers
 
 __all__ = ["AffinityGain", "Correlation", "Gains", "spearman"]
@@ -92,7 +93,7 @@ class AffinityGain:
             raise ValueError(f"Gains need at least one seed, got {seeds}.")
         self.recipe = recipe
         self.problem = make_problem(recipe)
-        self.tasks = list(self.problem.titles if recipe.tasks is None else recipe.tasks)
+        self.tasks = task_names(recipe, self.problem)
         if len(self.tasks) < 3:
             raise ValueError("A correlation over pairs needs at least three tasks.")
         self.seeds = seeds

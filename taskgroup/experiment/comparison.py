@@ -17,7 +17,7 @@ from taskgroup.experiment.presets import JOINT, REFERENCE, Variant
 from taskgroup.experiment.problem import Problem, make_problem
 from taskgroup.experiment.recipe import Recipe
 from taskgroup.experiment.statistics import Estimate, estimate, noise_floor
-from taskgroup.experiment.trainer import Trainer
+from taskgroup.experiment.trainer import Trainer, task_names
 from taskgroup.experiment.workers import Listener, Workers
 
 __all__ = ["Budget", "Comparison", "Row", "Table"]
@@ -172,7 +172,7 @@ class Comparison:
         self.rates = sorted({*rates, recipe.lr}) if rates else [recipe.lr]
         self.tuning_seeds = tuning_seeds
         self.problem = make_problem(recipe)
-        self.tasks = list(self.problem.titles if recipe.tasks is None else recipe.tasks)
+        self.tasks = task_names(recipe, self.problem)
         self.refused: dict[str, str] = {}
         self.variants = [v for v in variants if self._can_work(v, strict)]
         self._cells = open_folder(self.out, recipe)

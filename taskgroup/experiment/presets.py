@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import taskgroup as tg
-from taskgroup.experiment.problem import Problem
 from taskgroup.experiment.recipe import Recipe
 
 __all__ = ["JOINT", "PRESETS", "REFERENCE", "Variant", "preset", "variants_by_name"]
@@ -68,15 +66,15 @@ def _selective(name: str, title: str, **settings: Any) -> Variant:
     return Variant(name, title, {"method": "selective", **settings})
 
 
-def _methods(recipe: Recipe, n_tasks: int) -> list[Variant]:
+def _methods(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     joint = [Variant(m, _TITLES.get(m, m), {"method": m}) for m in tg.methods.METHODS]
     return [*joint, _SELECTIVE, _CHEAP]
 
 
-def _grouping(recipe: Recipe, n_tasks: int) -> list[Variant]:
+def _grouping(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     random = [
         _selective(f"random-{m}", f"Random, {m} groups", grouping=f"random:{m}")
-        for m in range(2, n_tasks)
+        for m in range(2, len(tasks))
     ]
     return [
         _GD,
@@ -93,7 +91,7 @@ def _grouping(recipe: Recipe, n_tasks: int) -> list[Variant]:
     ]
 
 
-def _heads(recipe: Recipe, n_tasks: int) -> list[Variant]:
+def _heads(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     rules = [
         _selective(
             f"{outside}-{times}",
@@ -108,7 +106,7 @@ def _heads(recipe: Recipe, n_tasks: int) -> list[Variant]:
     return [_GD, _SELECTIVE, *rules, joint]
 
 
-def _preference(recipe: Recipe, n_tasks: int) -> list[Variant]:
+def _preference(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     return [
         _GD,
         _SELECTIVE,
@@ -118,7 +116,7 @@ def _preference(recipe: Recipe, n_tasks: int) -> list[Variant]:
     ]
 
 
-def _decay(recipe: Recipe, n_tasks: int) -> list[Variant]:
+def _decay(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     decays = (1e-3, 1e-2, 0.05, 0.2, 1.0)
     return [
         _GD,
@@ -127,7 +125,7 @@ def _decay(recipe: Recipe, n_tasks: int) -> list[Variant]:
     ]
 
 
-def _batch_size(recipe: Recipe, n_tasks: int) -> list[Variant]:
+def _batch_size(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     variants = [_GD, _SELECTIVE]
     for size in sorted({max(1, recipe.batch_size // 2), 2 * recipe.batch_size}):
         settings = {"batch_size": size}
@@ -144,7 +142,7 @@ def _batch_size(recipe: Recipe, n_tasks: int) -> list[Variant]:
     return variants
 
 
-def _warmup(recipe: Recipe, n_tasks: int) -> list[Variant]:
+def _warmup(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     warmups = sorted({1, max(1, recipe.warmup // 3), 3 * recipe.warmup, recipe.batches // 2})
     return [
         _GD,
@@ -153,7 +151,7 @@ def _warmup(recipe: Recipe, n_tasks: int) -> list[Variant]:
     ]
 
 
-def _cheap(recipe: Recipe, n_tasks: int) -> list[Variant]:
+def _cheap(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     return [
         _GD,
         _SELECTIVE,
@@ -163,12 +161,30 @@ def _cheap(recipe: Recipe, n_tasks: int) -> list[Variant]:
     ]
 
 
-def _three_tasks(recipe: Recipe, n_tasks: int) -> list[Variant]:
-    return [_GD, _SELECTIVE, _selective("singletons", "One per task", grouping="singletons")]
+def _three_tasks(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
+    some = tuple(tasks[k * len(tasks) // 3] for k in range(3))  # not all of one kind
+    joint = "gd-three"
+    return [
+        _GD,
+        _SELECTIVE,
+        Variant(joint, "Three tasks, GD", {"method": "gd", "tasks": some}, against=joint),
+        *(
+            Variant(
+                f"{name}-three",
+                f"Three tasks, {title}",
+                {"method": "selective", "tasks": some, **settings},
+                against=joint,
+            )
+            for name, title, settings in (
+                ("selective", "selective", {}),
+                ("singletons", "one per task", {"grouping": "singletons"}),
+            )
+        ),
+    ]
 
 
-#: From a recipe and its number of tasks to the variants of a comparison.
-PRESETS: dict[str, Callable[[Recipe, int], list[Variant]]] = {
+#: From a recipe and its tasks to the variants of a comparison.
+PRESETS: dict[str, Callable[[Recipe, Sequence[str]], list[Variant]]] = {
     "methods": _methods,
     "grouping": _grouping,
     "heads": _heads,
@@ -181,21 +197,21 @@ PRESETS: dict[str, Callable[[Recipe, int], list[Variant]]] = {
 }
 
 
-def preset(name: str, recipe: Recipe, problem: Problem) -> tuple[Recipe, list[Variant]]:
-    """The recipe to start from, and the variants.
+def preset(name: str, recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
+    """The variants that a preset compares.
+
+    Args:
+        name: of the preset.
+        recipe: what the variants start from.
+        tasks: of the recipe.
 
     Raises:
         ValueError: if there is no such preset.
     """
     if name not in PRESETS:
-        raise ValueError(f"There is no preset {name!r}; they are {', '.join(PRESETS)}.")
-    if name == "three-tasks" and recipe.tasks is None:
-        # Spread over the tasks, so that they are not all of one kind.
-        titles = list(problem.titles)
-        some = tuple(titles[math.floor(k * len(titles) / 3)] for k in range(3))
-        recipe = dataclasses.replace(recipe, tasks=some)
-    n_tasks = len(problem.titles if recipe.tasks is None else recipe.tasks)
-    return recipe, PRESETS[name](recipe, n_tasks)
+        near = difflib.get_close_matches(name, PRESETS, n=len(PRESETS), cutoff=0.0)
+        raise ValueError(f"There is no preset {name!r}; there are {', '.join(near)}.")
+    return PRESETS[name](recipe, tasks)
 
 
 def variants_by_name(names: list[str], variants: list[Variant]) -> list[Variant]:

@@ -18,7 +18,7 @@ from taskgroup.experiment.credit import PublishedCredit
 from taskgroup.experiment.problem import Problem, make_problem
 from taskgroup.experiment.recipe import Recipe
 
-__all__ = ["MODEL_SECTIONS", "Progress", "Trainer"]
+__all__ = ["MODEL_SECTIONS", "Progress", "Trainer", "task_names"]
 
 #: What a user would pay for without taskgroup, of the parts of a batch that are timed.
 MODEL_SECTIONS = ("forward", "loss", "backward", "optimizer")
@@ -68,7 +68,7 @@ class Trainer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.problem: Problem = make_problem(recipe)
-        self.tasks = _tasks(recipe, self.problem)
+        self.tasks = task_names(recipe, self.problem)
         self.batch = 0
         self.seconds = dict.fromkeys(MODEL_SECTIONS, 0.0)
         self._data = torch.Generator().manual_seed(recipe.seed)
@@ -169,6 +169,7 @@ class Trainer:
             losses = self.problem.losses(outputs, batch)
             clock.lap("loss")
             self.optimizer.zero_grad()
+            clock.lap("optimizer")
             loss = group.loss(losses)
             if self._published is not None:
                 self._published.observe(group, losses)
@@ -195,6 +196,7 @@ class Trainer:
         losses = self.problem.losses(outputs, batch)
         clock.lap("loss")
         self.optimizer.zero_grad()
+        clock.lap("optimizer")
         method.backward(losses)
         clock.lap("backward")
         with self._scaled_head_lr():
@@ -264,7 +266,12 @@ class Trainer:
 _EPOCHS = 20  # that DWA divides a run into: batches are drawn at random, without epochs
 
 
-def _tasks(recipe: Recipe, problem: Problem) -> list[str]:
+def task_names(recipe: Recipe, problem: Problem) -> list[str]:
+    """The tasks that a recipe trains, in the order of the data set.
+
+    Raises:
+        ValueError: if the data set has no such task.
+    """
     if recipe.tasks is None:
         return list(problem.titles)
     if unknown := [task for task in recipe.tasks if task not in problem.titles]:

@@ -122,7 +122,8 @@ def _headline(gains: Any) -> str:
 def _note(gains: Any) -> str:
     note = (
         "Gain: of the held-out metric of a task when trained with another, over training alone, "
-        f"for {gains.recipe.batches} batches. In brackets the 95% interval of a bootstrap over tasks."
+        f"for {gains.recipe.batches} batches. In brackets the 95% interval of a bootstrap over the "
+        "tasks."
     )
     if gains.repeatable is not None:
         note += (
