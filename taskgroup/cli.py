@@ -226,6 +226,11 @@ def _compare(
     report.write_csv(table, comparison.out / f"{preset_name}.csv")
     report.delta_m_plot(table, comparison.out / f"{preset_name}.png")
     _say_where(f"Tables and picture ({preset_name}.md, .csv and .png)", comparison.out)
+    if table.failed:
+        raise RuntimeError(
+            f"{len(table.failed)} runs failed and are missing above; the same command runs them "
+            f"again. The first: {table.failed[0]}"
+        )
 
 
 def _affinity_gain(

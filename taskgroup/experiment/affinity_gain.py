@@ -116,6 +116,11 @@ class AffinityGain:
         with Workers(self._cells, jobs) as workers:
             workers.run("training pairs", list(itertools.chain(*trained)), listen)
             workers.run("measuring affinities", list(itertools.chain(*found)), listen)
+        if workers.failed:
+            raise RuntimeError(
+                f"{len(workers.failed)} runs failed, the others are kept; the first: "
+                f"{workers.failed[0]}"
+            )
         return self._read()
 
     def _seeds(self) -> range:

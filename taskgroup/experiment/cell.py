@@ -73,9 +73,9 @@ def train_cell(cell: Cell, folder: Path) -> Result:
     Returns:
         ``{"settings", "metrics": {split: {task: value}}, "seconds_per_batch", "peak_bytes",
         "steps_per_batch", "groups": groups per batch, "changes": batches after which the partition
-        changed, "partition", "affinity": [K, K] at the end, "diverged": batch or None}``. Seconds
-        are of the processor, so that a busy machine does not count; the last batch, of which the
-        memory is measured, does not either.
+        changed, "partition", "affinity": [K, K] at the end, "skipped": batches for which the method
+        found no weights, "diverged": batch or None}``. Seconds are of the processor, so that a busy
+        machine does not count; the last batch, of which the memory is measured, does not either.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a run that diverges; the result says so
@@ -136,6 +136,7 @@ def _train(recipe: Recipe, lookahead_every: int | None) -> Result:
         "changes": changes,
         "partition": [list(group) for group in partition],
         "affinity": affinity.tolist(),
+        "skipped": trainer.skipped,
         "diverged": diverged,
     }
 

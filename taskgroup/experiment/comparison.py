@@ -64,6 +64,7 @@ class Row:
         floor: ``{(budget, split): noise floor of such a difference}``, from the joint runs.
         metrics: ``{(budget, split): {task: mean}}``.
         diverged: ``{budget: runs that diverged}``.
+        skipped: share of the batches for which the method found no weights.
     """
 
     variant: Variant
@@ -79,6 +80,7 @@ class Row:
     floor: dict[tuple[str, str], float]
     metrics: dict[tuple[str, str], dict[str, float]]
     diverged: dict[str, int]
+    skipped: float
 
     def verdict(self, budget: str, split: str) -> str:
         """Whether the variant differs from joint training: ``"better"``, ``"worse"`` or ``""``.
@@ -108,6 +110,7 @@ class Table:
         rows: one per variant.
         single: ``{split: {task: mean metric}}`` of single-task training.
         refused: ``{title: why the method cannot work on the data}``.
+        failed: what runs that failed said.
     """
 
     recipe: Recipe
@@ -118,6 +121,7 @@ class Table:
     rows: list[Row]
     single: dict[str, dict[str, float]]
     refused: dict[str, str]
+    failed: list[str]
 
 
 class Comparison:
@@ -201,7 +205,7 @@ class Comparison:
             jobs: processes side by side; None is one per core.
 
         Raises:
-            RuntimeError: if runs failed, or a worker process died; the rest is finished and kept.
+            RuntimeError: if a worker process died; what was finished is kept.
         """
         wanted = {budget.name for budget in self.budgets}
         with Workers(self._cells, jobs) as workers:
@@ -211,7 +215,7 @@ class Comparison:
             if "tuned" in wanted:
                 workers.run("choosing rates", self._tuning(), listen)
                 workers.run("best rates", self._by("tuned"), listen)
-        return self.read()
+        return self.read(workers.failed)
 
     def _seeds(self) -> range:
         return range(self.recipe.seed, self.recipe.seed + self.seeds)
@@ -327,8 +331,12 @@ class Comparison:
             self._single_metrics = {split: self._baseline(split) for split in self.problem.splits}
         return self._single_metrics
 
-    def read(self) -> Table:
-        """What the finished runs say."""
+    def read(self, failed: Sequence[str] = ()) -> Table:
+        """What the finished runs say.
+
+        Args:
+            failed: what those that failed said.
+        """
         by_name = {variant.name: variant for variant in self.variants}
         return Table(
             recipe=self.recipe,
@@ -339,6 +347,7 @@ class Comparison:
             rows=[self._row(v, by_name.get(v.against, by_name[JOINT])) for v in self.variants],
             single=self.single,
             refused=self.refused,
+            failed=list(failed),
         )
 
     def _row(self, variant: Variant, joint: Variant) -> Row:
@@ -385,6 +394,7 @@ class Comparison:
             floor=floor,
             metrics=metrics,
             diverged=diverged,
+            skipped=_mean(r.get("skipped", 0) / self.recipe.batches for r in finished),
         )
 
 

@@ -58,6 +58,7 @@ class Trainer:
         model: the network.
         groups: the task groups; for a joint method all tasks are one.
         batch: batches done.
+        skipped: those without a step, for which the method found no weights.
         seconds: ``{section: seconds}``, so far.
 
     Raises:
@@ -70,6 +71,7 @@ class Trainer:
         self.problem: Problem = make_problem(recipe)
         self.tasks = task_names(recipe, self.problem)
         self.batch = 0
+        self.skipped = 0
         self.seconds = dict.fromkeys(MODEL_SECTIONS, 0.0)
         self._data = torch.Generator().manual_seed(recipe.seed)
 
@@ -195,9 +197,14 @@ class Trainer:
         clock.lap("forward")
         losses = self.problem.losses(outputs, batch)
         clock.lap("loss")
+        values = {task: loss.detach() for task, loss in losses.items()}
         self.optimizer.zero_grad()
         clock.lap("optimizer")
-        method.backward(losses)
+        try:
+            method.backward(losses)
+        except tg.methods.NoWeightsError:
+            self.skipped += 1
+            return values, []
         clock.lap("backward")
         with self._scaled_head_lr():
             self.optimizer.step()
@@ -206,7 +213,7 @@ class Trainer:
             with torch.no_grad():
                 method.observe(self.problem.losses(self.model(inputs), batch))
             clock.lap("forward")
-        return {task: loss.detach() for task, loss in losses.items()}, [tuple(self.tasks)]
+        return values, [tuple(self.tasks)]
 
     @contextmanager
     def _scaled_head_lr(self) -> Iterator[None]:
@@ -239,6 +246,7 @@ class Trainer:
         """Everything an exact resume needs; it loads under ``weights_only=True``."""
         return {
             "batch": self.batch,
+            "skipped": self.skipped,
             "seconds": dict(self.seconds),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -260,6 +268,7 @@ class Trainer:
         self._data.set_state(state["data"])
         torch.set_rng_state(state["torch"])
         self.batch = state["batch"]
+        self.skipped = state["skipped"]
         self.seconds = state["seconds"]
 
 

@@ -24,9 +24,13 @@ class Workers:
     Args:
         folder: of the results.
         jobs: processes; None is one per core.
+
+    Attributes:
+        failed: what runs that failed said, a sentence each; they are run again next time.
     """
 
     def __init__(self, folder: Path, jobs: int | None = None) -> None:
+        self.failed: list[str] = []
         self._folder = folder
         # Spawned: a forked process would inherit the threads of torch in an unknown state.
         self._pool = ProcessPoolExecutor(
@@ -42,10 +46,10 @@ class Workers:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def run(self, title: str, cells: Sequence[Cell], listen: Listener) -> None:
-        """Run the cells that are not finished.
+        """Run the cells that are not finished; where one fails, the others go on.
 
         Raises:
-            RuntimeError: if runs failed, or a process died; the others are finished and kept.
+            RuntimeError: if a process died; what was finished is kept.
         """
         cells = list({cell.file(self._folder): cell for cell in cells}.values())
         missing = []
@@ -57,7 +61,6 @@ class Workers:
             else:
                 done += 1
                 listen(title, done, len(cells), cell, result)
-        failed: list[str] = []
         running = {self._pool.submit(train_cell, cell, self._folder): cell for cell in missing}
         for future in as_completed(running):
             cell = running[future]
@@ -70,11 +73,6 @@ class Workers:
                     "Start the same command again, with fewer --jobs."
                 ) from None
             except Exception as error:  # the others go on
-                failed.append(f"{cell.name}, seed {cell.recipe.seed}: {error}")
+                self.failed.append(f"{cell.name}, seed {cell.recipe.seed}: {error}")
             done += 1
             listen(title, done, len(cells), cell, result)
-        if failed:
-            raise RuntimeError(
-                f"{len(failed)} of {len(cells)} runs failed, the others are kept; the first: "
-                f"{failed[0]}"
-            )

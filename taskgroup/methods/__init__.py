@@ -16,6 +16,7 @@ from taskgroup.methods.dtp import DTP
 from taskgroup.methods.dwa import DWA
 from taskgroup.methods.famo import FAMO
 from taskgroup.methods.graddrop import GradDrop
+from taskgroup.methods.gradient_space import NoWeightsError
 from taskgroup.methods.gradvac import GradVac
 from taskgroup.methods.gram import IMTLG, MGDA, AlignedMTL, CAGrad, FairGrad, PCGrad, UPGrad
 from taskgroup.methods.loss_space import GD, IMTLL, UW
@@ -39,6 +40,7 @@ __all__ = [
     "GradVac",
     "JointMethod",
     "NashMTL",
+    "NoWeightsError",
     "PCGrad",
     "UPGrad",
     "find",

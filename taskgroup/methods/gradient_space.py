@@ -17,6 +17,10 @@ __all__ = ["GradientMethod", "Gradients", "GramMethod", "targets"]
 Gradients: TypeAlias = list[list[Tensor | None]]  # [K] tasks of [T] parameters
 
 
+class NoWeightsError(RuntimeError):
+    """A method's solver found no weights for the gradients of a batch."""
+
+
 class GradientMethod(JointMethod):
     """A method that needs the gradients of all tasks: base of those in gradient space.
 
@@ -42,8 +46,8 @@ class GradientMethod(JointMethod):
         Raises:
             ValueError: if a task is unknown or missing, or its loss is not a scalar with a graph.
             FloatingPointError: if a task's gradient is not finite.
-            RuntimeError: if a solver finds no weights, or the model was compiled so that its
-                backward pass can run only once.
+            NoWeightsError: if a solver finds no weights; the batch can be skipped.
+            RuntimeError: if the model was compiled so that its backward pass can run only once.
         """
         scalars = self._read(losses)
         gradients = self._passes(scalars)
@@ -122,12 +126,12 @@ class GramMethod(GradientMethod):
         try:
             weights = self._weigh(gram)
         except Exception as error:  # each solver has its own
-            raise RuntimeError(
+            raise NoWeightsError(
                 f"{name} found no weights for these gradients ({error}): skip this batch, or try "
                 "another method."
             ) from error
         if not weights.isfinite().all():
-            raise RuntimeError(
+            raise NoWeightsError(
                 f"{name} found weights that are not finite, {weights.tolist()}: skip this batch, "
                 "or try another method."
             )

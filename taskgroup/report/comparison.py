@@ -156,10 +156,11 @@ def markdown(table: Any, command: str) -> str:
     for budget in table.budgets:
         parts.append(f"## {_sentence(table.problem.metric)} of each task, {budget.title}")
         parts.append(
-            "Held-out, mean over the seeds; in brackets the gain over single-task training in "
-            "percent."
+            "Mean over the seeds; in brackets the gain over single-task training in percent."
         )
-        parts.append(_markdown_table(*_task_rows(table, budget.name, "held_out")))
+        for split, title in (("held_out", "Held-out data"), ("train", "Fixed training data")):
+            parts.append(f"{title}:")
+            parts.append(_markdown_table(*_task_rows(table, budget.name, split)))
     parts.append("## Groups")
     parts.append(
         "Mean number of groups over the second half of a run, and the share of the batches of the "
@@ -367,6 +368,12 @@ def _notes(table: Any) -> list[str]:
             f"Best rate: of three, the same for encoder and heads, by Δm on {which} over other "
             "seeds; in brackets."
         )
+    notes += [
+        f"{row.variant.title} found no weights for {100 * row.skipped:.1f} % of the batches, and "
+        "took no step on them."
+        for row in table.rows
+        if row.skipped > 0
+    ]
     notes += [f"{title} is left out: {reason}" for title, reason in table.refused.items()]
     return notes
 
