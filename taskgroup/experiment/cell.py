@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import multiprocessing
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -207,6 +209,14 @@ def _standing_bytes(trainer: Trainer) -> int:
 
 
 def prepare_worker() -> None:
-    """One thread: as many processes as cores train side by side."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    """One thread, as many processes as cores train side by side; and an end with the parent."""
     torch.set_num_threads(1)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """Ends the process when its parent was killed: waiting for work it would never notice."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
