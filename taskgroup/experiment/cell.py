@@ -11,8 +11,6 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import torch
 import yaml
 
 from taskgroup.experiment.files import write_atomically
+from taskgroup.experiment.memory import peak_bytes
 from taskgroup.experiment.recipe import Recipe, read_recipe
 from taskgroup.experiment.trainer import Trainer
 
@@ -111,7 +110,7 @@ def _train(recipe: Recipe, lookahead_every: int | None) -> Result:
     try:
         for batch in range(recipe.batches):
             if batch == recipe.batches - 1:
-                peak = _peak_bytes(step) + _standing_bytes(trainer)
+                peak = peak_bytes(step, torch.device("cpu")) + _standing_bytes(trainer)
             else:
                 started = time.process_time()
                 step()
@@ -171,34 +170,6 @@ def open_folder(folder: Path, recipe: Recipe) -> Path:
         text = yaml.safe_dump(settings, sort_keys=False)
         write_atomically(file, lambda opened: opened.write(text.encode()))
     return folder / "cells"
-
-
-def _peak_bytes(step: Callable[[], None]) -> int:
-    """The most memory that tensors made in the call took at once, in bytes."""
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with _no_stderr(), torch.profiler.profile(activities=cpu, profile_memory=True) as profiler:
-        step()
-    assert profiler.profiler is not None
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    level = most = 0
-    for _, change in changes:
-        level += change
-        most = max(most, level)
-    return most
-
-
-@contextmanager
-def _no_stderr() -> Iterator[None]:
-    """Away with what the profiler's C++ code says of its start and stop."""
-    kept = os.dup(2)
-    with Path(os.devnull).open("w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _standing_bytes(trainer: Trainer) -> int:
