@@ -110,7 +110,8 @@ def _train(recipe: Recipe, lookahead_every: int | None) -> Result:
     try:
         for batch in range(recipe.batches):
             if batch == recipe.batches - 1:
-                peak = peak_bytes(step, torch.device("cpu")) + _standing_bytes(trainer)
+                standing = _standing_bytes(trainer)
+                peak = standing + peak_bytes(step, torch.device("cpu"))
             else:
                 started = time.process_time()
                 step()
@@ -173,9 +174,11 @@ def open_folder(folder: Path, recipe: Recipe) -> Path:
 
 
 def _standing_bytes(trainer: Trainer) -> int:
-    """Parameters and the state of the optimizer."""
+    """Parameters, their gradients, and the state of the optimizer."""
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     state = [v for values in trainer.optimizer.state.values() for v in values.values()]
-    tensors = [*trainer.model.parameters(), *state]
+    tensors = [*parameters, *gradients, *state]
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
