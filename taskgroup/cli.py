@@ -144,7 +144,7 @@ def _errors_in_words() -> Iterator[None]:
     """What went wrong as one sentence, and exit status 2."""
     try:
         yield
-    except (ValueError, ImportError, OSError, RuntimeError) as error:
+    except (ValueError, ImportError, OSError, RuntimeError, FloatingPointError) as error:
         # Escaped: what stands in brackets, as in taskgroup[train], is no markup.
         rich.get_console().print(f"[bold red]taskgroup:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
@@ -222,7 +222,7 @@ def _compare(
         table = comparison.run(display.update, jobs)
     for shown in report.tables(table):
         console.print(shown)
-    (comparison.out / f"{preset_name}.md").write_text(report.markdown(table, _command()))
+    (comparison.out / f"{preset_name}.md").write_text(report.markdown(table, _command()), "utf-8")
     report.write_csv(table, comparison.out / f"{preset_name}.csv")
     report.delta_m_plot(table, comparison.out / f"{preset_name}.png")
     _say_where(f"Tables and picture ({preset_name}.md, .csv and .png)", comparison.out)
@@ -256,7 +256,7 @@ def _affinity_gain(
         gains = measured.run(display.update, jobs)
     for shown in report.tables(gains):
         console.print(shown)
-    (measured.out / "gains.md").write_text(report.markdown(gains, _command()))
+    (measured.out / "gains.md").write_text(report.markdown(gains, _command()), "utf-8")
     report.write_csv(gains, measured.out / "gains.csv")
     report.affinity_gain_plot(gains, measured.out / "gains.png")
     _say_where("Tables and picture", measured.out)

@@ -76,8 +76,11 @@ class Yeast:
 
     @staticmethod
     def score(losses: Mapping[str, Tensor]) -> dict[str, float]:
-        """exp(-L) of every task, kept off 1, which a rare class may come to within rounding."""
-        return {task: min(math.exp(-loss.item()), 1 - 1e-6) for task, loss in losses.items()}
+        """exp(-L) of every task, kept off 1, which a rare class may come to, and off 0."""
+        return {
+            task: max(min(math.exp(-loss.item()), 1 - 1e-6), 1e-300)
+            for task, loss in losses.items()
+        }
 
     def model(self, tasks: Sequence[str]) -> tg.MultiTaskModel:
         """An MLP with a linear head for each of the tasks."""

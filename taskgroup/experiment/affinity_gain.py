@@ -108,7 +108,7 @@ class AffinityGain:
             jobs: processes side by side; None is one per core.
 
         Raises:
-            RuntimeError: if runs failed or diverged; the others are finished and kept.
+            RuntimeError: if runs failed, or a worker process died; the others are kept.
         """
         pairs = itertools.combinations(self.tasks, 2)
         trained = [self._joint(task) for task in self.tasks] + [self._joint(*p) for p in pairs]
@@ -165,7 +165,7 @@ class AffinityGain:
     def _read(self) -> Gains:
         n_tasks = len(self.tasks)
         gains = np.full((self.seeds, n_tasks, n_tasks), np.nan)
-        alone = {task: np.nanmean(self._metrics(self._joint(task), task)) for task in self.tasks}
+        alone = {task: _mean(self._metrics(self._joint(task), task)) for task in self.tasks}
         sign = -1.0 if self.problem.lower_is_better else 1.0
         for (i, first), (k, second) in itertools.combinations(enumerate(self.tasks), 2):
             cells = self._joint(first, second)

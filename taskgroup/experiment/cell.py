@@ -6,9 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import multiprocessing
-import os
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -22,7 +19,7 @@ from taskgroup.experiment.memory import peak_bytes
 from taskgroup.experiment.recipe import Recipe, read_recipe
 from taskgroup.experiment.trainer import Trainer
 
-__all__ = ["Cell", "Result", "open_folder", "prepare_worker", "train_cell"]
+__all__ = ["Cell", "Result", "open_folder", "train_cell"]
 
 Result = dict[str, Any]
 
@@ -166,7 +163,12 @@ def open_folder(folder: Path, recipe: Recipe) -> Path:
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty and holds no runs; name another with --out.")
-    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / "cells").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be made ({error.strerror}); name another folder with --out."
+        ) from None
     if not file.is_file():
         text = yaml.safe_dump(settings, sort_keys=False)
         write_atomically(file, lambda opened: opened.write(text.encode()))
@@ -180,17 +182,3 @@ def _standing_bytes(trainer: Trainer) -> int:
     state = [v for values in trainer.optimizer.state.values() for v in values.values()]
     tensors = [*parameters, *gradients, *state]
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
-
-
-def prepare_worker() -> None:
-    """One thread, as many processes as cores train side by side; and an end with the parent."""
-    torch.set_num_threads(1)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    """Ends the process when its parent was killed: waiting for work it would never notice."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -13,6 +13,7 @@ import yaml
 
 import taskgroup as tg
 from taskgroup.experiment.cell import Cell, Result, open_folder
+from taskgroup.experiment.files import write_atomically
 from taskgroup.experiment.presets import JOINT, REFERENCE, Variant
 from taskgroup.experiment.problem import Problem, make_problem
 from taskgroup.experiment.recipe import Recipe
@@ -106,7 +107,9 @@ class Table:
         problem: the data set.
         tasks: of the recipe.
         seeds: how many.
+        rates: those tried, for the budget ``"tuned"``.
         budgets: those that were run.
+        reference: title of the variant whose time all others get.
         rows: one per variant.
         single: ``{split: {task: mean metric}}`` of single-task training.
         refused: ``{title: why the method cannot work on the data}``.
@@ -117,7 +120,9 @@ class Table:
     problem: Problem
     tasks: list[str]
     seeds: int
+    rates: list[float]
     budgets: list[Budget]
+    reference: str
     rows: list[Row]
     single: dict[str, dict[str, float]]
     refused: dict[str, str]
@@ -127,7 +132,7 @@ class Table:
 class Comparison:
     """Trains variants of a recipe over several seeds, each run in a process of its own.
 
-    The folder holds ``compare.yaml`` and ``cells/``, a small file per finished run. What is there
+    The folder holds ``base.yaml`` and ``cells/``, a small file per finished run. What is there
     is not run again: a comparison that was stopped goes on, and one with more seeds or variants
     adds to it.
 
@@ -159,24 +164,35 @@ class Comparison:
     ) -> None:
         if seeds < 1:
             raise ValueError(f"A comparison needs at least one seed, got {seeds}.")
-        if not any(variant.name == JOINT for variant in variants):
-            raise ValueError(f"A comparison needs joint training to compare with: add {JOINT!r}.")
+        if recipe.batches < 2:
+            raise ValueError("A comparison needs at least two batches; one of them is not timed.")
+        names = {variant.name for variant in variants}
+        if missing := {JOINT, *(variant.against for variant in variants)} - names:
+            raise ValueError(
+                "A comparison needs joint training to compare with: add "
+                f"{', '.join(map(repr, sorted(missing)))}."
+            )
         wanted = set(budgets)
         if unknown := sorted(wanted - {budget.name for budget in BUDGETS}):
             raise ValueError(
                 f"There is no budget {', '.join(unknown)}; take some of "
                 f"{', '.join(budget.name for budget in BUDGETS)}."
             )
-        if "tuned" in wanted and len(rates) < 2:
-            raise ValueError("To choose the best rate, give at least two rates.")
         self.recipe = recipe
         self.seeds = seeds
         self.out = Path(out)
         self.budgets = [budget for budget in BUDGETS if budget.name in wanted | {"batches"}]
-        self.rates = sorted({*rates, recipe.lr}) if rates else [recipe.lr]
+        self.rates = sorted({*rates, recipe.lr})
+        for rate in self.rates:
+            dataclasses.replace(recipe, lr=rate)  # raises where it is out of range, before the runs
+        if "tuned" in wanted and len(self.rates) < 2:
+            raise ValueError("To choose the best rate, give another one than that of the recipe.")
         self.tuning_seeds = tuning_seeds
         self.problem = make_problem(recipe)
         self.tasks = task_names(recipe, self.problem)
+        if len(self.tasks) < 2:
+            raise ValueError("A comparison needs at least two tasks; one has nothing to share.")
+        self._single_metrics: dict[str, dict[str, float]] | None = None
         self.refused: dict[str, str] = {}
         self.variants = [v for v in variants if self._can_work(v, strict)]
         self._cells = open_folder(self.out, recipe)
@@ -210,6 +226,7 @@ class Comparison:
         wanted = {budget.name for budget in self.budgets}
         with Workers(self._cells, jobs) as workers:
             workers.run("as many batches", self._single() + self._by("batches"), listen)
+            self._single_metrics = None
             if "time" in wanted:
                 workers.run("as much time", self._by("time"), listen)
             if "tuned" in wanted:
@@ -267,20 +284,28 @@ class Comparison:
         seconds = [r["seconds_per_batch"] for r in self._results(cells) if r["diverged"] is None]
         return statistics.median(seconds) if seconds else math.nan
 
+    @property
+    def _reference(self) -> Variant:
+        """The variant whose time all others get: selective updates, or where left out GD."""
+        by_name = {variant.name: variant for variant in self.variants}
+        return by_name.get(REFERENCE, by_name[JOINT])
+
     def _batches(self, variant: Variant) -> int:
         """As many as take the time of the reference.
 
         Measured once: the number must be the same whenever the comparison goes on.
         """
-        file = self.out / "batches.yaml"
+        reference = self._reference
+        which = "" if reference.name == REFERENCE else f"-{reference.name}"
+        file = self.out / f"batches{which}.yaml"
         known: dict[str, int] = yaml.safe_load(file.read_text()) if file.is_file() else {}
         if variant.name not in known:
-            reference = next((v for v in self.variants if v.name == REFERENCE), self.variants[0])
             ratio = self._cost(reference) / self._cost(variant)
             if math.isnan(ratio):  # all of its runs diverged, or none is finished
                 return self.recipe.batches
             known[variant.name] = max(2, round(self.recipe.batches * ratio))
-            file.write_text(yaml.safe_dump(known, sort_keys=False))
+            text = yaml.safe_dump(known, sort_keys=False)
+            write_atomically(file, lambda opened: opened.write(text.encode()))
         return known[variant.name]
 
     def best_rate(self, variant: Variant) -> float:
@@ -327,7 +352,7 @@ class Comparison:
     @property
     def single(self) -> dict[str, dict[str, float]]:
         """``{split: {task: mean metric}}`` of single-task training."""
-        if not hasattr(self, "_single_metrics"):
+        if self._single_metrics is None:
             self._single_metrics = {split: self._baseline(split) for split in self.problem.splits}
         return self._single_metrics
 
@@ -337,14 +362,17 @@ class Comparison:
         Args:
             failed: what those that failed said.
         """
+        self._single_metrics = None
         by_name = {variant.name: variant for variant in self.variants}
         return Table(
             recipe=self.recipe,
             problem=self.problem,
             tasks=self.tasks,
             seeds=self.seeds,
+            rates=self.rates,
             budgets=self.budgets,
-            rows=[self._row(v, by_name.get(v.against, by_name[JOINT])) for v in self.variants],
+            reference=self._reference.title,
+            rows=[self._row(v, by_name[v.against]) for v in self.variants],
             single=self.single,
             refused=self.refused,
             failed=list(failed),
@@ -410,5 +438,6 @@ def _mean(values: Iterable[float]) -> float:
 def _late_changes(result: Result) -> float:
     """Share of the batches of the last quarter after which the partition changed."""
     batches = len(result["groups"])
-    late = range(batches - batches // 4, batches + 1)
-    return sum(batch in late for batch in result["changes"]) / max(1, batches // 4)
+    quarter = max(1, batches // 4)
+    late = [batch for batch in result["changes"] if batch > batches - quarter]
+    return len(late) / quarter

@@ -215,7 +215,7 @@ def preset(name: str, recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
 
 
 def variants_by_name(names: list[str], variants: list[Variant]) -> list[Variant]:
-    """Some of the variants, in the order of the names.
+    """Some of the variants, in the order of the names, each after what it is measured against.
 
     Raises:
         ValueError: for an unknown name; the sentence lists the known ones, the nearest first.
@@ -225,4 +225,5 @@ def variants_by_name(names: list[str], variants: list[Variant]) -> list[Variant]
         if name not in known:
             near = difflib.get_close_matches(name, known, n=len(known), cutoff=0.0)
             raise ValueError(f"There is no method {name!r} here; there are {', '.join(near)}.")
-    return [known[name] for name in dict.fromkeys(names)]
+    wanted = [both for name in names for both in (known[name].against, name)]
+    return [known[name] for name in dict.fromkeys(wanted)]

@@ -49,17 +49,17 @@ def estimate(values: Sequence[float]) -> Estimate:
 def noise_floor(values: Sequence[float]) -> float:
     r"""How far the means of two sets of n runs of one method lie apart by chance.
 
-    Half the 95% interval of their difference, :math:`t_{2n-2}\, s \sqrt{2/n}`, with the standard
+    Half the 95% interval of their difference, :math:`t_{n-1}\, s \sqrt{2/n}`, with the standard
     deviation s over the seeds of one set. NaN of fewer than two values.
 
     Example:
         >>> round(noise_floor([1.0, 2.0, 3.0]), 4)
-        2.267
+        3.5132
     """
     n = len(values)
     if n < 2:
         return math.nan
-    return _quantile(2 * n - 2) * float(np.std(values, ddof=1)) * math.sqrt(2 / n)
+    return _quantile(n - 1) * float(np.std(values, ddof=1)) * math.sqrt(2 / n)
 
 
 def _quantile(freedom: int) -> float:

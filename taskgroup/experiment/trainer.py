@@ -144,19 +144,22 @@ class Trainer:
         )
         self.scheduler.step()
         self.batch += 1
+        return Progress(
+            batch=self.batch,
+            batches=self.recipe.batches,
+            losses=self._values(losses),
+            groups=stepped,
+            partition=self.groups.partition,
+        )
+
+    def _values(self, losses: dict[str, Tensor]) -> dict[str, float]:
         values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
         if lost := [task for task, value in values.items() if not math.isfinite(value)]:
             raise FloatingPointError(
                 f"The loss of {', '.join(lost)} is not finite after batch {self.batch}; take a "
                 "smaller learning rate."
             )
-        return Progress(
-            batch=self.batch,
-            batches=self.recipe.batches,
-            losses=values,
-            groups=stepped,
-            partition=self.groups.partition,
-        )
+        return values
 
     def _step_on_groups(self, batch: Any) -> tuple[dict[str, Tensor], list[tuple[str, ...]]]:
         """The loop that the README shows, with a clock beside it."""
@@ -200,6 +203,7 @@ class Trainer:
         values = {task: loss.detach() for task, loss in losses.items()}
         self.optimizer.zero_grad()
         clock.lap("optimizer")
+        self._values(losses)  # raises one error, where the methods have one each
         try:
             method.backward(losses)
         except tg.methods.NoWeightsError:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from taskgroup.experiment.cell import Cell, Result, prepare_worker, train_cell
+import torch
+
+from taskgroup.experiment.cell import Cell, Result, train_cell
 
 __all__ = ["Listener", "Workers"]
 
@@ -36,14 +40,21 @@ class Workers:
         self._pool = ProcessPoolExecutor(
             jobs or len(os.sched_getaffinity(0)),
             multiprocessing.get_context("spawn"),
-            prepare_worker,
+            _prepare,
         )
 
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # Ctrl-C, say: what is half done is of no use
+            for process in self._children():
+                process.terminate()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _children(self) -> list[multiprocessing.Process]:
+        # Python 3.14 has a public method.
+        return list((getattr(self._pool, "_processes", None) or {}).values())
 
     def run(self, title: str, cells: Sequence[Cell], listen: Listener) -> None:
         """Run the cells that are not finished; where one fails, the others go on.
@@ -76,3 +87,21 @@ class Workers:
                 self.failed.append(f"{cell.name}, seed {cell.recipe.seed}: {error}")
             done += 1
             listen(title, done, len(cells), cell, result)
+
+
+def _prepare() -> None:
+    """In every worker: one thread, as many of them train side by side; and an end with the parent.
+
+    A worker that waits for its next run does not notice that the parent was killed.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C at the terminal: no traceback
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -23,7 +23,7 @@ _TITLES = {
     "gradient": "From gradients",
     "lookahead": "Lookahead",
 }
-_HEADER = ("Spearman's correlation with the gain", "of ordered pairs", "of pairs")
+_HEADER = ("Rank correlation with the gain", "of ordered pairs", "of pairs")
 
 
 class _Correlation(Protocol):
@@ -122,8 +122,8 @@ def _headline(gains: Any) -> str:
 def _note(gains: Any) -> str:
     note = (
         "Gain: of the held-out metric of a task when trained with another, over training alone, "
-        f"for {gains.recipe.batches} batches. In brackets the 95% interval of a bootstrap over the "
-        "tasks."
+        f"for {gains.recipe.batches} batches. Spearman's correlation, in brackets the 95% interval "
+        "of a bootstrap over the tasks."
     )
     if gains.repeatable is not None:
         note += (
@@ -135,4 +135,6 @@ def _note(gains: Any) -> str:
 
 def _shown(correlation: _Correlation) -> str:
     value, low, high = correlation.value, correlation.low, correlation.high
+    if math.isnan(value):
+        return "unknown"
     return f"{value:+.2f} ({low:+.2f} to {high:+.2f})".replace(" ", "\N{NO-BREAK SPACE}")

@@ -87,7 +87,10 @@ class ComparisonDisplay:
             self._next_line = done + total / 10
             self._console.print(
                 f"{self._title}: {stage}, run {done} of {total}, "
-                f"{time.monotonic() - self._started:.0f} s"
+                f"{time.monotonic() - self._started:.0f} s",
+                soft_wrap=True,
+                markup=False,
+                highlight=False,
             )
 
     def _begin(self, stage: str, total: int) -> None:
@@ -108,7 +111,7 @@ class ComparisonDisplay:
 
     def _draw(self) -> Panel:
         if self._bar is None:
-            return Panel("starting", title=self._title, border_style="dim")
+            return Panel("starting", title=Text(self._title), border_style="dim")
         cells = []
         for name, done in self._done.items():
             title = self._titles.get(name, name)
@@ -120,7 +123,7 @@ class ComparisonDisplay:
         columns = max(1, self._console.width // 40)
         for start in range(0, len(cells), columns):
             grid.add_row(*cells[start : start + columns])
-        return Panel(Group(self._bar, "", grid), title=self._title, border_style="dim")
+        return Panel(Group(self._bar, "", grid), title=Text(self._title), border_style="dim")
 
 
 def _other(cell: Any) -> str:
@@ -133,9 +136,15 @@ def tables(table: Any) -> list[RenderableType]:
     """The results for a terminal: the gains, and below them what must be known to read them."""
     shown: list[RenderableType] = [Text(_headline(table), style="bold")]
     for header, rows in (_gain_rows(table), _difference_rows(table)):
+        # A figure as one word, and no column narrower than its longest: Rich breaks a line at any
+        # space, and crops what does not fit.
+        rows = [[cell.replace("\N{NO-BREAK SPACE}", "") for cell in row] for row in rows]
         part = RichTable(pad_edge=False, box=SIMPLE_HEAD)
         for k, column in enumerate(header):
-            part.add_column(column, justify="left" if k == 0 else "right", no_wrap=k == 0)
+            longest = max(len(word) for row in [header, *rows] for word in row[k].split() or [""])
+            part.add_column(
+                column, justify="right" if k else "left", no_wrap=k == 0, min_width=longest
+            )
         for row in rows:
             part.add_row(*row, style="bold" if row[0].startswith("Selective") else "")
         shown.append(part)
@@ -317,7 +326,7 @@ def _gain_rows(table: Any) -> tuple[list[str], list[list[str]]]:
 def _difference_rows(table: Any) -> tuple[list[str], list[list[str]]]:
     budgets = [budget.name for budget in table.budgets]
     last = table.budgets[-1]
-    header = ["Δm minus that of joint training"]
+    header = ["Δm minus that of GD"]
     header += [f"held-out, {budget.title}" for budget in table.budgets]
     header.append(f"training data, {last.title}")
     rows = []
@@ -351,22 +360,29 @@ def _notes(table: Any) -> list[str]:
     last = table.budgets[-1]
     joint = next(row for row in table.rows if row.variant.settings.get("method") == "gd")
     floor = joint.floor[last.name, "held_out"]
+    if math.isnan(floor):
+        said = "Noise floor: unknown; it takes at least two seeds whose joint run did not diverge."
+    else:
+        said = (
+            f"Noise floor: two sets of {table.seeds} joint runs differ by up to {floor:.1f} by "
+            f"chance ({last.title}, held-out). A difference is called better or worse only outside "
+            f"both this floor and its own interval; of {len(table.rows)} rows up to one in twenty "
+            "is so by luck."
+        )
     notes = [
         "Δm: gain over single-task training, mean over the seeds and its 95% interval, on held-out "
         "data. Higher is better.",
-        f"Noise floor: two sets of {table.seeds} joint runs differ by up to {floor:.1f} by chance "
-        f"({last.title}, held-out). A difference is called better or worse only outside both this "
-        f"floor and its own interval; of {len(table.rows)} rows one in twenty is so by luck.",
+        said,
         "Time and memory: of a batch, relative to GD; processor seconds on one thread, and the "
         "most bytes that tensors take.",
     ]
     if any(budget.name != "batches" for budget in table.budgets):
-        notes.append("As much time: as many batches as take the time of the selective run.")
+        notes.append(f"As much time: as many batches as take the time of {table.reference}.")
     if any(budget.name == "tuned" for budget in table.budgets):
         which = "validation data" if "validation" in table.problem.splits else "held-out data"
         notes.append(
-            f"Best rate: of three, the same for encoder and heads, by Δm on {which} over other "
-            "seeds; in brackets."
+            f"Best rate: of {len(table.rates)}, the same for encoder and heads, by Δm on {which} "
+            "over other seeds; in brackets."
         )
     notes += [
         f"{row.variant.title} found no weights for {100 * row.skipped:.1f} % of the batches, and "
