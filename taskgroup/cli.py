@@ -218,7 +218,8 @@ def _compare(
         strict=methods is not None,
     )
     titles = {variant.name: variant.title for variant in comparison.variants}
-    with _stoppable(), report.ComparisonDisplay(str(comparison.out), titles, console) as display:
+    display = report.ComparisonDisplay(str(comparison.out), titles, console, comparison.delta)
+    with _stoppable(), display:
         table = comparison.run(display.update, jobs)
     for shown in report.tables(table):
         console.print(shown)

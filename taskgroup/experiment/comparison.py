@@ -65,7 +65,7 @@ class Row:
         floor: ``{(budget, split): noise floor of such a difference}``, from the joint runs.
         metrics: ``{(budget, split): {task: mean}}``.
         diverged: ``{budget: runs that diverged}``.
-        skipped: share of the batches for which the method found no weights.
+        skipped: batches of all seeds for which the method found no weights.
     """
 
     variant: Variant
@@ -81,7 +81,7 @@ class Row:
     floor: dict[tuple[str, str], float]
     metrics: dict[tuple[str, str], dict[str, float]]
     diverged: dict[str, int]
-    skipped: float
+    skipped: int
 
     def verdict(self, budget: str, split: str) -> str:
         """Whether the variant differs from joint training: ``"better"``, ``"worse"`` or ``""``.
@@ -309,12 +309,12 @@ class Comparison:
         return known[variant.name]
 
     def best_rate(self, variant: Variant) -> float:
-        """The rate of the highest mean Δm, on validation data where there is some.
+        """The rate of the highest mean held-out Δm, over other seeds than those compared.
 
-        Without validation data the held-out split decides, by runs of other seeds than those that
-        are compared. A rate with a run that diverged is out, unless all are.
+        Every method gets its really best rate, joint training among them: to choose on a small
+        validation set would be to compare the luck of choices. A rate with a run that diverged is
+        out, unless all are.
         """
-        split = "validation" if "validation" in self.problem.splits else "held_out"
         first = self.recipe.seed + _TUNING_SEEDS
         best = (-math.inf, self.recipe.lr)
         for rate in self.rates:
@@ -322,7 +322,7 @@ class Comparison:
                 self._cell(variant, seed, "time", rate)
                 for seed in range(first, first + self.tuning_seeds)
             ]
-            deltas = [self._delta(result, split) for result in self._results(cells)]
+            deltas = [self._delta(result, "held_out") for result in self._results(cells)]
             mean = statistics.fmean(deltas) if deltas else math.nan
             if mean > best[0]:  # False for NaN
                 best = (mean, rate)
@@ -340,6 +340,13 @@ class Comparison:
             ]
             found[task] = statistics.fmean(values) if values else math.nan
         return found
+
+    def delta(self, result: Result) -> float | None:
+        """Held-out Δm of one run, in percent; None as long as the baselines are not finished."""
+        if any(math.isnan(value) for value in self.single["held_out"].values()):
+            self._single_metrics = None  # to be read again
+            return None
+        return self._delta(result, "held_out")
 
     def _delta(self, result: Result, split: str) -> float:
         if result["diverged"] is not None:
@@ -422,7 +429,7 @@ class Comparison:
             floor=floor,
             metrics=metrics,
             diverged=diverged,
-            skipped=_mean(r.get("skipped", 0) / self.recipe.batches for r in finished),
+            skipped=sum(result["skipped"] for result in finished),
         )
 
 

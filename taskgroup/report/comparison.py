@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import math
 import os
+import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,9 +48,18 @@ class ComparisonDisplay:
         title: above all.
         titles: ``{name of a variant: title}``.
         console: where to draw.
+        delta: Δm of a run in percent, where it is known; shown as the mean so far.
     """
 
-    def __init__(self, title: str, titles: Mapping[str, str], console: Console) -> None:
+    def __init__(
+        self,
+        title: str,
+        titles: Mapping[str, str],
+        console: Console,
+        delta: Callable[[Any], float | None] = lambda result: None,
+    ) -> None:
+        self._delta = delta
+        self._deltas: dict[str, list[float]] = {}
         self._title = title
         self._titles = titles
         self._console = console
@@ -83,6 +93,10 @@ class ComparisonDisplay:
         self._done[name] = self._done.get(name, 0) + 1
         if result is not None and result["diverged"] is not None:
             self._diverged[name] = self._diverged.get(name, 0) + 1
+        elif result is not None and name in self._titles:
+            delta = self._delta(result)
+            if delta is not None:
+                self._deltas.setdefault(name, []).append(delta)
         if not self._console.is_terminal and (done >= self._next_line or done == total):
             self._next_line = done + total / 10
             self._console.print(
@@ -98,6 +112,7 @@ class ComparisonDisplay:
         self._next_line = 0.0
         self._done.clear()
         self._diverged.clear()
+        self._deltas.clear()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -115,7 +130,9 @@ class ComparisonDisplay:
         cells = []
         for name, done in self._done.items():
             title = self._titles.get(name, name)
-            text = Text(f"{title:<28}{done:4d}")
+            text = Text(f"{title:<27}{done:4d}")
+            if found := self._deltas.get(name):
+                text.append(f"{statistics.fmean(found):+7.1f} %", style="green")
             if name in self._diverged:
                 text.append(f" ({self._diverged[name]} diverged)", style="red")
             cells.append(text)
@@ -267,7 +284,7 @@ def delta_m_plot(table: Any, path: str | os.PathLike[str]) -> None:
 
 def _draw_cost(axes: Any, rows: Sequence[Any]) -> None:
     axes.set_xscale("log")
-    ticks = [t for t in (0.5, 1, 2, 3, 5, 10, 20) if t <= 1.2 * max(row.time for row in rows)]
+    ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 50) if t <= 1.2 * max(row.time for row in rows)]
     axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
     axes.minorticks_off()
     points = [(math.log10(row.time), row.delta["batches", "held_out"], row) for row in rows]
@@ -288,7 +305,7 @@ def _draw_cost(axes: Any, rows: Sequence[Any]) -> None:
         axes.annotate(
             row.variant.title,
             (row.time, delta.mean),
-            (10 ** (x + 0.02), y),
+            (10 ** (x + 0.035), y),
             fontsize=7.5,
             va="center",
             color=_colour(row),
@@ -379,14 +396,13 @@ def _notes(table: Any) -> list[str]:
     if any(budget.name != "batches" for budget in table.budgets):
         notes.append(f"As much time: as many batches as take the time of {table.reference}.")
     if any(budget.name == "tuned" for budget in table.budgets):
-        which = "validation data" if "validation" in table.problem.splits else "held-out data"
         notes.append(
-            f"Best rate: of {len(table.rates)}, the same for encoder and heads, by Δm on {which} "
+            f"Best rate: of {len(table.rates)}, the same for encoder and heads, by held-out Δm "
             "over other seeds; in brackets."
         )
     notes += [
-        f"{row.variant.title} found no weights for {100 * row.skipped:.1f} % of the batches, and "
-        "took no step on them."
+        f"{row.variant.title} found no weights for {row.skipped} of "
+        f"{table.seeds * table.recipe.batches} batches, and took no step on them."
         for row in table.rows
         if row.skipped > 0
     ]
