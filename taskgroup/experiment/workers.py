@@ -28,9 +28,14 @@ class Workers:
     Args:
         folder: of the results.
         jobs: processes; None is one per core.
+
+    Raises:
+        ValueError: for less than one process.
     """
 
     def __init__(self, folder: Path, jobs: int | None = None) -> None:
+        if jobs is not None and jobs < 1:
+            raise ValueError(f"jobs must be at least 1, got {jobs}.")
         self._folder = folder
         # Spawned: a forked process would inherit the threads of torch in an unknown state.
         self._pool = ProcessPoolExecutor(
