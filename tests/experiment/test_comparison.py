@@ -314,6 +314,7 @@ def test_best_rate_is_that_of_the_validation_data(tmp_path, made_up):
 
     cells = made_up(make)
     compared = comparison(tmp_path, budgets=["tuned"], rates=[0.1, 0.01])
+    compared.read()  # nothing yet, and nothing of that is kept
     table = compared.run()
     assert [row.rate for row in table.rows] == [0.01, 0.1]  # 0.01 diverged once
     assert compared.best_rate(GD) == 0.01
