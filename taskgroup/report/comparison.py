@@ -280,7 +280,11 @@ def _draw_cost(axes: Any, rows: Sequence[Any]) -> None:
     # Names to the right of the points; pushed apart where they would lie on each other.
     means = [delta.mean for _, delta, _ in points]
     span = max(means) - min(means) or 1.0
-    axes.margins(x=0.25, y=0.08)
+    axes.margins(y=0.08)
+    # Room for the names; a range as narrow as that of two equal times has none.
+    fastest, slowest = min(row.time for row in rows), max(row.time for row in rows)
+    room = max(1.6, (slowest / fastest) ** 0.25)
+    axes.set_xlim(fastest / room, slowest * room)
     placed: list[tuple[float, float]] = []
     for x, delta, row in sorted(points, key=lambda point: (point[1].mean, point[0])):
         y = delta.mean

@@ -215,6 +215,14 @@ def test_csv_holds_the_numbers(tmp_path):
     assert (single["AUC class1"], single["runs"], single["delta_m"]) == ("0.65", "5", "")
 
 
+@pytest.mark.parametrize("time", [0.2, 1.0, 1.001, 40.0])
+def test_picture_of_methods_that_cost_alike_or_not(time, tmp_path):
+    table = fabricated(variants()[:2])
+    table.rows[1] = dataclasses.replace(table.rows[1], time=time)
+    report.delta_m_plot(table, tmp_path / "a.png")  # a warning would be an error
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("seeds", "diverged"),
     [
