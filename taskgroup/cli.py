@@ -144,6 +144,8 @@ def _errors_in_words() -> Iterator[None]:
     """What went wrong as one sentence, and exit status 2."""
     try:
         yield
+    except typer.Exit:  # a RuntimeError too
+        raise
     except (ValueError, ImportError, OSError, RuntimeError, FloatingPointError) as error:
         # Escaped: what stands in brackets, as in taskgroup[train], is no markup.
         rich.get_console().print(f"[bold red]taskgroup:[/] {escape(str(error))}", soft_wrap=True)

@@ -15,6 +15,7 @@ from taskgroup.cli import app
 from taskgroup.experiment import files
 from taskgroup.experiment.recipe import read_recipe
 from taskgroup.experiment.run import Interrupted, Run, load_metrics
+from taskgroup.experiment.trainer import Trainer
 from taskgroup.vision import TASKONOMY, Motorcycle, criterion, vit
 
 SMALL = {
@@ -94,8 +95,8 @@ def state_of(out):
 
 def assert_same_run(out, other):
     assert (out / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
-    ours, theirs = state_of(out), state_of(other)
-    for name in ("model", "groups", "crops", "torch", "batch", "optimizer"):
+    ours, theirs = state_of(out)["trainer"], state_of(other)["trainer"]
+    for name in ("model", "groups", "data", "torch", "batch", "optimizer", "scheduler"):
         assert str(ours[name]) == str(theirs[name])
     for name, parameter in ours["model"].items():
         assert torch.equal(parameter, theirs["model"][name]), name
@@ -178,6 +179,27 @@ def test_command_line_trains_resumes_and_compares(tmp_path):
     assert third.exit_code == 0, third.output
 
 
+def test_stopped_command_says_how_to_go_on(tmp_path, monkeypatch):
+    step = Trainer.step
+
+    def interrupted(trainer):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    result = invoke("--out", tmp_path / "run")
+    assert result.exit_code == 130, result.output
+    assert "taskgroup train --resume" in result.output
+    assert "taskgroup: " not in result.output
+
+
+def test_diverged_run_says_so(tmp_path):
+    result = invoke("--out", tmp_path / "run", "--method", "gd", "--set", "lr=1e30")
+    assert result.exit_code == 2
+    assert re.search(r"The loss of .* is not finite after batch \d", result.output)
+    assert isinstance(result.exception, SystemExit)
+
+
 def test_default_folder_is_new_each_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -210,8 +232,10 @@ def test_recipe_from_a_file(tmp_path):
         (["--set", "outside=freeze"], "'hold' or 'coast', got 'freeze'"),
         (["--set", "decay=2"], r"decay must be in \(0, 1\]"),
         (["--batches", "0"], "batches must be at least 1"),
-        (["--method", "both"], "'selective' or 'joint', got 'both'"),
-        (["--grouping", "kmeans"], "affinity-propagation.*'kmeans'"),
+        (["--method", "jiont"], "no method 'jiont'; the methods are joint, "),
+        (["--grouping", "kmeans"], "affinity-propagation, .*kmeans:M.* groups, got 'kmeans'"),
+        (["--set", "tasks=normal,edges"], "motorcycle has no task 'edges'; its tasks are depth_"),
+        (["--set", "data=nyud"], "data must be one of motorcycle, yeast, got 'nyud'"),
         (["--grouping", "random:12"], "cannot fill 12 groups with 11 tasks"),
         (["--baseline", "nowhere"], "nowhere has no summary.json"),
     ],

@@ -386,9 +386,16 @@ class Comparison:
         )
 
     def _row(self, variant: Variant, joint: Variant) -> Row:
-        own = self._results(self._cell(variant, seed, "batches") for seed in self._seeds())
-        reference = self._results(self._cell(joint, seed, "batches") for seed in self._seeds())
-        finished = [r for r in own if r["diverged"] is None]
+        finished, reference = (
+            [
+                result
+                for result in self._results(
+                    self._cell(v, seed, "batches") for seed in self._seeds()
+                )
+                if result["diverged"] is None
+            ]
+            for v in (variant, joint)
+        )
         delta, gain, floor, metrics, diverged = {}, {}, {}, {}, {}
         for budget in self.budgets:
             cells = {

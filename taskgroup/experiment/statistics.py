@@ -54,7 +54,7 @@ def noise_floor(values: Sequence[float]) -> float:
 
     Example:
         >>> round(noise_floor([1.0, 2.0, 3.0]), 4)
-        3.5132
+        3.5131
     """
     n = len(values)
     if n < 2:

@@ -31,9 +31,14 @@ class Workers:
 
     Attributes:
         failed: what runs that failed said, a sentence each; they are run again next time.
+
+    Raises:
+        ValueError: for less than one process.
     """
 
     def __init__(self, folder: Path, jobs: int | None = None) -> None:
+        if jobs is not None and jobs < 1:
+            raise ValueError(f"jobs must be at least 1, got {jobs}.")
         self.failed: list[str] = []
         self._folder = folder
         # Spawned: a forked process would inherit the threads of torch in an unknown state.

@@ -41,7 +41,7 @@ def tables(gains: Any) -> list[RenderableType]:
     Args:
         gains: a :class:`taskgroup.experiment.affinity_gain.Gains`.
     """
-    table = Table(pad_edge=False, box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for k, column in enumerate(_HEADER):
         table.add_column(column, justify="left" if k == 0 else "right", no_wrap=k == 0)
     for row in _rows(gains):

@@ -156,7 +156,7 @@ def tables(table: Any) -> list[RenderableType]:
         # A figure as one word, and no column narrower than its longest: Rich breaks a line at any
         # space, and crops what does not fit.
         rows = [[cell.replace("\N{NO-BREAK SPACE}", "") for cell in row] for row in rows]
-        part = RichTable(pad_edge=False, box=SIMPLE_HEAD)
+        part = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for k, column in enumerate(header):
             longest = max(len(word) for row in [header, *rows] for word in row[k].split() or [""])
             part.add_column(
@@ -256,17 +256,20 @@ def delta_m_plot(table: Any, path: str | os.PathLike[str]) -> None:
     figure = Figure(figsize=(12.5, height), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
 
-    _draw_cost(left, [row for row in rows if row.delta["batches", "held_out"].n])
+    known = [r for r in rows if r.delta["batches", "held_out"].n and math.isfinite(r.time)]
+    if known:  # not where all joint runs diverged
+        _draw_cost(left, known)
     left.set(
         xlabel="time of a batch, relative to joint training",
         ylabel="Δm against single-task training, %",
     )
     left.set_title("Given as many batches", loc="left")
 
-    joint = next(row for row in rows if row.variant.settings.get("method") == "gd")
+    joint = next(row for row in table.rows if row.variant.settings.get("method") == "gd")
     centre, floor = joint.delta[last.name, "held_out"].mean, joint.floor[last.name, "held_out"]
     rows.sort(key=lambda row: row.delta[last.name, "held_out"].mean)
-    right.axvspan(centre - floor, centre + floor, color="#eeeeee", zorder=0)
+    if math.isfinite(centre + floor):  # not of a single seed
+        right.axvspan(centre - floor, centre + floor, color="#eeeeee", zorder=0)
     for y, row in enumerate(rows):
         mean, half, _ = row.delta[last.name, "held_out"]
         right.errorbar(mean, y, xerr=half, fmt="o", color=_colour(row), markersize=5, capsize=2)
@@ -295,7 +298,11 @@ def _draw_cost(axes: Any, rows: Sequence[Any]) -> None:
     # Names to the right of the points; pushed apart where they would lie on each other.
     means = [delta.mean for _, delta, _ in points]
     span = max(means) - min(means) or 1.0
-    axes.margins(x=0.25, y=0.08)
+    axes.margins(y=0.08)
+    # Room for the names; a range as narrow as that of two equal times has none.
+    fastest, slowest = min(row.time for row in rows), max(row.time for row in rows)
+    room = max(1.6, (slowest / fastest) ** 0.25)
+    axes.set_xlim(fastest / room, slowest * room)
     placed: list[tuple[float, float]] = []
     for x, delta, row in sorted(points, key=lambda point: (point[1].mean, point[0])):
         y = delta.mean

@@ -1,0 +1,203 @@
+"""The loop: equal where it must be, exact on resume, and what it does to learning rates."""
+
+import io
+import math
+
+import pytest
+import torch
+
+import taskgroup as tg
+from taskgroup.experiment.credit import PublishedCredit
+from taskgroup.experiment.recipe import read_recipe
+from taskgroup.experiment.trainer import Trainer
+from tests.experiment.small import yeast
+
+METHODS = list(tg.methods.METHODS)
+WAYS = {
+    **{name: {"method": name} for name in [*METHODS, "selective", "joint"]},
+    "published": {"credit": "published"},
+    "gradient": {"affinity": "gradient"},
+    "cheap": {"groups_per_batch": 1, "observe_every": 2},
+    "random": {"grouping": "random:2", "outside": "coast", "head_lr_times": "sqrt(M)"},
+}
+
+
+def trainer(**changes):
+    settings = {"batches": 8, "decay": 0.3, "dropout": 0.2, "lr": 0.02}
+    return Trainer(yeast(**{**settings, **changes}))
+
+
+def steps(trained, n):
+    return [trained.step() for _ in range(n)]
+
+
+def parameters(trained):
+    return [parameter.detach().clone() for parameter in trained.model.parameters()]
+
+
+def assert_same(ours, theirs):
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_gd_is_joint_training_bitwise():
+    one = trainer(method="gd")
+    start = parameters(one)
+    expected = [progress.losses for progress in steps(one, 8)]
+    other = trainer(method="joint")  # made now: dropout draws from the generator that it seeds
+    assert [progress.losses for progress in steps(other, 8)] == expected
+    assert_same(parameters(one), parameters(other))
+    assert not any(torch.equal(a, b) for a, b in zip(start, parameters(one), strict=True))
+
+
+def test_methods_of_one_seed_start_alike_and_see_the_same_batches():
+    seen = [trainer(method=name, seed=3).step().losses for name in ["selective", *METHODS]]
+    assert all(losses == seen[0] for losses in seen)
+    assert trainer(method="selective", seed=4).step().losses != seen[0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_saved_and_loaded_it_goes_on_bitwise(way):
+    one = trainer(**WAYS[way])
+    steps(one, 4)
+    file = io.BytesIO()
+    torch.save(one.state_dict(), file)
+    file.seek(0)
+    expected = steps(one, 4)
+
+    other = trainer(**WAYS[way])
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other.batch == 4
+    assert steps(other, 4) == expected
+    assert_same(parameters(one), parameters(other))
+    assert str(one.state_dict()["method"]) == str(other.state_dict()["method"])
+    assert str(one.state_dict()["groups"]) == str(other.state_dict()["groups"])
+    assert str(one.state_dict()["optimizer"]) == str(other.state_dict()["optimizer"])
+
+
+def published_rule(batches, tasks, decay):
+    """The published bookkeeping, entry by entry; a batch is [(group, losses before its step)]."""
+    row = {task: k for k, task in enumerate(tasks)}
+    matrix = [[0.0] * len(tasks) for _ in tasks]
+    for batch in batches:
+        before = None
+        for group, losses in batch:
+            for s in group if before is not None else ():
+                for t in tasks:
+                    share = (1 - losses[t] / before[t]) / len(group)
+                    own = (1 - losses[s] / before[s]) / len(group)
+                    if t == s and share < 0:
+                        continue
+                    if t in group and share * own < 0:
+                        share = -max(share, own)
+                    i, k = row[s], row[t]
+                    matrix[i][k] = (1 - decay) * matrix[i][k] + decay * share
+            before = losses
+    return torch.tensor(matrix)
+
+
+@pytest.mark.parametrize("per_batch", [None, 1])
+def test_published_credit_is_the_published_rule(per_batch, monkeypatch):
+    tasks = "class1,class3,class4,class5,class6"
+    one = trainer(credit="published", tasks=tasks, groups_per_batch=per_batch, batches=24)
+    seen = []
+    evaluate = one.problem.losses
+
+    def note(outputs, batch):
+        losses = evaluate(outputs, batch)
+        seen.append({task: loss.item() for task, loss in losses.items()})
+        return losses
+
+    monkeypatch.setattr(one.problem, "losses", note)
+    batches = []
+    for _ in range(24):
+        seen.clear()
+        batches.append(list(zip(one.step().groups, seen, strict=True)))
+    assert any(len(group) > 1 for batch in batches for group, _ in batch)
+    found = one.state_dict()["groups"]["grouping"]["matrix"]
+    # Float32 of numbers about 0.01 against Python's doubles.
+    torch.testing.assert_close(found, published_rule(batches, one.tasks, 0.3), rtol=0, atol=1e-6)
+    assert not torch.allclose(found, one.groups.affinity.matrix, atol=1e-3)
+
+
+def test_published_credit_groups_by_its_own_matrix():
+    given = []
+    credit = PublishedCredit(2, 0.5, given.append)
+    credit.load_state_dict({"matrix": torch.tensor([[1.0, 2.0], [3.0, 4.0]])})
+    credit(torch.zeros(2, 2))
+    assert given[0].tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("method", "rule", "times"),
+    [
+        ("selective", "1", 1),
+        ("selective", "sqrt(M)", math.sqrt(2)),
+        ("selective", "M", 2),
+        ("selective", "K", 3),
+        ("gd", "M", 1),
+        ("gd", "K", 3),
+    ],
+)
+def test_learning_rate_of_the_heads(method, rule, times):
+    one = trainer(method=method, head_lr_times=rule, head_lr=0.05, grouping="random:2")
+    used, scheduled = [], []
+    one.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: used.append([group["lr"] for group in optimizer.param_groups])
+    )
+    for batch in range(8):
+        before = len(used)
+        one.step()
+        fall = (1 - batch / 8) ** 0.9
+        for encoder, heads in used[before:]:
+            assert encoder == pytest.approx(0.02 * fall)
+            assert heads == pytest.approx(0.05 * fall * times)
+        scheduled.append(one.scheduler.get_last_lr())
+    plain = [((1 - n / 8) ** 0.9) for n in range(1, 9)]
+    assert scheduled == [pytest.approx([0.02 * fall, 0.05 * fall]) for fall in plain]
+    assert len(used) == (16 if method == "selective" else 8)
+
+
+def test_what_a_method_learns_is_in_the_optimizer():
+    one = trainer(method="uw")
+    learned = one.optimizer.param_groups[2]
+    assert learned["lr"] == 0.02
+    assert learned["weight_decay"] == 0
+    before = [parameter.detach().clone() for parameter in learned["params"]]
+    assert sum(parameter.numel() for parameter in before) == 3
+    steps(one, 2)
+    assert not any(
+        torch.equal(a, b.detach()) for a, b in zip(before, learned["params"], strict=True)
+    )
+
+
+def test_dtp_needs_a_score_and_says_so_before_training():
+    recipe = read_recipe("motorcycle-small", {"method": "dtp"})
+    with pytest.raises(ValueError, match="score"):
+        Trainer(recipe)
+
+
+@pytest.mark.filterwarnings("ignore:The loss of task:UserWarning")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_that_diverges_is_a_floating_point_error(way):
+    one = trainer(**WAYS[way], lr=1e20)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        steps(one, 8)
+
+
+def test_some_tasks_in_the_order_of_the_data():
+    one = trainer(tasks="class9, class2,class9")
+    assert one.tasks == ["class2", "class9"]
+    assert list(one.step().losses) == one.tasks
+    with pytest.raises(ValueError, match="yeast has no task 'class15', 'depth'; its tasks are cla"):
+        trainer(tasks="class15,class1,depth")
+
+
+def test_lookahead_leaves_the_training_as_it_is():
+    one = trainer(method="gd", dropout=0.0)
+    steps(one, 2)
+    before, moments = parameters(one), str(one.optimizer.state_dict())
+    matrix = one.lookahead()
+    assert matrix.shape == (3, 3)
+    assert matrix.isfinite().all()
+    assert_same(before, parameters(one))
+    assert str(one.optimizer.state_dict()) == moments
