@@ -22,7 +22,7 @@ __all__ = ["AffinityGain", "Correlation", "Gains", "spearman"]
 
 Floats = NDArray[np.float64]
 
-_RESAMPLES = 2000
+_RESAMPLES = 1000
 _LOOKAHEADS = 10  # measurements in a run
 
 
@@ -96,6 +96,11 @@ class AffinityGain:
         self.tasks = task_names(recipe, self.problem)
         if len(self.tasks) < 3:
             raise ValueError("A correlation over pairs needs at least three tasks.")
+        if not recipe.make_grouping().reads_affinity:
+            raise ValueError(
+                f"Grouping {recipe.grouping!r} learns no affinity to compare; take "
+                "affinity-propagation."
+            )
         self.seeds = seeds
         self.out = Path(out)
         self._cells = open_folder(self.out, recipe)

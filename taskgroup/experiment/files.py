@@ -20,7 +20,7 @@ def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
     Raises:
         OSError: if it cannot be written; the sentence says so.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may write it as well
     try:
         with partial.open("wb") as file:
             write(file)

@@ -211,7 +211,19 @@ def preset(name: str, recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=len(PRESETS), cutoff=0.0)
         raise ValueError(f"There is no preset {name!r}; there are {', '.join(near)}.")
-    return PRESETS[name](recipe, tasks)
+    return _without_doubles(PRESETS[name](recipe, tasks), recipe)
+
+
+def _without_doubles(variants: list[Variant], recipe: Recipe) -> list[Variant]:
+    """Each only once: what has the recipe's own setting is the reference, under another title."""
+    kept: dict[Recipe, Variant] = {}
+    for variant in variants:
+        made = dataclasses.replace(recipe, **variant.settings)
+        if made in kept:
+            kept[made] = dataclasses.replace(kept[made], title=variant.title)
+        else:
+            kept[made] = variant
+    return list(kept.values())
 
 
 def variants_by_name(names: list[str], variants: list[Variant]) -> list[Variant]:

@@ -401,7 +401,10 @@ def _notes(table: Any) -> list[str]:
         "most bytes that tensors take.",
     ]
     if any(budget.name != "batches" for budget in table.budgets):
-        notes.append(f"As much time: as many batches as take the time of {table.reference}.")
+        notes.append(
+            f"As much time: as many batches as take the time of {table.reference}. Single-task "
+            "training, which Δm refers to, has the recipe's batches and rate throughout."
+        )
     if any(budget.name == "tuned" for budget in table.budgets):
         notes.append(
             f"Best rate: of {len(table.rates)}, the same for encoder and heads, by held-out Δm "

@@ -47,6 +47,7 @@ def made_up(monkeypatch):
                 "changes": [],
                 "partition": [],
                 "affinity": [],
+                "skipped": 0,
                 "diverged": None,
                 **make(cell),
             }

@@ -109,7 +109,7 @@ def test_failed_runs_are_one_sentence(tmp_path, trained, monkeypatch):
     monkeypatch.setattr(workers, "train_cell", fail)
     result = invoke("compare", "--methods", "uw", "--seeds", 1, "--out", tmp_path)
     assert result.exit_code == 2
-    assert "5 of 5 runs failed" in result.output
+    assert "runs failed and are missing above; the same command runs them again" in result.output
     assert "the solver gave up" in result.output
 
 

@@ -52,6 +52,7 @@ def fabricated(variants, seeds=5, diverged=()):
                 floor=dict.fromkeys(keys, math.nan if seeds == 1 else 1.25),
                 metrics={} if lost else {k: dict.fromkeys(tasks, 0.7 + 0.001 * n) for k in keys},
                 diverged=dict.fromkeys((b.name for b in BUDGETS), seeds if lost else 0),
+                skipped=0,
             )
         )
     return Table(
@@ -65,6 +66,7 @@ def fabricated(variants, seeds=5, diverged=()):
         rows=rows,
         single={split: dict.fromkeys(tasks, 0.65) for split in SPLITS},
         refused={"DTP": "it needs a score"},
+        failed=[],
     )
 
 
@@ -169,7 +171,7 @@ def test_markdown_holds_the_numbers():
         for cell, key in zip(cells[1:], keys, strict=True):
             assert row.gain[key][:2] == estimate(cell)
             assert cell.endswith(f" {row.verdict(*key)}")
-    assert len(by_task) == 3
+    assert len(by_task) == 6  # three budgets, held-out and training data
     assert by_task[0][1][1:] == ["0.6500"] * 14
     # 0.701 over 0.65 is a gain of 7.8 per cent.
     assert by_task[0][3] == ["UW", *["0.7010 (+7.8)"] * 14]
