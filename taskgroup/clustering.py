@@ -44,20 +44,26 @@ class _Clustering(Grouping):
     def __call__(self, matrix: Tensor) -> Tensor | None:
         """Labels 0 to M-1, int64 ``[K]``, for an affinity ``[K, K]``; None keeps the partition."""
         affinity = matrix.detach().cpu().double().numpy()
-        affinity = np.where(np.isfinite(affinity), affinity, 0.0)
+        if not np.isfinite(affinity).all():
+            affinity = np.where(np.isfinite(affinity), affinity, 0.0)
         known = np.flatnonzero(affinity.diagonal() > 0)
+        if len(known) == len(affinity) > 1:  # as a rule, and in every batch: the short way
+            clusters = self._normalise_and_cluster(affinity)
+            return None if clusters is None else torch.from_numpy(clusters)
         labels = np.arange(len(affinity))
         if len(known) > 1:
-            affinity = affinity[np.ix_(known, known)]
-            ratio = affinity / affinity.diagonal()
-            clusters = self._cluster((ratio + ratio.T) / 2)
+            clusters = self._normalise_and_cluster(affinity[np.ix_(known, known)])
             if clusters is None:
                 return None
             labels[known] = len(labels) + clusters  # apart from the labels of the rest
         return torch.from_numpy(np.unique(labels, return_inverse=True)[1])
 
+    def _normalise_and_cluster(self, affinity: _Floats) -> npt.NDArray[Any] | None:
+        ratio = affinity / affinity.diagonal()
+        return self._cluster((ratio + ratio.T) / 2)
+
     def _cluster(self, similarity: _Floats) -> npt.NDArray[Any] | None:
-        """Labels ``[n]`` for the normalised affinity ``[n, n]`` of n > 1 tasks, or None."""
+        """Labels 0 to M-1, int64 ``[n]``, for a normalised affinity ``[n, n]``, n > 1; or None."""
         raise NotImplementedError
 
 
@@ -345,8 +351,8 @@ class _ScikitLearn(_Clustering):
             # Of tasks that cannot be told apart or are not connected: they are grouped all the
             # same, and a training run is not the place to hear of it in every batch.
             warnings.simplefilter("ignore")
-            labels: npt.NDArray[Any] = self._fit(similarity)
-        return labels
+            labels = self._fit(similarity)
+        return np.unique(labels, return_inverse=True)[1]
 
     def _fit(self, similarity: _Floats) -> npt.NDArray[Any]:
         raise NotImplementedError
