@@ -53,7 +53,7 @@ class Row:
 
     Attributes:
         variant: the variant.
-        time: seconds per batch relative to joint training.
+        time: of a batch, relative to joint training.
         memory: peak bytes of a batch relative to joint training.
         steps: optimizer steps per batch.
         groups: mean number of groups in the second half of a run.
@@ -227,6 +227,7 @@ class Comparison:
         with Workers(self._cells, jobs) as workers:
             workers.run("as many batches", self._single() + self._by("batches"), listen)
             self._single_metrics = None
+            self._measure_costs(workers)
             if "time" in wanted:
                 workers.run("as much time", self._by("time"), listen)
             if "tuned" in wanted:
@@ -278,11 +279,40 @@ class Comparison:
     def _results(self, cells: Iterable[Cell]) -> list[Result]:
         return [result for cell in cells if (result := cell.read(self._cells)) is not None]
 
+    def _measure_costs(self, workers: Workers) -> None:
+        """Measure the steps of those variants that were not, side by side with joint training.
+
+        Kept, since a budget must be the same whenever the comparison goes on.
+        """
+        known = self._read_yaml("costs.yaml")
+        missing = [variant for variant in self.variants if variant.name not in known]
+        if not missing:
+            return
+        joint = next(variant for variant in self.variants if variant.name == JOINT)
+        measured = [joint, *(variant for variant in missing if variant is not joint)]
+        seconds = workers.measure(
+            {variant.name: self._recipe(variant, self.recipe.seed) for variant in measured}
+        )
+        known |= {v.name: seconds[v.name] / seconds[JOINT] for v in missing}
+        self._write_yaml("costs.yaml", known)
+
     def _cost(self, variant: Variant) -> float:
-        """Seconds per batch: the median over seeds; NaN where no run is finished."""
+        """Time of a batch relative to joint training; NaN where it is not known.
+
+        That of a step times the steps of a batch, the median over the runs.
+        """
         cells = [self._cell(variant, seed, "batches") for seed in self._seeds()]
-        seconds = [r["seconds_per_batch"] for r in self._results(cells) if r["diverged"] is None]
-        return statistics.median(seconds) if seconds else math.nan
+        steps = [r["steps_per_batch"] for r in self._results(cells) if r["diverged"] is None]
+        step: float = self._read_yaml("costs.yaml").get(variant.name, math.nan)
+        return step * max(1.0, statistics.median(steps)) if steps else math.nan
+
+    def _read_yaml(self, name: str) -> dict[str, Any]:
+        file = self.out / name
+        return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
+
+    def _write_yaml(self, name: str, values: dict[str, Any]) -> None:
+        text = yaml.safe_dump(values, sort_keys=False)
+        write_atomically(self.out / name, lambda opened: opened.write(text.encode()))
 
     @property
     def _reference(self) -> Variant:
@@ -293,20 +323,20 @@ class Comparison:
     def _batches(self, variant: Variant) -> int:
         """As many as take the time of the reference.
 
-        Measured once: the number must be the same whenever the comparison goes on.
+        Kept, since it must be the same whenever the comparison goes on.
         """
         reference = self._reference
         which = "" if reference.name == REFERENCE else f"-{reference.name}"
-        file = self.out / f"batches{which}.yaml"
-        known: dict[str, int] = yaml.safe_load(file.read_text()) if file.is_file() else {}
+        file = f"batches{which}.yaml"
+        known = self._read_yaml(file)
         if variant.name not in known:
             ratio = self._cost(reference) / self._cost(variant)
             if math.isnan(ratio):  # all of its runs diverged, or none is finished
                 return self.recipe.batches
             known[variant.name] = max(2, round(self.recipe.batches * ratio))
-            text = yaml.safe_dump(known, sort_keys=False)
-            write_atomically(file, lambda opened: opened.write(text.encode()))
-        return known[variant.name]
+            self._write_yaml(file, known)
+        batches: int = known[variant.name]
+        return batches
 
     def best_rate(self, variant: Variant) -> float:
         """The rate of the highest mean held-out Δm, over other seeds than those compared.

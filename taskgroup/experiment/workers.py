@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from taskgroup.experiment.cell import Cell, Result, train_cell
+from taskgroup.experiment.cost import step_seconds
+from taskgroup.experiment.recipe import Recipe
 
 __all__ = ["Listener", "Workers"]
 
@@ -60,6 +62,10 @@ class Workers:
     def _children(self) -> list[multiprocessing.Process]:
         # Python 3.14 has a public method.
         return list((getattr(self._pool, "_processes", None) or {}).values())
+
+    def measure(self, recipes: Mapping[str, Recipe]) -> dict[str, float]:
+        """:func:`~taskgroup.experiment.cost.step_seconds` in one process, the others idle."""
+        return self._pool.submit(step_seconds, recipes).result()
 
     def run(self, title: str, cells: Sequence[Cell], listen: Listener) -> None:
         """Run the cells that are not finished; where one fails, the others go on.

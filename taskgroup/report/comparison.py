@@ -252,31 +252,30 @@ def delta_m_plot(table: Any, path: str | os.PathLike[str]) -> None:
     """
     last = table.budgets[-1]
     rows = [row for row in table.rows if row.delta[last.name, "held_out"].n]
+    rows.sort(key=lambda row: row.delta[last.name, "held_out"].mean, reverse=True)
+    names = [f"{row.variant.title}  {n}" for n, row in enumerate(rows, start=1)]
     height = 1.6 + 0.27 * max(8, len(rows))
     figure = Figure(figsize=(12.5, height), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
 
-    known = [r for r in rows if r.delta["batches", "held_out"].n and math.isfinite(r.time)]
-    if known:  # not where all joint runs diverged
-        _draw_cost(left, known)
+    _draw_cost(left, rows)
     left.set(
         xlabel="time of a batch, relative to joint training",
         ylabel="Δm against single-task training, %",
     )
-    left.set_title("Given as many batches", loc="left")
+    left.set_title("Given as many batches (numbers: see the right)", loc="left")
 
     joint = next(row for row in table.rows if row.variant.settings.get("method") == "gd")
     centre, floor = joint.delta[last.name, "held_out"].mean, joint.floor[last.name, "held_out"]
-    rows.sort(key=lambda row: row.delta[last.name, "held_out"].mean)
     if math.isfinite(centre + floor):  # not of a single seed
         right.axvspan(centre - floor, centre + floor, color="#eeeeee", zorder=0)
     for y, row in enumerate(rows):
         mean, half, _ = row.delta[last.name, "held_out"]
         right.errorbar(mean, y, xerr=half, fmt="o", color=_colour(row), markersize=5, capsize=2)
-    right.set_yticks(range(len(rows)), [row.variant.title for row in rows])
+    right.set_yticks(range(len(rows)), names)
     right.set(
         xlabel="Δm against single-task training, % (shaded: noise floor about GD)",
-        ylim=(-0.7, len(rows) - 0.3),
+        ylim=(len(rows) - 0.3, -0.7),
     )
     right.set_title(f"Given {last.title}", loc="left")
     for axes in (left, right):
@@ -286,37 +285,49 @@ def delta_m_plot(table: Any, path: str | os.PathLike[str]) -> None:
 
 
 def _draw_cost(axes: Any, rows: Sequence[Any]) -> None:
+    """The rows by their number, Δm over the time of a batch."""
+    known = [
+        (n, row.time, row.delta["batches", "held_out"], _colour(row))
+        for n, row in enumerate(rows, start=1)
+        if row.delta["batches", "held_out"].n and math.isfinite(row.time)
+    ]
+    if not known:  # all joint runs diverged
+        return
     axes.set_xscale("log")
-    ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 50) if t <= 1.2 * max(row.time for row in rows)]
+    most = max(time for _, time, _, _ in known)
+    ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 50) if t <= 1.2 * most]
     axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
     axes.minorticks_off()
-    points = [(math.log10(row.time), row.delta["batches", "held_out"], row) for row in rows]
-    for _, (mean, half, _), row in points:
-        axes.errorbar(
-            row.time, mean, yerr=half, fmt="o", color=_colour(row), markersize=5, alpha=0.8
-        )
-    # Names to the right of the points; pushed apart where they would lie on each other.
-    means = [delta.mean for _, delta, _ in points]
-    span = max(means) - min(means) or 1.0
-    axes.margins(y=0.08)
-    # Room for the names; a range as narrow as that of two equal times has none.
-    fastest, slowest = min(row.time for row in rows), max(row.time for row in rows)
-    room = max(1.6, (slowest / fastest) ** 0.25)
-    axes.set_xlim(fastest / room, slowest * room)
-    placed: list[tuple[float, float]] = []
-    for x, delta, row in sorted(points, key=lambda point: (point[1].mean, point[0])):
-        y = delta.mean
-        while any(abs(x - other) < 0.3 and abs(y - height) < span / 24 for other, height in placed):
-            y += span / 48
-        placed.append((x, y))
+    axes.margins(x=0.08)
+    # What lies far off would press the others together: it is drawn at the edge, with its value.
+    means = sorted(delta.mean for _, _, delta, _ in known)
+    middle = statistics.median(means)
+    reach = 1 + 4 * statistics.median(abs(mean - middle) for mean in means)
+    low = max(means[0], middle - reach)
+    high = min(means[-1], middle + reach)
+    margin = 0.15 * (high - low) + 0.1
+    for n, time_, (mean, half, _), colour in known:
+        y = min(max(mean, low), high)
+        if y == mean:
+            axes.errorbar(time_, y, yerr=half, fmt="none", color=colour, alpha=0.4, zorder=1)
+        else:
+            up = mean > high
+            axes.annotate(
+                f"{mean:+.0f}",
+                (time_, y),
+                xytext=(0, 22 if up else -22),
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "<-", "color": colour},
+                ha="center",
+                va="bottom" if up else "top",
+                fontsize=8,
+                color=colour,
+            )
+        axes.plot(time_, y, "o", color=colour, markersize=12, zorder=2 + n, markeredgecolor="white")
         axes.annotate(
-            row.variant.title,
-            (row.time, delta.mean),
-            (10 ** (x + 0.035), y),
-            fontsize=7.5,
-            va="center",
-            color=_colour(row),
+            str(n), (time_, y), ha="center", va="center", fontsize=7, color="white", zorder=3 + n
         )
+    axes.set_ylim(low - 2 * margin, high + 2 * margin)
 
 
 def _colour(row: Any) -> str:
