@@ -1,9 +1,8 @@
-"""What a step of each method takes, measured side by side."""
+"""What a batch of each method takes, measured side by side."""
 
 from __future__ import annotations
 
 import math
-import statistics
 import time
 import warnings
 from collections.abc import Mapping
@@ -11,18 +10,18 @@ from collections.abc import Mapping
 from taskgroup.experiment.recipe import Recipe
 from taskgroup.experiment.trainer import Trainer
 
-__all__ = ["step_seconds"]
+__all__ = ["batch_seconds"]
 
-_ROUNDS = 5
-_BATCHES = 8  # of each recipe in a round
+_AT_A_TIME = 5  # batches
+_MOST = 500  # batches of each recipe
 
 
-def step_seconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
-    """Processor seconds of an optimizer step by each recipe, all that it takes included.
+def batch_seconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
+    """Processor seconds of a batch by each recipe, all that it takes included.
 
-    The recipes take turns, some batches each, round after round, and the median of the rounds
-    counts: a machine that is faster at one time than at another is so for all of them. (The runs of
-    a comparison, minutes or days apart, would not do.)
+    The recipes take turns, a few batches each, from the beginning of a run to its end (or to batch
+    500), so that the groups they form are those of real runs, and a machine that is faster at one
+    time than at another is so for all of them. Runs that are minutes or days apart would not do.
 
     Args:
         recipes: by name.
@@ -31,23 +30,26 @@ def step_seconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
         ``{name: seconds}``; NaN for one that diverges at once.
     """
     trainers = {name: Trainer(recipe) for name, recipe in recipes.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in recipes}
+    seconds = dict.fromkeys(recipes, 0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of losses that diverge
-        for round_ in range(1 + _ROUNDS):
+        for trainer in trainers.values():
+            _step(trainer, 1)  # which allocates
+        for _ in range(_MOST // _AT_A_TIME):
             for name, trainer in trainers.items():
-                try:
-                    taken = _seconds_per_step(trainer)
-                except FloatingPointError:
-                    taken = math.nan
-                if round_:  # the first one allocates
-                    seconds[name].append(taken)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+                started = time.process_time()
+                _step(trainer, _AT_A_TIME)
+                seconds[name] += time.process_time() - started
+    return {
+        name: seconds[name] / (trainer.batch - 1) if trainer.batch > 1 else math.nan
+        for name, trainer in trainers.items()
+    }
 
 
-def _seconds_per_step(trainer: Trainer) -> float:
-    steps = 0
-    started = time.process_time()
-    for _ in range(_BATCHES):
-        steps += max(1, len(trainer.step().groups))
-    return (time.process_time() - started) / steps
+def _step(trainer: Trainer, batches: int) -> None:
+    """So many batches, to the end of the run at most."""
+    for _ in range(min(batches, trainer.recipe.batches - trainer.batch)):
+        try:
+            trainer.step()
+        except FloatingPointError:
+            return
