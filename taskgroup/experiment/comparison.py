@@ -280,7 +280,7 @@ class Comparison:
         return [result for cell in cells if (result := cell.read(self._cells)) is not None]
 
     def _measure_costs(self, workers: Workers) -> None:
-        """Measure the batches of those variants that were not, side by side with joint training.
+        """Measure the steps of those variants that were not, side by side with joint training.
 
         Kept, since a budget must be the same whenever the comparison goes on.
         """
@@ -297,9 +297,15 @@ class Comparison:
         self._write_yaml("costs.yaml", known)
 
     def _cost(self, variant: Variant) -> float:
-        """Time of a batch relative to joint training; NaN where it is not known."""
-        cost: float = self._read_yaml("costs.yaml").get(variant.name, math.nan)
-        return cost
+        """Time of a batch relative to joint training; NaN where it is not known.
+
+        That of a step times the steps of a batch, the median over the seeds: how many groups there
+        are differs from seed to seed.
+        """
+        cells = [self._cell(variant, seed, "batches") for seed in self._seeds()]
+        steps = [r["steps_per_batch"] for r in self._results(cells) if r["diverged"] is None]
+        step: float = self._read_yaml("costs.yaml").get(variant.name, math.nan)
+        return step * max(1.0, statistics.median(steps)) if steps else math.nan
 
     def _read_yaml(self, name: str) -> dict[str, Any]:
         file = self.out / name

@@ -1,4 +1,4 @@
-"""What a batch of each method takes, measured side by side."""
+"""What a step of each method takes, measured side by side."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from taskgroup.experiment.recipe import Recipe
 from taskgroup.experiment.trainer import Trainer
 
-__all__ = ["batch_seconds"]
+__all__ = ["step_seconds"]
 
 _AT_A_TIME = 5  # batches
 _MOST = 500  # batches of each recipe
 
 
-def batch_seconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
-    """Processor seconds of a batch by each recipe, all that it takes included.
+def step_seconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
+    """Processor seconds of an optimizer step by each recipe, all that a batch takes included.
 
     The recipes take turns, a few batches each, from the beginning of a run to its end (or to batch
     500), so that the groups they form are those of real runs, and a machine that is faster at one
@@ -31,25 +31,25 @@ def batch_seconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
     """
     trainers = {name: Trainer(recipe) for name, recipe in recipes.items()}
     seconds = dict.fromkeys(recipes, 0.0)
+    steps = dict.fromkeys(recipes, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of losses that diverge
         for trainer in trainers.values():
-            _step(trainer, 1)  # which allocates
+            _train(trainer, 1)  # which allocates
         for _ in range(_MOST // _AT_A_TIME):
             for name, trainer in trainers.items():
                 started = time.process_time()
-                _step(trainer, _AT_A_TIME)
+                steps[name] += _train(trainer, _AT_A_TIME)
                 seconds[name] += time.process_time() - started
-    return {
-        name: seconds[name] / (trainer.batch - 1) if trainer.batch > 1 else math.nan
-        for name, trainer in trainers.items()
-    }
+    return {name: seconds[name] / steps[name] if steps[name] else math.nan for name in recipes}
 
 
-def _step(trainer: Trainer, batches: int) -> None:
-    """So many batches, to the end of the run at most."""
+def _train(trainer: Trainer, batches: int) -> int:
+    """The steps of so many batches, to the end of the run at most; a batch without counts as one."""
+    steps = 0
     for _ in range(min(batches, trainer.recipe.batches - trainer.batch)):
         try:
-            trainer.step()
+            steps += max(1, len(trainer.step().groups))
         except FloatingPointError:
-            return
+            break
+    return steps

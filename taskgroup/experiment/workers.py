@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from taskgroup.experiment.cell import Cell, Result, train_cell
-from taskgroup.experiment.cost import batch_seconds
+from taskgroup.experiment.cost import step_seconds
 from taskgroup.experiment.recipe import Recipe
 
 __all__ = ["Listener", "Workers"]
@@ -64,8 +64,8 @@ class Workers:
         return list((getattr(self._pool, "_processes", None) or {}).values())
 
     def measure(self, recipes: Mapping[str, Recipe]) -> dict[str, float]:
-        """:func:`~taskgroup.experiment.cost.batch_seconds` in one process, the others idle."""
-        return self._pool.submit(batch_seconds, recipes).result()
+        """:func:`~taskgroup.experiment.cost.step_seconds` in one process, the others idle."""
+        return self._pool.submit(step_seconds, recipes).result()
 
     def run(self, title: str, cells: Sequence[Cell], listen: Listener) -> None:
         """Run the cells that are not finished; where one fails, the others go on.
