@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -69,11 +68,10 @@ def train_cell(cell: Cell, folder: Path) -> Result:
     """Train, evaluate, and write the result.
 
     Returns:
-        ``{"settings", "metrics": {split: {task: value}}, "seconds_per_batch", "peak_bytes",
+        ``{"settings", "metrics": {split: {task: value}}, "peak_bytes": of the last batch,
         "steps_per_batch", "groups": groups per batch, "changes": batches after which the partition
         changed, "partition", "affinity": [K, K] at the end, "skipped": batches for which the method
-        found no weights, "diverged": batch or None}``. Seconds are of the processor, so that a busy
-        machine does not count; the last batch, of which the memory is measured, does not either.
+        found no weights, "diverged": batch or None}``
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a run that diverges; the result says so
@@ -91,7 +89,6 @@ def _train(recipe: Recipe, lookahead_every: int | None) -> Result:
     changes: list[int] = []
     partition = trainer.groups.partition
     diverged: int | None = None
-    seconds = 0.0
     peak = 0
     lookaheads: list[torch.Tensor] = []
 
@@ -110,9 +107,7 @@ def _train(recipe: Recipe, lookahead_every: int | None) -> Result:
                 standing = _standing_bytes(trainer)
                 peak = standing + peak_bytes(step, torch.device("cpu"))
             else:
-                started = time.process_time()
                 step()
-                seconds += time.process_time() - started
             if lookahead_every is not None and batch % lookahead_every == 0:
                 lookaheads.append(trainer.lookahead())
     except FloatingPointError:
@@ -125,10 +120,8 @@ def _train(recipe: Recipe, lookahead_every: int | None) -> Result:
     affinity = trainer.groups.affinity.matrix
     if lookaheads:
         affinity = torch.stack(lookaheads).nanmean(0)
-    timed = max(1, min(trainer.batch, recipe.batches - 1))
     return {
         "metrics": metrics,
-        "seconds_per_batch": seconds / timed,
         "peak_bytes": peak,
         "steps_per_batch": steps / max(1, trainer.batch),
         "groups": groups,

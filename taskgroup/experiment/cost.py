@@ -45,7 +45,7 @@ def step_seconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
 
 
 def _train(trainer: Trainer, batches: int) -> int:
-    """The steps of so many batches, to the end of the run at most; a batch without counts as one."""
+    """The steps of so many batches, to the end of the run at most; at least one a batch."""
     steps = 0
     for _ in range(min(batches, trainer.recipe.batches - trainer.batch)):
         try:

@@ -26,21 +26,24 @@ def trained(monkeypatch):
 
     monkeypatch.setattr(workers, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(workers, "train_cell", note)
+    monkeypatch.setattr(workers, "step_seconds", lambda recipes: dict.fromkeys(recipes, 1.0))
     return cells
 
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """Call it with a function from cell to result: that is what the files then hold, untrained."""
+    """Call it with a function from cell to result: that is what the files then hold, untrained.
 
-    def use(make):
+    A step takes the seconds of its variant, or one.
+    """
+
+    def use(make, seconds=None):
         cells = []
 
         def write(cell, folder):
             cells.append(cell)
             result = {
                 "metrics": {},
-                "seconds_per_batch": 1.0,
                 "peak_bytes": 1000,
                 "steps_per_batch": 1.0,
                 "groups": [1] * cell.recipe.batches,
@@ -56,6 +59,11 @@ def made_up(monkeypatch):
 
         monkeypatch.setattr(workers, "ProcessPoolExecutor", InThisProcess)
         monkeypatch.setattr(workers, "train_cell", write)
+        monkeypatch.setattr(
+            workers,
+            "step_seconds",
+            lambda recipes: {name: (seconds or {}).get(name, 1.0) for name in recipes},
+        )
         return cells
 
     return use

@@ -31,7 +31,7 @@ def test_compare_leaves_tables_and_a_picture(tmp_path, trained):
     result = invoke("compare", *arguments, "--budgets", "batches,time")
     assert result.exit_code == 0, result.output
     assert left(out) == {
-        *("base.yaml", "batches.yaml", "cells"),
+        *("base.yaml", "batches.yaml", "costs.yaml", "cells"),
         *("cheap.md", "cheap.csv", "cheap.png"),
     }
     assert (out / "cheap.png").read_bytes().startswith(b"\x89PNG")

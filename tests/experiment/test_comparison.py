@@ -1,5 +1,6 @@
 """What is run, what is not run again, and that the table says what the files hold."""
 
+import itertools
 import json
 import math
 import statistics
@@ -7,13 +8,13 @@ import statistics
 import pytest
 
 import taskgroup as tg
-from taskgroup.experiment import workers
+from taskgroup.experiment import cost, workers
 from taskgroup.experiment.comparison import Comparison, Row
 from taskgroup.experiment.presets import PRESETS, Variant, preset, variants_by_name
 from taskgroup.experiment.problem import make_problem
 from taskgroup.experiment.recipe import Recipe, read_recipe
 from taskgroup.experiment.statistics import Estimate
-from taskgroup.experiment.trainer import task_names
+from taskgroup.experiment.trainer import Trainer, task_names
 from tests.experiment.small import InThisProcess, yeast
 
 GD = Variant("gd", "GD", {"method": "gd"})
@@ -343,14 +344,14 @@ def test_the_rate_of_the_heads_goes_with_that_of_the_encoder(tmp_path, made_up):
 
 
 def test_as_much_time_is_the_cost_of_the_reference(tmp_path, made_up):
-    # Seconds per batch, seed by seed; the median counts.
-    seconds = {"gd": [1.0, 9.0, 1.2], "uw": [4.0, 4.0, 4.0], "selective": [3.0, 3.0, 5.0]}
+    # Of a step; a batch of selective updates takes 1 or 2 or 3 of them, seed by seed.
+    seconds = {"gd": 1.2, "uw": 4.0, "selective": 1.5}
 
     def make(cell):
-        cost = seconds.get(cell.name, [1.0] * 9)[cell.recipe.seed % 3]
-        return {**metrics(0.7), "seconds_per_batch": cost}
+        steps = 1 + cell.recipe.seed % 3 if cell.name == "selective" else 1
+        return {**metrics(0.7), "steps_per_batch": steps}
 
-    made_up(make)
+    made_up(make, seconds)
     recipe = yeast(batches=40)
 
     def table(*variants, seeds=3):
@@ -364,14 +365,13 @@ def test_as_much_time_is_the_cost_of_the_reference(tmp_path, made_up):
         {"batches": 40, "time": 40},
     ]
     # Opened again, with seeds on a machine that has become slower: the same.
-    seconds["gd"] = [90.0] * 3
+    seconds["gd"] = 90.0
     rows = table(GD, UW, SELECTIVE, seeds=6).rows
     assert [row.batches["time"] for row in rows] == [100, 30, 40]
 
 
 def test_without_selective_updates_the_time_is_that_of_gd(tmp_path, made_up):
-    seconds = {"gd": 1.0, "uw": 2.0, "selective": 4.0}
-    made_up(lambda cell: {**metrics(0.7), "seconds_per_batch": seconds.get(cell.name, 1.0)})
+    made_up(lambda cell: metrics(0.7), {"gd": 1.0, "uw": 2.0, "selective": 4.0})
 
     def batches(*variants):
         table = comparison(tmp_path, variants=variants, budgets=["time"]).run()
@@ -381,6 +381,38 @@ def test_without_selective_updates_the_time_is_that_of_gd(tmp_path, made_up):
     # And another reference in the same folder has its own.
     assert batches(GD, UW, SELECTIVE) == ("Selective", [16, 8, 4])
     assert batches(GD, UW) == ("GD", [4, 2])
+
+
+def test_costs_are_measured_in_turns_over_whole_runs(monkeypatch):
+    """The clock goes on by a second at every step of GD and by ten at every one of the others."""
+    now = 0.0
+    turns = []
+
+    class Counted(Trainer):
+        def step(self):
+            nonlocal now
+            progress = super().step()
+            now += sum(1.0 if self.recipe.method == "gd" else 10.0 for _ in progress.groups)
+            turns.append(self.recipe.method)
+            return progress
+
+    monkeypatch.setattr(cost, "Trainer", Counted)
+    monkeypatch.setattr(cost.time, "process_time", lambda: now)
+    recipes = {
+        "joint": yeast(method="gd", batches=12),
+        "groups": yeast(method="selective", grouping="singletons", batches=12),
+        "lost": yeast(method="uw", lr=1e20, batches=12),
+    }
+    found = cost.step_seconds(recipes)
+    assert (found["joint"], found["groups"]) == (1.0, 10.0)
+    assert math.isnan(found["lost"])
+    assert turns.count("gd") == turns.count("selective") == 12
+    # One to allocate, then by fives.
+    lasting = [turn for turn in turns if turn != "uw"]
+    assert [(turn, len(list(run))) for turn, run in itertools.groupby(lasting)] == [
+        *(("gd", 1), ("selective", 1), ("gd", 5), ("selective", 5), ("gd", 5), ("selective", 5)),
+        *(("gd", 1), ("selective", 1)),
+    ]
 
 
 def test_read_before_and_after_the_runs(tmp_path, made_up):
