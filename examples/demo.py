@@ -72,7 +72,7 @@ def main():
     console.print(table)
     console.print(f"Groups at the end: {groups_line(selective['partition'], TITLES)}.")
     console.print(
-        f"Learning rate {recipe.lr:g}; for the heads of the selective run {len(TITLES)} times that. "
+        f"Learning rate {recipe.lr:g}, {len(TITLES)} times that for heads in the selective run. "
         f"Heads outside the group {recipe.outside}. "
         "Both help selective updates, and not joint training (docs/results)."
     )
