@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -161,19 +162,26 @@ def cells(out):
     return {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}
 
 
+def state(pid):
+    """Its state and its parent, as /proc has them; None where there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    state, parent = text.rpartition(")")[2].split()[:2]
+    return state, int(parent)
+
+
 def children(pid):
-    listed = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False
-    ).stdout
-    return [int(line.split()[0]) for line in listed.splitlines() if "spawn_main" in line]
+    """Its workers: the processes that were spawned, but not the one that tracks resources."""
+    found = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    found = [child for child in found if (known := state(child)) and known[1] == pid]
+    return [p for p in found if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 def gone(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
-            return file.read().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
+    known = state(pid)
+    return known is None or known[0] == "Z"
 
 
 def wait_for(condition, seconds=60):
