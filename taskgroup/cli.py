@@ -85,7 +85,7 @@ def train(
 def compare(
     recipe: Annotated[
         str, typer.Argument(help="A recipe that ships with taskgroup, or a YAML file.")
-    ] = "motorcycle",
+    ] = "motorcycle-small",
     preset: Annotated[
         str, typer.Option(help="What to compare: methods, or one of the ablations: grouping, ...")
     ] = "methods",

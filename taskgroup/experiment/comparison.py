@@ -130,10 +130,11 @@ class Table:
 
 
 class Comparison:
-    """Trains variants of a recipe over several seeds, each run in a process of its own.
+    """Trains variants of a recipe over several seeds, side by side in worker processes.
 
-    The folder holds ``base.yaml`` and ``cells/``, a small file per finished run. What is there
-    is not run again: a comparison that was stopped goes on, and one with more seeds or variants
+    The folder holds ``base.yaml``, the recipe; ``cells/``, a small file per finished run; and
+    ``costs.yaml`` and ``batches.yaml``, what was measured and follows from it. What is there is not
+    run again: a comparison that was stopped goes on, and one with more seeds or variants
     adds to it.
 
     Args:

@@ -147,7 +147,7 @@ class Trainer:
         return Progress(
             batch=self.batch,
             batches=self.recipe.batches,
-            losses=self._values(losses),
+            losses=losses,
             groups=stepped,
             partition=self.groups.partition,
         )
@@ -161,7 +161,7 @@ class Trainer:
             )
         return values
 
-    def _step_on_groups(self, batch: Any) -> tuple[dict[str, Tensor], list[tuple[str, ...]]]:
+    def _step_on_groups(self, batch: Any) -> tuple[dict[str, float], list[tuple[str, ...]]]:
         """The loop that the README shows, with a clock beside it."""
         inputs = self.problem.inputs(batch)
         clock = _Clock(self.seconds)
@@ -188,11 +188,11 @@ class Trainer:
                 first = {task: losses[task].detach() for task in group.observed}
             stepped.append(group.tasks)
         assert first is not None
-        return first, stepped
+        return self._values(first), stepped
 
     def _step_jointly(
         self, batch: Any, method: tg.methods.JointMethod
-    ) -> tuple[dict[str, Tensor], list[tuple[str, ...]]]:
+    ) -> tuple[dict[str, float], list[tuple[str, ...]]]:
         inputs = self.problem.inputs(batch)
         clock = _Clock(self.seconds)
         clock.start()
@@ -200,10 +200,10 @@ class Trainer:
         clock.lap("forward")
         losses = self.problem.losses(outputs, batch)
         clock.lap("loss")
-        values = {task: loss.detach() for task, loss in losses.items()}
         self.optimizer.zero_grad()
         clock.lap("optimizer")
-        self._values(losses)  # raises one error, where the methods have one each
+        values = self._values(losses)  # raises one error, where the methods have one each
+        clock.start()
         try:
             method.backward(losses)
         except tg.methods.NoWeightsError:

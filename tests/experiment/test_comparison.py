@@ -391,6 +391,8 @@ def test_costs_are_measured_in_turns_over_whole_runs(monkeypatch):
     class Counted(Trainer):
         def step(self):
             nonlocal now
+            if self.recipe.method == "dwa":
+                raise ValueError("the solver gave up")
             progress = super().step()
             now += sum(1.0 if self.recipe.method == "gd" else 10.0 for _ in progress.groups)
             turns.append(self.recipe.method)
@@ -402,10 +404,12 @@ def test_costs_are_measured_in_turns_over_whole_runs(monkeypatch):
         "joint": yeast(method="gd", batches=12),
         "groups": yeast(method="selective", grouping="singletons", batches=12),
         "lost": yeast(method="uw", lr=1e20, batches=12),
+        "fails": yeast(method="dwa", batches=12),
     }
     found = cost.step_seconds(recipes)
     assert (found["joint"], found["groups"]) == (1.0, 10.0)
     assert math.isnan(found["lost"])
+    assert math.isnan(found["fails"])
     assert turns.count("gd") == turns.count("selective") == 12
     # One to allocate, then by fives.
     lasting = [turn for turn in turns if turn != "uw"]
