@@ -42,6 +42,7 @@ from taskgroup.ops import (
     task_gram,
 )
 from taskgroup.schedule import Group, TaskGroups
+from taskgroup.statistics import statistics_once
 
 __all__ = [
     "AffinityPropagation",
@@ -70,6 +71,7 @@ __all__ = [
     "methods",
     "ops",
     "pareto_stationarity",
+    "statistics_once",
     "streaming_task_gram",
     "task_gradients",
     "task_gram",

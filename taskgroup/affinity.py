@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from taskgroup.distributed import mean_gradients_over_ranks
-from taskgroup.gradients import task_gradients
+from taskgroup.distributed import Ranks
+from taskgroup.gradients import gradients_through_grad, task_gradients
 from taskgroup.ops import affinity_update_, gram_affinity_update_
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup  # which not every build of torch has
+from taskgroup.ops._sharded import any_sharded
 
 __all__ = ["Affinity", "GradientAffinity", "ProximalAffinity"]
 
@@ -164,7 +162,9 @@ class GradientAffinity(Affinity):
     keeps it for the tasks in ``group.graph``, a model called whole has it anyway. A compiled model
     needs ``torch._functorch.config.donated_buffer = False``.
 
-    In data-parallel training gradients are averaged over the ranks. With gradient accumulation the
+    In data-parallel training gradients are averaged over the ranks, one all-reduce for each
+    measured task; for parameters that FSDP2 shards, call the :class:`MultiTaskModel` with
+    ``group=group`` and make this object after ``fully_shard()``. With gradient accumulation the
     first micro-batch is measured. ``observe_every`` plays no part.
 
     Args:
@@ -174,7 +174,8 @@ class GradientAffinity(Affinity):
         sample: how many tasks to measure at a time; None is all of them.
 
     Raises:
-        ValueError: if an argument is out of its range, or nothing is shared.
+        ValueError: if an argument is out of its range, or nothing is shared; in the loop, if no
+            task reaches what is.
 
     Example:
         >>> x = torch.zeros(2, requires_grad=True)
@@ -241,18 +242,42 @@ class GradientAffinity(Affinity):
         self,
         losses: dict[int, Tensor],
         values: Tensor,
-        process_group: ProcessGroup | None = None,
+        ranks: Ranks,
+        heads: Iterable[nn.Module] | None = None,
     ) -> None:
         """Take in the gradients of some tasks; their graph is kept.
 
         Args:
             losses: scalars with a graph, by the position of the task.
             values: losses of all tasks, ``[K]``, without a graph; NaN for a task not measured.
-            process_group: the ranks whose gradients are averaged; None is all of them.
+            ranks: those whose gradients are averaged.
+            heads: of these tasks; None where they are not known.
+
+        Raises:
+            ValueError: if no task reaches any of the shared parameters.
+            RuntimeError: if these are sharded and the heads are not known.
         """
         self.to(values.device)
-        found = task_gradients(list(losses.values()), self._shared, retain_graph=True)
-        mean_gradients_over_ranks(found, self._shared, process_group)
+        if not any_sharded(self._shared):
+            found = task_gradients(list(losses.values()), self._shared, retain_graph=True)
+        elif heads is None:
+            raise RuntimeError(
+                "GradientAffinity on sharded parameters must know the heads, whose .grad it puts "
+                "back: call the MultiTaskModel with group=group."
+            )
+        else:
+            others = [parameter for head in heads for parameter in head.parameters()]
+            found = gradients_through_grad(
+                list(losses.values()), self._shared, others, retain_graph=True
+            )
+        if all(gradient is None for own in found for gradient in own):
+            raise ValueError(
+                "No task reaches any of the shared parameters that GradientAffinity was given. If "
+                "the model has got others since, from fully_shard() for instance, make the "
+                "GradientAffinity after that."
+            )
+        if ranks.number > 1:
+            ranks.mean_gradients(found, self._shared)
         gradients: list[list[Tensor | None]] = [
             [None] * len(self._shared) for _ in range(len(self._matrix))
         ]

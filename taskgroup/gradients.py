@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from taskgroup.ops import task_gram
+from taskgroup.ops._sharded import any_sharded
 
 __all__ = ["conflicts", "pareto_stationarity", "streaming_task_gram", "task_gradients"]
 
@@ -28,7 +29,13 @@ def task_gradients(
     """The gradient of every task's loss on the parameters, each on its own.
 
     One backward pass per task. ``.grad`` is neither read nor written. The graph is freed with the
-    last pass, unless it is to be kept.
+    last pass, unless it is to be kept. In data-parallel training these are the gradients of this
+    rank's samples.
+
+    Parameters that are sharded (FSDP2's DTensors) are not in the graph of a loss: FSDP itself puts
+    their gradients into ``.grad``, sharded and averaged over the ranks. Each task's is taken from
+    there and what was there is put back. The ``.grad`` of parameters that are not among ``params``,
+    those of the heads, takes the gradients of all tasks in: call ``zero_grad()`` afterwards.
 
     Args:
         losses: K scalars: ``{task: loss}``, a sequence, or one tensor ``[K]``.
@@ -46,7 +53,7 @@ def task_gradients(
 
     Raises:
         ValueError: if there is no loss or parameter, or a loss is not a scalar with a graph; the
-            sentence names the task.
+            sentence names the task. If ``batched`` is asked for and parameters are sharded.
         RuntimeError: if the model was compiled so that its backward pass can run only once; the
             sentence names the setting.
 
@@ -63,6 +70,13 @@ def task_gradients(
     active = [parameter for parameter in params if parameter.requires_grad]
     if not active:
         return [[None] * len(params) for _ in scalars]
+    if any_sharded(params):
+        if batched:
+            raise ValueError(
+                "Sharded parameters have no vectorised backward pass: call task_gradients(losses, "
+                "params) without batched=True."
+            )
+        return gradients_through_grad(scalars, params, retain_graph=retain_graph)
     found: list[list[Tensor | None]]
     if batched:
         stacked = torch.stack(scalars)
@@ -92,6 +106,36 @@ def task_gradients(
         gradients = iter(own)
         result.append([next(gradients) if p.requires_grad else None for p in params])
     return result
+
+
+def gradients_through_grad(
+    losses: Sequence[Tensor],
+    params: Sequence[Tensor],
+    others: Iterable[Tensor] = (),
+    *,
+    retain_graph: bool = False,
+) -> list[list[Tensor | None]]:
+    """The same by way of ``.grad``, where FSDP puts the gradients of sharded parameters.
+
+    Args:
+        losses: K scalars.
+        params: T parameters.
+        others: parameters that the tasks reach besides; their ``.grad`` is put back as well.
+        retain_graph: keep the graph for a backward pass that comes after.
+    """
+    kept = [(parameter, parameter.grad) for parameter in (*params, *others)]
+    found: list[list[Tensor | None]] = []
+    try:
+        for k, loss in enumerate(losses):
+            for parameter, _ in kept:
+                parameter.grad = None
+            with _explained():
+                loss.backward(retain_graph=retain_graph or k < len(losses) - 1)
+            found.append([parameter.grad for parameter in params])
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+    return found
 
 
 def streaming_task_gram(

@@ -14,10 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LossReader", "LossWatch", "Losses", "Members"]
+__all__ = ["ZERO_LOSS", "LossReader", "LossWatch", "Losses", "Members", "send_like"]
 
 Losses = Mapping[str, Tensor] | Tensor
 Members = tuple[int, ...]  # positions of tasks, ascending
+
+# What to do about a task that other ranks have labels of.
+ZERO_LOSS = (
+    "Give a zero that hangs on the output: output.sum() * 0, or a masked mean, "
+    "(error * mask).sum() / mask.sum().clamp(min=1)."
+)
 
 # More groups than recur in a run; those of K = 1000 singletons fit.
 _GROUPS_KEPT = 4096
@@ -56,8 +62,8 @@ class LossReader:
         self.everyone: Members = tuple(range(len(tasks)))
         self.device: torch.device | None = None  # of the losses, once seen
         self._known = frozenset(tasks)
-        self._weights = _checked_weights(weights, tasks)
-        self._mean = reduction == "mean"
+        self.weights = _checked_weights(weights, tasks)
+        self.reduction = reduction
         self._kept: dict[Members, GroupTensors] = {}
 
     def names(self, members: Members) -> tuple[str, ...]:
@@ -79,8 +85,8 @@ class LossReader:
             mask = torch.zeros(len(self.tasks), dtype=torch.bool)
             mask[index] = True
             weights = None
-            if self._weights is not None:
-                weights = self._send(torch.tensor([self._weights[k] for k in members]))
+            if self.weights is not None:
+                weights = self._send(torch.tensor([self.weights[k] for k in members]))
             kept = GroupTensors(self._send(mask), self._send(index), weights)
             self._kept[members] = kept
         return kept
@@ -89,13 +95,20 @@ class LossReader:
         """To the device of the losses, without waiting for it: new groups come while training."""
         return tensor.to(self.device, non_blocking=True)
 
-    def read(self, losses: Losses, members: Members, needed: Members) -> tuple[Tensor, Tensor]:
+    def read(
+        self,
+        losses: Losses,
+        members: Members,
+        needed: Members,
+        factors: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Check the losses and take what a step needs of them.
 
         Args:
             losses: ``{task: scalar}`` or ``[K]``.
             members: the tasks to step on, n of them.
             needed: the tasks to measure; ``members`` are among them.
+            factors: float64 ``[K]`` on the host, of the losses to step on; None is 1 for each.
 
         Returns:
             The weighted sum (or mean) over ``members``, a scalar with a graph, and the losses of
@@ -119,7 +132,9 @@ class LossReader:
         weights = self.group(members).weights
         if weights is not None:
             own = own * weights
-        return (own.mean() if self._mean else own.sum()), _at_least_float32(measured)
+        if factors is not None:
+            own = own * send_like(factors[list(members)], own)
+        return (own.mean() if self.reduction == "mean" else own.sum()), _at_least_float32(measured)
 
     def with_graph(self, losses: Losses, members: Members) -> list[Tensor]:
         """The losses of ``members`` one by one, with their graph; ``losses`` have been read.
@@ -240,17 +255,32 @@ class LossWatch:
         self._tasks = tasks
         self._warned: set[int] = set()
 
-    def look(self, values: list[float], members: Members) -> None:
-        """Warn of the first NaN, infinite, zero or negative loss of each task."""
+    def look(
+        self, values: list[float], members: Members, absent: frozenset[int] = frozenset()
+    ) -> None:
+        """Warn of the first NaN, infinite, zero or negative loss of each task.
+
+        Args:
+            values: the losses.
+            members: whose they are.
+            absent: the tasks without a label, whose losses are zero.
+        """
         for k, value in zip(members, values, strict=True):
-            if not 0.0 < value < math.inf and k not in self._warned:
-                self._warned.add(k)
-                warnings.warn(
-                    f"The loss of task {self._tasks[k]!r} is {value}: without a finite, positive "
-                    "loss no affinity is measured for it. Look at its data and loss, or shift the "
-                    "loss above zero. This is said once per task.",
-                    stacklevel=5,  # the loop's call of group.loss
+            if 0.0 < value < math.inf or k in self._warned or (k in absent and value == 0.0):
+                continue
+            self._warned.add(k)
+            if k in absent:
+                meaning = f"on a rank where it has no label. {ZERO_LOSS}"
+            else:
+                meaning = (
+                    "without a finite, positive loss no affinity is measured for it. Look at its "
+                    "data and loss, or shift the loss above zero."
                 )
+            warnings.warn(
+                f"The loss of task {self._tasks[k]!r} is {value}: {meaning} This is said once per "
+                "task.",
+                stacklevel=5,  # the loop's call of group.loss
+            )
 
 
 def _checked_weights(
@@ -281,6 +311,11 @@ def _described(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} of shape {list(value.shape)}"
     return type(value).__name__
+
+
+def send_like(values: Tensor, like: Tensor) -> Tensor:
+    """To the device and dtype of ``like``, without waiting for it."""
+    return values.to(like.device, like.dtype, non_blocking=True)
 
 
 def _at_least_float32(losses: Tensor) -> Tensor:

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
+
+from taskgroup.statistics import statistics_once
 
 if TYPE_CHECKING:
     from taskgroup.schedule import Group
@@ -57,7 +60,11 @@ class MultiTaskModel(nn.Module):
     Called with a :class:`~taskgroup.Group`, it runs the encoder once, the heads of ``group.graph``
     with a graph, the other observed heads without one on detached features, and leaves out the
     rest. Heads outside the group get no gradient, so they stay where they are, and their backward
-    pass is never paid for.
+    pass is never paid for. Running statistics (BatchNorm) move once per batch then, see
+    :func:`statistics_once`.
+
+    ``DistributedDataParallel`` wants ``find_unused_parameters=True``: the heads that a step leaves
+    out have no gradient to wait for.
 
     Args:
         encoder: any module; its output may be any nesting of tuples, lists and dicts of tensors.
@@ -93,6 +100,7 @@ class MultiTaskModel(nn.Module):
 
         Raises:
             ValueError: if the group has a task without a head.
+            RuntimeError: under ``DistributedDataParallel`` without ``find_unused_parameters=True``.
         """
         if group is None:
             features = self.encoder(*args, **kwargs)
@@ -103,18 +111,22 @@ class MultiTaskModel(nn.Module):
                 f"The group needs tasks {headless}, which have no head; the heads are "
                 f"{list(self.heads)}."
             )
+        if torch.is_grad_enabled() and len(graph) < len(self.heads):
+            _check_that_ddp_finds_unused_parameters()
         group.heads = self.heads
-        features = self.encoder(*args, **kwargs)
+        with statistics_once(self.encoder, group):
+            features = self.encoder(*args, **kwargs)
         detached = None
         outputs = {}
         # In the order of the heads, whatever the group: replayed dropout then draws the same masks.
         for task, head in self.heads.items():
             if task in graph:
-                outputs[task] = head(features)
+                with statistics_once(head, group):
+                    outputs[task] = head(features)
             elif task in observed:
                 if detached is None:
                     detached = tree_map_only(Tensor, Tensor.detach, features)
-                with torch.no_grad():
+                with torch.no_grad(), statistics_once(head, group):
                     outputs[task] = head(detached)
         return outputs
 
@@ -126,3 +138,20 @@ class MultiTaskModel(nn.Module):
         """
         for module in (self.encoder, *self.heads.values()):
             module.compile(*args, **kwargs)
+
+
+def _check_that_ddp_finds_unused_parameters() -> None:
+    """Raise if the forward at hand is inside a DistributedDataParallel that would wait for them."""
+    ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if ddp is None:
+        return
+    if ddp.static_graph:
+        raise RuntimeError(
+            "DistributedDataParallel(static_graph=True) wants the same parameters in every step, "
+            "and the groups change: wrap the model with find_unused_parameters=True instead."
+        )
+    if not ddp.find_unused_parameters:
+        raise RuntimeError(
+            "DistributedDataParallel would wait for the gradients of the heads outside the group: "
+            "wrap the model with find_unused_parameters=True."
+        )

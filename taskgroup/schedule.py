@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from taskgroup.affinity import Affinity, GradientAffinity, ProximalAffinity
 from taskgroup.clustering import AffinityPropagation
-from taskgroup.distributed import mean_over_ranks
+from taskgroup.distributed import Ranks
 from taskgroup.heads import Heads, Outside, head_parameters, prepare_gradients
 from taskgroup.host import HostCopy
-from taskgroup.losses import Losses, LossReader, LossWatch, Members
+from taskgroup.losses import ZERO_LOSS, Losses, LossReader, LossWatch, Members, send_like
 from taskgroup.replay import RandomState
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Group:
     def __init__(
         self,
         groups: TaskGroups,
+        batch: _Batch,
         members: Members,
         needed: Members,
         measures: Members,
@@ -53,8 +54,9 @@ class Group:
         self.first = first
         self.last = last
         self.observes = observes
-        self.heads: Heads | None = None
+        self.heads: Mapping[str, nn.Module] | None = None
         self._groups = groups
+        self._batch = batch
         self._members = members
         self._needed = needed
         self._measures = measures  # whose gradients are taken
@@ -85,7 +87,9 @@ class Group:
     def loss(self, losses: Losses, share: float = 1.0) -> Tensor:
         """The loss to step on: the weighted sum (or mean) over the tasks of the group.
 
-        Also hands the losses to the affinity, without a synchronisation.
+        Also hands the losses to the affinity, without a synchronisation. Over several ranks, whose
+        gradients are averaged, the loss of a task that only some have labels of counts for more on
+        these, so that the gradient is the mean over them.
 
         Args:
             losses: ``{task: scalar}`` with at least the tasks in :attr:`observed`, or one tensor
@@ -99,7 +103,7 @@ class Group:
         Raises:
             ValueError: if a loss is unknown, missing, not scalar, on another device or without a
                 graph, or if the shares exceed 1. Nothing has changed then.
-            RuntimeError: if the group was skipped.
+            RuntimeError: if the group was skipped, or the ranks step on different groups.
         """
         return self._groups._loss(self, losses, share)
 
@@ -107,8 +111,34 @@ class Group:
         """Pass over this group: no step is taken on it in this batch."""
         self._skipped = True
 
+    def runs_first(self, module: nn.Module) -> bool:
+        """Whether no group before this one, in its batch, has run the module; now it has."""
+        return self._batch.ran.setdefault(id(module), self) is self
+
     def __repr__(self) -> str:
         return f"Group({', '.join(self.tasks)})"
+
+
+class _Batch:
+    """What the groups of one batch have in common.
+
+    Args:
+        present: the tasks to deal, labelled on any rank.
+        absent: those of them without a label on this rank.
+        factors: float64 ``[K]`` on the host, of the losses on this rank, whose mean over all ranks
+            is then the mean over those with a label; None where all have one.
+    """
+
+    def __init__(
+        self,
+        present: Members,
+        absent: frozenset[int] = frozenset(),
+        factors: Tensor | None = None,
+    ) -> None:
+        self.present = present
+        self.absent = absent
+        self.factors = factors
+        self.ran: dict[int, Group] = {}  # by the id of the module, the group that ran it first
 
 
 class _Step(NamedTuple):
@@ -156,8 +186,8 @@ class TaskGroups:
         reduction: ``"sum"`` or ``"mean"`` over the losses of the group.
         replay_rng: start every forward of a batch from the same random state, so that dropout
             draws the same masks and a change of loss shows the step, not the draw.
-        process_group: the ranks whose losses are averaged; None is all of them, where
-            ``torch.distributed`` runs.
+        process_group: the ranks that train one model, whose losses are averaged; None is all of
+            them, where ``torch.distributed`` runs. Every rank makes the same calls.
         seed: of the order of the groups; the same on every rank.
 
     Attributes:
@@ -167,6 +197,7 @@ class TaskGroups:
     Raises:
         ValueError: for an empty or duplicate task, an unknown, missing or negative weight, or a
             setting out of range; the sentence names it.
+        RuntimeError: at the first batch, if the ranks' settings or states differ.
 
     Example:
         >>> groups = TaskGroups(["a", "b"], warmup=1)
@@ -208,7 +239,8 @@ class TaskGroups:
         self._groups_per_batch = groups_per_batch
         self._observe_every = observe_every
         self._replay_rng = replay_rng
-        self._process_group = process_group
+        self._ranks = Ranks(process_group)
+        self._alike = False  # the ranks have been compared
         self._grouping = AffinityPropagation() if grouping is None else grouping
         # With one task there is nothing to learn.
         self._learns = len(self._tasks) > 1 and getattr(self._grouping, "reads_affinity", True)
@@ -227,13 +259,14 @@ class TaskGroups:
         self.unconverged = 0
 
         # Of the batch at hand, if any.
-        self._batch: object | None = None  # tells its iterator from others
+        self._batch: _Batch | None = None
         self._group: Group | None = None  # handed out last
         self._before: _Step | None = None
 
         self._stepping: Group | None = None  # whose loss was asked for last
         self._copy: HostCopy | None = None  # of the affinity as it is, and the losses not read
-        self._unread: list[tuple[Members, Tensor]] = []  # losses on the GPU, not yet looked at
+        # On the GPU, and what is to look at them on the host.
+        self._unread: list[tuple[Tensor, Callable[[list[float]], None]]] = []
 
         if not self._learns:
             self._regroup()
@@ -249,11 +282,17 @@ class TaskGroups:
         return [self._reader.names(members) for members in self._partition]
 
     def __iter__(self) -> Iterator[Group]:
-        """Start a batch in which all tasks are labelled."""
-        return self._deal(self._reader.everyone)
+        """Start a batch in which all tasks are labelled, on every rank."""
+        return self._deal(self._reader.everyone, everywhere=True)
 
     def batch(self, present: Iterable[str]) -> Iterator[Group]:
         """Start a batch in which only some tasks are labelled.
+
+        Over several ranks every one names the tasks labelled in its own part of the batch, and the
+        tasks of all are dealt; that takes one exchange among the ranks, which does not wait for a
+        GPU where they can talk on the host (a backend such as ``"cpu:gloo,cuda:nccl"``, torch's
+        default). A task in :attr:`Group.observed` that has no label on this rank takes a zero with
+        a graph, ``output.sum() * 0`` or a masked mean.
 
         Args:
             present: the labelled tasks. Groups keep only these; groups left empty are dropped.
@@ -267,7 +306,8 @@ class TaskGroups:
         present = set(present)
         if unknown := sorted(present.difference(self._tasks)):
             raise ValueError(f"batch() got unknown tasks {unknown}; they are {list(self._tasks)}.")
-        return self._deal(tuple(k for k, task in enumerate(self._tasks) if task in present))
+        here = tuple(k for k, task in enumerate(self._tasks) if task in present)
+        return self._deal(here, everywhere=False)
 
     def attach(
         self, optimizer: Optimizer, heads: Heads | None = None, outside: Outside = "hold"
@@ -387,36 +427,45 @@ class TaskGroups:
         self._batches = state["batches"]
         self.unconverged = state["unconverged"]
         self._stepping = self._copy = None
+        self._alike = False
         self._reader.forget_device()
 
     def __repr__(self) -> str:
         return f"TaskGroups({len(self._tasks)} tasks in {len(self._partition)} groups)"
 
-    def _deal(self, present: Members) -> Iterator[Group]:
+    def _deal(self, here: Members, *, everywhere: bool) -> Iterator[Group]:
         """One batch: its groups one by one, each from the same random state."""
-        if not present:
+        several = self._ranks.number > 1
+        if several and not self._alike:
+            self._ranks.check_alike(self._decisive())
+            self._alike = True
+        batch = self._join(here) if several and not everywhere else _Batch(here)
+        if not batch.present:
             return
         if self._copy is not None and self._copy.ready():
             self._read_copy(self._copy)
-        batch = self._batch = object()
+        self._batch = batch
         self._group = self._before = None
         try:
             observes = self.affinity.reads_steps and self._batches % self._observe_every == 0
             self._batches += 1
-            steps = self._plan(present, observes)
+            steps = self._plan(batch.present, observes)
             observes = observes and len(steps) > 1
-            here = frozenset(present)
-            to_measure, self._to_measure = _cut(self._to_measure, here), ()
+            to_measure, self._to_measure = _cut(self._to_measure, frozenset(batch.present)), ()
             replay = self._replay_rng and len(steps) > 1
             random_state = RandomState(self._reader.device) if replay else None
             for place, members in enumerate(steps):
                 if random_state is not None and place > 0:
                     random_state.replay()
+                # Inside one autocast block for several steps its copies of the weights would stay
+                # those from before the first.
+                torch.clear_autocast_cache()
                 measures = to_measure if place == 0 else ()
                 group = self._group = Group(
                     self,
+                    batch,
                     members,
-                    present if observes else _union(members, measures),
+                    batch.present if observes else _union(members, measures),
                     measures,
                     observes=observes,
                     first=place == 0,
@@ -432,6 +481,38 @@ class TaskGroups:
         finally:
             if self._batch is batch:
                 self._batch = self._group = self._before = None
+
+    def _decisive(self) -> dict[str, object]:
+        """What the decisions follow from, by the name a user knows it by."""
+        state = self.state_dict()
+        return {
+            "tasks": self._tasks,
+            "weights": self._reader.weights,
+            "settings": (
+                self._reader.reduction,
+                self._warmup,
+                self._regroup_every,
+                self._groups_per_batch,
+                self._observe_every,
+                type(self.affinity).__name__,
+                self.affinity.decay,
+                type(self._grouping).__name__,
+            ),
+            "seed": state.pop("generator"),
+            "state": state,
+        }
+
+    def _join(self, here: Members) -> _Batch:
+        """The batch of all ranks, of which ``here`` are the tasks labelled on this one."""
+        mine = set(here)
+        counts = self._ranks.count([k in mine for k in self._reader.everyone])
+        present = tuple(k for k, count in enumerate(counts) if count)
+        if all(counts[k] == self._ranks.number for k in present):
+            return _Batch(present)
+        factors = torch.zeros(len(counts), dtype=torch.float64)
+        for k in here:
+            factors[k] = self._ranks.number / counts[k]
+        return _Batch(present, frozenset(present) - mine, factors)
 
     def _plan(self, present: Members, observes: bool) -> list[Members]:
         """The groups of one batch, cut down to the present tasks; at least one."""
@@ -504,7 +585,10 @@ class TaskGroups:
                 f"The shares of the group {group.tasks} would add up to {shares:g}: call "
                 "group.loss(losses) once per step, or with share=1/n in each of n micro-batches."
             )
-        value, measured = self._reader.read(losses, group._members, group._needed)
+        batch = group._batch
+        if batch.absent and isinstance(losses, Mapping):
+            self._check_absent(losses, group)
+        value, measured = self._reader.read(losses, group._members, group._needed, batch.factors)
         if group._measures and group._measured is None and group is self._group:
             self._measure_gradients(group, losses, measured)
         if share != 1.0:
@@ -518,40 +602,69 @@ class TaskGroups:
             self._measure(group, measured)
         return value
 
+    def _check_absent(self, losses: Mapping[str, Tensor], group: Group) -> None:
+        for k in sorted(group._batch.absent.intersection(group._needed)):
+            if self._tasks[k] not in losses:
+                raise ValueError(
+                    f"The loss of task {self._tasks[k]!r} is missing: without a label on this "
+                    f"rank, it has one on another, and all take the same steps. {ZERO_LOSS}"
+                )
+
     def _measure(self, group: Group, measured: Tensor) -> None:
         """Take in the losses from before a step: they show what the last step did."""
+        needed, absent = group._needed, group._batch.absent
         on_gpu = measured.device.type == "cuda"
         if on_gpu:
-            self._unread.append((group._needed, measured))
+            self._unread.append((measured, lambda seen: self._watch.look(seen, needed, absent)))
         else:
-            self._watch.look(measured.tolist(), group._needed)
+            self._watch.look(measured.tolist(), needed, absent)
         if group.observes:
             assert isinstance(self.affinity, ProximalAffinity)
-            losses = self._reader.spread(measured, group._needed)
-            losses = mean_over_ranks(losses, self._process_group)
+            losses = self._mean_over_ranks(group, measured)
             if self._before is not None:
                 self.affinity.observe(self._before.losses, losses, self._before.mask)
                 self._copy = None  # it is not of the affinity as it is any more
             self._before = _Step(group.mask, losses)
         if on_gpu and group.last:
-            self._copy = HostCopy([self.affinity.matrix, *(values for _, values in self._unread)])
+            self._copy = HostCopy([self.affinity.matrix, *(values for values, _ in self._unread)])
+
+    def _mean_over_ranks(self, group: Group, measured: Tensor) -> Tensor:
+        """The losses ``[K]`` over all ranks; NaN for the tasks that the group does not need."""
+        losses = self._reader.spread(measured, group._needed)
+        if self._ranks.number == 1:
+            return losses
+        if group._batch.factors is not None:
+            losses = losses * send_like(group._batch.factors, losses)
+        losses, votes = self._ranks.mean(losses, group.mask)
+        tasks = group.tasks
+        if votes.device.type == "cuda":
+            self._unread.append((votes, lambda seen: self._ranks.check_votes(seen, tasks)))
+        else:
+            self._ranks.check_votes(votes.tolist(), tasks)
+        return losses
 
     def _measure_gradients(self, group: Group, losses: Losses, measured: Tensor) -> None:
         """Take in the gradients of single tasks, before the backward pass of the step."""
         assert isinstance(self.affinity, GradientAffinity)
-        with_graph = self._reader.with_graph(losses, group._measures)
-        values = mean_over_ranks(self._reader.spread(measured, group._needed), self._process_group)
-        self.affinity.measure(
-            dict(zip(group._measures, with_graph, strict=True)), values, self._process_group
+        with_graph = dict(
+            zip(group._measures, self._reader.with_graph(losses, group._measures), strict=True)
         )
+        if (factors := group._batch.factors) is not None:
+            with_graph = {k: loss * factors[k].item() for k, loss in with_graph.items()}
+        values = self._mean_over_ranks(group, measured)
+        heads = None
+        if group.heads is not None:
+            heads = [group.heads[self._tasks[k]] for k in with_graph]
+        self.affinity.measure(with_graph, values, self._ranks, heads)
         self._copy = None  # it is not of the affinity as it is any more
 
     def _read_copy(self, copy: HostCopy) -> Tensor:
-        """Wait for the copy and look at the losses in it; the affinity matrix on the host."""
-        matrix, *losses = copy.wait()
-        for (members, _), values in zip(self._unread, losses, strict=False):
-            self._watch.look(values.tolist(), members)
-        del self._unread[: len(losses)]
+        """Wait for the copy and look at the numbers in it; the affinity matrix on the host."""
+        matrix, *seen = copy.wait()
+        looks = [look for _, look in self._unread[: len(seen)]]
+        del self._unread[: len(seen)]
+        for look, values in zip(looks, seen, strict=True):
+            look(values.tolist())
         return matrix.float()
 
     def _close(self, group: Group) -> None:

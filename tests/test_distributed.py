@@ -1,86 +1,392 @@
-"""Two ranks that see different data take the same decisions."""
+"""Several ranks train as one process would, and say so where they cannot."""
 
-import socket
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import taskgroup as tg
-from tests.planted import Planted
+from tests.ranks import on_ranks
 
-WORLD = 2
-
-
-def spawn(function):
-    """What ``function(rank)`` returns on each of the ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(on_rank, args=(port, results, function), nprocs=WORLD)
-        return [results[rank] for rank in range(WORLD)]
+TASKS = ["a", "b", "c", "d"]
+SAMPLES = 8  # of a batch, over all ranks
+AFFINITIES = {
+    "proximal": lambda model: tg.ProximalAffinity(decay=0.1),
+    "gradient": lambda model: tg.GradientAffinity(model.encoder, decay=0.1),
+}
 
 
-def on_rank(rank, port, results, function):
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD
-    )
-    try:
-        results[rank] = function(rank)
-    finally:
-        dist.destroy_process_group()
+class Regression:
+    """Two pairs of tasks that pull apart; every sample has a label of each task."""
+
+    def __init__(self, dtype=torch.float64):
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(60, SAMPLES, 6, generator=generator).to(dtype)
+        direction = torch.randn(6, 1, generator=generator).to(dtype)
+        noise = torch.randn(60, SAMPLES, 4, generator=generator).to(dtype)
+        signs = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=dtype)
+        self.y = 2 * (self.x @ direction).tanh() * signs + 0.3 * noise
+
+    def part(self, n, rank, world):
+        """What rank sees of batch n."""
+        own = slice(rank * SAMPLES // world, (rank + 1) * SAMPLES // world)
+        return self.x[n % 60, own], self.y[n % 60, own]
 
 
-def train(rank):
-    planted = Planted([2, 2], -0.5, seed=0)
-    planted._generator.manual_seed(100 + rank)  # each rank its own batches
-    groups = tg.TaskGroups(planted.tasks, warmup=5, affinity=tg.ProximalAffinity(decay=0.1))
-    trace = []
-    for _ in range(20):
-        batch = planted.batch()
-        for group in groups:
-            (gradient,) = torch.autograd.grad(group.loss(planted.losses(batch)), planted.x)
-            dist.all_reduce(gradient)
-            planted.x.data.sub_(1e-3 * gradient / WORLD)
-            trace.append(group.tasks)
-        trace.append(groups.partition)
-    return trace, groups.affinity.matrix.tolist(), planted.x.tolist()
+def make_model(dtype=torch.float64):
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(6, 8), nn.Tanh())
+    return tg.MultiTaskModel(encoder, {task: nn.Linear(8, 1) for task in TASKS}).to(dtype)
 
 
-def measure_gradients(rank):
-    """A half of the batch on each rank; task b reaches the bias from rank 1 alone."""
-    matrix = gradient_affinity(halves=[rank])
-    return matrix.tolist()
+def wrapped(model, how):
+    if how == "ddp":
+        return DistributedDataParallel(model, find_unused_parameters=True)
+    if how == "fsdp":
+        for part in (model.encoder, *model.heads.values(), model):
+            fully_shard(part)
+    return model
 
 
-def gradient_affinity(halves):
-    weight = torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    frozen = torch.zeros(2, dtype=torch.float64)
-    data = torch.arange(12.0, dtype=torch.float64).view(2, 2, 3).square()  # [half, sample, 3]
+def losses_of(outputs, y):
+    return {
+        task: (output[:, 0] - y[:, TASKS.index(task)]).square().mean() + 0.1
+        for task, output in outputs.items()
+    }
+
+
+def whole(tensor):
+    """A copy of all of it, wherever its parts lie."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def same_everywhere(tensors):
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    everyone = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, flat)
+    return all(torch.equal(flat, other) for other in everyone)
+
+
+def train(
+    rank,
+    how=None,
+    affinity="proximal",
+    grouping=None,
+    dtype=torch.float64,
+    batches=60,
+    call="group",
+    outside=None,
+    world=1,
+    labels=None,
+):
+    """A run of the loop; what it did, and what it left."""
+    data = Regression(dtype)
+    model = make_model(dtype)
+    wrapper = wrapped(model, how)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     groups = tg.TaskGroups(
-        ["a", "b"], affinity=tg.GradientAffinity([weight, frozen, bias], decay=1.0)
+        TASKS,
+        affinity=AFFINITIES[affinity](model),
+        grouping=None if grouping is None else tg.Fixed(grouping),
+        warmup=5,
     )
-    for group in groups:
-        a = torch.stack([(data[h] @ weight - 1).square().mean() for h in halves]).mean()
-        b = [(data[h] @ weight + (bias if h == 1 else 0)).square().mean() for h in halves]
-        group.loss({"a": a, "b": torch.stack(b).mean()})
+    if outside is not None:
+        groups.attach(optimizer, model.heads, outside)
+    trace, partitions = [], []
+    for n in range(batches):
+        x, y = data.part(n, rank, world)
+        present = None if labels is None else labels(n, rank)
+        for group in groups if labels is None else groups.batch(present):
+            outputs = wrapper(x, group=group) if call == "group" else wrapper(x)
+            losses = losses_of(outputs, y)
+            if labels is not None:
+                losses = {t: v if t in present else outputs[t].sum() * 0 for t, v in losses.items()}
+            optimizer.zero_grad()
+            if call == "stacked":
+                losses = torch.stack([losses[task] for task in TASKS])
+            group.loss(losses).backward()
+            reached = [t for t in TASKS if model.heads[t].weight.grad is not None]
+            optimizer.step()
+            trace.append((group.tasks, reached))
+        partitions.append(groups.partition)
+        if how is not None and n % 10 == 9:
+            assert same_everywhere([whole(p) for p in model.parameters()])
+            assert same_everywhere([groups.affinity.matrix])
+    return {
+        "trace": trace,
+        "partitions": partitions,
+        "parameters": [whole(p) for p in model.parameters()],
+        "matrix": groups.affinity.matrix,
+    }
+
+
+def assert_alike(got, expected, tolerance):
+    assert got["trace"] == expected["trace"]
+    assert got["partitions"] == expected["partitions"]
+    for one, other in zip(got["parameters"], expected["parameters"], strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("how", "world", "affinity", "batches"),
+    [
+        ("ddp", 2, "proximal", 60),
+        ("ddp", 2, "gradient", 60),
+        ("ddp", 4, "proximal", 60),
+        ("fsdp", 2, "proximal", 60),
+        ("fsdp", 2, "gradient", 60),
+        ("fsdp", 4, "proximal", 15),
+    ],
+)
+def test_ranks_train_as_one_process(how, world, affinity, batches):
+    """In float64, learned groups included, to 1e-9."""
+    arguments = (affinity, None, torch.float64, batches)
+    one = train(0, None, *arguments)
+    ranks = on_ranks(train, how, *arguments, "group", None, world, world=world)
+    assert any(1 < len(group) < 4 for group in one["partitions"][-1])  # it has learned
+    for found in ranks:
+        assert_alike(found, one, 1e-9)
+        torch.testing.assert_close(found["matrix"], one["matrix"], rtol=1e-5, atol=1e-7)
+        assert all(reached == list(group) for group, reached in found["trace"])
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_in_float32_with_fixed_groups(how):
+    arguments = ("proximal", [["a", "c"], ["b", "d"]], torch.float32)
+    one = train(0, None, *arguments)
+    for found in on_ranks(train, how, *arguments, 60, "group", None, 2):
+        assert_alike(found, one, 1e-4)
+
+
+@pytest.mark.parametrize("outside", ["hold", "coast"])
+@pytest.mark.parametrize("call", ["plain", "stacked"])
+def test_models_that_are_called_whole(call, outside):
+    """All heads run; attach() decides what becomes of those outside the group."""
+    arguments = ("proximal", None, torch.float64, 20)
+    one = train(0, None, *arguments, call, outside)
+    for found in on_ranks(train, "ddp", *arguments, call, outside, 2):
+        assert found["partitions"] == one["partitions"]
+        for got, expected in zip(found["parameters"], one["parameters"], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+# Which tasks have labels in the part of the batch that a rank sees. Over the batches: all of them;
+# d on one rank; a on all but one; b and c nowhere; nothing on rank 0; nothing anywhere.
+def labels_by_rank(n, rank):
+    missing = {
+        1: "" if rank == 1 else "d",
+        2: "a" if rank == 0 else "",
+        3: "bc",
+        4: "abcd" if rank == 0 else "b",
+        5: "abcd",
+    }.get(n % 6, "")
+    return {task for task in TASKS if task not in missing}
+
+
+def train_by_hand(world, batches):
+    """One process: the loss of a task is the mean over the ranks that have it."""
+    data = Regression()
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    groups = tg.TaskGroups(TASKS, affinity=tg.ProximalAffinity(decay=0.1), warmup=5)
+    trace, partitions = [], []
+    for n in range(batches):
+        present = set().union(*(labels_by_rank(n, rank) for rank in range(world)))
+        for group in groups.batch(present):
+            parts: dict[str, list] = {task: [] for task in group.observed}
+            for rank in range(world):
+                x, y = data.part(n, rank, world)
+                losses = losses_of(model(x, group=group), y)
+                for task in labels_by_rank(n, rank) & set(group.observed):
+                    parts[task].append(losses[task])
+            optimizer.zero_grad()
+            group.loss({t: torch.stack(part).mean() for t, part in parts.items()}).backward()
+            optimizer.step()
+            trace.append((group.tasks, list(group.tasks)))
+        partitions.append(groups.partition)
+    return {
+        "trace": trace,
+        "partitions": partitions,
+        "parameters": [whole(p) for p in model.parameters()],
+        "matrix": groups.affinity.matrix,
+    }
+
+
+def train_quietly(*arguments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an absent task never warns
+        return train(*arguments, labels=labels_by_rank)
+
+
+@pytest.mark.parametrize(("how", "world"), [("ddp", 2), ("ddp", 4), ("fsdp", 2)])
+def test_a_task_is_averaged_over_the_ranks_that_have_it(how, world):
+    one = train_by_hand(world, 40)
+    arguments = (how, "proximal", None, torch.float64, 40, "group", None, world)
+    for found in on_ranks(train_quietly, *arguments, world=world):
+        assert_alike(found, one, 1e-9)
+        torch.testing.assert_close(found["matrix"], one["matrix"], rtol=1e-5, atol=1e-7)
+
+
+def measure_partly_labelled(rank):
+    """Gradients too are averaged over the ranks that have the label."""
+    data = Regression()
+    model = make_model()
+    groups = tg.TaskGroups(TASKS, affinity=tg.GradientAffinity(model.encoder, decay=1.0))
+    x, y = data.part(0, rank, 2)
+    present = TASKS if rank == 1 else ["a", "b", "c"]
+    for group in groups.batch(present):
+        outputs = model(x, group=group)
+        losses = losses_of(outputs, y)
+        group.loss({t: losses[t] if t in present else outputs[t].sum() * 0 for t in losses})
     return groups.affinity.matrix
 
 
-@pytest.mark.slow
-def test_ranks_with_different_data_decide_alike():
-    first, second = spawn(train)
-    assert first == second
-    assert len(first[0][-1]) == 2  # and the planted groups are found
+def test_gradients_are_averaged_over_the_ranks_that_have_the_label():
+    first, second = on_ranks(measure_partly_labelled)
+    assert torch.equal(first, second)
+    model, data = make_model(), Regression()
+    halves = [losses_of(model(x), y) for x, y in (data.part(0, rank, 2) for rank in range(2))]
+    losses = {t: (halves[0][t] + halves[1][t]) / 2 for t in "abc"} | {"d": halves[1]["d"]}
+    gram = tg.task_gram(tg.task_gradients(losses, model.encoder.parameters()))
+    expected = gram / torch.stack([losses[task].detach() for task in TASKS])
+    torch.testing.assert_close(first, expected.float(), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.slow
-def test_gradients_are_averaged_before_their_inner_products():
-    first, second = spawn(measure_gradients)
-    assert first == second
-    whole = gradient_affinity(halves=[0, 1])
-    torch.testing.assert_close(torch.tensor(first), whole, rtol=1e-6, atol=0)
+def said(function, *arguments):
+    """The sentence it raises."""
+    try:
+        function(*arguments)
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def mistakes(rank):
+    """What every rank is told, by the mistake made."""
+    found = {}
+    x, y = Regression().part(0, rank, 2)
+
+    def steps(groups, model=None, present=TASKS, poison=False, leave_out=()):
+        model = make_model() if model is None else model
+        for group in groups.batch(present):
+            outputs = model(x, group=group)
+            losses = losses_of(outputs, y)
+            for task in set(losses) - set(present):
+                losses[task] = outputs[task].sum() * (float("nan") if poison else 0)
+            group.loss({t: v for t, v in losses.items() if t not in leave_out}).backward()
+
+    ddp = DistributedDataParallel(make_model())
+    found["flag"] = said(steps, tg.TaskGroups(TASKS), ddp)
+    static = DistributedDataParallel(make_model(), static_graph=True)
+    found["static"] = said(steps, tg.TaskGroups(TASKS), static)
+    together = tg.TaskGroups(TASKS, grouping=tg.Together())
+    found["together"] = said(steps, together, ddp)  # every head has a gradient: nothing is missing
+
+    found["seed"] = said(steps, tg.TaskGroups(TASKS, seed=rank))
+    found["tasks"] = said(steps, tg.TaskGroups(TASKS[: 2 + rank]), None, ["a"])
+    found["settings"] = said(steps, tg.TaskGroups(TASKS, observe_every=1 + rank))
+    found["weights"] = said(steps, tg.TaskGroups(TASKS, weights=[1, 1, 1, 1 + rank]))
+
+    loaded = tg.TaskGroups(TASKS)
+    state = loaded.state_dict()
+    state["affinity"]["matrix"] += rank
+    loaded.load_state_dict(state)
+    found["state"] = said(steps, loaded)
+
+    drifted = tg.TaskGroups(TASKS)
+    steps(drifted)
+    drifted._partition = [(0, 1), (2, 3)] if rank else [(0, 2), (1, 3)]
+    found["drift"] = said(steps, drifted)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steps(tg.TaskGroups(TASKS), None, TASKS if rank else ["b", "c", "d"], True)
+    found["poison"] = [str(warning.message) for warning in caught]
+
+    sharded = make_model()
+    for part in (sharded.encoder, *sharded.heads.values(), sharded):
+        fully_shard(part)
+    groups = tg.TaskGroups(TASKS, affinity=tg.GradientAffinity(sharded.encoder))
+    found["heads"] = said(lambda: [g.loss(losses_of(sharded(x), y)) for g in groups])
+    found["batched"] = said(
+        lambda: tg.task_gradients(
+            losses_of(sharded(x), y), sharded.encoder.parameters(), batched=True
+        )
+    )
+
+    groups = tg.TaskGroups(TASKS)
+    if rank == 0:  # it does not get as far as the exchange of losses, which the other would wait in
+        found["missing"] = said(steps, groups, None, ["b"], False, "a")
+    else:
+        next(groups.batch(TASKS))
+    return found
+
+
+def test_every_mistake_is_told_on_every_rank():
+    for rank, found in enumerate(on_ranks(mistakes)):
+        assert "wrap the model with find_unused_parameters=True." in found["flag"]
+        assert "static_graph=True" in found["static"]
+        assert found["together"] is None
+        for part in ("seed", "tasks", "settings", "weights", "state"):
+            assert f"The ranks differ in the {part}" in found[part], part
+            assert "same arguments on every rank" in found[part]
+        assert f"The ranks step on different groups; rank {rank} steps on" in found["drift"]
+        if rank == 0:
+            assert "task 'a' is missing: without a label on this rank" in found["missing"]
+            assert "output.sum() * 0" in found["missing"]
+            (sentence,) = found["poison"]
+            assert "task 'a' is nan: on a rank where it has no label" in sentence
+        else:
+            assert found["poison"] == []
+        assert "call the MultiTaskModel with group=group" in found["heads"]
+        assert "without batched=True" in found["batched"]
+
+
+def gradients_of_shards(rank):
+    """Sharded gradients of single tasks; what was in .grad of the shared parameters stays."""
+    model = wrapped(make_model(), "fsdp")
+    x, y = Regression().part(0, rank, 2)
+    shared = list(model.encoder.parameters())
+    sum(losses_of(model(x), y).values()).backward()
+    kept = [whole(p.grad) for p in shared]
+    gradients = tg.task_gradients(losses_of(model(x), y), shared)
+    assert all(torch.equal(whole(p.grad), k) for p, k in zip(shared, kept, strict=True))
+    assert all(isinstance(gradient, DTensor) for own in gradients for gradient in own)
+    return tg.task_gram(gradients), [whole(g) for g in tg.combine(gradients, [1.0, 2.0, 3.0, 4.0])]
+
+
+def test_gradients_of_sharded_parameters():
+    model = make_model()
+    x, y = Regression().part(0, 0, 1)
+    gradients = tg.task_gradients(losses_of(model(x), y), model.encoder.parameters())
+    for gram, combined in on_ranks(gradients_of_shards):
+        torch.testing.assert_close(gram, tg.task_gram(gradients), rtol=1e-9, atol=1e-12)
+        expected = tg.combine(gradients, [1.0, 2.0, 3.0, 4.0])
+        torch.testing.assert_close(combined, expected, rtol=1e-9, atol=1e-12)
+
+
+def two_models(rank):
+    """Four ranks train two models, two ranks each."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    groups = tg.TaskGroups(TASKS, process_group=pairs[rank // 2], seed=rank // 2)
+    x = torch.zeros(1, requires_grad=True)
+    for _ in range(2):
+        for group in groups.batch(["a", "b", "cd"[rank // 2]]):
+            losses = {t: (x + rank + 1).square().sum() for t in group.observed}
+            x.grad = None
+            group.loss(losses).backward()
+            x.data.sub_(0.01)
+    return groups.affinity.matrix
+
+
+def test_a_process_group_of_some_of_the_ranks():
+    matrices = on_ranks(two_models, world=4)
+    assert torch.equal(matrices[0], matrices[1])
+    assert torch.equal(matrices[2], matrices[3])
+    assert matrices[0][3, 3] == 0 < matrices[0][2, 2]
+    assert matrices[2][2, 2] == 0 < matrices[2][3, 3]

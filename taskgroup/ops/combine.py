@@ -9,6 +9,7 @@ from torch import Tensor
 
 from taskgroup.ops import _backend
 from taskgroup.ops._gradient_list import GradientList, Gradients, check, flatten
+from taskgroup.ops._sharded import any_sharded, is_sharded, local_like, wrapped
 
 
 def combine(
@@ -24,7 +25,8 @@ def combine(
     parameter. With :func:`taskgroup.task_gram` before it, any method that needs inner
     products alone makes two passes over the gradients and keeps nothing else of their size.
 
-    NaN and infinity propagate as in any sum: zero times infinity is NaN.
+    NaN and infinity propagate as in any sum: zero times infinity is NaN. Of sharded gradients
+    (DTensor) every rank combines its own shards; the result is sharded in the same way.
 
     Args:
         gradients: ``[K][T]`` tensors or None, as for :func:`taskgroup.task_gram`.
@@ -51,6 +53,8 @@ def combine(
     first = [next((g for g in column if g is not None), None) for column in zip(*gradients)]  # noqa: B905
     if not all(isinstance(gradient, Tensor) for gradient in first if gradient is not None):
         check(listed)
+    if any_sharded(listed.flat):
+        return _combine_shards(gradients, weights, first, out)
     if out is None:
         result = [None if gradient is None else torch.empty_like(gradient) for gradient in first]
     else:
@@ -77,6 +81,30 @@ def combine(
     with torch.no_grad():
         run(listed, weights, [result[t].detach() for t in reached])  # type: ignore[union-attr]
     return result
+
+
+def _combine_shards(
+    gradients: Gradients,
+    weights: Tensor | Sequence[float],
+    first: list[Tensor | None],
+    out: Sequence[Tensor | None] | None,
+) -> list[Tensor | None]:
+    """The same of DTensors: what lies on this rank."""
+    if out is not None:
+        _check_out(list(out), first)
+    like = first if out is None else list(out)
+    local = [
+        [None if to is None else local_like(g, to) for g, to in zip(own, like, strict=True)]
+        for own in gradients
+    ]
+    into = None if out is None else [None if to is None else local_like(to, to) for to in out]
+    result = combine(local, weights, into)
+    if out is not None:
+        return list(out)
+    return [
+        wrapped(own, to) if own is not None and to is not None and is_sharded(to) else own
+        for own, to in zip(result, like, strict=True)
+    ]
 
 
 def _weights(weights: Tensor | Sequence[float], n_tasks: int, device: torch.device) -> Tensor:

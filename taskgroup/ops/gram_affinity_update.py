@@ -13,6 +13,8 @@ from taskgroup.ops._gradient_list import (
     flatten,
     reference_gram,
 )
+from taskgroup.ops._sharded import any_sharded, gram_over_ranks
+from taskgroup.ops.task_gram import task_gram
 
 
 def gram_affinity_update_(
@@ -32,7 +34,8 @@ def gram_affinity_update_(
     and nothing of the size of the gradients is copied.
 
     Entries whose inner product or loss :math:`L_k` is not finite, or whose loss is not positive,
-    stay as they are; so do the rows and columns of tasks that are not measured.
+    stay as they are; so do the rows and columns of tasks that are not measured. Sharded gradients
+    (DTensor) are taken as by :func:`taskgroup.task_gram`; the update is then plain PyTorch.
 
     Args:
         matrix: affinity :math:`A`, float32 ``[K, K]``, contiguous. Row i is the effect of stepping
@@ -65,6 +68,10 @@ def gram_affinity_update_(
     _check(matrix, listed, losses, decay)
     measured = sorted(set(listed.tasks()))
     if not measured:
+        return matrix
+    if any_sharded(listed.flat):
+        gram = gram_over_ranks([gradients[k] for k in measured], task_gram)
+        _update(matrix, gram.double(), measured, losses, float(decay), float(lr))
         return matrix
     if len(measured) < listed.n_tasks:  # the ops see the measured tasks alone
         place = {k: p for p, k in enumerate(measured)}
@@ -150,7 +157,13 @@ def _reference(
     decay: float,
     lr: float,
 ) -> None:
-    gram = reference_gram(gradients)
+    _update(matrix, reference_gram(gradients), tasks, losses, decay, lr)
+
+
+def _update(
+    matrix: Tensor, gram: Tensor, tasks: list[int], losses: Tensor, decay: float, lr: float
+) -> None:
+    """By the inner products, float64, of the measured tasks."""
     index = torch.tensor(tasks).to(matrix.device, non_blocking=True)
     own = losses.double()[index]
     valid = gram.isfinite() & own.isfinite() & (own > 0)

@@ -14,6 +14,7 @@ from taskgroup.ops._gradient_list import (
     gram_dtype,
     reference_gram,
 )
+from taskgroup.ops._sharded import any_sharded, gram_over_ranks
 
 
 def task_gram(gradients: Gradients) -> Tensor:
@@ -29,7 +30,8 @@ def task_gram(gradients: Gradients) -> Tensor:
     at most 1e-6 of :math:`|g_i| |g_j|`. The result is the same, to the bit, from run to run, and
     does not depend on the number of threads.
 
-    NaN and infinity propagate as in any sum.
+    NaN and infinity propagate as in any sum. Of sharded gradients (DTensor) every rank reads its
+    own shards, and the matrices are added up: one all-reduce of K x K numbers over the mesh.
 
     Args:
         gradients: ``[K][T]`` tensors or None, as :func:`taskgroup.task_gradients` returns them; K
@@ -55,6 +57,8 @@ def task_gram(gradients: Gradients) -> Tensor:
     listed = flatten(gradients)
     if not listed.flat:
         raise ValueError("gradients holds None alone: no task reaches any of the parameters.")
+    if any_sharded(listed.flat):
+        return gram_over_ranks(gradients, task_gram)
     device = getattr(listed.flat[0], "device", None)
     gram = _backend.choose(
         "cpu" if device is None else device.type,

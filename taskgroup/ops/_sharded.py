@@ -1,0 +1,108 @@
+"""Gradients that are spread over ranks (DTensor): the ops run on what lies here.
+
+An inner product is the sum of those of the shards, so the Gram matrix of the shards on this rank is
+added up over the ranks; a combination of shards is a shard of the combination.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from taskgroup.ops._gradient_list import Gradients
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["any_sharded", "gram_over_ranks", "is_sharded", "local_like", "wrapped"]
+
+
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor, without importing what makes them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def any_sharded(gradients: list[Tensor]) -> bool:
+    """Whether any of the gradients is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(g, module.DTensor) for g in gradients)
+
+
+def local_like(gradient: Tensor | None, like: Tensor) -> Tensor | None:
+    """What lies on this rank of a gradient, once it is spread as ``like`` is.
+
+    Raises:
+        ValueError: if only one of the two is a DTensor.
+    """
+    if gradient is None:
+        return None
+    if is_sharded(gradient) != is_sharded(like):
+        raise ValueError(
+            "Gradients on one parameter must all be DTensors, or none of them; got "
+            f"{type(gradient).__name__} and {type(like).__name__}."
+        )
+    if not is_sharded(gradient) or not is_sharded(like):
+        return gradient
+    if gradient.placements != like.placements:
+        gradient = gradient.redistribute(like.device_mesh, like.placements)
+    return gradient.to_local()
+
+
+def wrapped(local: Tensor, like: Tensor) -> Tensor:
+    """The DTensor, spread as ``like`` is, of which ``local`` lies on this rank."""
+    from torch.distributed.tensor import DTensor
+
+    assert is_sharded(like)
+    made: Tensor = DTensor.from_local(
+        local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    )
+    return made
+
+
+def gram_over_ranks(gradients: Gradients, gram: Callable[[Gradients], Tensor]) -> Tensor:
+    """The Gram matrix of gradients of which some are DTensors; the same on every rank.
+
+    Args:
+        gradients: ``[K][T]``.
+        gram: of gradients that lie on this rank as a whole.
+    """
+    # Parameters that are spread in the same way share their all-reduce.
+    spread: dict[Any, list[list[Tensor | None]]] = {}
+    for column in zip(*gradients, strict=True):
+        first = next((gradient for gradient in column if gradient is not None), None)
+        if first is None:
+            continue
+        key = None
+        if is_sharded(first):
+            first = _without_partial(first)
+            sharded = tuple(dim for dim, p in enumerate(first.placements) if p.is_shard())
+            key = (first.device_mesh, sharded)
+        spread.setdefault(key, []).append([local_like(own, first) for own in column])
+    total: Tensor | None = None
+    for key, columns in spread.items():
+        part = gram(list(zip(*columns, strict=True)))
+        if key is not None:
+            part = _added_up(part, *key)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _without_partial(gradient: DTensor) -> DTensor:
+    """The same with every pending sum over ranks carried out."""
+    from torch.distributed.tensor import Replicate
+
+    settled = [Replicate() if p.is_partial() else p for p in gradient.placements]
+    return gradient.redistribute(gradient.device_mesh, settled)
+
+
+def _added_up(part: Tensor, mesh: Any, dims: tuple[int, ...]) -> Tensor:
+    wide = part.double()
+    for dim in dims:
+        torch.distributed.all_reduce(wide, group=mesh.get_group(dim))
+    return wide.to(part.dtype)

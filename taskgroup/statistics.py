@@ -1,0 +1,87 @@
+"""Running statistics of normalisation layers move once per batch, however many groups it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+if TYPE_CHECKING:
+    from taskgroup.schedule import Group
+
+__all__ = ["statistics_once"]
+
+# By module, its layers that may have running statistics, and by layer, what it writes to instead.
+_layers: WeakKeyDictionary[nn.Module, WeakSet[_NormBase]] = WeakKeyDictionary()
+_scratch: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+
+
+@contextmanager
+def statistics_once(module: nn.Module, group: Group) -> Iterator[None]:
+    """Around a forward: running statistics move only for the first group that runs the module.
+
+    A batch of M groups has M forwards, on each of which BatchNorm (SyncBatchNorm, InstanceNorm)
+    in training mode would move its running mean and variance, M times as far as a joint step, and
+    most of the way on features of steps half taken. Within this context they move as in a joint
+    step: on the forward of the first group, before any step, and not on the others of its batch.
+    Every forward normalises by its own samples all the same.
+
+    :class:`MultiTaskModel` does this by itself where it is called with ``group=group``, for the
+    encoder and each head apart: a head that runs in one group only moves its statistics there.
+
+    The micro-batches of one group all move them, as in any gradient accumulation. Layers are looked
+    up once per module: replace them (``convert_sync_batchnorm``) before the first batch.
+
+    Args:
+        module: the model, or a part that is run as a whole.
+        group: the group whose forward this is.
+
+    Example:
+        >>> import taskgroup as tg
+        >>> model = nn.BatchNorm1d(2)
+        >>> groups = tg.TaskGroups(["a", "b"])
+        >>> for group in groups:
+        ...     with tg.statistics_once(model, group):
+        ...         out = model(torch.ones(4, 2) * (1 if group.first else 5))
+        ...     group.skip()
+        >>> model.running_mean
+        tensor([0.1000, 0.1000])
+    """
+    if group.runs_first(module):
+        yield
+        return
+    held = [layer for layer in _layers_of(module) if layer.training and layer.track_running_stats]
+    kept = [dict(layer._buffers) for layer in held]
+    # Other tensors stand in the place of the statistics: nothing is copied, and for a compiled
+    # module, which takes buffers as inputs, nothing has changed.
+    for layer in held:
+        layer._buffers.update(_scratch_of(layer))
+    try:
+        yield
+    finally:
+        for layer, buffers in zip(held, kept, strict=True):
+            layer._buffers.update(buffers)
+
+
+def _layers_of(module: nn.Module) -> WeakSet[_NormBase]:
+    layers = _layers.get(module)
+    if layers is None:
+        layers = WeakSet(part for part in module.modules() if isinstance(part, _NormBase))
+        _layers[module] = layers
+    return layers
+
+
+def _scratch_of(layer: _NormBase) -> dict[str, Tensor]:
+    scratch = _scratch.setdefault(layer, {})
+    for name, buffer in layer._buffers.items():
+        if buffer is None:
+            continue
+        other = scratch.get(name)
+        if other is None or other.device != buffer.device or other.dtype != buffer.dtype:
+            scratch[name] = torch.clone(buffer.detach())
+    return scratch

@@ -1,0 +1,49 @@
+"""Runs a function on several ranks, for tests of what happens between them."""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+# Its children are forks of a process that has imported what the ranks need and started no thread.
+_CONTEXT = mp.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.nn.parallel", "taskgroup", "numpy"]
+)
+
+TIMEOUT = 60  # seconds, after which a collective gives up
+
+
+def on_ranks(function: Callable[..., Any], *args: Any, world: int = 2) -> list[Any]:
+    """What ``function(rank, *args)`` returns on each of the ranks, joined by gloo.
+
+    Raises:
+        ProcessRaisedException: with the traceback of the first rank that raised.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (world, folder, function, args)
+        mp.start_processes(_on_rank, arguments, world, start_method="forkserver")
+        return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world)]
+
+
+def _on_rank(rank, world, folder, function, args):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(f"{folder}/store", world),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=TIMEOUT),
+    )
+    try:
+        (Path(folder) / str(rank)).write_bytes(pickle.dumps(function(rank, *args)))
+    finally:
+        dist.destroy_process_group()
