@@ -14,7 +14,7 @@ Tasks are updated group by group inside every batch, and the groups are learned 
             optimizer.step()
 """
 
-from taskgroup import methods, ops
+from taskgroup import checkpoint, methods, ops
 from taskgroup.affinity import GradientAffinity, ProximalAffinity
 from taskgroup.clustering import (
     AffinityPropagation,
@@ -63,6 +63,7 @@ __all__ = [
     "Together",
     "affinity_propagation",
     "affinity_update_",
+    "checkpoint",
     "combine",
     "conflicts",
     "delta_m",

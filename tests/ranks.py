@@ -13,11 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Its children are forks of a process that has imported what the ranks need and started no thread.
-_CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.nn.parallel", "taskgroup", "numpy"]
-)
+from tests.processes import PROCESSES
 
 TIMEOUT = 60  # seconds, after which a collective gives up
 
@@ -30,7 +26,7 @@ def on_ranks(function: Callable[..., Any], *args: Any, world: int = 2) -> list[A
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world, folder, function, args)
-        mp.start_processes(_on_rank, arguments, world, start_method="forkserver")
+        mp.start_processes(_on_rank, arguments, world, start_method=PROCESSES.get_start_method())
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world)]
 
 
@@ -43,7 +39,5 @@ def _on_rank(rank, world, folder, function, args):
         world_size=world,
         timeout=timedelta(seconds=TIMEOUT),
     )
-    try:
-        (Path(folder) / str(rank)).write_bytes(pickle.dumps(function(rank, *args)))
-    finally:
-        dist.destroy_process_group()
+    (Path(folder) / str(rank)).write_bytes(pickle.dumps(function(rank, *args)))
+    dist.destroy_process_group()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import time
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ import yaml
 from typer.testing import CliRunner
 
 import taskgroup as tg
+from taskgroup import checkpoint
 from taskgroup.cli import app
-from taskgroup.experiment import files
 from taskgroup.experiment.recipe import read_recipe
 from taskgroup.experiment.run import Interrupted, Run, load_metrics
 from taskgroup.experiment.trainer import Trainer
 from taskgroup.vision import TASKONOMY, Motorcycle, criterion, vit
+from tests.processes import PROCESSES
 
 SMALL = {
     "size": 32,
@@ -137,6 +139,32 @@ def test_crashed_run_goes_on_from_its_last_checkpoint(finished, tmp_path):
     assert_same_run(run.out, finished[0].out)
 
 
+def start_or_go_on(out):
+    torch.set_num_threads(1)
+    run = Run.resume(out) if (out / "config.yaml").exists() else Run(small(), out)
+    run.train()
+
+
+def test_run_killed_at_random_goes_on(finished, tmp_path):
+    """SIGKILL, twice, at moments drawn at random."""
+    out = tmp_path / "run"
+    draw = torch.Generator().manual_seed(int.from_bytes(os.urandom(4), "little"))
+    for _ in range(2):
+        process = PROCESSES.Process(target=start_or_go_on, args=(out,), daemon=True)
+        process.start()
+        seen = out / "metrics.jsonl"
+        before = seen.stat().st_mtime_ns if seen.exists() else 0
+        until = time.monotonic() + 60
+        while not seen.exists() or seen.stat().st_mtime_ns == before:
+            assert time.monotonic() < until, "it never began"
+            time.sleep(0.002)
+        time.sleep(0.3 * torch.rand((), generator=draw).item())
+        process.kill()
+        process.join()
+    start_or_go_on(out)
+    assert_same_run(out, finished[0].out)
+
+
 def test_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_path):
     run = Run(small(), tmp_path / "run")
     (run.out / "metrics.jsonl").write_text('{"batch": 1}\n')
@@ -152,7 +180,7 @@ def test_failed_write_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
     with pytest.raises(OSError, match=r"checkpoint.pt could not be written \(.*No space left"):
         run.save()
     assert (run.out / "checkpoint.pt").read_bytes() == before
@@ -270,7 +298,7 @@ def test_bad_checkpoints(tmp_path):
     run.save()
     whole = (run.out / "checkpoint.pt").read_bytes()
     (run.out / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"checkpoint.pt cannot be read"):
+    with pytest.raises(ValueError, match=r"checkpoint.pt cannot be read as a checkpoint"):
         Run.resume(run.out)
     torch.save({"version": 99}, run.out / "checkpoint.pt")
     with pytest.raises(ValueError, match="has version 99"):

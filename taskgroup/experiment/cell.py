@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from taskgroup.experiment.files import write_atomically
+import taskgroup as tg
 from taskgroup.experiment.memory import peak_bytes
 from taskgroup.experiment.recipe import Recipe, read_recipe
 from taskgroup.experiment.trainer import Trainer
@@ -78,7 +78,7 @@ def train_cell(cell: Cell, folder: Path) -> Result:
         result = _train(cell.recipe, cell.lookahead_every)
     result["settings"] = cell.settings
     text = json.dumps(result)
-    write_atomically(cell.file(folder), lambda file: file.write(text.encode()))
+    tg.checkpoint.write_atomically(cell.file(folder), lambda file: file.write(text.encode()))
     return result
 
 
@@ -164,7 +164,7 @@ def open_folder(folder: Path, recipe: Recipe) -> Path:
         ) from None
     if not file.is_file():
         text = yaml.safe_dump(settings, sort_keys=False)
-        write_atomically(file, lambda opened: opened.write(text.encode()))
+        tg.checkpoint.write_atomically(file, lambda opened: opened.write(text.encode()))
     return folder / "cells"
 
 

@@ -13,7 +13,6 @@ import yaml
 
 import taskgroup as tg
 from taskgroup.experiment.cell import Cell, Result, open_folder
-from taskgroup.experiment.files import write_atomically
 from taskgroup.experiment.presets import JOINT, REFERENCE, Variant
 from taskgroup.experiment.problem import Problem, make_problem
 from taskgroup.experiment.recipe import Recipe
@@ -314,7 +313,7 @@ class Comparison:
 
     def _write_yaml(self, name: str, values: dict[str, Any]) -> None:
         text = yaml.safe_dump(values, sort_keys=False)
-        write_atomically(self.out / name, lambda opened: opened.write(text.encode()))
+        tg.checkpoint.write_atomically(self.out / name, lambda opened: opened.write(text.encode()))
 
     @property
     def _reference(self) -> Variant:

@@ -12,12 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 import taskgroup as tg
-from taskgroup.experiment.files import write_atomically
 from taskgroup.experiment.recipe import Recipe, read_recipe
 from taskgroup.experiment.trainer import MODEL_SECTIONS, Progress, Trainer
 from taskgroup.report import plots
@@ -168,7 +166,7 @@ class Run:
             [line["partition"] for line in learned or history], titles, self.out / "cogrouping.png"
         )
         problem.draw(trainer.model, self.out)
-        write_atomically(
+        tg.checkpoint.write_atomically(
             self.out / "summary.json",
             lambda file: file.write(json.dumps(summary, indent=2).encode()),
         )
@@ -185,17 +183,11 @@ class Run:
             "seconds": self._seconds,
             "trainer": self.trainer.state_dict(),
         }
-        write_atomically(self.out / "checkpoint.pt", lambda file: torch.save(state, file))
+        tg.checkpoint.save(self.out / "checkpoint.pt", state)
 
     def _load(self, path: Path) -> None:
-        try:
-            state = torch.load(path, weights_only=True)
-            version = state["version"]
-        except Exception as error:
-            raise ValueError(
-                f"{path} cannot be read ({' '.join(str(error).split())[:200]}); start again with "
-                "another --out."
-            ) from None
+        state = tg.checkpoint.load(path)
+        version = state.get("version")
         if version != _CHECKPOINT_VERSION:
             raise ValueError(
                 f"{path} has version {version}, this taskgroup reads {_CHECKPOINT_VERSION}; "
@@ -208,7 +200,7 @@ class Run:
         """Drop the lines of batches that ran after the checkpoint, and a line cut short."""
         path = self.out / "metrics.jsonl"
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        write_atomically(path, lambda file: file.writelines(lines[: self.batch]))
+        tg.checkpoint.write_atomically(path, lambda file: file.writelines(lines[: self.batch]))
 
 
 def load_metrics(run: str | Path) -> list[dict[str, Any]]:

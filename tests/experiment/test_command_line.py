@@ -87,7 +87,7 @@ def test_bad_input_is_one_sentence(arguments, said, tmp_path, trained):
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, trained, monkeypatch):
-    from taskgroup.experiment import files
+    from taskgroup import checkpoint
 
     (tmp_path / "file").write_text("")
     result = invoke("compare", "--out", tmp_path / "file" / "out")
@@ -97,7 +97,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, trained, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
     result = invoke("compare", "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "could not be written" in result.output

@@ -1,0 +1,8 @@
+"""Processes for tests: forks of one that has imported what they need, so that they start soon."""
+
+import multiprocessing
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.nn.parallel", "taskgroup.experiment.run"]
+)

@@ -1,0 +1,217 @@
+"""Killed runs go on exactly, files are whole or as they were, a dead rank ends the others."""
+
+import contextlib
+import os
+import re
+import resource
+import runpy
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import taskgroup as tg
+from tests.processes import PROCESSES
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "ddp.py"
+
+
+def example(rank, world, port, folder, batches):
+    """examples/ddp.py, as torchrun would start it."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    checkpoint = folder / "checkpoint.pt"
+    sys.argv = ["ddp.py", f"--checkpoint={checkpoint}", f"--batches={batches}", "--every=3"]
+    with (folder / f"rank{rank}.txt").open("a") as log, contextlib.redirect_stdout(log):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+
+
+def start(world, folder, batches=40):
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        PROCESSES.Process(target=example, args=(rank, world, port, folder, batches), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def wait_for(processes):
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+
+
+def wait_until(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.002)
+
+
+def state_of(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def batches_done(folder):
+    return state_of(folder)["batch"] if (folder / "checkpoint.pt").exists() else 0
+
+
+def assert_same(one, other):
+    """Bit by bit."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_runs_go_on_as_if_nothing_had_been(world, tmp_path):
+    """SIGKILL at moments drawn at random, until a run comes through."""
+    wait_for(start(world, tmp_path / "whole"))
+    draw = torch.Generator().manual_seed(int.from_bytes(os.urandom(4)))
+    killed = tmp_path / "killed"
+    for _ in range(3):
+        # Once it has got on a little, somewhere in the middle of a batch or of a checkpoint.
+        beyond = batches_done(killed) + int(torch.randint(6, (), generator=draw))
+        processes = start(world, killed)
+        wait_until(lambda beyond=beyond: batches_done(killed) > beyond)
+        time.sleep(0.05 * torch.rand((), generator=draw).item())
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+    wait_for(start(world, killed))
+    assert_same(state_of(killed), state_of(tmp_path / "whole"))
+
+
+def test_a_dead_rank_ends_the_others(tmp_path):
+    """With an error, and soon."""
+    alive, dying = start(2, tmp_path, batches=100_000)
+    wait_until((tmp_path / "checkpoint.pt").exists)
+    dying.kill()
+    alive.join(30)
+    assert alive.exitcode not in (None, 0)
+
+
+def test_the_example_as_its_first_lines_say(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(EXAMPLE)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--batches=40"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"batch 40: groups \[\('wind'", done.stdout)
+    assert tg.checkpoint.load(tmp_path / "runs" / "ddp.pt")["batch"] == 40
+
+
+def write_for_ever(path):
+    torch.set_num_threads(1)
+    for n in range(1_000_000):
+        tg.checkpoint.save(path, {"n": n, "tensor": torch.full((200_000,), float(n))})
+
+
+def test_a_kill_during_the_write_leaves_the_last_good_one(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    draw = torch.Generator().manual_seed(int.from_bytes(os.urandom(4)))
+    abandoned = 0
+    for _ in range(12):
+        process = PROCESSES.Process(target=write_for_ever, args=(path,), daemon=True)
+        process.start()
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        wait_until(lambda before=before: path.exists() and path.stat().st_mtime_ns > before)
+        time.sleep(0.02 * torch.rand((), generator=draw).item())
+        process.kill()
+        process.join()
+        state = tg.checkpoint.load(path)
+        assert torch.equal(state["tensor"], torch.full((200_000,), float(state["n"])))
+        abandoned += len(list(tmp_path.glob("*.partial")))
+    assert abandoned > 0  # some were hit while they wrote
+    tg.checkpoint.save(path, {"n": -1})
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_full_disk(tmp_path):
+    """A limit on the size of files says what a full disk says, at the same place."""
+    path = tmp_path / "checkpoint.pt"
+    tg.checkpoint.save(path, {"n": 1})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint\.pt could not be written \(.+\); .* kept\."):
+            tg.checkpoint.save(path, {"n": 2, "tensor": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert tg.checkpoint.load(path) == {"n": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"could not be written .*Not a directory"):
+        tg.checkpoint.save(tmp_path / "file" / "run" / "checkpoint.pt", {})
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "code", "list", "folder"])
+def test_unreadable_checkpoints(damage, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    tg.checkpoint.save(path, {"tensor": torch.zeros(1000)})
+    whole = path.read_bytes()
+    said = r"checkpoint\.pt cannot be read as a checkpoint \(.+\); go on from another one"
+    if damage == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif damage == "text":
+        path.write_text("not a checkpoint")
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "code":
+        torch.save({"run": os.getcwd}, path)
+    elif damage == "list":
+        torch.save([1, 2], path)
+        said = "holds a list, not the dict"
+    else:
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(ValueError, match=said) as caught:
+        tg.checkpoint.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*nowhere\.pt; start without one"):
+        tg.checkpoint.load(tmp_path / "nowhere.pt")
+
+
+def test_what_others_write_is_left_alone(tmp_path):
+    """A partial file of a process that is alive, or of another machine, or of another name."""
+    path = tmp_path / "a[1].pt"
+    host = socket.gethostname()
+    ours = [f"a[1].pt.{host}-{os.getppid()}.partial", "a[1].pt.elsewhere-1.partial"]
+    for name in (*ours, f"b.pt.{host}-999999999.partial", f"a[1].pt.{host}-999999999.partial"):
+        (tmp_path / name).write_text("")
+    tg.checkpoint.save(path, {})
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == {"a[1].pt", *ours, f"b.pt.{host}-999999999.partial"}
