@@ -35,7 +35,7 @@ class GroupTensors:
 
     mask: Tensor  # bool [K]
     index: Tensor  # int64 [n]
-    weights: Tensor | None  # float32 [n]; None where all are 1
+    weights: Tensor | None  # float64 [n]; None where all are 1
 
 
 class LossReader:
@@ -86,7 +86,8 @@ class LossReader:
             mask[index] = True
             weights = None
             if self.weights is not None:
-                weights = self._send(torch.tensor([self.weights[k] for k in members]))
+                own = [self.weights[k] for k in members]
+                weights = self._send(torch.tensor(own, dtype=torch.float64))
             kept = GroupTensors(self._send(mask), self._send(index), weights)
             self._kept[members] = kept
         return kept
@@ -131,7 +132,7 @@ class LossReader:
         own = _at_least_float32(own)
         weights = self.group(members).weights
         if weights is not None:
-            own = own * weights
+            own = own * weights.to(own.dtype)
         if factors is not None:
             own = own * send_like(factors[list(members)], own)
         return (own.mean() if self.reduction == "mean" else own.sum()), _at_least_float32(measured)
