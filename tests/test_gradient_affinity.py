@@ -7,9 +7,10 @@ from torch import nn
 import taskgroup as tg
 from tests.planted import Planted
 
-# Of torch's own making, when it imports its compiler.
+# Of torch's own making, when it imports its compiler, and compiles what has an input with a graph.
 COMPILER_WARNINGS = pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.script_method.*:DeprecationWarning"
+    "ignore:.*torch.jit.script_method.*:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf",
 )
 TASKS = ["a", "b", "c"]
 

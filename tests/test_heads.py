@@ -9,6 +9,9 @@ from torch import nn
 
 import taskgroup as tg
 
+# Of torch's own making, when it compiles a module whose input has a graph.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
 TASKS = ["a", "b", "c"]
 OPTIMIZERS = {
     "adam": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
