@@ -1,6 +1,7 @@
 """Several ranks train as one process would, and say so where they cannot."""
 
 import warnings
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -255,6 +256,65 @@ def test_gradients_are_averaged_over_the_ranks_that_have_the_label():
     gram = tg.task_gram(tg.task_gradients(losses, model.encoder.parameters()))
     expected = gram / torch.stack([losses[task].detach() for task in TASKS])
     torch.testing.assert_close(first, expected.float(), rtol=1e-6, atol=1e-8)
+
+
+def accumulate(rank, how, world):
+    """Two micro-batches to a step, of which the last alone is exchanged."""
+    data, model = Regression(), make_model()
+    wrapper = wrapped(model, how)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    groups = tg.TaskGroups(TASKS, affinity=tg.ProximalAffinity(decay=0.1), warmup=3)
+    exchanges = []
+    for n in range(12):
+        x, y = data.part(n, rank, world)
+        for group in groups:
+            optimizer.zero_grad()
+            for micro in range(2):
+                later = how == "ddp" and micro == 0
+                with wrapper.no_sync() if later else nullcontext():
+                    own = slice(micro, None, 2)
+                    losses = losses_of(wrapper(x[own], group=group), y[own])
+                    with counted(exchanges):
+                        loss = group.loss(losses, share=0.5)
+                    loss.backward()
+            optimizer.step()
+    sizes = [size for _, size in exchanges]
+    return [whole(p) for p in model.parameters()], groups.partition, sizes
+
+
+@contextmanager
+def counted(exchanges):
+    """Notes every exchange of numbers within."""
+    kinds = ("all_reduce", "all_gather", "broadcast", "reduce")
+    originals = {name: getattr(dist, name) for name in kinds}
+
+    def noting(name):
+        def call(tensor, *args, **kwargs):
+            exchanges.append((name, tensor.numel()))
+            return originals[name](tensor, *args, **kwargs)
+
+        return call
+
+    for name in kinds:
+        setattr(dist, name, noting(name))
+    try:
+        yield
+    finally:
+        for name in kinds:
+            setattr(dist, name, originals[name])
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_accumulation_exchanges_losses_once_a_step(how):
+    parameters, partition, none = accumulate(0, None, 1)
+    assert none == []
+    for got, learned, sizes in on_ranks(accumulate, how, 2):
+        assert learned == partition
+        for one, other in zip(got, parameters, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+        # One exchange of 2K numbers for each of four groups in the batches before they are learned.
+        assert sizes[:16] == [2 * len(TASKS)] * 16
+        assert set(sizes) == {2 * len(TASKS)}
 
 
 def said(function, *arguments):
