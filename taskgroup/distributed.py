@@ -55,7 +55,8 @@ class Ranks:
         ]:
             raise RuntimeError(
                 f"The ranks differ in the {' and the '.join(differing)} of their TaskGroups: make "
-                "it with the same arguments on every rank, and load the same checkpoint on all."
+                "it with the same arguments on every rank, and load the same checkpoint on all; if "
+                "they train models of their own, name the ranks of each with process_group=."
             )
 
     def count(self, labelled: Sequence[bool]) -> list[int]:

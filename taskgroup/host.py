@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["HostCopy"]
+__all__ = ["HostCopy", "waits_for_device"]
+
+
+def waits_for_device(tensor: Tensor) -> bool:
+    """Whether reading it on the host would have to wait for a GPU."""
+    return tensor.device.type == "cuda"
 
 
 class HostCopy:

@@ -14,7 +14,7 @@ from taskgroup.affinity import Affinity, GradientAffinity, ProximalAffinity
 from taskgroup.clustering import AffinityPropagation
 from taskgroup.distributed import Ranks
 from taskgroup.heads import Heads, Outside, head_parameters, prepare_gradients
-from taskgroup.host import HostCopy
+from taskgroup.host import HostCopy, waits_for_device
 from taskgroup.losses import ZERO_LOSS, Losses, LossReader, LossWatch, Members, send_like
 from taskgroup.replay import RandomState
 
@@ -264,9 +264,10 @@ class TaskGroups:
         self._before: _Step | None = None
 
         self._stepping: Group | None = None  # whose loss was asked for last
-        self._copy: HostCopy | None = None  # of the affinity as it is, and the losses not read
+        self._copy: HostCopy | None = None  # of the affinity as it is, and what was not read
         # On the GPU, and what is to look at them on the host.
         self._unread: list[tuple[Tensor, Callable[[list[float]], None]]] = []
+        self._copied = 0  # of these, the first that are in the copy
 
         if not self._learns:
             self._regroup()
@@ -442,7 +443,8 @@ class TaskGroups:
         batch = self._join(here) if several and not everywhere else _Batch(here)
         if not batch.present:
             return
-        if self._copy is not None and self._copy.ready():
+        # Of several ranks each must find out at the same place that they differ.
+        if self._copy is not None and (several or self._copy.ready()):
             self._read_copy(self._copy)
         self._batch = batch
         self._group = self._before = None
@@ -613,8 +615,8 @@ class TaskGroups:
     def _measure(self, group: Group, measured: Tensor) -> None:
         """Take in the losses from before a step: they show what the last step did."""
         needed, absent = group._needed, group._batch.absent
-        on_gpu = measured.device.type == "cuda"
-        if on_gpu:
+        later = waits_for_device(measured)
+        if later:
             self._unread.append((measured, lambda seen: self._watch.look(seen, needed, absent)))
         else:
             self._watch.look(measured.tolist(), needed, absent)
@@ -625,8 +627,9 @@ class TaskGroups:
                 self.affinity.observe(self._before.losses, losses, self._before.mask)
                 self._copy = None  # it is not of the affinity as it is any more
             self._before = _Step(group.mask, losses)
-        if on_gpu and group.last:
+        if later and group.last:
             self._copy = HostCopy([self.affinity.matrix, *(values for values, _ in self._unread)])
+            self._copied = len(self._unread)
 
     def _mean_over_ranks(self, group: Group, measured: Tensor) -> Tensor:
         """The losses ``[K]`` over all ranks; NaN for the tasks that the group does not need."""
@@ -637,7 +640,7 @@ class TaskGroups:
             losses = losses * send_like(group._batch.factors, losses)
         losses, votes = self._ranks.mean(losses, group.mask)
         tasks = group.tasks
-        if votes.device.type == "cuda":
+        if waits_for_device(votes):
             self._unread.append((votes, lambda seen: self._ranks.check_votes(seen, tasks)))
         else:
             self._ranks.check_votes(votes.tolist(), tasks)
@@ -661,9 +664,10 @@ class TaskGroups:
     def _read_copy(self, copy: HostCopy) -> Tensor:
         """Wait for the copy and look at the numbers in it; the affinity matrix on the host."""
         matrix, *seen = copy.wait()
-        looks = [look for _, look in self._unread[: len(seen)]]
-        del self._unread[: len(seen)]
-        for look, values in zip(looks, seen, strict=True):
+        looks = [look for _, look in self._unread[: self._copied]]
+        del self._unread[: self._copied]
+        self._copied = 0  # looked at once, however often the matrix is read
+        for look, values in zip(looks, seen, strict=False):
             look(values.tolist())
         return matrix.float()
 

@@ -31,7 +31,7 @@ def example(rank, world, port, folder, batches):
         runpy.run_path(str(EXAMPLE), run_name="__main__")
 
 
-def start(world, folder, batches=40):
+def start(world, folder, batches=24):
     folder.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -89,7 +89,7 @@ def test_killed_runs_go_on_as_if_nothing_had_been(world, tmp_path):
     wait_for(start(world, tmp_path / "whole"))
     draw = torch.Generator().manual_seed(int.from_bytes(os.urandom(4)))
     killed = tmp_path / "killed"
-    for _ in range(3):
+    for _ in range(2):
         # Once it has got on a little, somewhere in the middle of a batch or of a checkpoint.
         beyond = batches_done(killed) + int(torch.randint(6, (), generator=draw))
         processes = start(world, killed)
@@ -116,7 +116,7 @@ def test_the_example_as_its_first_lines_say(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(EXAMPLE)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--batches=40"],
+        [*command, "--batches=20"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -124,8 +124,8 @@ def test_the_example_as_its_first_lines_say(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"batch 40: groups \[\('wind'", done.stdout)
-    assert tg.checkpoint.load(tmp_path / "runs" / "ddp.pt")["batch"] == 40
+    assert re.search(r"batch 20: groups \[\('wind'", done.stdout)
+    assert tg.checkpoint.load(tmp_path / "runs" / "ddp.pt")["batch"] == 20
 
 
 def write_for_ever(path):
