@@ -3,6 +3,4 @@
 import multiprocessing
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.nn.parallel", "taskgroup.experiment.run"]
-)
+PROCESSES.set_forkserver_preload(["torch.distributed.fsdp", "torch.nn.parallel", "taskgroup"])
