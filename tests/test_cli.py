@@ -17,6 +17,7 @@ from taskgroup.cli import app
 from taskgroup.experiment.recipe import read_recipe
 from taskgroup.experiment.run import Interrupted, Run, load_metrics
 from taskgroup.experiment.trainer import Trainer
+from taskgroup.report import plots
 from taskgroup.vision import TASKONOMY, Motorcycle, criterion, vit
 from tests.processes import PROCESSES
 
@@ -47,6 +48,13 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "finished"
     run = Run(small(), out)
     return run, run.train()
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """They take nine tenths of a small run; `finished`, made before this, has them."""
+    for name in ("affinity", "number_of_groups", "cogrouping", "predictions"):
+        monkeypatch.setattr(plots, name, lambda *_, **__: None)
 
 
 def test_run_leaves_what_it_promises(finished):
