@@ -35,7 +35,8 @@ def task_gradients(
     Parameters that are sharded (FSDP2's DTensors) are not in the graph of a loss: FSDP itself puts
     their gradients into ``.grad``, sharded and averaged over the ranks. Each task's is taken from
     there and what was there is put back. The ``.grad`` of parameters that are not among ``params``,
-    those of the heads, takes the gradients of all tasks in: call ``zero_grad()`` afterwards.
+    those of the heads, takes the gradients of all tasks in: call ``zero_grad()`` afterwards. List
+    the parameters before the forward, after which whole ones may stand in their place.
 
     Args:
         losses: K scalars: ``{task: loss}``, a sequence, or one tensor ``[K]``.
@@ -70,14 +71,20 @@ def task_gradients(
     active = [parameter for parameter in params if parameter.requires_grad]
     if not active:
         return [[None] * len(params) for _ in scalars]
+    found: list[list[Tensor | None]]
     if any_sharded(params):
         if batched:
             raise ValueError(
                 "Sharded parameters have no vectorised backward pass: call task_gradients(losses, "
                 "params) without batched=True."
             )
-        return gradients_through_grad(scalars, params, retain_graph=retain_graph)
-    found: list[list[Tensor | None]]
+        found = gradients_through_grad(scalars, params, retain_graph=retain_graph)
+        if all(gradient is None for own in found for gradient in own):
+            raise ValueError(
+                "No loss reaches any of the sharded parameters: list the parameters before the "
+                "forward, which puts others in their place."
+            )
+        return found
     if batched:
         stacked = torch.stack(scalars)
         eye = torch.eye(len(scalars), dtype=stacked.dtype, device=stacked.device)

@@ -80,7 +80,7 @@ def gram_over_ranks(gradients: Gradients, gram: Callable[[Gradients], Tensor]) -
         key = None
         if is_sharded(first):
             first = _without_partial(first)
-            sharded = tuple(dim for dim, p in enumerate(first.placements) if p.is_shard())
+            sharded = tuple(dim for dim, p in enumerate(first.placements) if not p.is_replicate())
             key = (first.device_mesh, sharded)
         spread.setdefault(key, []).append([local_like(own, first) for own in column])
     total: Tensor | None = None

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import taskgroup as tg
 from tests.ranks import on_ranks
@@ -81,3 +84,37 @@ def test_shards_give_what_the_whole_gives(world):
         expected = torch.tensor([[2.0 * total**2, 2.0 * total], [2.0 * total, 2.0]])
         torch.testing.assert_close(found["partial"], expected, rtol=1e-6, atol=0)
         assert torch.equal(found["all"]["gram"], ranks[0]["all"]["gram"])
+
+
+def tensor_parallel(rank):
+    """FSDP over tensor parallelism, and replicas of shards; two by two ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 6, bias=False).double()
+    weight = layer.weight.detach().clone()
+    parallelize_module(layer, mesh["tensor"], ColwiseParallel(output_layouts=Replicate()))
+    fully_shard(layer, mesh=mesh["data"])
+    x = torch.arange(8.0, dtype=torch.float64).view(2, 4)
+    parameters = list(layer.parameters())
+    with pytest.raises(ValueError, match="list the parameters before the forward"):
+        tg.task_gradients([layer(x).clone().sum()], layer.parameters())
+    layer.zero_grad()
+    out = layer(x).clone()
+    gradients = tg.task_gradients([out[:, :3].square().sum(), out.sum()], parameters)
+
+    whole_weight = weight.requires_grad_()
+    out = x @ whole_weight.t()
+    expected = tg.task_gradients([out[:, :3].square().sum(), out.sum()], [whole_weight])
+    kinds = {type(p).__name__ for p in gradients[0][0].placements}
+
+    replicas = [
+        [distribute_tensor(g, mesh, [Replicate(), Shard(0)]) for g in own] for own in expected
+    ]
+    return [tg.task_gram(g) for g in (gradients, replicas, expected)], kinds
+
+
+def test_two_dimensions_of_ranks():
+    for (gram, of_replicas, expected), kinds in on_ranks(tensor_parallel, world=4):
+        assert "_StridedShard" in kinds  # which does not call itself a shard
+        torch.testing.assert_close(gram, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(of_replicas, expected, rtol=1e-12, atol=0)
