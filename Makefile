@@ -1,5 +1,6 @@
 # make demo   train on the embedded photograph, three ways, and compare      (about 5 minutes)
-# make test   run the tests                                                  (about 3 minutes)
+# make test   run the tests                                                  (about 5 minutes)
+# make full   the tests of which make test runs a part                       (about 2 minutes)
 # make lint   linters and type checker
 # make bench  benchmarks, printed as ratios                                  (about 2 minutes)
 #             ARGS="--save --full" for all sizes, kept in benchmarks/results
@@ -17,7 +18,7 @@ CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc
 BUILD := setup.py CMakeLists.txt pyproject.toml taskgroup/__init__.py $(shell find csrc -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint bench gpu format clean
+.PHONY: demo test full lint bench gpu format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/train.stamp
@@ -25,6 +26,9 @@ demo: .venv/train.stamp
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest --numprocesses=auto --dist=worksteal $(ARGS)
+
+full: .venv/dev.stamp
+	$(BIN)/python -m pytest -m full
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

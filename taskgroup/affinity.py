@@ -243,7 +243,7 @@ class GradientAffinity(Affinity):
         losses: dict[int, Tensor],
         values: Tensor,
         ranks: Ranks,
-        heads: Iterable[nn.Module] | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         """Take in the gradients of some tasks; their graph is kept.
 
@@ -251,30 +251,30 @@ class GradientAffinity(Affinity):
             losses: scalars with a graph, by the position of the task.
             values: losses of all tasks, ``[K]``, without a graph; NaN for a task not measured.
             ranks: those whose gradients are averaged.
-            heads: of these tasks; None where they are not known.
+            model: that gave the losses; None where it is not known.
 
         Raises:
             ValueError: if no task reaches any of the shared parameters.
-            RuntimeError: if these are sharded and the heads are not known.
+            RuntimeError: if these are sharded and the model is not known.
         """
         self.to(values.device)
         if not any_sharded(self._shared):
             found = task_gradients(list(losses.values()), self._shared, retain_graph=True)
-        elif heads is None:
+        elif model is None:
             raise RuntimeError(
-                "GradientAffinity on sharded parameters must know the heads, whose .grad it puts "
+                "GradientAffinity on sharded parameters must know the model, whose .grad it puts "
                 "back: call the MultiTaskModel with group=group."
             )
         else:
-            others = [parameter for head in heads for parameter in head.parameters()]
             found = gradients_through_grad(
-                list(losses.values()), self._shared, others, retain_graph=True
+                list(losses.values()), self._shared, model.parameters(), retain_graph=True
             )
         if all(gradient is None for own in found for gradient in own):
             raise ValueError(
                 "No task reaches any of the shared parameters that GradientAffinity was given. If "
                 "the model has got others since, from fully_shard() for instance, make the "
-                "GradientAffinity after that."
+                "GradientAffinity after that; if gradients are accumulated under FSDP, keep "
+                "set_requires_gradient_sync(True) in the first micro-batch, which is measured."
             )
         if ranks.number > 1:
             ranks.mean_gradients(found, self._shared)

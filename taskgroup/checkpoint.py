@@ -80,6 +80,7 @@ def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
     Raises:
         OSError: if it cannot be written; the sentence says why. What was there is kept.
     """
+    path = path.resolve()  # what a link points to
     # Others may write the same file meanwhile, on this machine or on another.
     partial = path.with_name(f"{path.name}.{_HOST}-{os.getpid()}.partial")
     try:
@@ -90,12 +91,16 @@ def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into the latter
+    except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+        if not isinstance(
+            error, OSError | RuntimeError
+        ):  # torch.save makes the latter of the first
+            raise
         raise OSError(
             f"{path} could not be written ({_short(error)}); what was there before is kept. Make "
-            "room, or write to another place."
+            "room if the disk is full, or write to another place."
         ) from error
 
 
@@ -115,9 +120,10 @@ def _remove_abandoned(path: Path) -> None:
             os.kill(int(found[1]), 0)  # asks whether there is such a process
         except ProcessLookupError:
             partial.unlink(missing_ok=True)
-        except OSError:
+        except (OSError, OverflowError):
             pass  # not ours to judge
 
 
 def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch writes some of it in bold
+    return " ".join(text.split())[:200] or type(error).__name__

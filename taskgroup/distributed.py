@@ -18,8 +18,15 @@ if TYPE_CHECKING:
 __all__ = ["Ranks"]
 
 
+_PARTS = 5  # that check_alike() compares
+
+
 class Ranks:
     """The ranks that train one model, one process each; a single one where torch joins none.
+
+    All exchanges are sums of float64 numbers, of one length from the second on, and tell which
+    exchange of which batch they are: ranks that are at different places of the loop find out
+    instead of adding up what does not belong together.
 
     Args:
         process_group: the ranks; None is all of them.
@@ -27,79 +34,96 @@ class Ranks:
 
     def __init__(self, process_group: ProcessGroup | None) -> None:
         self._process_group = process_group
+        self._length = 2 * _PARTS
 
     @property
     def number(self) -> int:
-        """How many there are."""
+        """How many there are.
+
+        Raises:
+            RuntimeError: if this process is none of them.
+        """
         if not dist.is_available() or not dist.is_initialized():
             return 1
-        return max(1, dist.get_world_size(self._process_group))
+        number = dist.get_world_size(self._process_group)
+        if number < 1:
+            raise RuntimeError(
+                f"Rank {dist.get_rank()} is not in the process_group of its TaskGroups: name the "
+                "one it is in."
+            )
+        return number
 
-    def check_alike(self, parts: Mapping[str, object]) -> None:
+    def check_alike(self, parts: Mapping[str, object], n_tasks: int) -> None:
         """Raise, on every rank, if the ranks differ in any part. Waits for the other ranks.
 
         Args:
-            parts: what decisions follow from, by name; the names are the same on every rank.
+            parts: what decisions follow from, by name; the same names on every rank.
+            n_tasks: the number of tasks.
 
         Raises:
             RuntimeError: naming the parts.
         """
-        checksums = [zlib.crc32(repr(_plain(part)).encode()) for part in parts.values()]
-        # The greatest and, by its negative, the least; they are one where all are.
-        both = torch.tensor([checksums, [-checksum for checksum in checksums]])
-        greatest, negative_least = self._reduced(both, dist.ReduceOp.MAX).tolist()
+        assert len(parts) == _PARTS
+        # Sums tell whether all are the same: of n numbers that are, and of no others, n times the
+        # sum of squares is the square of the sum. In float64 that is exact for 8,000 ranks.
+        checksums = [zlib.crc32(repr(_plain(part)).encode()) >> 12 for part in parts.values()]
+        squares = [checksum**2 for checksum in checksums]
+        found = self._sum(torch.tensor(checksums + squares, device="cpu"), "alike", 0)
+        sums, of_squares = found[:_PARTS].tolist(), found[_PARTS : 2 * _PARTS].tolist()
         if differing := [
             name
-            for name, high, low in zip(parts, greatest, negative_least, strict=True)
-            if high != -low
+            for name, total, squared in zip(parts, sums, of_squares, strict=True)
+            if self.number * round(squared) != round(total) ** 2
         ]:
             raise RuntimeError(
                 f"The ranks differ in the {' and the '.join(differing)} of their TaskGroups: make "
                 "it with the same arguments on every rank, and load the same checkpoint on all; if "
                 "they train models of their own, name the ranks of each with process_group=."
             )
+        self._length = max(2 * n_tasks, 2 * _PARTS)
 
-    def count(self, labelled: Sequence[bool]) -> list[int]:
+    def count(self, labelled: Sequence[bool], batch: int) -> list[int]:
         """On how many ranks each task is labelled. Waits for the other ranks.
 
         Args:
             labelled: for each of the K tasks, whether it is labelled here.
+            batch: the number of the batch.
         """
-        counts: list[int] = self._reduced(torch.tensor(labelled).long(), dist.ReduceOp.SUM).tolist()
-        return counts
+        found = self._sum(torch.tensor(labelled, device="cpu"), "count", batch)
+        return [round(count) for count in found[: len(labelled)].tolist()]
 
-    def mean(self, losses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def mean(self, losses: Tensor, mask: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """The losses averaged over the ranks, bitwise the same on each; one all-reduce.
 
         Args:
             losses: ``[K]``, without a graph.
             mask: bool ``[K]``, True for the tasks of the group at hand.
+            batch: the number of the batch.
 
         Returns:
-            ``[K]`` the mean, NaN for a task that is NaN on any rank, and ``[K]`` on how many ranks
-            the task is in the group, for :meth:`check_votes`.
+            ``[K]`` the mean, NaN for a task that is NaN on any rank, and votes for
+            :meth:`check_votes`.
         """
-        both = torch.cat([losses, mask.to(losses.dtype)])
-        dist.all_reduce(both, group=self._process_group)
         n_tasks = len(losses)
-        return both[:n_tasks] / self.number, both[n_tasks:]
+        values = torch.cat([losses.double(), mask.double()])
+        found = self._reduced(values, "mean", batch)
+        return (found[:n_tasks] / self.number).to(losses.dtype), found[n_tasks:]
 
     def check_votes(self, votes: list[float], tasks: tuple[str, ...]) -> None:
         """Raise, on every rank, if the ranks did not step on the same group.
 
         Args:
-            votes: on how many ranks each task was in it.
-            tasks: those that were on this rank.
+            votes: as :meth:`mean` gave them.
+            tasks: those of the group on this rank.
 
         Raises:
             RuntimeError: naming the tasks.
         """
-        if not {0, self.number}.issuperset(votes):
+        self._check_place(votes[-_HEADER:])
+        if not {0, self.number}.issuperset(votes[:-_HEADER]):
             raise RuntimeError(
                 f"The ranks step on different groups; rank {dist.get_rank()} steps on "
-                f"{', '.join(tasks)}. Loop over the same TaskGroups on every rank: call iter() or "
-                "batch() equally often, and skip a group or leave a batch early on all ranks or on "
-                "none."
+                f"{', '.join(tasks)}. {_LOOP_ALIKE}"
             )
 
     def mean_gradients(
@@ -124,13 +148,45 @@ class Ranks:
             for t, mean in zip(active, means, strict=True):
                 own[t] = mean.view(params[t].shape).to(params[t].dtype)
 
-    def _reduced(self, values: Tensor, by: dist.ReduceOp.RedOpType) -> Tensor:
-        """Reduced over the ranks, on the host if the ranks can talk there."""
+    def _sum(self, values: Tensor, kind: str, batch: int) -> Tensor:
+        """Summed over the ranks, on the host if the ranks can talk there; checked."""
         backends = dist.get_backend_config(self._process_group)  # such as "cpu:gloo,cuda:nccl"
         devices = [backend.partition(":")[0] for backend in backends.split(",")]
-        values = values.to("cpu" if "cpu" in devices else devices[0])
-        dist.all_reduce(values, by, group=self._process_group)
+        values = values.to("cpu" if "cpu" in devices else devices[0], torch.float64)
+        found = self._reduced(values, kind, batch).cpu()
+        self._check_place(found[-_HEADER:].tolist())
+        return found
+
+    def _reduced(self, values: Tensor, kind: str, batch: int) -> Tensor:
+        """Summed over the ranks, padded to the length of all exchanges, with the place at the end.
+
+        The place is which exchange it is, one of three, and the number of the batch and its square.
+        """
+        place = [float(kind == other) for other in _KINDS]
+        place += [float(batch % _BATCHES), float((batch % _BATCHES) ** 2)]
+        end = torch.tensor(place, dtype=torch.float64, device="cpu")
+        padding = values.new_zeros(self._length - len(values))
+        end = end.to(values.device, non_blocking=True)
+        values = torch.cat([values, padding, end])
+        dist.all_reduce(values, group=self._process_group)
         return values
+
+    def _check_place(self, place: list[float]) -> None:
+        *kinds, batch, squared = place
+        alike = self.number * round(squared) == round(batch) ** 2
+        if not {0, self.number}.issuperset(kinds) or not alike:
+            raise RuntimeError(
+                f"Rank {dist.get_rank()} is at another place of the loop than others. {_LOOP_ALIKE}"
+            )
+
+
+_KINDS = ("alike", "count", "mean")
+_BATCHES = 2**20  # after which their number begins again, so that sums of squares are exact
+_HEADER = len(_KINDS) + 2
+_LOOP_ALIKE = (
+    "Loop over the same TaskGroups on every rank: call iter() or batch() equally often, load a "
+    "checkpoint on all ranks or on none, and so skip a group or leave a batch early."
+)
 
 
 def _plain(part: object) -> object:

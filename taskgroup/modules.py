@@ -112,9 +112,10 @@ class MultiTaskModel(nn.Module):
                 f"The group needs tasks {headless}, which have no head; the heads are "
                 f"{list(self.heads)}."
             )
-        if torch.is_grad_enabled() and len(graph) < len(self.heads):
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and len(graph) < len(self.heads) and not compiling:
             _check_that_ddp_finds_unused_parameters()
-        group.heads = self.heads
+        group.model = self
         with statistics_once(self.encoder, group):
             features = self.encoder(*args, **kwargs)
         detached = None
@@ -145,8 +146,9 @@ class MultiTaskModel(nn.Module):
 def _compile(module: nn.Module, codes: dict[str, CodeType], *args: Any, **kwargs: Any) -> None:
     """As ``module.compile()``, but for two things that torch 2.13 does without a word.
 
-    It leaves modules of its own (``nn.Sequential``) uncompiled; and since it counts graphs by the
-    code that calls the module, it gives up after eight, in all heads together.
+    It leaves modules of its own (``nn.Sequential``) uncompiled, and others under FSDP, whose hooks
+    it would compile as well; and since it counts graphs by the code that calls the module, it gives
+    up after eight, in all heads together.
 
     Args:
         module: compiled in place.
@@ -155,21 +157,35 @@ def _compile(module: nn.Module, codes: dict[str, CodeType], *args: Any, **kwargs
         **kwargs: to ``torch.compile``.
     """
 
-    def call(*inputs: Any, **named: Any) -> Any:
-        return module._call_impl(*inputs, **named)
+    def forward(*inputs: Any, **named: Any) -> Any:
+        return type(module).forward(module, *inputs, **named)
 
-    call.__code__ = codes.setdefault(_kind(module), call.__code__.replace())
-    module._compiled_call_impl = torch.compile(call, *args, **kwargs)
+    forward.__code__ = codes.setdefault(_kind(module), forward.__code__.replace())
+    compiled = torch.compile(forward, *args, **kwargs)
+
+    def call(*inputs: Any, **named: Any) -> Any:
+        module.__dict__["forward"] = compiled  # for this call: a copy of the module has its own
+        try:
+            return module._call_impl(*inputs, **named)
+        finally:
+            del module.__dict__["forward"]
+
+    module._compiled_call_impl = call
 
 
 def _kind(module: nn.Module) -> str:
     """The same for modules that one compiled graph can serve."""
     plain = (bool, int, float, str, tuple, type(None))
+    of_every_module = vars(nn.Module()).keys()
     return repr(
         [
             (
                 type(part),
-                {name: value for name, value in vars(part).items() if isinstance(value, plain)},
+                {
+                    name: value if isinstance(value, plain) else id(value)
+                    for name, value in vars(part).items()
+                    if name not in of_every_module
+                },
                 [
                     (name, tensor.shape, tensor.dtype)
                     for name, tensor in (*part._parameters.items(), *part._buffers.items())

@@ -21,6 +21,8 @@ from taskgroup.replay import RandomState
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # which not every build of torch has
 
+    from taskgroup.modules import MultiTaskModel
+
 __all__ = ["Group", "TaskGroups"]
 
 _STATE_VERSION = 1
@@ -36,7 +38,7 @@ class Group:
         first: True for the first group of the batch.
         last: True for the last one.
         observes: True where the batch observes the affinity.
-        heads: the heads that ran for this group; :class:`MultiTaskModel` sets it.
+        model: the :class:`MultiTaskModel` that ran for this group, which sets it.
     """
 
     def __init__(
@@ -48,15 +50,16 @@ class Group:
         measures: Members,
         *,
         observes: bool,
-        first: bool,
+        place: int,
         last: bool,
     ) -> None:
-        self.first = first
+        self.first = place == 0
         self.last = last
         self.observes = observes
-        self.heads: Mapping[str, nn.Module] | None = None
+        self.model: MultiTaskModel | None = None
         self._groups = groups
         self._batch = batch
+        self._place = place  # in the batch
         self._members = members
         self._needed = needed
         self._measures = measures  # whose gradients are taken
@@ -113,7 +116,7 @@ class Group:
 
     def runs_first(self, module: nn.Module) -> bool:
         """Whether no group before this one, in its batch, has run the module; now it has."""
-        return self._batch.ran.setdefault(id(module), self) is self
+        return self._batch.ran.setdefault(id(module), self._place) == self._place
 
     def __repr__(self) -> str:
         return f"Group({', '.join(self.tasks)})"
@@ -138,7 +141,7 @@ class _Batch:
         self.present = present
         self.absent = absent
         self.factors = factors
-        self.ran: dict[int, Group] = {}  # by the id of the module, the group that ran it first
+        self.ran: dict[int, int] = {}  # by the id of the module, the place of its first group
 
 
 class _Step(NamedTuple):
@@ -343,9 +346,9 @@ class TaskGroups:
             group = self._stepping
             if group is None:
                 return
-            if heads is None and group.heads is not latest:
-                latest = group.heads
-                parameters = None if latest is None else head_parameters(latest, self._tasks)
+            if heads is None and group.model is not None and group.model.heads is not latest:
+                latest = group.model.heads
+                parameters = head_parameters(latest, self._tasks)
             if parameters is None:
                 raise RuntimeError(
                     "attach() does not know the heads: call the MultiTaskModel with group=group, "
@@ -429,6 +432,8 @@ class TaskGroups:
         self.unconverged = state["unconverged"]
         self._stepping = self._copy = None
         self._alike = False
+        self._unread.clear()
+        self._copied = 0
         self._reader.forget_device()
 
     def __repr__(self) -> str:
@@ -438,11 +443,13 @@ class TaskGroups:
         """One batch: its groups one by one, each from the same random state."""
         several = self._ranks.number > 1
         if several and not self._alike:
-            self._ranks.check_alike(self._decisive())
+            self._ranks.check_alike(self._decisive(), len(self._tasks))
             self._alike = True
         batch = self._join(here) if several and not everywhere else _Batch(here)
         if not batch.present:
             return
+        if len(self._unread) > self._copied:  # of a batch that did not get to its last group
+            self._copy_to_host(self._unread[0][0].device)
         # Of several ranks each must find out at the same place that they differ.
         if self._copy is not None and (several or self._copy.ready()):
             self._read_copy(self._copy)
@@ -470,7 +477,7 @@ class TaskGroups:
                     batch.present if observes else _union(members, measures),
                     measures,
                     observes=observes,
-                    first=place == 0,
+                    place=place,
                     last=place == len(steps) - 1,
                 )
                 yield group
@@ -487,6 +494,7 @@ class TaskGroups:
     def _decisive(self) -> dict[str, object]:
         """What the decisions follow from, by the name a user knows it by."""
         state = self.state_dict()
+        generator = state.pop("generator")
         return {
             "tasks": self._tasks,
             "weights": self._reader.weights,
@@ -496,22 +504,21 @@ class TaskGroups:
                 self._regroup_every,
                 self._groups_per_batch,
                 self._observe_every,
-                type(self.affinity).__name__,
-                self.affinity.decay,
-                type(self._grouping).__name__,
+                _settings_of(self.affinity),
+                _settings_of(self._grouping),
             ),
-            "seed": state.pop("generator"),
+            "seed": generator,
             "state": state,
         }
 
     def _join(self, here: Members) -> _Batch:
         """The batch of all ranks, of which ``here`` are the tasks labelled on this one."""
         mine = set(here)
-        counts = self._ranks.count([k in mine for k in self._reader.everyone])
+        counts = self._ranks.count([k in mine for k in self._reader.everyone], self._batches)
         present = tuple(k for k, count in enumerate(counts) if count)
         if all(counts[k] == self._ranks.number for k in present):
             return _Batch(present)
-        factors = torch.zeros(len(counts), dtype=torch.float64)
+        factors = torch.zeros(len(counts), dtype=torch.float64, device="cpu")
         for k in here:
             factors[k] = self._ranks.number / counts[k]
         return _Batch(present, frozenset(present) - mine, factors)
@@ -605,12 +612,19 @@ class TaskGroups:
         return value
 
     def _check_absent(self, losses: Mapping[str, Tensor], group: Group) -> None:
+        """The losses of the tasks that other ranks have labels of hang on the outputs."""
         for k in sorted(group._batch.absent.intersection(group._needed)):
-            if self._tasks[k] not in losses:
-                raise ValueError(
-                    f"The loss of task {self._tasks[k]!r} is missing: without a label on this "
-                    f"rank, it has one on another, and all take the same steps. {ZERO_LOSS}"
-                )
+            task = self._tasks[k]
+            if task not in losses:
+                wrong = "is missing"
+            elif k in group._members and losses[task].is_leaf:
+                wrong = "hangs on nothing"
+            else:
+                continue
+            raise ValueError(
+                f"The loss of task {task!r} {wrong}: without a label on this rank, it has one on "
+                f"another, and all take the same steps. {ZERO_LOSS}"
+            )
 
     def _measure(self, group: Group, measured: Tensor) -> None:
         """Take in the losses from before a step: they show what the last step did."""
@@ -620,16 +634,25 @@ class TaskGroups:
             self._unread.append((measured, lambda seen: self._watch.look(seen, needed, absent)))
         else:
             self._watch.look(measured.tolist(), needed, absent)
+        losses = None
+        if self._ranks.number > 1:  # whether it observes or not: to know that all step alike
+            losses = self._mean_over_ranks(group, measured)
         if group.observes:
             assert isinstance(self.affinity, ProximalAffinity)
-            losses = self._mean_over_ranks(group, measured)
+            if losses is None:
+                losses = self._reader.spread(measured, needed)
             if self._before is not None:
                 self.affinity.observe(self._before.losses, losses, self._before.mask)
                 self._copy = None  # it is not of the affinity as it is any more
             self._before = _Step(group.mask, losses)
         if later and group.last:
-            self._copy = HostCopy([self.affinity.matrix, *(values for values, _ in self._unread)])
-            self._copied = len(self._unread)
+            self._copy_to_host(measured.device)
+
+    def _copy_to_host(self, device: torch.device) -> None:
+        """Send the affinity and all that was not read on their way, without waiting for them."""
+        self.affinity.to(device)  # where it is not before it has observed
+        self._copy = HostCopy([self.affinity.matrix, *(values for values, _ in self._unread)])
+        self._copied = len(self._unread)
 
     def _mean_over_ranks(self, group: Group, measured: Tensor) -> Tensor:
         """The losses ``[K]`` over all ranks; NaN for the tasks that the group does not need."""
@@ -638,7 +661,7 @@ class TaskGroups:
             return losses
         if group._batch.factors is not None:
             losses = losses * send_like(group._batch.factors, losses)
-        losses, votes = self._ranks.mean(losses, group.mask)
+        losses, votes = self._ranks.mean(losses, group.mask, self._batches)
         tasks = group.tasks
         if waits_for_device(votes):
             self._unread.append((votes, lambda seen: self._ranks.check_votes(seen, tasks)))
@@ -655,10 +678,7 @@ class TaskGroups:
         if (factors := group._batch.factors) is not None:
             with_graph = {k: loss * factors[k].item() for k, loss in with_graph.items()}
         values = self._mean_over_ranks(group, measured)
-        heads = None
-        if group.heads is not None:
-            heads = [group.heads[self._tasks[k]] for k in with_graph]
-        self.affinity.measure(with_graph, values, self._ranks, heads)
+        self.affinity.measure(with_graph, values, self._ranks, group.model)
         self._copy = None  # it is not of the affinity as it is any more
 
     def _read_copy(self, copy: HostCopy) -> Tensor:
@@ -691,6 +711,19 @@ class TaskGroups:
 def _cut(members: Members, here: frozenset[int] | None) -> Members:
     """The members that are here; None is everyone."""
     return members if here is None else tuple(k for k in members if k in here)
+
+
+def _settings_of(part: object) -> tuple[str, dict[str, object]]:
+    """The name of its class, or of a function, and the plain values it was made with."""
+    plain = (bool, int, float, str, type(None))
+    return (
+        getattr(part, "__qualname__", type(part).__qualname__),
+        {
+            name: value
+            for name, value in getattr(part, "__dict__", {}).items()
+            if isinstance(value, plain)
+        },
+    )
 
 
 def _union(members: Members, others: Members) -> Members:

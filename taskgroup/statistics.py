@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -21,8 +21,7 @@ _layers: WeakKeyDictionary[nn.Module, WeakSet[_NormBase]] = WeakKeyDictionary()
 _scratch: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
 
-@contextmanager
-def statistics_once(module: nn.Module, group: Group) -> Iterator[None]:
+def statistics_once(module: nn.Module, group: Group) -> AbstractContextManager[None]:
     """Around a forward: running statistics move only for the first group that runs the module.
 
     A batch of M groups has M forwards, on each of which BatchNorm (SyncBatchNorm, InstanceNorm)
@@ -35,7 +34,8 @@ def statistics_once(module: nn.Module, group: Group) -> Iterator[None]:
     encoder and each head apart: a head that runs in one group only moves its statistics there.
 
     The micro-batches of one group all move them, as in any gradient accumulation. Layers are looked
-    up once per module: replace them (``convert_sync_batchnorm``) before the first batch.
+    up once per module: replace them (``convert_sync_batchnorm``) before the first batch. Not within
+    a ``torch.compile`` of the model as a whole, where it has no effect: around the call.
 
     Args:
         module: the model, or a part that is run as a whole.
@@ -52,10 +52,16 @@ def statistics_once(module: nn.Module, group: Group) -> Iterator[None]:
         >>> model.running_mean
         tensor([0.1000, 0.1000])
     """
-    if group.runs_first(module):
+    # While torch compiles the model as a whole there is no telling one group from another.
+    return nullcontext() if torch.compiler.is_compiling() else _hold(module, group)
+
+
+@contextmanager
+def _hold(module: nn.Module, group: Group) -> Iterator[None]:
+    held = [layer for layer in _layers_of(module) if layer.training and layer.track_running_stats]
+    if not held or group.runs_first(module):
         yield
         return
-    held = [layer for layer in _layers_of(module) if layer.training and layer.track_running_stats]
     kept = [dict(layer._buffers) for layer in held]
     # Other tensors stand in the place of the statistics: nothing is copied, and for a compiled
     # module, which takes buffers as inputs, nothing has changed.
@@ -65,7 +71,10 @@ def statistics_once(module: nn.Module, group: Group) -> Iterator[None]:
         yield
     finally:
         for layer, buffers in zip(held, kept, strict=True):
-            layer._buffers.update(buffers)
+            layer._buffers.update({name: buffers[name] for name in _NAMES if name in buffers})
+
+
+_NAMES = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _layers_of(module: nn.Module) -> WeakSet[_NormBase]:
@@ -78,7 +87,8 @@ def _layers_of(module: nn.Module) -> WeakSet[_NormBase]:
 
 def _scratch_of(layer: _NormBase) -> dict[str, Tensor]:
     scratch = _scratch.setdefault(layer, {})
-    for name, buffer in layer._buffers.items():
+    for name in _NAMES:
+        buffer = layer._buffers.get(name)
         if buffer is None:
             continue
         other = scratch.get(name)

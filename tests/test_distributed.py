@@ -1,5 +1,6 @@
 """Several ranks train as one process would, and say so where they cannot."""
 
+import re
 import warnings
 from contextlib import contextmanager, nullcontext
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -316,9 +318,9 @@ def test_accumulation_exchanges_losses_once_a_step(how):
         assert learned == partition
         for one, other in zip(got, parameters, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-        # One exchange of 2K numbers for each of four groups in the batches before they are learned.
-        assert sizes[:16] == [2 * len(TASKS)] * 16
-        assert set(sizes) == {2 * len(TASKS)}
+        # One exchange for each of four groups in the batches before they are learned.
+        assert sizes[:16] == [15] * 16
+        assert set(sizes) == {15}
 
 
 def said(function, *arguments):
@@ -344,6 +346,15 @@ def mistakes(rank):
                 losses[task] = outputs[task].sum() * (float("nan") if poison else 0)
             group.loss({t: v for t, v in losses.items() if t not in leave_out}).backward()
 
+    groups = tg.TaskGroups(TASKS, grouping=tg.Together())
+    found["leaf"] = None
+    for group in groups.batch(TASKS if rank else ["b", "c", "d"]):
+        losses = losses_of(make_model()(x), y)
+        if rank == 0:
+            losses["a"] = torch.zeros((), dtype=torch.float64, requires_grad=True)
+            found["leaf"] = said(group.loss, losses)
+        break
+
     ddp = DistributedDataParallel(make_model())
     found["flag"] = said(steps, tg.TaskGroups(TASKS), ddp)
     static = DistributedDataParallel(make_model(), static_graph=True)
@@ -354,6 +365,10 @@ def mistakes(rank):
     found["seed"] = said(steps, tg.TaskGroups(TASKS, seed=rank))
     found["tasks"] = said(steps, tg.TaskGroups(TASKS[: 2 + rank]), None, ["a"])
     found["settings"] = said(steps, tg.TaskGroups(TASKS, observe_every=1 + rank))
+    median = tg.AffinityPropagation(preference=0.1 * rank)
+    found["settings of the grouping"] = said(steps, tg.TaskGroups(TASKS, grouping=median))
+    sampled = tg.GradientAffinity([torch.ones(1)], sample=2 + rank)
+    found["settings of the affinity"] = said(steps, tg.TaskGroups(TASKS, affinity=sampled))
     found["weights"] = said(steps, tg.TaskGroups(TASKS, weights=[1, 1, 1, 1 + rank]))
 
     loaded = tg.TaskGroups(TASKS)
@@ -391,6 +406,109 @@ def mistakes(rank):
     return found
 
 
+def out_of_step(rank, how, settings, present):
+    """One rank passes over a group, in a batch that need not be observed."""
+    model = make_model()
+    ddp = wrapped(model, "ddp")
+    groups = tg.TaskGroups(TASKS, **SETTINGS[settings](model))
+    x, y = Regression().part(0, rank, 2)
+
+    def loop():
+        for n in range(6):
+            for group in groups if present is None else groups.batch(present):
+                if rank == 0 and n == 2 and (group.first if how == "first" else group.last):
+                    group.skip()
+                    continue
+                model.zero_grad()
+                group.loss(losses_of(ddp(x, group=group), y)).backward()
+
+    return said(loop)
+
+
+SETTINGS = {
+    "observed": lambda model: {},
+    "seldom observed": lambda model: {"observe_every": 4},
+    "fixed": lambda model: {"grouping": tg.Fixed([["a", "b"], ["c", "d"]]), "groups_per_batch": 1},
+    "gradients": lambda model: {"affinity": tg.GradientAffinity(model.encoder, every=10)},
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "settings", "present"),
+    [
+        ("last", "observed", TASKS),  # the other is at its next exchange of labels meanwhile
+        ("last", "seldom observed", None),
+        ("first", "fixed", None),
+        ("first", "gradients", None),
+    ],
+)
+def test_a_rank_out_of_step_is_told_on_every_rank(how, settings, present):
+    for sentence in on_ranks(out_of_step, how, settings, present):
+        assert re.search("another place of the loop|step on different groups", sentence)
+        assert "Loop over the same TaskGroups on every rank" in sentence
+
+
+def measure_a_part(rank, how):
+    """Whether measuring the gradients on a part of the encoder leaves those of the step alone."""
+    found = []
+    for measures in (True, False):
+        model = wrapped(make_model(), how)
+        shared = list(model.encoder.parameters())[1:]
+        affinity = tg.GradientAffinity(shared) if measures else tg.ProximalAffinity()
+        groups = tg.TaskGroups(TASKS, affinity=affinity, grouping=tg.Together())
+        x, y = Regression().part(0, rank, 2)
+        for group in groups:
+            group.loss(losses_of(model(x, group=group), y)).backward()
+        found.append([whole(p.grad) for p in model.parameters()])
+    return found
+
+
+def test_measuring_a_part_of_sharded_parameters():
+    for measured, plain in on_ranks(measure_a_part, "fsdp"):
+        for got, expected in zip(measured, plain, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15)
+
+
+def compiled(rank):
+    """Graphs, and outputs, of sharded heads of twelve sizes."""
+    model = tg.MultiTaskModel(
+        nn.Sequential(nn.Linear(6, 8), nn.Tanh()), {f"t{k}": nn.Linear(8, 1 + k) for k in range(12)}
+    )
+    for part in (model.encoder, *model.heads.values(), model):
+        fully_shard(part)
+    counter = CompileCounter()
+    x = torch.ones(2, 6)
+    expected = {task: output.detach() for task, output in model(x).items()}
+    model.compile(backend=counter)
+    for group in tg.TaskGroups(list(model.heads), seed=1):
+        outputs = model(x, group=group)
+        group.loss({t: output.square().mean() + 1 for t, output in outputs.items()}).backward()
+        assert all(torch.equal(outputs[task], expected[task]) for task in outputs)
+    return counter.frame_count
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_sharded_models_compile():
+    assert on_ranks(compiled) == [25, 25]
+
+
+def mixed_dtypes(rank):
+    """Labels of another dtype on one rank make its losses float64."""
+    groups = tg.TaskGroups(["a", "b"])
+    x = torch.ones((), requires_grad=True)
+    for group in groups:
+        scale = torch.tensor(2.0, dtype=torch.float64 if rank else torch.float32)
+        group.loss({t: x * scale[None].sum() for t in group.observed})
+        x.data.mul_(0.5)
+    return groups.affinity.matrix
+
+
+def test_losses_of_another_dtype_on_one_rank():
+    first, second = on_ranks(mixed_dtypes)
+    assert torch.equal(first, second)
+    assert first.any()
+
+
 def test_every_mistake_is_told_on_every_rank():
     for rank, found in enumerate(on_ranks(mistakes)):
         assert "wrap the model with find_unused_parameters=True." in found["flag"]
@@ -399,8 +517,11 @@ def test_every_mistake_is_told_on_every_rank():
         for part in ("seed", "tasks", "settings", "weights", "state"):
             assert f"The ranks differ in the {part}" in found[part], part
             assert "same arguments on every rank" in found[part]
+        for part in ("grouping", "affinity"):
+            assert "The ranks differ in the settings" in found[f"settings of the {part}"]
         assert f"The ranks step on different groups; rank {rank} steps on" in found["drift"]
         if rank == 0:
+            assert "task 'a' hangs on nothing: without a label" in found["leaf"]
             assert "task 'a' is missing: without a label on this rank" in found["missing"]
             assert "output.sum() * 0" in found["missing"]
             (sentence,) = found["poison"]

@@ -205,6 +205,29 @@ def test_a_missing_checkpoint(tmp_path):
         tg.checkpoint.load(tmp_path / "nowhere.pt")
 
 
+def test_nothing_is_left_of_a_write_that_fails_or_is_stopped(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+
+    def stop(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tg.checkpoint.write_atomically(path, stop)
+    with pytest.raises(AttributeError, match="Can't"):
+        tg.checkpoint.save(path, {"a": lambda: 0})  # which cannot be pickled
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    path = tmp_path / "latest.pt"
+    path.symlink_to(tmp_path / "disk" / "run.pt")
+    tg.checkpoint.save(path, {"n": 1})
+    assert path.is_symlink()
+    assert tg.checkpoint.load(tmp_path / "disk" / "run.pt") == {"n": 1}
+
+
 def test_what_others_write_is_left_alone(tmp_path):
     """A partial file of a process that is alive, or of another machine, or of another name."""
     path = tmp_path / "a[1].pt"

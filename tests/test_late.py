@@ -16,6 +16,7 @@ class LateCopy:
     arrived = False
 
     def __init__(self, tensors):
+        (_,) = {tensor.device for tensor in tensors}  # they go in one piece
         self.tensors = [tensor.clone() for tensor in tensors]
 
     def ready(self):
@@ -69,6 +70,29 @@ def test_each_loss_is_looked_at_once_and_by_its_name(late, monkeypatch):
     next(iter(groups))
     assert looked == expected[: len(looked)]
     assert len(looked) >= len(expected) - 3
+
+
+@pytest.mark.parametrize("tasks", [["a"], ["a", "b"]], ids=str)
+def test_an_affinity_that_never_observed_goes_with_the_losses(tasks, late, monkeypatch):
+    """Losses on another device, of which nothing can be read."""
+    groups = tg.TaskGroups(tasks, grouping=tg.Together())
+    x = torch.ones(len(tasks), device="meta", requires_grad=True)
+    for group in groups:
+        group.loss(x * 2)
+    assert groups.affinity.matrix.device.type == "meta"
+
+
+def test_nothing_piles_up_where_batches_are_left_early(late, monkeypatch):
+    monkeypatch.setattr(LateCopy, "arrived", True)
+    groups = tg.TaskGroups(TASKS)
+    x = torch.ones(3, requires_grad=True)
+    for _ in range(20):
+        for group in groups:
+            group.loss(x * 2)
+            break
+    assert len(groups._unread) <= 2
+    groups.load_state_dict(tg.TaskGroups(TASKS).state_dict())
+    assert groups._unread == []
 
 
 def test_bad_losses_are_told_a_batch_late(late, monkeypatch):

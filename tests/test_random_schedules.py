@@ -1,6 +1,6 @@
 """Schedules drawn at random against a plain loop that follows DESIGN's rules word by word.
 
-``make test`` runs a part of them; all thousand: ``pytest -m full tests/test_random_schedules.py``.
+``make test`` runs a part of them; all thousand: ``make full``.
 """
 
 import dataclasses

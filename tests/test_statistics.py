@@ -166,6 +166,42 @@ def test_frozen_layers_are_left_alone():
         group.skip()
 
 
+def test_a_look_in_between_in_eval_mode_moves_nothing():
+    model = make_model()
+    groups = tg.TaskGroups(TASKS, grouping=tg.Singletons())
+    for group in groups:
+        if group.first:
+            model.eval()
+            model(data(0), group=group)
+            model.train()
+        model(data(0), group=group)
+        group.skip()
+    assert model.encoder[1].num_batches_tracked == 1
+
+
+class Scaled(nn.BatchNorm1d):
+    """With a buffer of its own, which it reads and writes."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+def test_other_buffers_are_as_they_are():
+    layer = Scaled(2)
+    for n in range(3):
+        for group in tg.TaskGroups(["a", "b"]):
+            with tg.statistics_once(layer, group):
+                layer(torch.ones(4, 2))
+            group.skip()
+        assert layer.calls == 2 * (n + 1)
+    assert layer.num_batches_tracked == 3
+
+
 def test_models_are_let_go():
     norm = nn.BatchNorm1d(2)
     for group in tg.TaskGroups(["a", "b"]):

@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import taskgroup as tg
 
+# Of torch's own making, when it compiles a module whose input has a graph.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
 TASKS = ["a", "b", "c"]
 PARTITION = [["a", "c"], ["b"]]
 DROPOUT = 0.3
@@ -259,10 +262,42 @@ def test_only_the_optimizers_of_the_group():
     assert_equal(model, other)
 
 
+def test_compiled_whole_and_called_with_the_group():
+    """It is not what a user should write, but it works."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU())
+    model = tg.MultiTaskModel(encoder, {task: nn.Linear(8, 2) for task in TASKS})
+    run = torch.compile(model, backend="eager")
+    x, target = data(0)
+    expected = losses_of(model(x), target)
+    for group in make_groups():
+        losses = losses_of(run(x, group=group), target)
+        assert {t: v.item() for t, v in losses.items()} == {
+            t: expected[t].item() for t in group.observed
+        }
+        group.loss(losses).backward()
+    torch._dynamo.reset()
+
+
+def test_copies_of_a_compiled_model_are_their_own():
+    model = make_model()
+    model.compile(backend="eager")
+    copied = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    x, _ = data(0)
+    assert not any(output.any() for output in copied(x).values())
+    assert all(output.any() for output in model(x).values())
+    assert "forward" not in vars(model.encoder)
+
+
 HEADS = {
     "alike": lambda k: nn.Linear(8, 1),
     "of other sizes": lambda k: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1 + k)),
     "with other settings": lambda k: Scaled(k),
+    "with other lists": lambda k: Scaled([k]),
     "with BatchNorm": lambda k: nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 1 + k)),
 }
 
@@ -276,11 +311,10 @@ class Scaled(nn.Module):
         self.linear = nn.Linear(8, 1)
 
     def forward(self, x):
-        return self.linear(x) * self.scale if self.scale % 2 else self.linear(x) + self.scale
+        scale = self.scale[0] if isinstance(self.scale, list) else self.scale
+        return self.linear(x) * scale if scale % 2 else self.linear(x) + scale
 
 
-# Of torch's own making, when it compiles a module whose input has a graph.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("kind", HEADS)
 def test_number_of_graphs(kind):
     """At most 1 + 2K over 50 random groups, and no part is left uncompiled."""
