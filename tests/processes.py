@@ -3,4 +3,6 @@
 import multiprocessing
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch.distributed.fsdp", "torch.nn.parallel", "taskgroup"])
+PROCESSES.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "taskgroup", "pytest"]
+)

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -471,6 +470,8 @@ def test_measuring_a_part_of_sharded_parameters():
 
 def compiled(rank):
     """Graphs, and outputs, of sharded heads of twelve sizes."""
+    from torch._dynamo.testing import CompileCounter  # which every rank of every test would import
+
     model = tg.MultiTaskModel(
         nn.Sequential(nn.Linear(6, 8), nn.Tanh()), {f"t{k}": nn.Linear(8, 1 + k) for k in range(12)}
     )
