@@ -141,10 +141,10 @@ def assert_alike(got, expected, tolerance):
     [
         ("ddp", 2, "proximal", 60),
         ("ddp", 2, "gradient", 60),
-        ("ddp", 4, "proximal", 30),
+        ("ddp", 4, "proximal", 15),
         ("fsdp", 2, "proximal", 60),
         ("fsdp", 2, "gradient", 15),
-        ("fsdp", 4, "proximal", 10),
+        ("fsdp", 4, "proximal", 8),
     ],
 )
 def test_ranks_train_as_one_process(how, world, affinity, batches):
@@ -161,7 +161,7 @@ def test_ranks_train_as_one_process(how, world, affinity, batches):
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_in_float32_with_fixed_groups(how):
-    batches = 60 if how == "ddp" else 15
+    batches = 60 if how == "ddp" else 10
     arguments = ("proximal", [["a", "c"], ["b", "d"]], torch.float32, batches)
     one = train(0, None, *arguments)
     for found in on_ranks(train, how, *arguments, "group", None, 2):
@@ -230,7 +230,7 @@ def train_quietly(*arguments):
 
 @pytest.mark.parametrize(("how", "world"), [("ddp", 2), ("ddp", 4), ("fsdp", 2)])
 def test_a_task_is_averaged_over_the_ranks_that_have_it(how, world):
-    batches = 40 if (how, world) == ("ddp", 2) else 18
+    batches = 40 if (how, world) == ("ddp", 2) else 12
     one = train_by_hand(world, batches)
     arguments = (how, "proximal", None, torch.float64, batches, "group", None, world)
     for found in on_ranks(train_quietly, *arguments, world=world):
