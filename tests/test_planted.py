@@ -7,7 +7,7 @@ import taskgroup as tg
 from tests.planted import Planted
 
 WARMUP = 100
-BATCHES = 250
+BATCHES = 300
 
 
 @pytest.mark.parametrize(
@@ -25,8 +25,11 @@ BATCHES = 250
         pytest.param([2, 1], -0.5, id="two-against-one"),
     ],
 )
-def test_finds_planted_partition(sizes, cosine):
-    for seed in range(4):
+@pytest.mark.parametrize(
+    "seeds", [range(4), pytest.param(range(4, 12), marks=pytest.mark.full)], ids=["", "full"]
+)
+def test_finds_planted_partition(sizes, cosine, seeds):
+    for seed in seeds:
         planted = Planted(sizes, cosine, seed)
         groups = tg.TaskGroups(
             planted.tasks, affinity=tg.ProximalAffinity(decay=0.01), warmup=WARMUP, seed=seed
