@@ -94,9 +94,8 @@ def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
     except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        if not isinstance(
-            error, OSError | RuntimeError
-        ):  # torch.save makes the latter of the first
+        # A full disk is a RuntimeError where torch.save writes.
+        if not isinstance(error, OSError | RuntimeError):
             raise
         raise OSError(
             f"{path} could not be written ({_short(error)}); what was there before is kept. Make "

@@ -617,7 +617,7 @@ class TaskGroups:
             task = self._tasks[k]
             if task not in losses:
                 wrong = "is missing"
-            elif k in group._members and losses[task].is_leaf:
+            elif k in group._members and getattr(losses[task], "is_leaf", False):
                 wrong = "hangs on nothing"
             else:
                 continue
@@ -634,19 +634,20 @@ class TaskGroups:
             self._unread.append((measured, lambda seen: self._watch.look(seen, needed, absent)))
         else:
             self._watch.look(measured.tolist(), needed, absent)
-        losses = None
-        if self._ranks.number > 1:  # whether it observes or not: to know that all step alike
+        if group.observes or self._ranks.number > 1:  # over ranks, to know that all step alike
             losses = self._mean_over_ranks(group, measured)
-        if group.observes:
-            assert isinstance(self.affinity, ProximalAffinity)
-            if losses is None:
-                losses = self._reader.spread(measured, needed)
-            if self._before is not None:
-                self.affinity.observe(self._before.losses, losses, self._before.mask)
-                self._copy = None  # it is not of the affinity as it is any more
-            self._before = _Step(group.mask, losses)
+            if group.observes:
+                self._observe(group, losses)
         if later and group.last:
             self._copy_to_host(measured.device)
+
+    def _observe(self, group: Group, losses: Tensor) -> None:
+        """What the step before did, seen in the losses ``[K]`` before this one."""
+        assert isinstance(self.affinity, ProximalAffinity)
+        if self._before is not None:
+            self.affinity.observe(self._before.losses, losses, self._before.mask)
+            self._copy = None  # it is not of the affinity as it is any more
+        self._before = _Step(group.mask, losses)
 
     def _copy_to_host(self, device: torch.device) -> None:
         """Send the affinity and all that was not read on their way, without waiting for them."""

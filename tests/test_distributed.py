@@ -352,6 +352,7 @@ def mistakes(rank):
         if rank == 0:
             losses["a"] = torch.zeros((), dtype=torch.float64, requires_grad=True)
             found["leaf"] = said(group.loss, losses)
+            found["number"] = said(group.loss, {**losses, "a": 0.0})
         break
 
     ddp = DistributedDataParallel(make_model())
@@ -523,6 +524,7 @@ def test_every_mistake_is_told_on_every_rank():
         assert f"The ranks step on different groups; rank {rank} steps on" in found["drift"]
         if rank == 0:
             assert "task 'a' hangs on nothing: without a label" in found["leaf"]
+            assert "task 'a' must be a floating-point scalar tensor, got float" in found["number"]
             assert "task 'a' is missing: without a label on this rank" in found["missing"]
             assert "output.sum() * 0" in found["missing"]
             (sentence,) = found["poison"]

@@ -10,11 +10,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import taskgroup as tg
+from tests.test_heads import TASKS, data, losses_of
 
 # Of torch's own making, when it compiles a module whose input has a graph.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
-TASKS = ["a", "b", "c"]
 PARTITION = [["a", "c"], ["b"]]
 DROPOUT = 0.3
 
@@ -24,15 +24,6 @@ def make_model(wrap=lambda part: part):
     part = wrap(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Dropout(DROPOUT)))
     encoder = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), part)
     return tg.MultiTaskModel(encoder, {task: nn.Linear(8, 2) for task in TASKS})
-
-
-def data(n):
-    generator = torch.Generator().manual_seed(n)
-    return torch.randn(6, 5, generator=generator), torch.randn(3, 6, 2, generator=generator)
-
-
-def losses_of(outputs, target):
-    return {t: (outputs[t] - target[TASKS.index(t)]).square().mean() for t in outputs}
 
 
 def adam(model):
@@ -45,7 +36,7 @@ def make_groups(**settings):
 
 
 def steps_by_hand(model, batches=6, autocast=None, change=lambda: None, after=lambda: None):
-    """The group steps in the order that make_groups() deals them; the optimizer is ``after``'s."""
+    """The group steps in the order that make_groups() deals them; ``change`` takes the step."""
     groups = make_groups()
     for n in range(batches):
         x, target = data(n)
