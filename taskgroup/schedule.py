@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -17,6 +18,7 @@ from taskgroup.heads import Heads, Outside, head_parameters, prepare_gradients
 from taskgroup.host import HostCopy, waits_for_device
 from taskgroup.losses import ZERO_LOSS, Losses, LossReader, LossWatch, Members, send_like
 from taskgroup.replay import RandomState
+from taskgroup.trainers import refuse_accumulation
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # which not every build of torch has
@@ -27,6 +29,7 @@ __all__ = ["Group", "TaskGroups"]
 
 _STATE_VERSION = 1
 _SHARES_TOLERANCE = 1e-6  # ten shares of 0.1 add up to 1, up to rounding
+_LEFT_EARLY = 20  # batches in a row, after which it is no accident
 
 
 class Group:
@@ -266,6 +269,7 @@ class TaskGroups:
         self._group: Group | None = None  # handed out last
         self._before: _Step | None = None
 
+        self._left_early = 0  # of the batches of several steps, so many in a row
         self._stepping: Group | None = None  # whose loss was asked for last
         self._copy: HostCopy | None = None  # of the affinity as it is, and what was not read
         # On the GPU, and what is to look at them on the host.
@@ -324,7 +328,7 @@ class TaskGroups:
         is compiled whole or ``zero_grad(set_to_none=False)`` is called: then they coast.
 
         Args:
-            optimizer: whose steps are prepared.
+            optimizer: whose steps are prepared; one that a trainer has wrapped will do.
             heads: the parameters of each task alone, ``{task: module or parameters}``, an empty
                 list for a task without any. Not needed where a :class:`MultiTaskModel` is called
                 with ``group=group``. A parameter that a task of the group also has is left alone.
@@ -356,6 +360,8 @@ class TaskGroups:
                 )
             prepare_gradients(parameters, group.tasks, outside)
 
+        while isinstance(wrapped := getattr(optimizer, "optimizer", None), Optimizer):
+            optimizer = wrapped
         return optimizer.register_step_pre_hook(prepare)
 
     def state_dict(self) -> dict[str, Any]:
@@ -441,6 +447,17 @@ class TaskGroups:
 
     def _deal(self, here: Members, *, everywhere: bool) -> Iterator[Group]:
         """One batch: its groups one by one, each from the same random state."""
+        refuse_accumulation()
+        if self._left_early == _LEFT_EARLY:
+            self._left_early += 1  # said once in a row
+            warnings.warn(
+                f"The last {_LEFT_EARLY} batches were left before their last group, so that the "
+                "groups in them were not all stepped on and less was observed, or nothing. Where a "
+                "trainer takes one step per batch, take the steps yourself (in Lightning: "
+                "self.automatic_optimization = False), or choose groups_per_batch=1 with "
+                "GradientAffinity.",
+                stacklevel=3,
+            )
         several = self._ranks.number > 1
         if several and not self._alike:
             self._ranks.check_alike(self._decisive(), len(self._tasks))
@@ -463,6 +480,7 @@ class TaskGroups:
             to_measure, self._to_measure = _cut(self._to_measure, frozenset(batch.present)), ()
             replay = self._replay_rng and len(steps) > 1
             random_state = RandomState(self._reader.device) if replay else None
+            self._left_early += len(steps) > 1
             for place, members in enumerate(steps):
                 if random_state is not None and place > 0:
                     random_state.replay()
@@ -480,6 +498,8 @@ class TaskGroups:
                     place=place,
                     last=place == len(steps) - 1,
                 )
+                if group.last:
+                    self._left_early = 0
                 yield group
                 if self._batch is not batch:
                     raise RuntimeError(

@@ -4,5 +4,11 @@ import multiprocessing
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "taskgroup", "pytest"]
+    [
+        "torch._dynamo",  # of every first step of an optimizer
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "taskgroup",
+        "pytest",
+    ]
 )

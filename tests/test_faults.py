@@ -16,28 +16,30 @@ import torch
 
 import taskgroup as tg
 from tests.processes import PROCESSES
+from tests.states import assert_same
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "ddp.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def example(rank, world, port, folder, batches):
+def example(rank, world, port, folder, epochs):
     """examples/ddp.py, as torchrun would start it."""
     torch.set_num_threads(1)
+    sys.path.insert(0, str(EXAMPLES))
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     checkpoint = folder / "checkpoint.pt"
-    sys.argv = ["ddp.py", f"--checkpoint={checkpoint}", f"--batches={batches}", "--every=3"]
+    sys.argv = ["ddp.py", f"--checkpoint={checkpoint}", f"--epochs={epochs}"]
     with (folder / f"rank{rank}.txt").open("a") as log, contextlib.redirect_stdout(log):
-        runpy.run_path(str(EXAMPLE), run_name="__main__")
+        runpy.run_path(str(EXAMPLES / "ddp.py"), run_name="__main__")
 
 
-def start(world, folder, batches=24):
+def start(world, folder, epochs=5):
     folder.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        PROCESSES.Process(target=example, args=(rank, world, port, folder, batches), daemon=True)
+        PROCESSES.Process(target=example, args=(rank, world, port, folder, epochs), daemon=True)
         for rank in range(world)
     ]
     for process in processes:
@@ -62,25 +64,8 @@ def state_of(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
-def batches_done(folder):
-    return state_of(folder)["batch"] if (folder / "checkpoint.pt").exists() else 0
-
-
-def assert_same(one, other):
-    """Bit by bit."""
-    assert type(one) is type(other)
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_same(a, b)
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    else:
-        assert one == other
+def epochs_done(folder):
+    return state_of(folder)["epochs"] if (folder / "checkpoint.pt").exists() else 0
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -91,10 +76,10 @@ def test_killed_runs_go_on_as_if_nothing_had_been(world, tmp_path):
     killed = tmp_path / "killed"
     for _ in range(2):
         # Once it has got on a little, somewhere in the middle of a batch or of a checkpoint.
-        beyond = batches_done(killed) + int(torch.randint(6, (), generator=draw))
+        beyond = epochs_done(killed) + int(torch.randint(2, (), generator=draw))
         processes = start(world, killed)
-        wait_until(lambda beyond=beyond: batches_done(killed) > beyond)
-        time.sleep(0.05 * torch.rand((), generator=draw).item())
+        wait_until(lambda beyond=beyond: epochs_done(killed) > beyond)
+        time.sleep(0.1 * torch.rand((), generator=draw).item())
         for process in processes:
             process.kill()
         for process in processes:
@@ -105,7 +90,7 @@ def test_killed_runs_go_on_as_if_nothing_had_been(world, tmp_path):
 
 def test_a_dead_rank_ends_the_others(tmp_path):
     """With an error, and soon."""
-    alive, dying = start(2, tmp_path, batches=100_000)
+    alive, dying = start(2, tmp_path, epochs=100_000)
     wait_until((tmp_path / "checkpoint.pt").exists)
     dying.kill()
     alive.join(30)
@@ -113,10 +98,16 @@ def test_a_dead_rank_ends_the_others(tmp_path):
 
 
 def test_the_example_as_its_first_lines_say(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(EXAMPLE)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        str(EXAMPLES / "ddp.py"),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--batches=20"],
+        [*command, "--epochs=3"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -124,8 +115,8 @@ def test_the_example_as_its_first_lines_say(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"batch 20: groups \[\('wind'", done.stdout)
-    assert tg.checkpoint.load(tmp_path / "runs" / "ddp.pt")["batch"] == 20
+    assert re.search(r"epoch 3: groups \[\('wind'", done.stdout)
+    assert tg.checkpoint.load(tmp_path / "runs" / "ddp.pt")["epochs"] == 3
 
 
 def write_for_ever(path):

@@ -1,0 +1,52 @@
+"""What the examples share: made-up weather, of which not every sample has every label."""
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import taskgroup as tg
+
+TASKS = ["wind", "rain", "heat", "smoke"]
+
+
+def make_loader(rank=0, world=1):
+    """Batches of 16 samples: readings [16, 8], targets [16, 4], where a missing label is NaN.
+
+    ``loader.sampler.set_epoch(epoch)`` shuffles; every rank sees a part of its own.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(320, 8, generator=generator)
+    direction = torch.linspace(-1, 1, 8)
+    y = torch.stack([x @ direction, x @ direction, x @ -direction, x @ -direction], 1).tanh()
+    known = torch.tensor([0.7, 0.7, 0.7, 0.12])  # smoke is in no more than one sample of eight
+    y[torch.rand(320, 4, generator=generator) > known] = torch.nan
+    data = TensorDataset(x, y)
+    return DataLoader(data, batch_size=16, sampler=DistributedSampler(data, world, rank))
+
+
+def make_model():
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.1))
+    return tg.MultiTaskModel(encoder, {task: nn.Linear(32, 1) for task in TASKS})
+
+
+def make_groups():
+    return tg.TaskGroups(TASKS, warmup=20, affinity=tg.ProximalAffinity(decay=0.05))
+
+
+def labelled(targets):
+    """The tasks that at least one sample has a label of."""
+    return [task for k, task in enumerate(TASKS) if not targets[:, k].isnan().all()]
+
+
+def losses_of(outputs, targets):
+    return {
+        task: masked_mean(output, targets[:, TASKS.index(task)]) for task, output in outputs.items()
+    }
+
+
+def masked_mean(output, target):
+    """Zero where no label is, with a graph, and no NaN in the gradient."""
+    known = ~target.isnan()
+    error = (output[:, 0] - target.nan_to_num()).square() * known
+    return error.sum() / known.sum().clamp(min=1)

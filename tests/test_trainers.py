@@ -1,0 +1,236 @@
+"""In Lightning and Accelerate the loop trains what the plain loop trains, bit by bit."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+import taskgroup as tg
+from tests.ranks import on_ranks
+from tests.states import assert_same
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TRAINERS = ["lightning", "accelerate"]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # within Lightning
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
+def train(trainer, folder, epochs, rank=0, world=1):
+    """Run an example; what it saved: the model, the state of the optimizer, the groups."""
+    environment = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0, "TORCHELASTIC_RUN_ID": "test"}
+    environment |= {"OMP_NUM_THREADS": 1}  # or Accelerate takes more, which round otherwise
+    here = {name: str(value) for name, value in environment.items()} if world > 1 else {}
+    with mock.patch.dict(os.environ, here), mock.patch.object(sys, "path", [*sys.path]):
+        sys.path.insert(0, str(EXAMPLES))
+        return globals()[f"train_{trainer}"](folder, epochs, world)
+
+
+def train_plain(folder, epochs, world):
+    import ddp
+    import plain
+
+    (plain if world == 1 else ddp).train(folder / "plain.pt", epochs)
+    wait_for_all(world)
+    state = tg.checkpoint.load(folder / "plain.pt")
+    return dict(state["model"]), state["optimizer"]["state"], state["groups"]
+
+
+def train_lightning(folder, epochs, world):
+    import with_lightning
+
+    with_lightning.train(folder, epochs, world)
+    wait_for_all(world)
+    state = torch.load(folder / "last.ckpt", weights_only=True)
+    model = {name.removeprefix("model."): part for name, part in state["state_dict"].items()}
+    return model, state["optimizer_states"][0]["state"], state["groups"]
+
+
+def train_accelerate(folder, epochs, world):
+    import with_accelerate
+    from safetensors.torch import load_file
+
+    with_accelerate.train(folder, epochs)
+    wait_for_all(world)
+    last = folder / f"epoch-{epochs - 1:03}"
+    optimizer = torch.load(last / "optimizer.bin", weights_only=True)
+    groups = torch.load(last / "custom_checkpoint_0.pkl", weights_only=True)
+    return load_file(last / "model.safetensors"), optimizer["state"], groups
+
+
+def wait_for_all(world):
+    if world > 1:
+        torch.distributed.barrier()
+
+
+@pytest.fixture
+def accelerate():
+    """Accelerate, whose state outlives an Accelerator."""
+    accelerate = pytest.importorskip("accelerate")
+    yield accelerate
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.usefixtures("accelerate")
+def test_a_trainer_trains_and_resumes_as_the_plain_loop(trainer, tmp_path):
+    plain = train("plain", tmp_path / "plain", 4)
+    assert plain[2]["rounds"] > 20  # groups have been learned
+    train(trainer, tmp_path / trainer, 2)
+    assert_same(train(trainer, tmp_path / trainer, 4), plain)
+
+
+def train_all(rank, folder):
+    names = ["plain", *TRAINERS]
+    return [train(name, Path(folder) / name, epochs=1, rank=rank, world=2) for name in names]
+
+
+@pytest.mark.slow
+def test_a_trainer_on_two_ranks(tmp_path):
+    for saved in on_ranks(train_all, str(tmp_path)):
+        for state in saved[1:]:
+            assert_same(state, saved[0])
+    (model, _, groups), *_ = saved
+    assert groups["rounds"] == 10
+    assert all(torch.isfinite(part).all() for part in model.values())
+
+
+def small():
+    torch.manual_seed(0)
+    model = tg.MultiTaskModel(nn.Linear(3, 4), {task: nn.Linear(4, 1) for task in "abc"})
+    return model, torch.optim.Adam(model.parameters(), lr=0.1), torch.randn(8, 3)
+
+
+def losses_of(model, x, group):
+    return {task: output.square().mean() for task, output in model(x, group=group).items()}
+
+
+@pytest.mark.parametrize("where", ["around the batch", "in the group", "not called"])
+def test_accumulation_by_accelerate_is_refused(where, accelerate):
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
+    model, optimizer, x = small()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    before = [parameter.tolist() for parameter in model.parameters()]
+    groups = tg.TaskGroups(["a", "b", "c"])
+
+    def step(group):
+        accelerator.backward(group.loss(losses_of(model, x, group)))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def batch():
+        for group in groups:
+            if where == "in the group":
+                with accelerator.accumulate(model):
+                    step(group)
+            else:
+                step(group)
+
+    with pytest.raises(RuntimeError, match=r"gradient_accumulation_steps=4.*share=1/n"):
+        if where == "around the batch":
+            with accelerator.accumulate(model):
+                batch()
+        else:
+            batch()
+    assert [parameter.tolist() for parameter in model.parameters()] == before
+    accelerator.gradient_accumulation_steps = 1  # as the sentence says
+    batch()
+
+
+def test_accumulation_with_accelerate_as_the_sentence_says(accelerate):
+    """Four micro-batches are one step on all of them."""
+    accelerator = accelerate.Accelerator(cpu=True)
+    models = []
+    for parts in (1, 4):
+        model, optimizer, x = small()
+        prepared, stepper = accelerator.prepare(model, optimizer)
+        groups = tg.TaskGroups(["a", "b", "c"])
+        for group in groups:
+            stepper.zero_grad()
+            for part in x.chunk(parts):
+                losses = losses_of(prepared, part, group)
+                accelerator.backward(group.loss(losses, share=1 / parts))
+            stepper.step()
+        models.append(model)
+    for one, four in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, four, rtol=1e-5, atol=1e-6)
+
+
+def test_attach_to_an_optimizer_that_a_trainer_has_wrapped(accelerate):
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+
+    for wrap in (accelerate.Accelerator(cpu=True).prepare, LightningOptimizer):
+        model, optimizer, x = small()
+        groups = tg.TaskGroups(["a", "b", "c"])
+        groups.attach(wrap(optimizer))
+        for batch in range(2):
+            for group in groups:
+                model.zero_grad(set_to_none=False)  # heads outside would coast
+                before = {t: head.weight.clone() for t, head in model.heads.items()}
+                group.loss(losses_of(model, x, group)).backward()
+                optimizer.step()
+                moved = {t for t, head in model.heads.items() if (head.weight != before[t]).any()}
+                assert moved == set(group.tasks)
+
+
+def test_a_trainer_that_steps_once_per_batch_is_told_of(tmp_path):
+    """Lightning's automatic optimization leaves every batch after its first group."""
+    from lightning.pytorch import LightningModule, Trainer
+
+    class Wrong(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.optimizer, self.x = small()
+            self.groups = tg.TaskGroups(["a", "b", "c"])
+
+        def configure_optimizers(self):
+            return self.optimizer
+
+        def training_step(self, batch, number):
+            group = next(iter(self.groups))
+            return group.loss(losses_of(self.model, self.x, group))
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    data = torch.utils.data.DataLoader(torch.zeros(30, 1))
+    with pytest.warns(UserWarning, match=r"last 20 batches.*automatic_optimization = False"):
+        trainer.fit(Wrong(), data)
+
+
+def test_one_step_per_batch_with_gradient_affinity_is_a_batch():
+    """What a trainer can do that takes the steps itself: one group, and nothing to be told."""
+    model, optimizer, x = small()
+    affinity = tg.GradientAffinity(model.encoder)
+    groups = tg.TaskGroups(["a", "b", "c"], affinity=affinity, groups_per_batch=1, warmup=1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in range(30):
+            optimizer.zero_grad()
+            group = next(iter(groups))
+            group.loss(losses_of(model, x, group)).backward()
+            optimizer.step()
+    assert (affinity.matrix.diagonal() > 0).all()
+    assert len(groups.partition) < 3
+
+
+def test_batches_left_now_and_then_are_nobodys_business():
+    model, _, x = small()
+    groups = tg.TaskGroups(["a", "b", "c"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in range(60):
+            for group in groups:
+                if batch % 15:
+                    break
+                group.loss(losses_of(model, x, group))
