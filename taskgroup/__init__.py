@@ -43,9 +43,11 @@ from taskgroup.ops import (
 )
 from taskgroup.schedule import Group, TaskGroups
 from taskgroup.statistics import statistics_once
+from taskgroup.task_heads import BatchedHeads
 
 __all__ = [
     "AffinityPropagation",
+    "BatchedHeads",
     "Exhaustive",
     "Fixed",
     "GradientAffinity",

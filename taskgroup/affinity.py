@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from taskgroup.distributed import Ranks
 from taskgroup.gradients import gradients_through_grad, task_gradients
-from taskgroup.ops import affinity_update_, gram_affinity_update_
+from taskgroup.ops import gram_affinity_update_
 from taskgroup.ops._sharded import any_sharded
+from taskgroup.ops.affinity_update import update_checked_
 
 __all__ = ["Affinity", "GradientAffinity", "ProximalAffinity"]
 
@@ -139,7 +140,7 @@ class ProximalAffinity(Affinity):
             mask: bool ``[K]``, True for the tasks of the group that was stepped.
         """
         self.to(after.device)
-        affinity_update_(self._matrix, before, after, mask, self.decay)
+        update_checked_(self._matrix, before, after, mask, self.decay)
 
 
 class GradientAffinity(Affinity):

@@ -13,6 +13,7 @@ What the classes differ in is what they make of :math:`X`.
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor
 
 from taskgroup.grouping import Grouping
-from taskgroup.ops import affinity_propagation
+from taskgroup.ops.affinity_propagation import propagate
+from taskgroup.ops.normalised_affinity import normalised_affinity
 
 __all__ = [
     "AffinityPropagation",
@@ -43,24 +45,18 @@ class _Clustering(Grouping):
 
     def __call__(self, matrix: Tensor) -> Tensor | None:
         """Labels 0 to M-1, int64 ``[K]``, for an affinity ``[K, K]``; None keeps the partition."""
-        affinity = matrix.detach().cpu().double().numpy()
-        if not np.isfinite(affinity).all():
-            affinity = np.where(np.isfinite(affinity), affinity, 0.0)
-        known = np.flatnonzero(affinity.diagonal() > 0)
-        if len(known) == len(affinity) > 1:  # as a rule, and in every batch: the short way
-            clusters = self._normalise_and_cluster(affinity)
+        affinity = matrix.detach().cpu().contiguous()
+        if affinity.dtype not in (torch.float32, torch.float64):
+            affinity = affinity.double()  # of bfloat16, say, which NumPy does not have
+        known, similarity = normalised_affinity(affinity.numpy())
+        if len(known) < 2:
+            return torch.arange(len(affinity))
+        clusters = self._cluster(similarity)
+        if clusters is None or len(known) == len(affinity):
             return None if clusters is None else torch.from_numpy(clusters)
         labels = np.arange(len(affinity))
-        if len(known) > 1:
-            clusters = self._normalise_and_cluster(affinity[np.ix_(known, known)])
-            if clusters is None:
-                return None
-            labels[known] = len(labels) + clusters  # apart from the labels of the rest
+        labels[known] = len(labels) + clusters  # apart from the labels of the rest
         return torch.from_numpy(np.unique(labels, return_inverse=True)[1])
-
-    def _normalise_and_cluster(self, affinity: _Floats) -> npt.NDArray[Any] | None:
-        ratio = affinity / affinity.diagonal()
-        return self._cluster((ratio + ratio.T) / 2)
 
     def _cluster(self, similarity: _Floats) -> npt.NDArray[Any] | None:
         """Labels 0 to M-1, int64 ``[n]``, for a normalised affinity ``[n, n]``, n > 1; or None."""
@@ -99,6 +95,8 @@ class AffinityPropagation(_Clustering):
         max_iter: int = 200,
         convergence_iter: int = 50,
     ) -> None:
+        if preference is not None and not math.isfinite(preference):
+            raise ValueError(f"preference must be finite, got {preference!r}.")
         if not 0.5 <= damping < 1.0:
             raise ValueError(f"damping must be in [0.5, 1), got {damping!r}.")
         if max_iter < 1 or convergence_iter < 1:
@@ -112,19 +110,15 @@ class AffinityPropagation(_Clustering):
         self.convergence_iter = convergence_iter
 
     def _cluster(self, similarity: _Floats) -> npt.NDArray[Any] | None:
-        preference = self.preference
-        if preference is None and len(similarity) <= 3:
+        n, preference = len(similarity), self.preference
+        if preference is None and n <= 3:
             # The least number above 0: an affinity of exactly 0, not measured yet, is no reason
             # to join.
             preference = np.finfo(np.float64).tiny
-        clusters = affinity_propagation(
-            similarity,
-            preference=preference,
-            damping=self.damping,
-            max_iter=self.max_iter,
-            convergence_iter=self.convergence_iter,
+        preferences = None if preference is None else np.full(n, preference)
+        return propagate(
+            similarity, preferences, self.damping, self.max_iter, self.convergence_iter
         )
-        return None if clusters is None else clusters.numpy()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(preference={self.preference}, damping={self.damping})"

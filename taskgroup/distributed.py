@@ -30,28 +30,31 @@ class Ranks:
 
     Args:
         process_group: the ranks; None is all of them.
+
+    Attributes:
+        number: how many there are; 1 before :meth:`join`.
     """
 
     def __init__(self, process_group: ProcessGroup | None) -> None:
+        self.number = 1
         self._process_group = process_group
         self._length = 2 * _PARTS
 
-    @property
-    def number(self) -> int:
-        """How many there are.
+    def join(self) -> None:
+        """Find the other ranks.
 
         Raises:
             RuntimeError: if this process is none of them.
         """
         if not dist.is_available() or not dist.is_initialized():
-            return 1
+            return
         number = dist.get_world_size(self._process_group)
         if number < 1:
             raise RuntimeError(
                 f"Rank {dist.get_rank()} is not in the process_group of its TaskGroups: name the "
                 "one it is in."
             )
-        return number
+        self.number = number
 
     def check_alike(self, parts: Mapping[str, object], n_tasks: int) -> None:
         """Raise, on every rank, if the ranks differ in any part. Waits for the other ranks.

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taskgroup.sentences import listed
+
 __all__ = [
     "Fixed",
     "Grouping",
@@ -122,7 +124,7 @@ class Fixed(Grouping):
                 raise ValueError(f"Fixed has no group for task {task!r}; put it in one.")
         if unknown := given - set(tasks):
             raise ValueError(
-                f"Fixed has unknown tasks {sorted(unknown)}; the tasks are {list(tasks)}."
+                f"Fixed has unknown tasks {sorted(unknown)}; the tasks are {listed(tasks)}."
             )
         group_of = {task: label for label, group in enumerate(self._partition) for task in group}
         self._labels = torch.tensor([group_of[task] for task in tasks])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["HostCopy", "waits_for_device"]
+__all__ = ["HostCopy", "waits_for"]
 
 
-def waits_for_device(tensor: Tensor) -> bool:
-    """Whether reading it on the host would have to wait for a GPU."""
-    return tensor.device.type == "cuda"
+def waits_for(device: torch.device) -> bool:
+    """Whether reading a number of this device on the host would have to wait for it."""
+    return device.type == "cuda"
 
 
 class HostCopy:

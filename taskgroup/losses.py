@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from taskgroup.host import waits_for
+from taskgroup.sentences import listed
+
 __all__ = ["ZERO_LOSS", "LossReader", "LossWatch", "Losses", "Members", "send_like"]
 
 Losses = Mapping[str, Tensor] | Tensor
@@ -39,7 +42,7 @@ class GroupTensors:
 
 
 class LossReader:
-    """Reads losses given as ``{task: scalar}`` or as a stacked ``[K]`` in task order.
+    """Reads losses given as ``{task: scalar}``, or stacked in task order.
 
     Args:
         tasks: the K task names.
@@ -61,6 +64,7 @@ class LossReader:
         self.tasks = tasks
         self.everyone: Members = tuple(range(len(tasks)))
         self.device: torch.device | None = None  # of the losses, once seen
+        self.later = False  # reading a loss on the host would have to wait for that device
         self._known = frozenset(tasks)
         self.weights = _checked_weights(weights, tasks)
         self.reduction = reduction
@@ -106,7 +110,7 @@ class LossReader:
         """Check the losses and take what a step needs of them.
 
         Args:
-            losses: ``{task: scalar}`` or ``[K]``.
+            losses: ``{task: scalar}``, ``[K]``, or one for each task in ``needed``.
             members: the tasks to step on, n of them.
             needed: the tasks to measure; ``members`` are among them.
             factors: float64 ``[K]`` on the host, of the losses to step on; None is 1 for each.
@@ -127,7 +131,7 @@ class LossReader:
         else:
             raise TypeError(
                 f"Losses must be {{task: scalar tensor}} or one tensor [{len(self.tasks)}] in the "
-                f"order {list(self.tasks)}, got {type(losses).__name__}."
+                f"order {listed(self.tasks)}, got {type(losses).__name__}."
             )
         own = _at_least_float32(own)
         weights = self.group(members).weights
@@ -135,16 +139,19 @@ class LossReader:
             own = own * weights.to(own.dtype)
         if factors is not None:
             own = own * send_like(factors[list(members)], own)
-        return (own.mean() if self.reduction == "mean" else own.sum()), _at_least_float32(measured)
+        if own.dim() > 0:
+            own = own.mean() if self.reduction == "mean" else own.sum()
+        return own, _at_least_float32(measured)
 
-    def with_graph(self, losses: Losses, members: Members) -> list[Tensor]:
+    def with_graph(self, losses: Losses, members: Members, needed: Members) -> list[Tensor]:
         """The losses of ``members`` one by one, with their graph; ``losses`` have been read.
 
         Raises:
             ValueError: if one has no graph.
         """
         if isinstance(losses, Tensor):
-            return [losses[k] for k in members]
+            stacked = len(losses) == len(self.tasks)
+            return [losses[k if stacked else needed.index(k)] for k in members]
         found = [losses[self.tasks[k]] for k in members]
         for k, loss in zip(members, found, strict=True):
             if not loss.requires_grad:
@@ -168,9 +175,8 @@ class LossReader:
         try:
             values = [losses[self.tasks[k]] for k in needed]
             mine = values if members == needed else [losses[self.tasks[k]] for k in members]
-            own = torch.stack(mine)
-            with torch.no_grad():
-                measured = torch.stack(values)
+            measured = torch.stack(values).detach()
+            own = torch.stack(mine) if len(mine) > 1 else mine[0]
         except (KeyError, TypeError, RuntimeError):
             self._explain(losses, members, needed)
             raise
@@ -188,7 +194,8 @@ class LossReader:
         """Raise with a sentence on what is wrong with the losses."""
         if unknown := [task for task in losses if task not in self._known]:
             raise ValueError(
-                f"Unknown task {unknown[0]!r} among the losses; the tasks are {list(self.tasks)}. "
+                f"Unknown task {unknown[0]!r} among the losses; the tasks are "
+                f"{listed(self.tasks)}. "
                 "Leave it out: group.loss({t: losses[t] for t in group.observed})."
             )
         for k in needed:
@@ -196,7 +203,7 @@ class LossReader:
             if value is None:
                 raise ValueError(
                     f"The loss of task {self.tasks[k]!r} is missing; this step needs those of "
-                    f"group.observed, {list(self.names(needed))}."
+                    f"group.observed, {listed(self.names(needed))}."
                 )
             if not isinstance(value, Tensor) or value.dim() != 0 or not value.is_floating_point():
                 raise ValueError(
@@ -213,35 +220,47 @@ class LossReader:
             if not losses[self.tasks[k]].requires_grad:
                 raise ValueError(
                     f"The loss of task {self.tasks[k]!r} has no graph, so the group "
-                    f"{self.names(members)} cannot be stepped on; compute it with gradients on, "
-                    "from outputs that are not detached."
+                    f"{listed(self.names(members))} cannot be stepped on; compute it with "
+                    "gradients on, from outputs that are not detached."
                 )
 
     def _read_stacked(
         self, losses: Tensor, members: Members, needed: Members
     ) -> tuple[Tensor, Tensor]:
-        if losses.shape != (len(self.tasks),) or not losses.is_floating_point():
+        if losses.shape not in ((len(self.tasks),), (len(needed),)) or not (
+            losses.is_floating_point()
+        ):
+            few = f" or [{len(needed)}], those of group.observed;" * (needed != self.everyone)
             raise ValueError(
                 f"Stacked losses must be floating point [{len(self.tasks)}], one per task in the "
-                f"order {list(self.tasks)}, got {_described(losses)}."
+                f"order {listed(self.tasks)},{few} got {_described(losses)}."
             )
         if not losses.requires_grad:
             raise ValueError(
-                f"The stacked losses have no graph, so the group {self.names(members)} cannot be "
-                "stepped on; compute them with gradients on and join them with torch.stack."
+                "The stacked losses have no graph, so the group "
+                f"{listed(self.names(members))} cannot be stepped on; compute them with gradients "
+                "on and join them with torch.stack."
             )
         self._settle_on(losses.device)
-        # Selected by index: a mask would have to be read on the host, and 0 * NaN is NaN.
-        own = losses.index_select(0, self.group(members).index)
-        # A copy either way: compiled models may write their next output over this one.
-        if needed == self.everyone:
-            return own, losses.detach().clone()
-        return own, losses.detach().index_select(0, self.group(needed).index)
+        given = self.everyone if len(losses) == len(self.tasks) else needed
+        # Copies: compiled models may write their next output over this one.
+        return self._select(losses, given, members), self._select(losses.detach(), given, needed)
+
+    def _select(self, losses: Tensor, given: Members, wanted: Members) -> Tensor:
+        """A copy of the losses of the ``wanted`` tasks, where there are those of ``given``."""
+        if wanted == given:
+            return losses.clone()
+        # By index: a mask would have to be read on the host, and 0 * NaN is NaN.
+        if given == self.everyone:
+            return losses.index_select(0, self.group(wanted).index)
+        index = torch.tensor([given.index(k) for k in wanted])
+        return losses.index_select(0, self._send(index))
 
     def _settle_on(self, device: torch.device) -> None:
         if self.device is None:
             self.forget_device()  # masks asked for before the first loss lie on the CPU
             self.device = device
+            self.later = waits_for(device)
         elif device != self.device:
             raise ValueError(
                 f"The losses are on {device}, those before were on {self.device}; "

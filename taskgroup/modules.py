@@ -2,57 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
 
+from taskgroup.sentences import listed
 from taskgroup.statistics import statistics_once
+from taskgroup.task_heads import BatchedHeads, TaskHeads, kind_of
 
 if TYPE_CHECKING:
     from taskgroup.schedule import Group
 
 __all__ = ["MultiTaskModel"]
-
-
-class TaskHeads(nn.Module, Mapping[str, nn.Module]):
-    """A mapping from task to head that is a module; task names may hold dots."""
-
-    __eq__ = object.__eq__  # a module is itself, whatever its contents
-    __hash__ = object.__hash__
-
-    def __init__(self, heads: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        if not heads:
-            raise ValueError("MultiTaskModel needs at least one head, got none.")
-        # Module names may hold no dot: it separates them in the keys of a state_dict.
-        self._module_name = {task: task.replace(".", "/") for task in heads}
-        if len(set(self._module_name.values())) < len(heads):
-            raise ValueError(
-                f"Two of the tasks {list(heads)} differ only in '.' and '/'; rename one."
-            )
-        for task, head in heads.items():
-            if not isinstance(head, nn.Module):
-                raise TypeError(
-                    f"The head of task {task!r} must be a module, got {type(head).__name__}."
-                )
-            # Not by add_module(), which refuses a task called "keys" or "type".
-            self._modules[self._module_name[task]] = head
-
-    def __getitem__(self, task: str) -> nn.Module:
-        head = self._modules[self._module_name[task]]
-        assert head is not None
-        return head
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._module_name)
-
-    def __len__(self) -> int:
-        return len(self._module_name)
 
 
 class MultiTaskModel(nn.Module):
@@ -69,7 +34,8 @@ class MultiTaskModel(nn.Module):
 
     Args:
         encoder: any module; its output may be any nesting of tuples, lists and dicts of tensors.
-        heads: ``{task: module}``; each takes the output of the encoder.
+        heads: ``{task: module}``; each takes the output of the encoder. Many small ones run faster
+            as :class:`BatchedHeads`.
 
     Attributes:
         encoder: the encoder.
@@ -86,7 +52,7 @@ class MultiTaskModel(nn.Module):
     def __init__(self, encoder: nn.Module, heads: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.encoder = encoder
-        self.heads = TaskHeads(heads)
+        self.heads = heads if isinstance(heads, TaskHeads) else TaskHeads(heads)
 
     def forward(self, *args: Any, group: Group | None = None, **kwargs: Any) -> dict[str, Any]:
         """The outputs of the tasks.
@@ -104,13 +70,12 @@ class MultiTaskModel(nn.Module):
             RuntimeError: under ``DistributedDataParallel`` without ``find_unused_parameters=True``.
         """
         if group is None:
-            features = self.encoder(*args, **kwargs)
-            return {task: head(features) for task, head in self.heads.items()}
+            return cast(dict[str, Any], self.heads(self.encoder(*args, **kwargs)))
         graph, observed = set(group.graph), set(group.observed)
         if headless := sorted(observed.difference(self.heads)):
             raise ValueError(
-                f"The group needs tasks {headless}, which have no head; the heads are "
-                f"{list(self.heads)}."
+                f"The group needs tasks {listed(headless)}, which have no head; the heads are "
+                f"{listed(self.heads)}."
             )
         compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled() and len(graph) < len(self.heads) and not compiling:
@@ -118,19 +83,7 @@ class MultiTaskModel(nn.Module):
         group.model = self
         with statistics_once(self.encoder, group):
             features = self.encoder(*args, **kwargs)
-        detached = None
-        outputs = {}
-        # In the order of the heads, whatever the group: replayed dropout then draws the same masks.
-        for task, head in self.heads.items():
-            if task in graph:
-                with statistics_once(head, group):
-                    outputs[task] = head(features)
-            elif task in observed:
-                if detached is None:
-                    detached = tree_map_only(Tensor, Tensor.detach, features)
-                with torch.no_grad(), statistics_once(head, group):
-                    outputs[task] = head(detached)
-        return outputs
+        return cast(dict[str, Any], self.heads(features, group))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the encoder and each head apart, in place, with ``torch.compile``'s arguments.
@@ -139,7 +92,8 @@ class MultiTaskModel(nn.Module):
         sequence of groups: at most 1 + 2K for inputs of one shape; heads of one kind share theirs.
         """
         codes: dict[str, CodeType] = {}
-        for module in (self.encoder, *self.heads.values()):
+        heads = () if isinstance(self.heads, BatchedHeads) else self.heads.values()
+        for module in (self.encoder, *heads):
             _compile(module, codes, *args, **kwargs)
 
 
@@ -160,7 +114,7 @@ def _compile(module: nn.Module, codes: dict[str, CodeType], *args: Any, **kwargs
     def forward(*inputs: Any, **named: Any) -> Any:
         return type(module).forward(module, *inputs, **named)
 
-    forward.__code__ = codes.setdefault(_kind(module), forward.__code__.replace())
+    forward.__code__ = codes.setdefault(kind_of(module), forward.__code__.replace())
     compiled = torch.compile(forward, *args, **kwargs)
 
     def call(*inputs: Any, **named: Any) -> Any:
@@ -171,30 +125,6 @@ def _compile(module: nn.Module, codes: dict[str, CodeType], *args: Any, **kwargs
             del module.__dict__["forward"]
 
     module._compiled_call_impl = call
-
-
-def _kind(module: nn.Module) -> str:
-    """The same for modules that one compiled graph can serve."""
-    plain = (bool, int, float, str, tuple, type(None))
-    of_every_module = vars(nn.Module()).keys()
-    return repr(
-        [
-            (
-                type(part),
-                {
-                    name: value if isinstance(value, plain) else id(value)
-                    for name, value in vars(part).items()
-                    if name not in of_every_module
-                },
-                [
-                    (name, tensor.shape, tensor.dtype)
-                    for name, tensor in (*part._parameters.items(), *part._buffers.items())
-                    if tensor is not None
-                ],
-            )
-            for part in module.modules()
-        ]
-    )
 
 
 def _check_that_ddp_finds_unused_parameters() -> None:

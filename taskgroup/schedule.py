@@ -15,9 +15,10 @@ from taskgroup.affinity import Affinity, GradientAffinity, ProximalAffinity
 from taskgroup.clustering import AffinityPropagation
 from taskgroup.distributed import Ranks
 from taskgroup.heads import Heads, Outside, head_parameters, prepare_gradients
-from taskgroup.host import HostCopy, waits_for_device
+from taskgroup.host import HostCopy
 from taskgroup.losses import ZERO_LOSS, Losses, LossReader, LossWatch, Members, send_like
 from taskgroup.replay import RandomState
+from taskgroup.sentences import listed
 from taskgroup.trainers import refuse_accumulation
 
 if TYPE_CHECKING:
@@ -98,8 +99,8 @@ class Group:
         these, so that the gradient is the mean over them.
 
         Args:
-            losses: ``{task: scalar}`` with at least the tasks in :attr:`observed`, or one tensor
-                ``[K]`` in task order. Those of the group's own tasks carry a graph.
+            losses: ``{task: scalar}`` with at least the tasks in :attr:`observed`, or one tensor in
+                task order, of these tasks or of all K. Those of the group's own carry a graph.
             share: the part of the step that this micro-batch is, for gradient accumulation; the
                 shares of a step add up to 1.
 
@@ -122,7 +123,7 @@ class Group:
         return self._batch.ran.setdefault(id(module), self._place) == self._place
 
     def __repr__(self) -> str:
-        return f"Group({', '.join(self.tasks)})"
+        return f"Group({listed(self.tasks)})"
 
 
 class _Batch:
@@ -246,7 +247,7 @@ class TaskGroups:
         self._observe_every = observe_every
         self._replay_rng = replay_rng
         self._ranks = Ranks(process_group)
-        self._alike = False  # the ranks have been compared
+        self._joined = False  # the ranks, and they are alike
         self._grouping = AffinityPropagation() if grouping is None else grouping
         # With one task there is nothing to learn.
         self._learns = len(self._tasks) > 1 and getattr(self._grouping, "reads_affinity", True)
@@ -313,7 +314,9 @@ class TaskGroups:
             raise TypeError(f"batch() takes a collection of tasks, got {present!r}; put it in [].")
         present = set(present)
         if unknown := sorted(present.difference(self._tasks)):
-            raise ValueError(f"batch() got unknown tasks {unknown}; they are {list(self._tasks)}.")
+            raise ValueError(
+                f"batch() got unknown tasks {listed(unknown)}; they are {listed(self._tasks)}."
+            )
         here = tuple(k for k, task in enumerate(self._tasks) if task in present)
         return self._deal(here, everywhere=False)
 
@@ -414,8 +417,8 @@ class TaskGroups:
             )
         if tuple(state["tasks"]) != self._tasks:
             raise ValueError(
-                f"The state is of the tasks {list(state['tasks'])}, these are "
-                f"{list(self._tasks)}; name the same tasks in the same order."
+                f"The state is of the tasks {listed(state['tasks'])}, these are "
+                f"{listed(self._tasks)}; name the same tasks in the same order."
             )
         partition = [tuple(members) for members in state["partition"]]
         queue = [tuple(members) for members in state["queue"]]
@@ -437,7 +440,7 @@ class TaskGroups:
         self._batches = state["batches"]
         self.unconverged = state["unconverged"]
         self._stepping = self._copy = None
-        self._alike = False
+        self._joined = False
         self._unread.clear()
         self._copied = 0
         self._reader.forget_device()
@@ -447,7 +450,8 @@ class TaskGroups:
 
     def _deal(self, here: Members, *, everywhere: bool) -> Iterator[Group]:
         """One batch: its groups one by one, each from the same random state."""
-        refuse_accumulation()
+        if not self._joined:
+            self._join_ranks()
         if self._left_early == _LEFT_EARLY:
             self._left_early += 1  # said once in a row
             warnings.warn(
@@ -459,10 +463,7 @@ class TaskGroups:
                 stacklevel=3,
             )
         several = self._ranks.number > 1
-        if several and not self._alike:
-            self._ranks.check_alike(self._decisive(), len(self._tasks))
-            self._alike = True
-        batch = self._join(here) if several and not everywhere else _Batch(here)
+        batch = self._batch_of_ranks(here) if several and not everywhere else _Batch(here)
         if not batch.present:
             return
         if len(self._unread) > self._copied:  # of a batch that did not get to its last group
@@ -511,6 +512,14 @@ class TaskGroups:
             if self._batch is batch:
                 self._batch = self._group = self._before = None
 
+    def _join_ranks(self) -> None:
+        """Before the first batch, once all is set up around it."""
+        refuse_accumulation()
+        self._ranks.join()
+        if self._ranks.number > 1:
+            self._ranks.check_alike(self._decisive(), len(self._tasks))
+        self._joined = True
+
     def _decisive(self) -> dict[str, object]:
         """What the decisions follow from, by the name a user knows it by."""
         state = self.state_dict()
@@ -531,7 +540,7 @@ class TaskGroups:
             "state": state,
         }
 
-    def _join(self, here: Members) -> _Batch:
+    def _batch_of_ranks(self, here: Members) -> _Batch:
         """The batch of all ranks, of which ``here`` are the tasks labelled on this one."""
         mine = set(here)
         counts = self._ranks.count([k in mine for k in self._reader.everyone], self._batches)
@@ -605,13 +614,15 @@ class TaskGroups:
     def _loss(self, group: Group, losses: Losses, share: float) -> Tensor:
         """See :meth:`Group.loss`."""
         if group._skipped:
-            raise RuntimeError(f"The group {group.tasks} was skipped and takes no loss any more.")
+            raise RuntimeError(
+                f"The group {listed(group.tasks)} was skipped and takes no loss any more."
+            )
         if not 0.0 < share <= 1.0:
             raise ValueError(f"share must be in (0, 1], got {share!r}.")
         shares = group._shares + share
         if shares > 1 + _SHARES_TOLERANCE:
             raise ValueError(
-                f"The shares of the group {group.tasks} would add up to {shares:g}: call "
+                f"The shares of the group {listed(group.tasks)} would add up to {shares:g}: call "
                 "group.loss(losses) once per step, or with share=1/n in each of n micro-batches."
             )
         batch = group._batch
@@ -649,7 +660,7 @@ class TaskGroups:
     def _measure(self, group: Group, measured: Tensor) -> None:
         """Take in the losses from before a step: they show what the last step did."""
         needed, absent = group._needed, group._batch.absent
-        later = waits_for_device(measured)
+        later = self._reader.later
         if later:
             self._unread.append((measured, lambda seen: self._watch.look(seen, needed, absent)))
         else:
@@ -684,7 +695,7 @@ class TaskGroups:
             losses = losses * send_like(group._batch.factors, losses)
         losses, votes = self._ranks.mean(losses, group.mask, self._batches)
         tasks = group.tasks
-        if waits_for_device(votes):
+        if self._reader.later:
             self._unread.append((votes, lambda seen: self._ranks.check_votes(seen, tasks)))
         else:
             self._ranks.check_votes(votes.tolist(), tasks)
@@ -694,7 +705,11 @@ class TaskGroups:
         """Take in the gradients of single tasks, before the backward pass of the step."""
         assert isinstance(self.affinity, GradientAffinity)
         with_graph = dict(
-            zip(group._measures, self._reader.with_graph(losses, group._measures), strict=True)
+            zip(
+                group._measures,
+                self._reader.with_graph(losses, group._measures, group._needed),
+                strict=True,
+            )
         )
         if (factors := group._batch.factors) is not None:
             with_graph = {k: loss * factors[k].item() for k, loss in with_graph.items()}
@@ -719,13 +734,13 @@ class TaskGroups:
                 self._before = None
         elif group._shares == 0:
             raise RuntimeError(
-                f"The group {group.tasks} got no loss: call group.loss(losses) on every group, or "
-                "group.skip() to pass over it."
+                f"The group {listed(group.tasks)} got no loss: call group.loss(losses) on every "
+                "group, or group.skip() to pass over it."
             )
         elif group._shares < 1 - _SHARES_TOLERANCE:
             raise RuntimeError(
-                f"The shares of the group {group.tasks} add up to {group._shares:g}, not to 1; "
-                "pass share=1/n in each of the n micro-batches of a step."
+                f"The shares of the group {listed(group.tasks)} add up to {group._shares:g}, not "
+                "to 1; pass share=1/n in each of the n micro-batches of a step."
             )
 
 

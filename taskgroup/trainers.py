@@ -17,8 +17,8 @@ def refuse_accumulation() -> None:
     steps = 1 if accelerate is None else accelerate.GradientState().num_steps
     if steps > 1:
         raise RuntimeError(
-            f"Accelerate is set to gradient_accumulation_steps={steps}, which would mix the groups: "
-            "leave it at 1 (accelerator.gradient_accumulation_steps = 1), and in "
-            "each of the n micro-batches of a group call "
+            f"Accelerate is set to gradient_accumulation_steps={steps}, which would mix the "
+            "groups: leave it at 1 (accelerator.gradient_accumulation_steps = 1), and in each of "
+            "the n micro-batches of a group call "
             "accelerator.backward(group.loss(losses, share=1/n)), then optimizer.step() once."
         )

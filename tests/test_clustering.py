@@ -66,6 +66,12 @@ def test_no_measured_affinity_is_no_reason_to_join():
         assert len(set(tg.AffinityPropagation()(torch.eye(count)).tolist())) == count
 
 
+@pytest.mark.parametrize("preference", [float("nan"), float("inf")])
+def test_a_preference_must_be_a_number(preference):
+    with pytest.raises(ValueError, match="preference must be finite"):
+        tg.AffinityPropagation(preference=preference)
+
+
 def test_preference_steers_the_number_of_groups():
     matrix, _ = labels_of([4, 4])
     few = tg.AffinityPropagation(preference=-20.0)(matrix)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import taskgroup as tg
-from taskgroup import schedule
+from taskgroup import losses, schedule
 from tests.planted import Planted
 from tests.ranks import on_ranks
 from tests.test_heads import TASKS
@@ -29,7 +29,7 @@ class LateCopy:
 @pytest.fixture
 def late(monkeypatch):
     monkeypatch.setattr(schedule, "HostCopy", LateCopy)
-    monkeypatch.setattr(schedule, "waits_for_device", lambda tensor: True)
+    monkeypatch.setattr(losses, "waits_for", lambda device: True)
 
 
 def decisions(**settings):
@@ -107,7 +107,7 @@ def test_bad_losses_are_told_a_batch_late(late, monkeypatch):
 
 def drift(rank):
     schedule.HostCopy = LateCopy
-    schedule.waits_for_device = lambda tensor: True
+    losses.waits_for = lambda device: True
     groups = tg.TaskGroups(TASKS)
     x = torch.ones(3, requires_grad=True)
     for group in groups:

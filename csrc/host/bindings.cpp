@@ -2,9 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cmath>
 #include <stdexcept>
 
 #include "host/affinity_propagation.h"
+#include "host/normalised_affinity.h"
 
 namespace py = pybind11;
 
@@ -27,15 +30,31 @@ std::optional<py::array_t<int64_t>> affinity_propagation(const Array& similarity
   if (noise.ndim() != 2 || noise.shape(0) != K || noise.shape(1) != K) {
     throw std::invalid_argument("noise must have shape [K, K].");
   }
+  const double* s = similarity.data();
+  if (!std::all_of(s, s + K * K, [](double x) { return std::isfinite(x); })) {
+    throw std::invalid_argument("similarity must be finite.");
+  }
   const double* p = preference ? preference->data() : nullptr;
   std::optional<std::vector<int64_t>> labels;
   {
     const py::gil_scoped_release release;
-    labels = taskgroup::affinity_propagation(similarity.data(), p, noise.data(), K, damping,
-                                             max_iter, convergence_iter);
+    labels =
+        taskgroup::affinity_propagation(s, p, noise.data(), K, damping, max_iter, convergence_iter);
   }
   if (!labels) return std::nullopt;
   return py::array_t<int64_t>(static_cast<py::ssize_t>(labels->size()), labels->data());
+}
+
+template <typename scalar_t>
+py::tuple normalised_affinity(const py::array_t<scalar_t, py::array::c_style>& affinity) {
+  const py::ssize_t K = affinity.ndim() == 2 ? affinity.shape(0) : 0;
+  if (K == 0 || affinity.shape(1) != K) {
+    throw std::invalid_argument("affinity must have shape [K, K] with K >= 1.");
+  }
+  const taskgroup::NormalisedAffinity found = taskgroup::normalise(affinity.data(), K);
+  const auto n = static_cast<py::ssize_t>(found.known.size());
+  return py::make_tuple(py::array_t<int64_t>(n, found.known.data()),
+                        py::array_t<double>({n, n}, found.similarity.data()));
 }
 
 }  // namespace
@@ -44,4 +63,6 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "Decisions that taskgroup makes on the host, in C++.";
   m.def("affinity_propagation", &affinity_propagation, py::arg("similarity"), py::arg("preference"),
         py::arg("noise"), py::arg("damping"), py::arg("max_iter"), py::arg("convergence_iter"));
+  m.def("normalised_affinity", &normalised_affinity<float>, py::arg("affinity").noconvert());
+  m.def("normalised_affinity", &normalised_affinity<double>, py::arg("affinity"));
 }

@@ -74,8 +74,6 @@ def affinity_propagation(
     s = _to_numpy(similarity, "similarity")
     if s.ndim != 2 or s.shape[0] != s.shape[1] or s.shape[0] == 0:
         raise ValueError(f"similarity must have shape [K, K] with K >= 1, got {list(s.shape)}.")
-    if not np.isfinite(s).all():
-        raise ValueError("similarity must be finite.")
     if not 0.5 <= damping < 1:
         raise ValueError(f"damping must be in [0.5, 1), got {damping}.")
     if max_iter < 1:
@@ -83,9 +81,16 @@ def affinity_propagation(
     if convergence_iter < 1:
         raise ValueError(f"convergence_iter must be at least 1, got {convergence_iter}.")
     p = None if preference is None else _preferences(preference, len(s))
-    cluster = _backend.choose("cpu", cpp=_native, reference=_reference)
-    labels = cluster(s, p, _noise(len(s)), damping, max_iter, convergence_iter)
+    labels = propagate(s, p, damping, max_iter, convergence_iter)
     return None if labels is None else torch.from_numpy(labels)
+
+
+def propagate(
+    s: Floats, p: Floats | None, damping: float, max_iter: int, convergence_iter: int
+) -> Labels | None:
+    """The same from arrays that are known to be right: [K, K], and [K] preferences if any."""
+    cluster = _backend.choose("cpu", cpp=_native, reference=_reference)
+    return cluster(s, p, _noise(len(s)), damping, max_iter, convergence_iter)
 
 
 def _to_numpy(values: Any, name: str) -> Floats:
@@ -131,6 +136,8 @@ def _native(
 def _reference(
     s: Floats, p: Floats | None, noise: Floats, damping: float, max_iter: int, convergence_iter: int
 ) -> Labels | None:
+    if not np.isfinite(s).all():
+        raise ValueError("similarity must be finite.")
     n_tasks = len(s)
     if p is None:
         p = np.full(n_tasks, np.median(s))

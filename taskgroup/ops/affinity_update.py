@@ -63,11 +63,18 @@ def affinity_update_(
     """
     before, after = _losses(before), _losses(after)
     _check(matrix, before, after, mask, decay)
+    update_checked_(matrix, before, after, mask.contiguous(), float(decay))
+    return matrix
+
+
+def update_checked_(
+    matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float
+) -> None:
+    """The same for arguments that are known to be right, in float32 or float64, contiguous."""
     update = _backend.choose(
         matrix.device.type, cpp=_native, cuda=_native, triton=_triton, reference=_reference
     )
-    update(matrix, before, after, mask.contiguous(), float(decay))
-    return matrix
+    update(matrix, before, after, mask, decay)
 
 
 def _losses(losses: Tensor) -> Tensor:

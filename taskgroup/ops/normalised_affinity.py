@@ -1,0 +1,50 @@
+"""An affinity made comparable over tasks and symmetric, for clustering, on the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from taskgroup.ops import _backend
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+
+def normalised_affinity(affinity: npt.NDArray[Any]) -> tuple[Integers, Floats]:
+    r"""How alike tasks are, from what they do to each other.
+
+    .. math::
+        X_{ik} = \frac{1}{2} \left( \frac{A_{ik}}{A_{kk}} + \frac{A_{ki}}{A_{ii}} \right)
+
+    over the n tasks with :math:`A_{kk} > 0`, those whose effect on themselves is known.
+
+    Args:
+        affinity (array): :math:`A`, [K, K], any floating dtype. Entries that are not finite count
+            as not measured, as 0.
+
+    Returns:
+        These tasks, int64 [n], ascending, and :math:`X`, float64 [n, n].
+
+    Example:
+        >>> normalised_affinity(np.array([[2.0, 1.0, 0.0], [1.0, 4.0, 0.0], [0.0, 0.0, 0.0]]))
+        (array([0, 1]), array([[1.   , 0.375],
+               [0.375, 1.   ]]))
+    """
+    return _backend.choose("cpu", cpp=_native, reference=_reference)(affinity)
+
+
+def _native(affinity: npt.NDArray[Any]) -> tuple[Integers, Floats]:
+    host: Any = _backend.native.host
+    found: tuple[Integers, Floats] = host.normalised_affinity(affinity)
+    return found
+
+
+def _reference(affinity: npt.NDArray[Any]) -> tuple[Integers, Floats]:
+    finite = np.where(np.isfinite(affinity), affinity, 0.0).astype(np.float64)
+    known = np.flatnonzero(finite.diagonal() > 0)
+    own = finite[np.ix_(known, known)]
+    ratio = own / own.diagonal()
+    return known, (ratio + ratio.T) / 2

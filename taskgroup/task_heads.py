@@ -1,0 +1,227 @@
+"""The heads of a model with many tasks: run one by one, or those of one kind as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from taskgroup.statistics import statistics_once
+
+if TYPE_CHECKING:
+    from taskgroup.schedule import Group
+
+__all__ = ["BatchedHeads", "TaskHeads", "kind_of"]
+
+
+class TaskHeads(nn.Module, Mapping[str, nn.Module]):
+    """A mapping from task to head that is a module; task names may hold dots.
+
+    Args:
+        heads: ``{task: module}``.
+
+    Raises:
+        ValueError: if there are none, or two names differ only in ``.`` and ``/``.
+        TypeError: if a head is no module.
+    """
+
+    __eq__ = object.__eq__  # a module is itself, whatever its contents
+    __hash__ = object.__hash__
+
+    def __init__(self, heads: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        if not heads:
+            raise ValueError("MultiTaskModel needs at least one head, got none.")
+        # Module names may hold no dot: it separates them in the keys of a state_dict.
+        self._module_name = {task: task.replace(".", "/") for task in heads}
+        if len(set(self._module_name.values())) < len(heads):
+            raise ValueError(
+                f"Two of the tasks {list(heads)} differ only in '.' and '/'; rename one."
+            )
+        for task, head in heads.items():
+            if not isinstance(head, nn.Module):
+                raise TypeError(
+                    f"The head of task {task!r} must be a module, got {type(head).__name__}."
+                )
+            # Not by add_module(), which refuses a task called "keys" or "type".
+            self._modules[self._module_name[task]] = head
+
+    def __getitem__(self, task: str) -> nn.Module:
+        head = self._modules[self._module_name[task]]
+        assert head is not None
+        return head
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._module_name)
+
+    def __len__(self) -> int:
+        return len(self._module_name)
+
+    def forward(self, features: Any, group: Group | None = None) -> dict[str, Any]:
+        """The outputs of the heads.
+
+        Args:
+            features: of the encoder, any nesting of tensors.
+            group: the heads of ``group.graph`` run with a graph, the other observed ones without,
+                on detached features, and the rest not at all; None runs all with a graph.
+
+        Returns:
+            ``{task: output}`` in the order of the heads.
+        """
+        if group is None:
+            return self.run(self, features)
+        graph, observed = set(group.graph), set(group.observed)
+        return self.run_group(features, graph, observed - graph, group)
+
+    def run(self, tasks: Collection[str], features: Any) -> dict[str, Any]:
+        """The outputs of the heads of ``tasks``, in their order."""
+        return {task: self[task](features) for task in tasks}
+
+    def run_group(
+        self, features: Any, graph: set[str], observed: set[str], group: Group
+    ) -> dict[str, Any]:
+        """The outputs of two sets of heads, with a graph and without."""
+        outputs = {}
+        detached = _detached(features) if observed else None
+        # In the order of the heads, whatever the group: replayed dropout then draws the same masks.
+        for task, head in self.items():
+            if task in graph:
+                with statistics_once(head, group):
+                    outputs[task] = head(features)
+            elif task in observed:
+                with torch.no_grad(), statistics_once(head, group):
+                    outputs[task] = head(detached)
+        return outputs
+
+
+class BatchedHeads(TaskHeads):
+    r"""Heads that run as one module where they are of one kind: for many small ones.
+
+    A thousand linear heads are two thousand calls to torch forth and back. Those of the same kind
+    (classes, settings and shapes) run as one here: their parameters are stacked and the module
+    mapped over them (``torch.func.vmap``). Every head keeps parameters of its own: optimizers,
+    checkpoints and :meth:`TaskGroups.attach` see no difference, and heads outside the group, which
+    are stacked without a graph, stay where they are. Outputs are those of the single heads to
+    rounding.
+
+    Losses that are computed one by one would cost as much again: join the outputs and give
+    :meth:`Group.loss` one tensor::
+
+        outputs = model(images, group=group)            # {task: [B, 1]}, n tasks
+        errors = torch.stack([*outputs.values()]) - targets[[*outputs]]     # [n, B, 1]
+        group.loss(errors.square().mean((1, 2))).backward()
+
+    It pays for heads whose cost is the calls, not the arithmetic; convolutions on feature maps are
+    better run one by one. :meth:`MultiTaskModel.compile` compiles the encoder and leaves these as
+    they are.
+
+    Args:
+        heads: ``{task: module}``, of one or several kinds. Without buffers (running statistics
+            would not move) and, in training, without dropout (masks would depend on the group).
+
+    Raises:
+        ValueError: if a head has buffers.
+
+    Example:
+        >>> import taskgroup as tg
+        >>> heads = tg.BatchedHeads({task: nn.Linear(4, 1) for task in ("a", "b", "c")})
+        >>> model = tg.MultiTaskModel(nn.Linear(3, 4), heads)
+        >>> {task: tuple(output.shape) for task, output in model(torch.ones(2, 3)).items()}
+        {'a': (2, 1), 'b': (2, 1), 'c': (2, 1)}
+    """
+
+    def __init__(self, heads: Mapping[str, nn.Module]) -> None:
+        super().__init__(heads)
+        kinds: dict[str, list[str]] = {}
+        for task, head in self.items():
+            if names := [name for name, _ in head.named_buffers()]:
+                raise ValueError(
+                    f"The head of task {task!r} has the buffer {names[0]!r}, which would not be "
+                    "updated where heads run as one; give MultiTaskModel the heads in a plain dict."
+                )
+            kinds.setdefault(kind_of(head), []).append(task)
+        self._kinds = [*kinds.values()]
+
+    def run(self, tasks: Collection[str], features: Any) -> dict[str, Any]:
+        """The outputs of the heads of ``tasks``, those of one kind in one run."""
+        wanted = set(tasks)
+        outputs: dict[str, Any] = {}
+        for kind in self._kinds:
+            if own := [task for task in kind if task in wanted]:
+                outputs.update(zip(own, self._run_as_one(own, features), strict=True))
+        return {task: outputs[task] for task in tasks}
+
+    def run_group(
+        self, features: Any, graph: set[str], observed: set[str], group: Group
+    ) -> dict[str, Any]:
+        """The outputs of two sets of heads, with a graph and without, a run for each."""
+        outputs = self.run(graph, features)
+        if observed:
+            with torch.no_grad():
+                outputs |= self.run(observed, _detached(features))
+        return {task: outputs[task] for task in self if task in outputs}
+
+    def _run_as_one(self, tasks: list[str], features: Any) -> list[Any]:
+        heads = [self[task] for task in tasks]
+        own = [_parameters(head) for head in heads]
+        if len(heads) == 1 or not own[0]:
+            return [head(features) for head in heads]
+        stacked = {name: torch.stack([named[name] for named in own]) for name in own[0]}
+
+        def run(parameters: dict[str, Tensor]) -> Any:
+            return functional_call(heads[0], parameters, (features,))
+
+        try:
+            # Each task's own: the map must not draw, lest the masks depend on who is in the group.
+            together = vmap(run, randomness="error")(stacked)
+        except RuntimeError as error:
+            if "random" not in str(error):
+                raise
+            raise RuntimeError(
+                f"The heads of {', '.join(tasks[:3])}{', ...' * (len(tasks) > 3)} draw random "
+                "numbers (dropout), which would differ from group to group where heads run as one; "
+                "leave the dropout to the encoder, or give MultiTaskModel the heads in a plain "
+                "dict."
+            ) from error
+        leaves, structure = tree_flatten(together)
+        parts = zip(*(leaf.unbind() for leaf in leaves), strict=True)
+        return [tree_unflatten(list(part), structure) for part in parts]
+
+
+def _parameters(head: nn.Module) -> dict[str, nn.Parameter]:
+    if head._modules:
+        return dict(head.named_parameters())
+    # A linear layer, as a rule, and a thousand of them.
+    return {name: own for name, own in head._parameters.items() if own is not None}
+
+
+def _detached(features: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.detach, features)
+
+
+def kind_of(module: nn.Module) -> str:
+    """The same for modules that differ in nothing but the values of their parameters."""
+    plain = (bool, int, float, str, tuple, type(None))
+    of_every_module = vars(nn.Module()).keys()
+    return repr(
+        [
+            (
+                type(part),
+                {
+                    name: value if isinstance(value, plain) else id(value)
+                    for name, value in vars(part).items()
+                    if name not in of_every_module
+                },
+                [
+                    (name, tensor.shape, tensor.dtype)
+                    for name, tensor in (*part._parameters.items(), *part._buffers.items())
+                    if tensor is not None
+                ],
+            )
+            for part in module.modules()
+        ]
+    )
