@@ -217,8 +217,8 @@ class Record:
                     "goal": _number(limit_goal, 2) if first else None,
                     "peer": row.peer,
                     "peer µs": reason or _number(row.peer_us),
-                    "times as fast": _number(row.ratio, 1),
-                    "goal ": _number(goal, 1),
+                    "times as fast": _number(row.ratio, 1 if (row.ratio or 0) >= 2 else 2),
+                    "goal ": _number(goal, 1 if (goal or 0) >= 2 else 2),
                 }
             )
         table = Table(

@@ -1,14 +1,17 @@
 """What a batch costs on a real model besides its steps, from 11 tasks to a thousand.
 
-The demo's ViT, batches of 8 images of 64 x 64 pixels, and K linear heads. The peer of the first
-kind is the batch without what lies outside the model, the losses, the backward pass and the
-optimizer; that of the second the same batch with the tracking and clustering of the published code.
-The groups are learned: about K / 4 planted clusters, which stay.
+The demo's ViT, batches of 8 images of 64 x 64 pixels, and K linear heads; the groups are learned,
+about K / 4 planted clusters, which stay. "Outside" is all that is not the model, the losses, the
+backward pass or the optimizer.
 """
 
+import statistics
 import time
+import warnings
 
+import pytest
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 
 import taskgroup as tg
@@ -16,82 +19,190 @@ from benchmarks.published import PublishedTaskAffinity
 from benchmarks.test_scaling import DECAY, planted_affinity
 from taskgroup.vision.models import ViTFeatures
 
-INSIDE = "model, losses, backward, optimizer"
-PUBLISHED = "the same with the published tracking"
-GOALS = {11: 0.99, 100: 0.99, 1000: 0.95}
-BATCH, SIDE = 8, 64
+INSIDE = "without what is outside"
+PUBLISHED = "published tracking and clustering"
+JOINT = "one joint step"
+ONE_BY_ONE = "head by head"
+SIZES = [11, 100, 1000]
+GOALS = {11: 0.99, 100: 0.99, 1000: 0.95}  # of a batch, what is inside
 ONE_GROUP = {"groups_per_batch": 1, "observe_every": 10}
+ALL, ONE = "batch, all groups", "batch of one group, observed every 10th"
 
 
 class Pooled(nn.Module):
-    """The demo's encoder, and the mean over its patches: [B, 3, H, W] to [B, 256]."""
+    """The demo's encoder, and the mean over its patches: [B, 3, 64, 64] to [B, 256]."""
 
     def __init__(self):
         super().__init__()
-        self.features = ViTFeatures(SIDE, patch=8, dim=64, depth=4, attention_heads=4)
+        self.features = ViTFeatures(size=64, patch=8, dim=64, depth=4, attention_heads=4)
 
     def forward(self, images):
         return self.features(images).mean((2, 3))
 
 
-class Training:
-    """A model of K tasks, its batch, and the seconds that steps took."""
+def now_on_gpu():
+    torch.cuda.synchronize()  # so that nothing hides behind a kernel
+    return time.perf_counter()
 
-    def __init__(self, n_tasks, device):
+
+class Training:
+    """A model of K tasks and a batch; counts the seconds of steps."""
+
+    def __init__(self, n_tasks, device, heads=dict):
         torch.manual_seed(0)
         self.tasks = [f"task{k}" for k in range(n_tasks)]
-        heads = {task: nn.Linear(256, 1) for task in self.tasks}
+        heads = heads({task: nn.Linear(256, 1) for task in self.tasks})
         self.model = tg.MultiTaskModel(Pooled(), heads).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
-        self.images = torch.randn(BATCH, 3, SIDE, SIDE, device=device)
-        self.labels = {task: torch.randn(BATCH, 1, device=device) for task in self.tasks}
-        self.inside = []  # seconds
+        self.images = torch.randn(8, 3, 64, 64, device=device)
+        labels = torch.randn(n_tasks, 8, 1, device=device)
+        self.labels = dict(zip(self.tasks, labels, strict=True))
+        self.inside = 0.0  # seconds
+        self.now = now_on_gpu if self.images.is_cuda else time.perf_counter
 
     def losses(self, group=None):
-        start = time.perf_counter()
+        start = self.now()
         outputs = self.model(self.images, group=group)
         losses = {t: (out - self.labels[t]).square().mean() for t, out in outputs.items()}
-        self.inside.append(time.perf_counter() - start)
+        self.inside += self.now() - start
         return losses
 
+    def stacked_losses(self, group=None):
+        """All at once, as one would for very many tasks."""
+        outputs = self.model(self.images, group=group)
+        labels = torch.stack([self.labels[task] for task in outputs])
+        return (torch.stack([*outputs.values()]) - labels).square().mean((1, 2))
+
     def step(self, loss):
-        start = time.perf_counter()
+        start = self.now()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.inside.append(time.perf_counter() - start)
+        self.inside += self.now() - start
+
+    def joint(self):
+        self.step(torch.stack([*self.losses().values()]).sum())
 
 
-class Ours:
-    """Batches with :class:`taskgroup.TaskGroups`."""
-
-    def __init__(self, training, **options):
-        self.training = training
-        affinity = tg.ProximalAffinity(decay=DECAY)
-        self.groups = tg.TaskGroups(training.tasks, warmup=0, affinity=affinity, **options)
-        affinity.matrix.copy_(planted_affinity(len(training.tasks))[0])
-        # The round of singletons that even no warm-up begins with is not what is measured.
-        state = self.groups.state_dict()
-        self.groups.load_state_dict({**state, "rounds": 1})
-
-    def batch(self):
-        for group in self.groups:
-            self.training.step(group.loss(self.training.losses(group)))
+def learned_groups(tasks, **options):
+    """TaskGroups that know the planted clusters, past the singletons that they begin with."""
+    affinity = tg.ProximalAffinity(decay=DECAY)
+    groups = tg.TaskGroups(tasks, warmup=0, affinity=affinity, **options)
+    affinity.matrix.copy_(planted_affinity(len(tasks))[0])
+    groups.load_state_dict({**groups.state_dict(), "rounds": 1})
+    return groups
 
 
-class Published:
-    """Batches with the tracking and clustering of the published code, all heads with a graph."""
+def ours(training, groups):
+    def batch():
+        for group in groups:
+            training.step(group.loss(training.losses(group)))
 
-    def __init__(self, training):
-        self.training = training
-        groups = {task: [task] for task in training.tasks}
-        self.tracking = PublishedTaskAffinity(training.tasks, groups, DECAY)
-        self.tracking.affinity_map.copy_(planted_affinity(len(training.tasks))[0])
+    return batch
 
-    def batch(self):
-        self.tracking.init_pre_loss()
-        groups = self.tracking.next_groups()
-        for name in self.tracking.order():
-            losses = self.training.losses()
-            self.training.step(torch.stack([losses[t] for t in groups[name]]).sum())
-            self.tracking.update(name, losses)
+
+def published(training):
+    """Every head with a graph in every step, as published."""
+    tracking = PublishedTaskAffinity(training.tasks, {t: [t] for t in training.tasks}, DECAY)
+    tracking.affinity_map.copy_(planted_affinity(len(training.tasks))[0])
+
+    def batch():
+        tracking.init_pre_loss()
+        groups = tracking.next_groups()
+        for name in tracking.order():
+            losses = training.losses()
+            training.step(torch.stack([losses[task] for task in groups[name]]).sum())
+            tracking.update(name, losses)
+
+    return batch
+
+
+def measure(training, batch, batches):
+    """Mean seconds of a batch, and of what is outside in it."""
+    training.inside = 0.0
+    start = training.now()
+    for _ in range(batches):
+        batch()
+    total = training.now() - start
+    return total / batches, (total - training.inside) / batches
+
+
+@pytest.mark.parametrize("n_tasks", SIZES)
+def test_all_groups_in_a_batch(record, device, n_tasks):
+    if n_tasks == 1000 and not record.full:
+        pytest.skip("a batch of 250 steps takes half a minute: with --full")
+    training = Training(n_tasks, device)
+    groups = learned_groups(training.tasks)
+    sides = {"ours": ours(training, groups), PUBLISHED: published(training)}
+    rounds = {11: 60, 100: 6, 1000: 1}[n_tasks] if record.full else {11: 20, 100: 2}[n_tasks]
+    found = {name: [] for name in sides}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of the published code, as it is
+        for batch in sides.values():
+            batch()
+        for _ in range(rounds):
+            for name, batch in sides.items():
+                found[name].append(measure(training, batch, 1))
+    assert len(groups.partition) == max(2, n_tasks // 4)
+    total, outside = (statistics.mean(side) for side in zip(*found["ours"], strict=True))
+    theirs, their_outside = (statistics.mean(side) for side in zip(*found[PUBLISHED], strict=True))
+    record.add(
+        ALL,
+        n_tasks,
+        total,
+        {INSIDE: total - outside, PUBLISHED: theirs},
+        goals={INSIDE: GOALS[n_tasks]},
+    )
+    record.add(f"outside in a {ALL}", n_tasks, outside, {PUBLISHED: their_outside})
+
+
+@pytest.mark.parametrize("n_tasks", SIZES)
+def test_one_group_in_a_batch(record, device, n_tasks):
+    """Whole rounds, so that the regrouping at the head of each counts for its share."""
+    training = Training(n_tasks, device)
+    groups = learned_groups(training.tasks, **ONE_GROUP)
+    batch = ours(training, groups)
+    n_groups = max(2, n_tasks // 4)
+    rounds = max(1, (1000 if record.full else 100) // n_groups)
+    for _ in range(n_groups):
+        batch()
+    total, outside = measure(training, batch, rounds * n_groups)
+    joint, _ = measure(training, training.joint, 20)
+    assert len(groups.partition) == n_groups
+    record.add(
+        ONE,
+        n_tasks,
+        total,
+        {INSIDE: total - outside, JOINT: joint},
+        goals={INSIDE: GOALS[n_tasks]},
+    )
+
+
+@pytest.mark.parametrize("n_tasks", SIZES)
+def test_heads_as_one_module(record, device, n_tasks):
+    """A step on a group that observes all tasks, and a joint one; losses one by one and stacked."""
+    one_by_one, batched = (Training(n_tasks, device, heads) for heads in (dict, tg.BatchedHeads))
+    groups = learned_groups(one_by_one.tasks)
+    group = next(iter(groups))
+    members = [one_by_one.tasks.index(task) for task in group.tasks]
+
+    def step_on_a_group(training, stacked):
+        if stacked:
+            training.step(training.stacked_losses(group)[members].sum())
+        else:
+            losses = training.losses(group)
+            training.step(torch.stack([losses[task] for task in group.tasks]).sum())
+
+    def joint_step(training, stacked):
+        training.step(training.stacked_losses().sum()) if stacked else training.joint()
+
+    for name, step in (("step on a group, observed", step_on_a_group), ("joint step", joint_step)):
+        least = record.least_seconds(
+            {
+                "ours": lambda step=step: step(batched, True),
+                ONE_BY_ONE: lambda step=step: step(one_by_one, False),
+                f"{ONE_BY_ONE}, losses stacked": lambda step=step: step(one_by_one, True),
+                "heads as one, losses one by one": lambda step=step: step(batched, False),
+            }
+        )
+        record.add(f"{name}, heads as one", n_tasks, least.pop("ours"), least)

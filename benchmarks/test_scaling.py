@@ -2,11 +2,15 @@
 
 The losses are ready-made, ``{task: scalar}``, the groups learned: about K / 4 planted clusters.
 Ours is everything :class:`taskgroup.TaskGroups` does in a batch; the peer is the tracking and the
-clustering of the published code on the same losses, without its logging and its loop.
+clustering of the published code on the same losses, without its logging and its loop. Memory is
+what the process holds at its peak in that batch, above what it held before it made the groups.
 """
 
 import itertools
+import multiprocessing
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,3 +79,36 @@ def test_scaling(record, device, n_tasks):
     }
     assert set(groups.partition) == planted
     record.add("a batch, all groups", n_tasks, least["ours"], {PEER: least[PEER]})
+
+
+def resident(what):
+    """Bytes of this process, ``"VmRSS"`` now or ``"VmHWM"`` at the peak."""
+    kilobytes = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kilobytes[1]) * 1024
+
+
+def peak_of_a_batch(n_tasks):
+    """Bytes, in a process of its own."""
+    tasks = [f"task{k}" for k in range(n_tasks)]
+    losses = ready_losses(tasks, torch.device("cpu"))
+    matrix, _ = planted_affinity(n_tasks)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    groups = tg.TaskGroups(tasks, warmup=0, affinity=tg.ProximalAffinity(decay=DECAY))
+    groups.affinity.matrix.copy_(matrix)
+    for _ in range(2):
+        for group in groups:
+            group.loss(next(losses))
+    return resident("VmHWM") - before
+
+
+@pytest.mark.parametrize("n_tasks", [1000, 2000])
+def test_memory(record, n_tasks):
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak of a process is read from Linux's /proc")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        peak = pool.apply(peak_of_a_batch, (n_tasks,))
+    record.remark(
+        f"Memory with {n_tasks} tasks: {peak / 1e6:.0f} MB at the peak of a batch, "
+        f"{peak / 4 / n_tasks**2:.0f} K^2 floats."
+    )

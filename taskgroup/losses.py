@@ -134,8 +134,9 @@ class LossReader:
                 f"order {listed(self.tasks)}, got {type(losses).__name__}."
             )
         own = _at_least_float32(own)
-        weights = self.group(members).weights
-        if weights is not None:
+        if self.weights is not None:
+            weights = self.group(members).weights
+            assert weights is not None
             own = own * weights.to(own.dtype)
         if factors is not None:
             own = own * send_like(factors[list(members)], own)
@@ -285,6 +286,8 @@ class LossWatch:
             members: whose they are.
             absent: the tasks without a label, whose losses are zero.
         """
+        if values and min(values) > 0.0 and sum(values) < math.inf:  # false where one is NaN
+            return
         for k, value in zip(members, values, strict=True):
             if 0.0 < value < math.inf or k in self._warned or (k in absent and value == 0.0):
                 continue

@@ -478,7 +478,9 @@ class TaskGroups:
             self._batches += 1
             steps = self._plan(batch.present, observes)
             observes = observes and len(steps) > 1
-            to_measure, self._to_measure = _cut(self._to_measure, frozenset(batch.present)), ()
+            to_measure: Members = ()
+            if self._to_measure:
+                to_measure, self._to_measure = _cut(self._to_measure, frozenset(batch.present)), ()
             replay = self._replay_rng and len(steps) > 1
             random_state = RandomState(self._reader.device) if replay else None
             self._left_early += len(steps) > 1

@@ -1,8 +1,15 @@
 #include "host/normalised_affinity.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace taskgroup {
+
+namespace {
+
+constexpr int64_t kTile = 32;
+
+}  // namespace
 
 template <typename scalar_t>
 NormalisedAffinity normalise(const scalar_t* affinity, int64_t K) {
@@ -16,13 +23,21 @@ NormalisedAffinity normalise(const scalar_t* affinity, int64_t K) {
   }
   const auto& known = result.known;
   const auto n = static_cast<int64_t>(known.size());
-  result.similarity.resize(n * n);
+  auto& x = result.similarity;
+  x.resize(n * n);
+  std::vector<double> own(n);
+  for (int64_t k = 0; k < n; ++k) own[k] = entry(known[k], known[k]);
   for (int64_t i = 0; i < n; ++i) {
-    const double own = entry(known[i], known[i]);
-    for (int64_t k = 0; k <= i; ++k) {
-      const double there = entry(known[i], known[k]) / entry(known[k], known[k]);
-      const double back = entry(known[k], known[i]) / own;
-      result.similarity[i * n + k] = result.similarity[k * n + i] = (there + back) / 2.0;
+    for (int64_t k = 0; k < n; ++k) x[i * n + k] = entry(known[i], known[k]) / own[k];
+  }
+  // In tiles, so that neither a row nor a column leaves the cache before it is used up.
+  for (int64_t i0 = 0; i0 < n; i0 += kTile) {
+    for (int64_t k0 = 0; k0 <= i0; k0 += kTile) {
+      for (int64_t i = i0; i < std::min(i0 + kTile, n); ++i) {
+        for (int64_t k = k0; k < std::min(k0 + kTile, i + 1); ++k) {
+          x[i * n + k] = x[k * n + i] = (x[i * n + k] + x[k * n + i]) / 2.0;
+        }
+      }
     }
   }
   return result;
