@@ -186,7 +186,7 @@ class TaskGroups:
         grouping: from affinity to partition; ``AffinityPropagation()`` by default. Any callable
             that takes the matrix ``[K, K]`` and returns labels ``[K]``, or None for "keep".
         warmup: rounds before the first regrouping.
-        regroup_every: rounds from one regrouping to the next.
+        regroup_every: rounds from one regrouping to the next, of which the first ends the warm-up.
         groups_per_batch: groups dealt to one batch; None is the whole partition.
         observe_every: batches from one that observes the affinity to the next. Between them a step
             needs the losses of its own tasks only, so the other heads need not run.
@@ -581,8 +581,8 @@ class TaskGroups:
 
     def _begin_round(self) -> None:
         """Regroup where it is time, and shuffle the partition."""
-        warmup = self._warmup if self._learns else 0
-        if self._rounds > warmup and self._rounds % self._regroup_every == 0:
+        first = self._warmup + 1 if self._learns else self._regroup_every
+        if self._rounds >= first and (self._rounds - first) % self._regroup_every == 0:
             self._regroup()
         self._to_measure = self.affinity.draw(self._rounds)
         self._rounds += 1

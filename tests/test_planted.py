@@ -144,3 +144,22 @@ def test_first_order_identity():
         errors.append((seen - predicted[outside]).abs().max().item())
     # A tenth of the step, a hundredth of the error.
     assert errors[1] < 0.02 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("n_tasks", "clusters", "batches"),
+    [(150, 5, 900), pytest.param(1000, 10, 3000, marks=pytest.mark.full)],
+)
+def test_many_tasks_one_group_a_batch(n_tasks, clusters, batches):
+    """Warm-up is a round of every task alone; from then on a batch costs two steps."""
+    planted = Planted([n_tasks // clusters] * clusters, -0.9 / (clusters - 1), seed=0, dim=64)
+    groups = tg.TaskGroups(
+        planted.tasks,
+        affinity=tg.ProximalAffinity(decay=0.5),
+        grouping=tg.GraphColoring(),
+        warmup=1,
+        groups_per_batch=1,
+        regroup_every=10,
+    )
+    planted.train(groups, batches)
+    assert set(groups.partition) == planted.partition

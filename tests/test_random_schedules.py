@@ -68,7 +68,7 @@ def schedules(draw):
         n_tasks=n_tasks,
         grouping=draw(st.sampled_from(["learned", "learned", "together", "singletons", labels])),
         warmup=draw(st.integers(0, 3)),
-        regroup_every=draw(st.integers(1, 3)),
+        regroup_every=draw(st.integers(1, 4)),
         groups_per_batch=draw(st.one_of(st.none(), st.integers(1, 3))),
         observe_every=draw(st.integers(1, 3)),
         reduction=draw(st.sampled_from(["sum", "mean"])),
@@ -247,8 +247,8 @@ class Reference:
         dealt = []
         while not dealt:
             if not self.queue:
-                late = self.rounds > self.schedule.warmup
-                if self.learns and late and self.rounds % self.schedule.regroup_every == 0:
+                late = self.rounds - self.schedule.warmup - 1
+                if self.learns and late >= 0 and late % self.schedule.regroup_every == 0:
                     given = next(self.seen)
                     torch.testing.assert_close(given.double(), self.affinity, rtol=1e-4, atol=1e-6)
                     self.partition = self.grouped(by_threshold(given))

@@ -142,13 +142,24 @@ def test_warmup_and_regroup_every_count_rounds():
         calls.append(batch)
         return torch.zeros(4, dtype=torch.int64)
 
-    groups = tg.TaskGroups(TASKS, grouping=grouping, warmup=3, regroup_every=2)
+    groups = tg.TaskGroups(TASKS, grouping=grouping, warmup=3, regroup_every=5)
     toy = Toy()
-    for batch in range(9):
+    for batch in range(15):
         run(groups, toy)
-    # Rounds passed before batch n are n: more than 3, and even.
-    assert calls == [4, 6, 8]
+    # Rounds passed before batch n are n: more than 3, for the first time, and every fifth from it.
+    assert calls == [4, 9, 14]
     assert groups.partition == [("a", "b", "c", "d")]
+
+
+def test_groups_that_are_not_learned_change_every_so_many_rounds():
+    tasks = [f"task{k}" for k in range(20)]
+    groups = tg.TaskGroups(tasks, grouping=tg.RandomGroups(4), regroup_every=3)
+    partitions = [groups.partition]
+    for _ in range(12):
+        list(walk(groups))
+        partitions.append(groups.partition)
+    changes = {n for n in range(12) if partitions[n] != partitions[n + 1]}
+    assert changes == {3, 6, 9}
 
 
 def test_groups_per_batch_deals_a_round_over_batches():
