@@ -20,6 +20,8 @@ __all__ = ["statistics_once"]
 _layers: WeakKeyDictionary[nn.Module, WeakSet[_NormBase]] = WeakKeyDictionary()
 _scratch: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
 
 def statistics_once(module: nn.Module, group: Group) -> AbstractContextManager[None]:
     """Around a forward: running statistics move only for the first group that runs the module.
@@ -53,7 +55,9 @@ def statistics_once(module: nn.Module, group: Group) -> AbstractContextManager[N
         tensor([0.1000, 0.1000])
     """
     # While torch compiles the model as a whole there is no telling one group from another.
-    return nullcontext() if torch.compiler.is_compiling() else _hold(module, group)
+    if torch.compiler.is_compiling() or not _layers_of(module):
+        return _NOTHING
+    return _hold(module, group)
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,13 +90,14 @@ class TaskHeads(nn.Module, Mapping[str, nn.Module]):
         outputs = {}
         detached = _detached(features) if observed else None
         # In the order of the heads, whatever the group: replayed dropout then draws the same masks.
-        for task, head in self.items():
-            if task in graph:
-                with statistics_once(head, group):
-                    outputs[task] = head(features)
-            elif task in observed:
-                with torch.no_grad(), statistics_once(head, group):
-                    outputs[task] = head(detached)
+        wanted = (task for task in self if task in graph or task in observed)
+        for inside, tasks in itertools.groupby(wanted, graph.__contains__):
+            with nullcontext() if inside else torch.no_grad():
+                given = features if inside else detached
+                for task in tasks:
+                    head = self[task]
+                    with statistics_once(head, group):
+                        outputs[task] = head(given)
         return outputs
 
 
