@@ -174,7 +174,10 @@ class LossReader:
         self, losses: Mapping[str, Tensor], members: Members, needed: Members
     ) -> tuple[Tensor, Tensor]:
         try:
-            values = [losses[self.tasks[k]] for k in needed]
+            if needed == self.everyone and tuple(losses) == self.tasks:  # as many models give them
+                values = list(losses.values())
+            else:
+                values = [losses[self.tasks[k]] for k in needed]
             mine = values if members == needed else [losses[self.tasks[k]] for k in members]
             measured = torch.stack(values).detach()
             own = torch.stack(mine) if len(mine) > 1 else mine[0]

@@ -511,8 +511,8 @@ class TaskGroups:
                     )
                 self._close(group)
         finally:
-            if self._batch is batch:
-                self._batch = self._group = self._before = None
+            if self._batch is batch:  # the group outlives it, until the next batch begins
+                self._batch = self._before = None
 
     def _join_ranks(self) -> None:
         """Before the first batch, once all is set up around it."""
