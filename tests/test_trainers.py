@@ -1,5 +1,6 @@
 """In Lightning and Accelerate the loop trains what the plain loop trains, bit by bit."""
 
+import contextlib
 import os
 import sys
 import warnings
@@ -136,15 +137,14 @@ def test_accumulation_by_accelerate_is_refused(where, accelerate):
             else:
                 step(group)
 
-    with pytest.raises(RuntimeError, match=r"gradient_accumulation_steps=4.*share=1/n"):
-        if where == "around the batch":
-            with accelerator.accumulate(model):
-                batch()
-        else:
+    around = accelerator.accumulate if where == "around the batch" else contextlib.nullcontext
+    with pytest.raises(RuntimeError, match=r"gradient_accumulation_steps above 1.*share=1/n"):
+        with around(model):
             batch()
     assert [parameter.tolist() for parameter in model.parameters()] == before
     accelerator.gradient_accumulation_steps = 1  # as the sentence says
-    batch()
+    with around(model):
+        batch()
 
 
 def test_accumulation_with_accelerate_as_the_sentence_says(accelerate):
@@ -234,3 +234,41 @@ def test_batches_left_now_and_then_are_nobodys_business():
                 if batch % 15:
                     break
                 group.loss(losses_of(model, x, group))
+
+
+def test_a_trainer_that_takes_the_steps_itself(tmp_path, accelerate):
+    """Hugging Face's Trainer: one group a batch, learned from gradients."""
+    import transformers
+
+    model, _, _ = small()
+    affinity = tg.GradientAffinity(model.encoder)
+    groups = tg.TaskGroups(["a", "b", "c"], affinity=affinity, groups_per_batch=1, warmup=1)
+
+    class GroupTrainer(transformers.Trainer):
+        def compute_loss(self, model, inputs, **options):
+            group = next(iter(groups))
+            return group.loss(losses_of(model, inputs["x"], group))
+
+    def train(**options):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            max_steps=12,
+            per_device_train_batch_size=4,
+            remove_unused_columns=False,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            **options,
+        )
+        data = [{"x": torch.randn(3)} for _ in range(64)]
+        GroupTrainer(model, arguments, train_dataset=data).train()
+
+    train()
+    assert (affinity.matrix.diagonal() > 0).all()
+    assert len(groups.partition) < 3
+    groups = tg.TaskGroups(["a", "b", "c"], groups_per_batch=1)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+    with pytest.raises(RuntimeError, match="gradient_accumulation_steps above 1"):
+        train(gradient_accumulation_steps=2)
