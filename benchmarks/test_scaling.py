@@ -26,9 +26,9 @@ PEER = "published tracking and clustering"
 DECAY = 1e-12  # the planted clusters stay
 
 
-def planted_affinity(n_tasks):
-    """An affinity, float32 ``[K, K]``, of clusters of about four tasks, and their labels."""
-    labels = np.arange(n_tasks) % max(2, n_tasks // 4)
+def planted_affinity(n_tasks, clusters=None):
+    """An affinity, float32 ``[K, K]``, of clusters, by default of four tasks; and their labels."""
+    labels = np.arange(n_tasks) % (clusters or max(2, n_tasks // 4))
     rng = np.random.default_rng(0)
     matrix = np.where(labels[:, None] == labels, 0.5, -0.2)
     matrix = matrix + 0.05 * rng.standard_normal((n_tasks, n_tasks))

@@ -1,5 +1,6 @@
 """One thread: the tests are small, and two processes of two threads on two cores stand in line."""
 
+import pytest
 import torch
 
 from tests.backends import INTERPRETED
@@ -17,3 +18,13 @@ def pytest_configure(config):
         config.addinivalue_line(
             "filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter"
         )
+
+
+@pytest.fixture
+def accelerate():
+    """Accelerate, whose state would outlive the test."""
+    import accelerate
+
+    yield accelerate
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()

@@ -18,12 +18,6 @@ from tests.states import assert_same
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TRAINERS = ["lightning", "accelerate"]
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # within Lightning
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-]
-
 
 def train(trainer, folder, epochs, rank=0, world=1):
     """Run an example; what it saved: the model, the state of the optimizer, the groups."""
@@ -71,15 +65,6 @@ def train_accelerate(folder, epochs, world):
 def wait_for_all(world):
     if world > 1:
         torch.distributed.barrier()
-
-
-@pytest.fixture
-def accelerate():
-    """Accelerate, whose state outlives an Accelerator."""
-    accelerate = pytest.importorskip("accelerate")
-    yield accelerate
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
