@@ -234,8 +234,9 @@ def test_stacked_losses_of_the_observed_tasks(n):
                 losses = {task: total(output) for task, output in outputs.items()}
                 optimizer.zero_grad()
                 group.loss(torch.stack([*losses.values()]) if stacked else losses).backward()
-                for task in set(TASKS) - set(group.tasks):
-                    model.heads[task].zero_grad()  # a stack of all gives them zeros
+                if n == "all":  # with a graph for every head, to which the stack gives zeros
+                    for task in set(TASKS) - set(group.tasks):
+                        model.heads[task].zero_grad()
                 optimizer.step()
         trained.append((model.named_parameters(), affinity.matrix))
     assert_close(*(parameters for parameters, _ in trained))
