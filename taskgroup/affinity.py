@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from taskgroup.distributed import Ranks
 from taskgroup.gradients import gradients_through_grad, task_gradients
 from taskgroup.ops import gram_affinity_update_
-from taskgroup.ops._sharded import any_sharded
+from taskgroup.ops._sharded import any_sharded, put_shards_back
 from taskgroup.ops.affinity_update import update_checked_
 
 __all__ = ["Affinity", "GradientAffinity", "ProximalAffinity"]
@@ -267,6 +267,7 @@ class GradientAffinity(Affinity):
                 "back: call the MultiTaskModel with group=group."
             )
         else:
+            put_shards_back(model)
             found = gradients_through_grad(
                 list(losses.values()), self._shared, model.parameters(), retain_graph=True
             )

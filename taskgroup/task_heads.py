@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from taskgroup.ops._sharded import is_sharded
 from taskgroup.statistics import statistics_once
 
 if TYPE_CHECKING:
@@ -74,21 +75,17 @@ class TaskHeads(nn.Module, Mapping[str, nn.Module]):
         Returns:
             ``{task: output}`` in the order of the heads.
         """
-        if group is None:
-            return self.run(self, features)
-        graph, observed = set(group.graph), set(group.observed)
-        return self.run_group(features, graph, observed - graph, group)
+        return self.run(self, features) if group is None else self.run_group(features, group)
 
     def run(self, tasks: Collection[str], features: Any) -> dict[str, Any]:
         """The outputs of the heads of ``tasks``, in their order."""
         return {task: self[task](features) for task in tasks}
 
-    def run_group(
-        self, features: Any, graph: set[str], observed: set[str], group: Group
-    ) -> dict[str, Any]:
-        """The outputs of two sets of heads, with a graph and without."""
+    def run_group(self, features: Any, group: Group) -> dict[str, Any]:
+        """The outputs of the heads that a step needs, with a graph and without."""
         outputs = {}
-        detached = _detached(features) if observed else None
+        graph, observed = set(group.graph), set(group.observed)
+        detached = _detached(features) if observed > graph else None
         # In the order of the heads, whatever the group: replayed dropout then draws the same masks.
         wanted = (task for task in self if task in graph or task in observed)
         for inside, tasks in itertools.groupby(wanted, graph.__contains__):
@@ -120,7 +117,7 @@ class BatchedHeads(TaskHeads):
 
     It pays for heads whose cost is the calls, not the arithmetic; convolutions on feature maps are
     better run one by one. :meth:`MultiTaskModel.compile` compiles the encoder and leaves these as
-    they are.
+    they are. With FSDP2 they are sharded as one: ``fully_shard(model.heads)``.
 
     Args:
         heads: ``{task: module}``, of one or several kinds. Without buffers (running statistics
@@ -158,14 +155,14 @@ class BatchedHeads(TaskHeads):
                 outputs.update(zip(own, self._run_as_one(own, features), strict=True))
         return {task: outputs[task] for task in tasks}
 
-    def run_group(
-        self, features: Any, graph: set[str], observed: set[str], group: Group
-    ) -> dict[str, Any]:
-        """The outputs of two sets of heads, with a graph and without, a run for each."""
-        outputs = self.run(graph, features)
-        if observed:
-            with torch.no_grad():
-                outputs |= self.run(observed, _detached(features))
+    def run_group(self, features: Any, group: Group) -> dict[str, Any]:
+        """The outputs of the heads that a step needs, with a graph and without."""
+        own, graph, observed = set(group.tasks), set(group.graph), set(group.observed)
+        outputs = self.run(own, features)
+        # A run of their own: from one with the group the step would give them gradients of zero.
+        outputs |= self.run(graph - own, features)
+        with torch.no_grad():
+            outputs |= self.run(observed - graph, _detached(features))
         return {task: outputs[task] for task in self if task in outputs}
 
     def _run_as_one(self, tasks: list[str], features: Any) -> list[Any]:
@@ -173,6 +170,11 @@ class BatchedHeads(TaskHeads):
         own = [_parameters(head) for head in heads]
         if len(heads) == 1 or not own[0]:
             return [head(features) for head in heads]
+        if is_sharded(next(iter(own[0].values()))):
+            raise RuntimeError(
+                "BatchedHeads reads the parameters of all heads at once, and each head is sharded "
+                "by itself: shard them as one, fully_shard(model.heads)."
+            )
         stacked = {name: torch.stack([named[name] for named in own]) for name in own[0]}
 
         def run(parameters: dict[str, Tensor]) -> Any:

@@ -41,19 +41,27 @@ class Regression:
         return self.x[n % 60, own].to(self.device), self.y[n % 60, own].to(self.device)
 
 
-def make_model(dtype=torch.float64):
+def make_model(dtype=torch.float64, batched=False):
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Linear(6, 8), nn.Tanh())
-    return tg.MultiTaskModel(encoder, {task: nn.Linear(8, 1) for task in TASKS}).to(dtype)
+    heads = {task: nn.Linear(8, 1) for task in TASKS}
+    return tg.MultiTaskModel(encoder, tg.BatchedHeads(heads) if batched else heads).to(dtype)
+
+
+# What is sharded by itself, besides the encoder and the whole.
+SHARDED = {
+    "fsdp": lambda model: model.heads.values(),
+    "fsdp, heads with the whole": lambda model: (),
+    "fsdp, batched": lambda model: (model.heads,),
+}
 
 
 def wrapped(model, how):
-    if how == "ddp":
-        return DistributedDataParallel(model, find_unused_parameters=True)
-    if how == "fsdp":
-        for part in (model.encoder, *model.heads.values(), model):
+    if how in SHARDED:
+        for part in (model.encoder, *SHARDED[how](model), model):
             fully_shard(part)
-    return model
+        return model
+    return model if how is None else DistributedDataParallel(model, find_unused_parameters=True)
 
 
 def losses_of(outputs, y):
@@ -90,7 +98,7 @@ def train(
 ):
     """A run of the loop; what it did, and what it left."""
     data = Regression(dtype, device)
-    model = make_model(dtype).to(device)
+    model = make_model(dtype, batched="batched" in (how or "")).to(device)
     wrapper = wrapped(model, how)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     groups = tg.TaskGroups(
@@ -145,6 +153,9 @@ def assert_alike(got, expected, tolerance):
         ("fsdp", 2, "proximal", 60),
         ("fsdp", 2, "gradient", 15),
         ("fsdp", 4, "proximal", 8),
+        ("ddp, batched", 2, "gradient", 20),
+        ("fsdp, batched", 2, "gradient", 15),
+        ("fsdp, heads with the whole", 2, "gradient", 15),
     ],
 )
 def test_ranks_train_as_one_process(how, world, affinity, batches):
@@ -397,6 +408,7 @@ def mistakes(rank):
             losses_of(sharded(x), y), sharded.encoder.parameters(), batched=True
         )
     )
+    found["batched heads"] = said(wrapped(make_model(batched=True), "fsdp"), x)
 
     groups = tg.TaskGroups(TASKS)
     if rank == 0:  # it does not get as far as the exchange of losses, which the other would wait in
@@ -533,6 +545,7 @@ def test_every_mistake_is_told_on_every_rank():
             assert found["poison"] == []
         assert "call the MultiTaskModel with group=group" in found["heads"]
         assert "without batched=True" in found["batched"]
+        assert "fully_shard(model.heads)" in found["batched heads"]
 
 
 def gradients_of_shards(rank):

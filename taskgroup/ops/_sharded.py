@@ -11,14 +11,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from taskgroup.ops._gradient_list import Gradients
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["any_sharded", "gram_over_ranks", "is_sharded", "local_like", "wrapped"]
+__all__ = [
+    "any_sharded",
+    "gram_over_ranks",
+    "is_sharded",
+    "local_like",
+    "put_shards_back",
+    "wrapped",
+]
 
 
 def is_sharded(tensor: object) -> TypeGuard[DTensor]:
@@ -31,6 +38,19 @@ def any_sharded(gradients: list[Tensor]) -> bool:
     """Whether any of the gradients is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(isinstance(g, module.DTensor) for g in gradients)
+
+
+def put_shards_back(model: nn.Module) -> None:
+    """Let every parameter of a model be its shard, between a forward and the backward pass.
+
+    Modules that FSDP does not reshard after a forward, as the outermost one, hold whole parameters
+    there, while it is the shards that gradients come to.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local_like(gradient: Tensor | None, like: Tensor) -> Tensor | None:
