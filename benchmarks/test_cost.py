@@ -23,7 +23,7 @@ from taskgroup.experiment.recipe import read_recipe
 from taskgroup.vision import TASKONOMY
 
 EVERY = 5  # batches, of the settings that do not observe all
-JOINT, MODEL = "M joint steps", "the cost model"
+MODEL = "the cost model"
 TASKS = list(TASKONOMY)
 
 
@@ -48,7 +48,7 @@ OPTIONS = {
     "all groups, observed every 5th": {"observe_every": EVERY},
     "one group, observed every 5th": {"observe_every": EVERY, "groups_per_batch": 1},
 }
-STEPS = {"one group, observed every 5th": 1}  # in the place of M
+JOINT_STEPS = {"one group, observed every 5th": 1}  # to compare with, in the place of M
 
 
 def decoder(channels, out):
@@ -172,12 +172,13 @@ def test_cost(record, device, heads, n_groups):
     )
     for name, groups in settings.items():
         assert len(groups.partition) == n_groups
+        steps = JOINT_STEPS.get(name, n_groups)
         record.add(
             f"M = {n_groups}, {name}",
             len(TASKS),
             seconds[name],
             {
-                JOINT: STEPS.get(name, n_groups) * joint,
+                f"{steps} joint step{'s' * (steps > 1)}": steps * joint,
                 MODEL: PREDICTED[name](costs, n_groups, EVERY),
             },
             model=heads,
