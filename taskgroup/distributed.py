@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from taskgroup.ops._sharded import is_sharded
+from taskgroup.sentences import listed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # which not every build of torch has
@@ -37,8 +38,13 @@ class Ranks:
 
     def __init__(self, process_group: ProcessGroup | None) -> None:
         self.number = 1
+        self._joined = False
         self._process_group = process_group
         self._length = 2 * _PARTS
+
+    def changed(self) -> bool:
+        """Whether torch has joined processes, or parted them, since :meth:`join`."""
+        return self._joined != (dist.is_available() and dist.is_initialized())
 
     def join(self) -> None:
         """Find the other ranks.
@@ -46,7 +52,8 @@ class Ranks:
         Raises:
             RuntimeError: if this process is none of them.
         """
-        if not dist.is_available() or not dist.is_initialized():
+        self.number, self._joined = 1, dist.is_available() and dist.is_initialized()
+        if not self._joined:
             return
         number = dist.get_world_size(self._process_group)
         if number < 1:
@@ -126,7 +133,7 @@ class Ranks:
         if not {0, self.number}.issuperset(votes[:-_HEADER]):
             raise RuntimeError(
                 f"The ranks step on different groups; rank {dist.get_rank()} steps on "
-                f"{', '.join(tasks)}. {_LOOP_ALIKE}"
+                f"{listed(tasks)}. {_LOOP_ALIKE}"
             )
 
     def mean_gradients(

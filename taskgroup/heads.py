@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from taskgroup.sentences import listed
+
 __all__ = ["Heads", "Outside", "head_parameters", "prepare_gradients"]
 
 Heads = Mapping[str, nn.Module | Iterable[nn.Parameter]]
@@ -22,7 +24,7 @@ def head_parameters(heads: Heads, tasks: tuple[str, ...]) -> dict[str, list[nn.P
     """
     if differing := sorted(set(heads) ^ set(tasks)):
         raise ValueError(
-            f"heads must name every task once and no other; {', '.join(map(repr, differing))} is "
+            f"heads must name every task once and no other; {listed(differing)} are "
             "missing or unknown. A task without parameters of its own takes an empty list."
         )
     found = {}

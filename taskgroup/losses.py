@@ -180,7 +180,7 @@ class LossReader:
                 values = [losses[self.tasks[k]] for k in needed]
             mine = values if members == needed else [losses[self.tasks[k]] for k in members]
             measured = torch.stack(values).detach()
-            own = torch.stack(mine) if len(mine) > 1 else mine[0]
+            own = torch.stack(mine) if len(mine) > 1 else mine[0].clone()
         except (KeyError, TypeError, RuntimeError):
             self._explain(losses, members, needed)
             raise
@@ -317,20 +317,20 @@ def _checked_weights(
     if isinstance(weights, Mapping):
         if differing := sorted(set(weights) ^ set(tasks)):
             raise ValueError(
-                f"weights must name every task once and no other; {', '.join(map(repr, differing))}"
-                " is missing or unknown."
+                f"weights must name every task once and no other; {listed(differing)} are missing "
+                "or unknown."
             )
-        listed = [float(weights[task]) for task in tasks]
+        floats = [float(weights[task]) for task in tasks]
     else:
-        listed = [float(weight) for weight in weights]
-        if len(listed) != len(tasks):
-            raise ValueError(f"weights has {len(listed)} entries for {len(tasks)} tasks.")
-    for task, weight in zip(tasks, listed, strict=True):
+        floats = [float(weight) for weight in weights]
+        if len(floats) != len(tasks):
+            raise ValueError(f"weights has {len(floats)} entries for {len(tasks)} tasks.")
+    for task, weight in zip(tasks, floats, strict=True):
         if not 0.0 <= weight < math.inf:
             raise ValueError(
                 f"The weight of task {task!r} must be finite and not negative, got {weight}."
             )
-    return listed
+    return floats
 
 
 def _described(value: object) -> str:

@@ -63,7 +63,7 @@ class MultiTaskModel(nn.Module):
             **kwargs: to the encoder.
 
         Returns:
-            ``{task: output}``; with a group only the tasks in ``group.observed``.
+            ``{task: output}``; with a group those of ``group.observed``, in that order.
 
         Raises:
             ValueError: if the group has a task without a head.
@@ -83,7 +83,8 @@ class MultiTaskModel(nn.Module):
         group.model = self
         with statistics_once(self.encoder, group):
             features = self.encoder(*args, **kwargs)
-        return cast(dict[str, Any], self.heads(features, group))
+        outputs = self.heads(features, group)
+        return {task: outputs[task] for task in group.observed}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the encoder and each head apart, in place, with ``torch.compile``'s arguments.

@@ -247,7 +247,7 @@ class TaskGroups:
         self._observe_every = observe_every
         self._replay_rng = replay_rng
         self._ranks = Ranks(process_group)
-        self._joined = False  # the ranks, and they are alike
+        self._alike = False  # the ranks have been compared
         self._grouping = AffinityPropagation() if grouping is None else grouping
         # With one task there is nothing to learn.
         self._learns = len(self._tasks) > 1 and getattr(self._grouping, "reads_affinity", True)
@@ -440,7 +440,7 @@ class TaskGroups:
         self._batches = state["batches"]
         self.unconverged = state["unconverged"]
         self._stepping = self._copy = None
-        self._joined = False
+        self._alike = False
         self._unread.clear()
         self._copied = 0
         self._reader.forget_device()
@@ -450,17 +450,22 @@ class TaskGroups:
 
     def _deal(self, here: Members, *, everywhere: bool) -> Iterator[Group]:
         """One batch: its groups one by one, each from the same random state."""
-        if not self._joined:
-            self._join_ranks()
+        refuse_accumulation()
+        if self._ranks.changed():
+            self._ranks.join()
+            self._alike = False
+        if self._ranks.number > 1 and not self._alike:
+            self._ranks.check_alike(self._decisive(), len(self._tasks))
+            self._alike = True
         if self._left_early == _LEFT_EARLY:
             self._left_early += 1  # said once in a row
             warnings.warn(
-                f"The last {_LEFT_EARLY} batches were left before their last group, so that the "
-                "groups in them were not all stepped on and less was observed, or nothing. Where a "
+                f"The last {_LEFT_EARLY} batches of several steps were left before their last "
+                "group, so that not all groups were stepped on and little was observed. Where a "
                 "trainer takes one step per batch, take the steps yourself (in Lightning: "
                 "self.automatic_optimization = False), or choose groups_per_batch=1 with "
                 "GradientAffinity.",
-                stacklevel=3,
+                stacklevel=2,
             )
         several = self._ranks.number > 1
         batch = self._batch_of_ranks(here) if several and not everywhere else _Batch(here)
@@ -501,7 +506,7 @@ class TaskGroups:
                     place=place,
                     last=place == len(steps) - 1,
                 )
-                if group.last:
+                if group.last and len(steps) > 1:
                     self._left_early = 0
                 yield group
                 if self._batch is not batch:
@@ -513,14 +518,6 @@ class TaskGroups:
         finally:
             if self._batch is batch:  # the group outlives it, until the next batch begins
                 self._batch = self._before = None
-
-    def _join_ranks(self) -> None:
-        """Before the first batch, once all is set up around it."""
-        refuse_accumulation()
-        self._ranks.join()
-        if self._ranks.number > 1:
-            self._ranks.check_alike(self._decisive(), len(self._tasks))
-        self._joined = True
 
     def _decisive(self) -> dict[str, object]:
         """What the decisions follow from, by the name a user knows it by."""

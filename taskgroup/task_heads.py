@@ -13,6 +13,7 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from taskgroup.ops._sharded import is_sharded
+from taskgroup.sentences import listed
 from taskgroup.statistics import statistics_once
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class TaskHeads(nn.Module, Mapping[str, nn.Module]):
                 on detached features, and the rest not at all; None runs all with a graph.
 
         Returns:
-            ``{task: output}`` in the order of the heads.
+            ``{task: output}``.
         """
         return self.run(self, features) if group is None else self.run_group(features, group)
 
@@ -104,24 +105,22 @@ class BatchedHeads(TaskHeads):
     A thousand linear heads are two thousand calls to torch forth and back. Those of the same kind
     (classes, settings and shapes) run as one here: their parameters are stacked and the module
     mapped over them (``torch.func.vmap``). Every head keeps parameters of its own: optimizers,
-    checkpoints and :meth:`TaskGroups.attach` see no difference, and heads outside the group, which
-    are stacked without a graph, stay where they are. Outputs are those of the single heads to
-    rounding.
+    checkpoints and :meth:`TaskGroups.attach` see no difference, and a head whose output a step does
+    not use gets no gradient, so it stays where it is. Outputs are those of the single heads to
+    rounding; under autocast they may be float32 where a single head gives bfloat16.
 
-    Losses that are computed one by one would cost as much again: join the outputs and give
-    :meth:`Group.loss` one tensor::
+    Losses that are computed one by one would cost as much again: join the outputs, which come in
+    the order of ``group.observed``, and give :meth:`Group.loss` one tensor.
 
-        outputs = model(images, group=group)            # {task: [B, 1]}, n tasks
-        errors = torch.stack([*outputs.values()]) - targets[[*outputs]]     # [n, B, 1]
-        group.loss(errors.square().mean((1, 2))).backward()
-
-    It pays for heads whose cost is the calls, not the arithmetic; convolutions on feature maps are
-    better run one by one. :meth:`MultiTaskModel.compile` compiles the encoder and leaves these as
-    they are. With FSDP2 they are sharded as one: ``fully_shard(model.heads)``.
+    It pays for hundreds of heads whose cost is the calls, not the arithmetic; convolutions on
+    feature maps are better run one by one. :meth:`MultiTaskModel.compile` compiles the encoder and
+    leaves these as they are. With FSDP2 they are sharded as one: ``fully_shard(model.heads)``.
 
     Args:
         heads: ``{task: module}``, of one or several kinds. Without buffers (running statistics
             would not move) and, in training, without dropout (masks would depend on the group).
+            The first of a kind speaks for all: what is set on single heads afterwards (other
+            layers, hooks, ``eval()``) is not seen.
 
     Raises:
         ValueError: if a head has buffers.
@@ -130,8 +129,12 @@ class BatchedHeads(TaskHeads):
         >>> import taskgroup as tg
         >>> heads = tg.BatchedHeads({task: nn.Linear(4, 1) for task in ("a", "b", "c")})
         >>> model = tg.MultiTaskModel(nn.Linear(3, 4), heads)
-        >>> {task: tuple(output.shape) for task, output in model(torch.ones(2, 3)).items()}
-        {'a': (2, 1), 'b': (2, 1), 'c': (2, 1)}
+        >>> place = {"a": 0, "b": 1, "c": 2}
+        >>> targets = torch.zeros(3, 2, 1)      # of every task
+        >>> for group in tg.TaskGroups(list(heads)):
+        ...     outputs = model(torch.ones(2, 3), group=group)      # {task: [2, 1]}
+        ...     errors = torch.stack([*outputs.values()]) - targets[[place[t] for t in outputs]]
+        ...     group.loss(errors.square().mean((1, 2))).backward()
     """
 
     def __init__(self, heads: Mapping[str, nn.Module]) -> None:
@@ -157,25 +160,27 @@ class BatchedHeads(TaskHeads):
 
     def run_group(self, features: Any, group: Group) -> dict[str, Any]:
         """The outputs of the heads that a step needs, with a graph and without."""
-        own, graph, observed = set(group.tasks), set(group.graph), set(group.observed)
-        outputs = self.run(own, features)
-        # A run of their own: from one with the group the step would give them gradients of zero.
-        outputs |= self.run(graph - own, features)
+        graph = set(group.graph)
+        outputs = self.run(graph, features)
         with torch.no_grad():
-            outputs |= self.run(observed - graph, _detached(features))
-        return {task: outputs[task] for task in self if task in outputs}
+            outputs |= self.run(set(group.observed) - graph, _detached(features))
+        return outputs
 
     def _run_as_one(self, tasks: list[str], features: Any) -> list[Any]:
         heads = [self[task] for task in tasks]
         own = [_parameters(head) for head in heads]
-        if len(heads) == 1 or not own[0]:
+        names = list(own[0])
+        if not names:
             return [head(features) for head in heads]
-        if is_sharded(next(iter(own[0].values()))):
+        if is_sharded(own[0][names[0]]):
             raise RuntimeError(
                 "BatchedHeads reads the parameters of all heads at once, and each head is sharded "
                 "by itself: shard them as one, fully_shard(model.heads)."
             )
-        stacked = {name: torch.stack([named[name] for named in own]) for name in own[0]}
+        used: set[int] = set()
+        flat = [named[name] for name in names for named in own]
+        stacks = _Stack.apply(used, len(heads), *flat)  # type: ignore[no-untyped-call]
+        stacked = dict(zip(names, stacks, strict=True))
 
         def run(parameters: dict[str, Tensor]) -> Any:
             return functional_call(heads[0], parameters, (features,))
@@ -187,14 +192,56 @@ class BatchedHeads(TaskHeads):
             if "random" not in str(error):
                 raise
             raise RuntimeError(
-                f"The heads of {', '.join(tasks[:3])}{', ...' * (len(tasks) > 3)} draw random "
-                "numbers (dropout), which would differ from group to group where heads run as one; "
-                "leave the dropout to the encoder, or give MultiTaskModel the heads in a plain "
-                "dict."
+                f"The heads of {listed(tasks)} draw random numbers (dropout), which would differ "
+                "from group to group where heads run as one; leave the dropout to the encoder, or "
+                "give MultiTaskModel the heads in a plain dict."
             ) from error
         leaves, structure = tree_flatten(together)
-        parts = zip(*(leaf.unbind() for leaf in leaves), strict=True)
-        return [tree_unflatten(list(part), structure) for part in parts]
+        parts = [_Unstack.apply(used, leaf) for leaf in leaves]  # type: ignore[no-untyped-call]
+        return [tree_unflatten(list(part), structure) for part in zip(*parts, strict=True)]
+
+
+class _Stack(torch.autograd.Function):
+    """Parameters of n heads, those of one name after the other, as a stack for each name.
+
+    Back, a head gets a gradient only if its output was used: zero, as ``torch.stack`` gives, would
+    let momentum and weight decay move heads outside the group.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, used: set[int], n_heads: int, *flat: Tensor) -> tuple[Tensor, ...]:
+        ctx.used, ctx.n_heads = used, n_heads
+        names = range(0, len(flat), n_heads)
+        return tuple(torch.stack(flat[start : start + n_heads]) for start in names)
+
+    @staticmethod
+    def backward(ctx: Any, *stacks: Tensor) -> tuple[Tensor | None, ...]:
+        parts: list[Tensor | None] = []
+        for stack in stacks:
+            own = stack.unbind()
+            parts += [own[k] if k in ctx.used else None for k in range(ctx.n_heads)]
+        return (None, None, *parts)
+
+
+class _Unstack(torch.autograd.Function):
+    """The outputs of single heads; back, notes whose were used."""
+
+    @staticmethod
+    def forward(ctx: Any, used: set[int], stack: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.used, ctx.shape = used, stack.shape
+        return stack.unbind()
+
+    @staticmethod
+    def backward(ctx: Any, *parts: Tensor | None) -> tuple[None, Tensor | None]:
+        found = [part for part in parts if part is not None]
+        if not found:
+            return None, None
+        if not ctx.used:  # the first in this backward pass, of which there may be others
+            torch.autograd.Variable._execution_engine.queue_callback(ctx.used.clear)
+        ctx.used.update(k for k, part in enumerate(parts) if part is not None)
+        nothing = torch.zeros_like(found[0])
+        return None, torch.stack([nothing if part is None else part for part in parts])
 
 
 def _parameters(head: nn.Module) -> dict[str, nn.Parameter]:
@@ -210,14 +257,14 @@ def _detached(features: Any) -> Any:
 
 def kind_of(module: nn.Module) -> str:
     """The same for modules that differ in nothing but the values of their parameters."""
-    plain = (bool, int, float, str, tuple, type(None))
     of_every_module = vars(nn.Module()).keys()
     return repr(
         [
             (
+                path,
                 type(part),
                 {
-                    name: value if isinstance(value, plain) else id(value)
+                    name: value if _is_plain(value) else id(value)
                     for name, value in vars(part).items()
                     if name not in of_every_module
                 },
@@ -227,6 +274,13 @@ def kind_of(module: nn.Module) -> str:
                     if tensor is not None
                 ],
             )
-            for part in module.modules()
+            for path, part in module.named_modules()
         ]
     )
+
+
+def _is_plain(value: object) -> bool:
+    """Whether its ``repr`` says all."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str | None)

@@ -19,9 +19,10 @@ def refuse_accumulation() -> None:
     state = accelerate.GradientState()
     if state.num_steps > 1 or not state.sync_gradients:
         raise RuntimeError(
-            "Accelerate is set to gradient_accumulation_steps above 1, which would mix the groups: "
-            "leave it at 1 (accelerator.gradient_accumulation_steps = 1), and in each of the n "
-            "micro-batches of a group call accelerator.backward(group.loss(losses, share=1/n)), "
-            "then optimizer.step() once. In Hugging Face's Trainer there is no such place: take "
-            "larger batches."
+            "Accelerate (or an earlier Accelerator of this process) is set to "
+            "gradient_accumulation_steps above 1, which would mix the groups: leave it at 1 "
+            "(accelerator.gradient_accumulation_steps = 1), and in each of the n micro-batches of "
+            "a group call accelerator.backward(group.loss(losses, share=1/n)), then "
+            "optimizer.step() once. In Hugging Face's Trainer there is no such place: take larger "
+            "batches."
         )

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import taskgroup as tg
+from taskgroup.distributed import Ranks
 from tests.ranks import on_ranks
 
 TASKS = ["a", "b", "c", "d"]
@@ -559,6 +560,18 @@ def gradients_of_shards(rank):
     assert all(torch.equal(whole(p.grad), k) for p, k in zip(shared, kept, strict=True))
     assert all(isinstance(gradient, DTensor) for own in gradients for gradient in own)
     return tg.task_gram(gradients), [whole(g) for g in tg.combine(gradients, [1.0, 2.0, 3.0, 4.0])]
+
+
+def test_processes_may_be_joined_and_parted_between_batches(monkeypatch):
+    ranks = Ranks(None)
+    assert not ranks.changed()
+    for joined, number in ((True, 3), (False, 1), (True, 2)):
+        monkeypatch.setattr(dist, "is_initialized", lambda joined=joined: joined)
+        monkeypatch.setattr(dist, "get_world_size", lambda group, number=number: number)
+        assert ranks.changed()
+        ranks.join()
+        assert ranks.number == number
+        assert not ranks.changed()
 
 
 def test_gradients_of_sharded_parameters():

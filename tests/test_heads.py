@@ -271,8 +271,8 @@ def test_removed_handle_and_steps_outside_the_loop():
 @pytest.mark.parametrize(
     ("heads", "outside", "said"),
     [
-        ({"a": [], "b": []}, "hold", "'c' is missing or unknown.*empty list"),
-        ({"a": [], "b": [], "c": [], "d": []}, "hold", "'d' is missing or unknown"),
+        ({"a": [], "b": []}, "hold", r"\['c'\] are missing or unknown.*empty list"),
+        ({"a": [], "b": [], "c": [], "d": []}, "hold", r"\['d'\] are missing or unknown"),
         ({"a": [], "b": ["weight"], "c": []}, "hold", "head of task 'b'.*str"),
         ({"a": [], "b": [], "c": []}, "freeze", "'hold' or 'coast', got 'freeze'"),
     ],

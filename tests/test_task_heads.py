@@ -94,9 +94,10 @@ def test_without_a_group_outputs_and_gradients_are_those_of_the_single_heads(kin
     assert_close(*gradients)
 
 
+@pytest.mark.parametrize("called", ["group", "whole"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_in_groups_is_that_of_the_single_heads(kind, optimizer):
+def test_training_in_groups_is_that_of_the_single_heads(kind, optimizer, called):
     x = torch.randn(5, 3)
     models = both(kind)
     trained = []
@@ -111,9 +112,8 @@ def test_training_in_groups_is_that_of_the_single_heads(kind, optimizer):
         for batch in range(8):
             for group in groups:
                 before = copy.deepcopy({t: head.state_dict() for t, head in model.heads.items()})
-                outputs = model(x, group=group)
-                assert set(outputs) == set(group.observed)
-                assert [task for task in TASKS if task in outputs] == list(outputs)
+                outputs = model(x, group=group) if called == "group" else model(x)
+                assert list(outputs) == list(group.observed if called == "group" else TASKS)
                 stepper.zero_grad()
                 group.loss({task: total(output) for task, output in outputs.items()}).backward()
                 stepper.step()
@@ -124,6 +124,41 @@ def test_training_in_groups_is_that_of_the_single_heads(kind, optimizer):
         matrices = groups.affinity.matrix
     assert_close(*trained)
     assert matrices.any()
+
+
+def test_outputs_come_in_the_order_of_the_losses():
+    """Whatever the order of the heads, so that they can be stacked."""
+    heads = {task: nn.Linear(4, 2) for task in reversed(TASKS)}
+    for given in (heads, tg.BatchedHeads(heads)):
+        model = tg.MultiTaskModel(nn.Linear(3, 4), given)
+        for group in tg.TaskGroups(TASKS, grouping=tg.Fixed([TASKS[:2], TASKS[2:]])):
+            outputs = model(torch.randn(5, 3), group=group)
+            assert list(outputs) == list(group.observed)
+            stacked = torch.stack([total(output) for output in outputs.values()])
+            expected = sum(total(outputs[task]) for task in group.tasks)
+            torch.testing.assert_close(group.loss(stacked), expected)
+
+
+def test_under_autocast_a_task_is_computed_alike_alone_and_with_others():
+    _, model = both("linear")
+    groups = tg.TaskGroups(TASKS)
+    x = torch.randn(5, 3)
+    seen = []
+    for group in groups:
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(x, group=group)
+        seen.append(outputs)
+        group.skip()
+    for outputs in seen[1:]:
+        for task in TASKS:
+            assert torch.equal(outputs[task], seen[0][task])
+
+
+def test_settings_that_are_lists_are_of_one_kind():
+    heads = {task: nn.Conv1d(2, 3, 3, padding="same") for task in TASKS}
+    assert len(tg.BatchedHeads(heads)._kinds) == 1
+    named = [nn.ModuleDict({name: nn.Linear(2, 3)}) for name in "pq"]
+    assert len(tg.BatchedHeads(dict(zip("ab", named, strict=True)))._kinds) == 2
 
 
 def test_only_the_group_has_a_graph():
@@ -159,14 +194,15 @@ def test_a_copy_of_a_model_has_heads_of_its_own():
     assert (model(x)["keys"] != 3).all()
 
 
-def test_gradient_affinity_sees_the_same_gradients():
+@pytest.mark.parametrize("called", ["group", "whole"])
+def test_gradient_affinity_sees_the_same_gradients(called):
     """And heads that are measured outside the group stay where they are."""
     x = torch.randn(5, 3)
     found = []
     for model in both("linear"):
         affinity = tg.GradientAffinity(model.encoder, decay=1.0)
         for group in tg.TaskGroups(TASKS, affinity=affinity):
-            outputs = model(x, group=group)
+            outputs = model(x, group=group) if called == "group" else model(x)
             model.zero_grad()
             group.loss({task: total(output) for task, output in outputs.items()}).backward()
             reached = {t for t, head in model.heads.items() if head.weight.grad is not None}
@@ -204,7 +240,7 @@ def test_buffers_are_refused():
 def test_dropout_is_refused_where_it_draws():
     heads = {task: nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5)) for task in TASKS}
     model = tg.MultiTaskModel(nn.Linear(3, 4), tg.BatchedHeads(heads))
-    with pytest.raises(RuntimeError, match=r"depth, seg\.fine, keys, \.\.\. draw random numbers"):
+    with pytest.raises(RuntimeError, match=r"'depth', 'seg\.fine', .* draw random numbers"):
         model(torch.randn(5, 3))
     model.eval()(torch.randn(5, 3))
 

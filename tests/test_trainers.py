@@ -188,7 +188,9 @@ def test_a_trainer_that_steps_once_per_batch_is_told_of(tmp_path):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
     data = torch.utils.data.DataLoader(torch.zeros(30, 1))
-    with pytest.warns(UserWarning, match=r"last 20 batches.*automatic_optimization = False"):
+    with pytest.warns(
+        UserWarning, match=r"last 20 batches of several.*automatic_optimization = False"
+    ):
         trainer.fit(Wrong(), data)
 
 
@@ -207,6 +209,22 @@ def test_one_step_per_batch_with_gradient_affinity_is_a_batch():
             optimizer.step()
     assert (affinity.matrix.diagonal() > 0).all()
     assert len(groups.partition) < 3
+
+
+def test_one_group_a_batch_that_never_sees_its_second_step_is_told_of():
+    """Batches of one step between those that observe are no sign that all is well."""
+    model, _, x = small()
+    groups = tg.TaskGroups(["a", "b", "c"], groups_per_batch=1, observe_every=4)
+
+    def batch():
+        group = next(iter(groups))
+        group.loss(losses_of(model, x, group))
+
+    for _ in range(77):  # of which every fourth has a second step
+        batch()
+    with pytest.warns(UserWarning, match="last 20 batches of several steps") as caught:
+        batch()
+    assert caught[0].filename == __file__
 
 
 def test_batches_left_now_and_then_are_nobodys_business():
