@@ -104,6 +104,11 @@ def test_trainers(tmp_path, accelerate, monkeypatch):
     assert groups.affinity.matrix.any()
 
 
+def test_nothing_is_left_open():
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        assert not re.search(r"@[A-Z_]+@|TODO", page.read_text("utf-8")), page
+
+
 def test_cost():
     tasks = [f"task{k}" for k in range(30)]
     names = {
