@@ -114,7 +114,8 @@ class BatchedHeads(TaskHeads):
 
     It pays for hundreds of heads whose cost is the calls, not the arithmetic; convolutions on
     feature maps are better run one by one. :meth:`MultiTaskModel.compile` compiles the encoder and
-    leaves these as they are. With FSDP2 they are sharded as one: ``fully_shard(model.heads)``.
+    leaves these as they are, and so does ``torch.compile`` of the whole. With FSDP2 they are
+    sharded as one: ``fully_shard(model.heads)``.
 
     Args:
         heads: ``{task: module}``, of one or several kinds. Without buffers (running statistics
@@ -166,6 +167,8 @@ class BatchedHeads(TaskHeads):
             outputs |= self.run(set(group.observed) - graph, _detached(features))
         return outputs
 
+    # Traced, it would be settled then and for good whose outputs are used.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run_as_one(self, tasks: list[str], features: Any) -> list[Any]:
         heads = [self[task] for task in tasks]
         own = [_parameters(head) for head in heads]

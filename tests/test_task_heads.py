@@ -231,6 +231,22 @@ def test_compiled_the_encoder_is_and_the_heads_run_as_one():
         torch.testing.assert_close(outputs[task], output)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # read by the compiler
+def test_compiled_whole_heads_learn_and_hold():
+    one_by_one, model = both("linear")
+    x = torch.randn(5, 3)
+    compiled = torch.compile(model, backend="aot_eager")
+    for call in (one_by_one, compiled):
+        outputs = call(x)
+        (total(outputs["depth"]) + total(outputs["keys"])).backward()
+    for task, head in model.heads.items():
+        if task in ("depth", "keys"):
+            expected = one_by_one.heads[task].weight.grad
+            torch.testing.assert_close(head.weight.grad, expected)
+        else:
+            assert head.weight.grad is None
+
+
 def test_buffers_are_refused():
     heads = {task: nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)) for task in TASKS}
     with pytest.raises(ValueError, match=r"'depth' has the buffer '1.running_mean'.*plain dict"):
