@@ -152,11 +152,16 @@ class BatchedHeads(TaskHeads):
 
     def run(self, tasks: Collection[str], features: Any) -> dict[str, Any]:
         """The outputs of the heads of ``tasks``, those of one kind in one run."""
+        run_as_one = self._run_as_one
+        if torch.compiler.is_compiling():
+            # Traced, it would be settled then and for good whose outputs are used. Not a decorator:
+            # that would import the compiler with the package.
+            run_as_one = torch.compiler.disable(run_as_one)
         wanted = set(tasks)
         outputs: dict[str, Any] = {}
         for kind in self._kinds:
             if own := [task for task in kind if task in wanted]:
-                outputs.update(zip(own, self._run_as_one(own, features), strict=True))
+                outputs.update(zip(own, run_as_one(own, features), strict=True))
         return {task: outputs[task] for task in tasks}
 
     def run_group(self, features: Any, group: Group) -> dict[str, Any]:
@@ -167,8 +172,6 @@ class BatchedHeads(TaskHeads):
             outputs |= self.run(set(group.observed) - graph, _detached(features))
         return outputs
 
-    # Traced, it would be settled then and for good whose outputs are used.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run_as_one(self, tasks: list[str], features: Any) -> list[Any]:
         heads = [self[task] for task in tasks]
         own = [_parameters(head) for head in heads]
