@@ -1,8 +1,8 @@
 # make demo   train on the embedded photograph, three ways, and compare      (about 5 minutes)
 # make test   run the tests                                                  (about 5 minutes)
-# make full   the tests of which make test runs a part                       (about 2 minutes)
+# make full   the tests of which make test runs a part                       (about 3 minutes)
 # make lint   linters and type checker
-# make bench  benchmarks, printed as ratios                                  (about 2 minutes)
+# make bench  benchmarks, printed as ratios                                  (about 5 minutes)
 #             ARGS="--save --full" for all sizes, kept in benchmarks/results
 # make gpu    build, tests, sanitizers and benchmarks on a GPU               (under 9 minutes)
 #

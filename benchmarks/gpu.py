@@ -26,6 +26,8 @@ PYTEST = [
     *(sys.executable, "-m", "pytest", "-o", "addopts=--doctest-modules --import-mode=importlib"),
     *("-o", "filterwarnings=default", "-p", "no:cacheprovider", "-q"),
 ]
+BENCHMARKS = [*PYTEST, "-s", "--device", "cuda", "--save"]
+WHOLE_BATCHES = ["benchmarks/test_cost.py", "benchmarks/test_many_tasks.py"]  # minutes: at the end
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 
 
@@ -56,13 +58,10 @@ STEPS = [
     Step("tests", [*PYTEST, "tests/gpu"], 200),
     sanitizer("memcheck"),
     sanitizer("racecheck"),
-    Step(
-        "benchmarks",
-        [*PYTEST, "benchmarks", "-s", "--device", "cuda", "--save"],
-        200,
-    ),
+    Step("benchmarks", [*BENCHMARKS, "benchmarks", *(f"--ignore={f}" for f in WHOLE_BATCHES)], 200),
     sanitizer("synccheck"),
     sanitizer("initcheck"),
+    Step("benchmarks of whole batches", [*BENCHMARKS, *WHOLE_BATCHES], 150),
 ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -152,7 +153,7 @@ class LossReader:
         """
         if isinstance(losses, Tensor):
             stacked = len(losses) == len(self.tasks)
-            return [losses[k if stacked else needed.index(k)] for k in members]
+            return [losses[k if stacked else bisect_left(needed, k)] for k in members]
         found = [losses[self.tasks[k]] for k in members]
         for k, loss in zip(members, found, strict=True):
             if not loss.requires_grad:
@@ -257,7 +258,7 @@ class LossReader:
         # By index: a mask would have to be read on the host, and 0 * NaN is NaN.
         if given == self.everyone:
             return losses.index_select(0, self.group(wanted).index)
-        index = torch.tensor([given.index(k) for k in wanted])
+        index = torch.tensor([bisect_left(given, k) for k in wanted])
         return losses.index_select(0, self._send(index))
 
     def _settle_on(self, device: torch.device) -> None:

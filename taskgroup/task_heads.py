@@ -235,7 +235,7 @@ class _Unstack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, used: set[int], stack: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.used, ctx.shape = used, stack.shape
+        ctx.used = used
         return stack.unbind()
 
     @staticmethod

@@ -77,17 +77,19 @@ def test_a_trainer_trains_and_resumes_as_the_plain_loop(trainer, tmp_path):
 
 
 def train_all(rank, folder):
+    for name in TRAINERS:  # which go on from there
+        train(name, Path(folder) / name, epochs=1, rank=rank, world=2)
     names = ["plain", *TRAINERS]
-    return [train(name, Path(folder) / name, epochs=1, rank=rank, world=2) for name in names]
+    return [train(name, Path(folder) / name, epochs=3, rank=rank, world=2) for name in names]
 
 
 @pytest.mark.slow
-def test_a_trainer_on_two_ranks(tmp_path):
+def test_a_trainer_on_two_ranks_trains_and_resumes_as_ddp(tmp_path):
     for saved in on_ranks(train_all, str(tmp_path)):
         for state in saved[1:]:
             assert_same(state, saved[0])
     (model, _, groups), *_ = saved
-    assert groups["rounds"] == 10
+    assert groups["rounds"] > 20  # groups have been learned
     assert all(torch.isfinite(part).all() for part in model.values())
 
 
