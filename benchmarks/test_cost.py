@@ -80,7 +80,7 @@ class Network:
             model = tg.MultiTaskModel(model.encoder, heads)
         self.model = model.to(device)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
-        batch = self.problem.sample(8, torch.Generator().manual_seed(0))
+        batch = next(self.problem.batches(8, 0))
         self.batch = tree_map(lambda tensor: tensor.to(device), batch)
         self.images = self.problem.inputs(self.batch)
 

@@ -1,4 +1,4 @@
-"""The command line: ``taskgroup train | compare | affinity-gain``."""
+"""The command line: ``taskgroup train | evaluate | predict | data | compare | ...``."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ app = typer.Typer(
 )
 
 
+data_app = typer.Typer(no_args_is_help=True, help="Check a data set, or write a tiny one.")
+app.add_typer(data_app, name="data")
+
+
 @app.callback()
 def main() -> None:
     """Selective task group updates for multi-task learning."""
@@ -58,7 +62,17 @@ def train(
         Path | None, typer.Option(metavar="RUN", help="Folder of the run; new or empty.")
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(metavar="RUN", help="A finished run to compute Δm against.")
+        str | None,
+        typer.Option(metavar="RUN|FILE", help="A finished run to compute Δm against, or YAML."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where the data set is, if on disk.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="vit-t to vit-l, ...; tiny: random and small, no download.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="What the network sees, pixels.")
     ] = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped.")
@@ -71,6 +85,9 @@ def train(
         "batches": batches,
         "seed": seed,
         "baseline": baseline,
+        "root": data,
+        "backbone": backbone,
+        "size": size,
     }
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     with _errors_in_words():
@@ -137,6 +154,82 @@ def affinity_gain(
     given: dict[str, Any] = {} if batches is None else {"batches": batches}
     with _errors_in_words():
         _affinity_gain(recipe, seeds, given, set_ or [], jobs, out)
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    split: Annotated[
+        str, typer.Option(help="held_out, train, or validation where there is one.")
+    ] = "held_out",
+    data: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where the data is now, if it moved.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="RUN|FILE", help="To compute Δm against.")
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write all metrics as YAML, to be a baseline."),
+    ] = None,
+) -> None:
+    """Evaluate what runs have trained, finished or not, from their last checkpoint."""
+    with _errors_in_words():
+        _evaluate(runs, split, {} if data is None else {"root": data}, baseline, save)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Of any size.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the panels [RUN/predictions].")
+    ] = None,
+) -> None:
+    """Draw what a run predicts for images: a panel of all tasks for each."""
+    with _errors_in_words():
+        _predict(run, images, out or run / "predictions")
+
+
+@app.command()
+def figures(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    pair: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Tasks whose affinity is drawn.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the pictures.")] = Path(
+        "figures"
+    ),
+) -> None:
+    """Draw the paper's figures: time per batch, grouping, affinity over time."""
+    with _errors_in_words():
+        _figures(runs, _words(pair), out)
+
+
+@data_app.command()
+def check(
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a data set.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Compare names, read nothing.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes that read [one per core].")] = None,
+) -> None:
+    """Check a data set: counts, missing files, wrong sizes and types; status 1 if any."""
+    with _errors_in_words():
+        _check(root, quick, workers)
+
+
+@data_app.command()
+def mini(
+    name: Annotated[str, typer.Argument(help="nyud-v2, pascal-context or taskonomy.")],
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty.")],
+) -> None:
+    """Write a tiny data set in a public layout, of the photograph, to try recipes with."""
+    with _errors_in_words():
+        from taskgroup.vision.datasets.mini import write_mini
+
+        write_mini(name, root)
+        _say_where("Twelve small images", root)
+        command = f"taskgroup train {name} --data {root} --backbone tiny --size 64x64 --batches 50"
+        rich.get_console().print(f"Train on them: {command}", soft_wrap=True, highlight=False)
 
 
 @contextmanager
@@ -263,6 +356,106 @@ def _affinity_gain(
     report.write_csv(gains, measured.out / "gains.csv")
     report.affinity_gain_plot(gains, measured.out / "gains.png")
     _say_where("Tables and picture", measured.out)
+
+
+def _evaluate(
+    runs: list[Path],
+    split: str,
+    changes: dict[str, Any],
+    baseline: str | None,
+    save: Path | None,
+) -> None:
+    import yaml
+
+    from taskgroup.experiment.evaluation import delta_m, load_trained, read_baseline
+    from taskgroup.report.tables import evaluation_table
+
+    console = rich.get_console()
+    saved: dict[str, float] = {}
+    for run in runs:
+        trained = load_trained(run, changes)
+        problem = trained.problem
+        if split not in problem.splits:
+            raise ValueError(
+                f"{trained.recipe.data} has no split {split}; it has {', '.join(problem.splits)}."
+            )
+        metrics = problem.evaluate(trained.model, split)
+        delta = None
+        if baseline is not None:
+            delta = delta_m(metrics, read_baseline(baseline, list(metrics)), problem)
+        if twice := sorted(set(saved) & set(metrics)) if save else []:
+            raise ValueError(
+                f"{run} has a metric of {', '.join(twice)}, and so has a run before it; --save "
+                "takes one of each, as of single-task runs."
+            )
+        saved |= metrics
+        title = f"{run}, {trained.batch} batches, {split}"
+        console.print(evaluation_table(title, metrics, problem, baseline, delta))
+    if save is not None:
+        save.write_text(yaml.safe_dump(saved, sort_keys=False))
+        _say_where("The metrics", save)
+
+
+def _predict(run: Path, images: list[Path], out: Path) -> None:
+    from taskgroup.experiment.evaluation import load_trained
+
+    trained = load_trained(run)
+    out.mkdir(parents=True, exist_ok=True)
+    taken: dict[str, Path] = {}
+    for image in images:
+        name = f"{image.stem}.png"
+        if name in taken:
+            raise ValueError(f"{image} and {taken[name]} would both be drawn to {out / name}.")
+        taken[name] = image
+    for name, image in taken.items():
+        trained.problem.predict(trained.model, image, out / name)
+    _say_where("Panels of all tasks", out)
+
+
+def _figures(runs: list[Path], pair: list[str] | None, out: Path) -> None:
+    from taskgroup.experiment.history import load_run_data
+    from taskgroup.report.figures import figures as draw
+
+    if pair is not None and len(pair) != 2:
+        raise ValueError(f"--pair takes two tasks, got {', '.join(pair) or 'none'}.")
+    written, notes = draw(
+        [load_run_data(run) for run in runs], out, None if pair is None else (pair[0], pair[1])
+    )
+    for note in notes:
+        rich.get_console().print(note, soft_wrap=True, markup=False, highlight=False)
+    _say_where(", ".join(path.name for path in written) or "No pictures", out)
+
+
+def _check(root: Path, quick: bool, workers: int | None) -> None:
+    import os
+
+    from rich.progress import Progress
+
+    from taskgroup.report.tables import check_table
+    from taskgroup.vision.datasets.check import check as check_data
+    from taskgroup.vision.datasets.check import recognise
+
+    console = rich.get_console()
+    name = recognise(root)
+    with Progress(console=console, transient=True) as progress:
+        bars: dict[str, Any] = {}
+
+        def watch(split: str, done: int, of: int) -> None:
+            if split not in bars:
+                bars[split] = progress.add_task(split, total=of)
+            progress.update(bars[split], completed=done)
+
+        cores = len(os.sched_getaffinity(0)) if workers is None else workers
+        checked = list(check_data(root, quick=quick, workers=cores, watch=watch))
+    for split in checked:
+        for problem in split.problems:
+            console.print(problem, soft_wrap=True, markup=False, highlight=False)
+    console.print(check_table(f"{root}: {name}", checked))
+    n_problems = sum(len(split.problems) for split in checked)
+    if n_problems:
+        console.print(f"{n_problems} problems, listed above.", highlight=False)
+        raise typer.Exit(1)
+    console.print("Every name is there." if quick else "All is well.", highlight=False)
 
 
 @contextmanager

@@ -6,8 +6,9 @@ Needs the extra ``compare``, and Python 3.11 or later, as river does.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -66,8 +67,8 @@ class Yeast:
     """
 
     titles: Mapping[str, str] = {f"class{k}": f"Class {k}" for k in range(1, 15)}
-    lower_is_better = False
-    metric = "AUC"
+    lower_is_better: Mapping[str, bool] = dict.fromkeys(titles, False)
+    metrics: Mapping[str, str] = dict.fromkeys(titles, "AUC")
     splits = ("train", "validation", "held_out")
 
     def __init__(self, settings: Settings) -> None:
@@ -95,10 +96,13 @@ class Yeast:
             nn.Sequential(*layers), {task: nn.Linear(width, 1) for task in tasks}
         )
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> Table:
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Table]:
         """Random training genes, drawn with replacement."""
-        rows = torch.randint(len(self._train.features), (batch_size,), generator=generator)
-        return Table(self._train.features[rows], self._train.labels[rows])
+        generator = torch.Generator().manual_seed(seed)
+        n_genes = len(self._train.features)
+        drawn = (torch.randint(n_genes, (batch_size,), generator=generator) for _ in count())
+        for rows in islice(drawn, start, None):
+            yield Table(self._train.features[rows], self._train.labels[rows])
 
     def inputs(self, batch: Table) -> Tensor:
         """The features ``[B, 103]``."""
@@ -114,6 +118,14 @@ class Yeast:
 
     def draw(self, model: nn.Module, folder: Path) -> None:
         """Nothing: a table has no pictures."""
+
+    def predict(self, model: nn.Module, image: Path, out: Path) -> None:
+        """Nothing.
+
+        Raises:
+            ValueError: a table is not predicted from images.
+        """
+        raise ValueError("This run was trained on a table, not on images.")
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:

@@ -60,7 +60,9 @@ def _no_pictures(monkeypatch):
 def test_run_leaves_what_it_promises(finished):
     run, summary = finished
     left = {file.name for file in run.out.iterdir() if not file.name.startswith("events.")}
-    assert left == {"config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt", *PICTURES}
+    assert left == {
+        "config.yaml", "metrics.jsonl", "affinity.jsonl", "summary.json", "checkpoint.pt", *PICTURES
+    }  # fmt: skip
     assert any(file.name.startswith("events.out.tfevents") for file in run.out.iterdir())
     for picture in PICTURES:
         assert (run.out / picture).read_bytes().startswith(b"\x89PNG")
@@ -106,7 +108,7 @@ def state_of(out):
 def assert_same_run(out, other):
     assert (out / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
     ours, theirs = state_of(out)["trainer"], state_of(other)["trainer"]
-    for name in ("model", "groups", "data", "torch", "batch", "optimizer", "scheduler"):
+    for name in ("model", "groups", "drawn", "torch", "batch", "optimizer", "scheduler"):
         assert str(ours[name]) == str(theirs[name])
     for name, parameter in ours["model"].items():
         assert torch.equal(parameter, theirs["model"][name]), name
@@ -267,7 +269,7 @@ def test_recipe_from_a_file(tmp_path):
         (["--method", "jiont"], "no method 'jiont'; the methods are joint, "),
         (["--grouping", "kmeans"], "affinity-propagation, .*kmeans:M.* groups, got 'kmeans'"),
         (["--set", "tasks=normal,edges"], "motorcycle has no task 'edges'; its tasks are depth_"),
-        (["--set", "data=nyud"], "data must be one of motorcycle, yeast, got 'nyud'"),
+        (["--set", "data=nyud"], "data must be one of motorcycle, .*, got 'nyud'"),
         (["--grouping", "random:12"], "cannot fill 12 groups with 11 tasks"),
         (["--baseline", "nowhere"], "nowhere has no summary.json"),
     ],

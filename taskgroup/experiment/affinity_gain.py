@@ -171,11 +171,11 @@ class AffinityGain:
         n_tasks = len(self.tasks)
         gains = np.full((self.seeds, n_tasks, n_tasks), np.nan)
         alone = {task: _mean(self._metrics(self._joint(task), task)) for task in self.tasks}
-        sign = -1.0 if self.problem.lower_is_better else 1.0
         for (i, first), (k, second) in itertools.combinations(enumerate(self.tasks), 2):
             cells = self._joint(first, second)
             for row, column, task in ((i, k, second), (k, i, first)):
                 together = self._metrics(cells, task)
+                sign = -1.0 if self.problem.lower_is_better[task] else 1.0
                 gains[:, row, column] = sign * 100 * (together - alone[task]) / alone[task]
         affinity = {kind: self._mean_affinity(kind) for kind in self._kinds()}
         gain = _mean(gains)

@@ -13,6 +13,7 @@ import yaml
 
 import taskgroup as tg
 from taskgroup.experiment.cell import Cell, Result, open_folder
+from taskgroup.experiment.evaluation import delta_m
 from taskgroup.experiment.presets import JOINT, REFERENCE, Variant
 from taskgroup.experiment.problem import Problem, make_problem
 from taskgroup.experiment.recipe import Recipe
@@ -384,8 +385,7 @@ class Comparison:
             return math.nan
         metrics = result["metrics"][split]
         baseline = {task: value for task, value in self.single[split].items() if task in metrics}
-        lower = dict.fromkeys(metrics, self.problem.lower_is_better)
-        return tg.delta_m(metrics, baseline, lower)
+        return delta_m(metrics, baseline, self.problem)
 
     @property
     def single(self) -> dict[str, dict[str, float]]:

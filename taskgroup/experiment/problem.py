@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 import taskgroup as tg
@@ -21,6 +20,9 @@ __all__ = ["Problem", "data_names", "make_problem"]
 _WHERE = {
     "motorcycle": ("taskgroup.vision.photograph", "Photograph"),
     "yeast": ("taskgroup.tabular", "Yeast"),
+    "nyud-v2": ("taskgroup.vision.benchmark", "Benchmark"),
+    "pascal-context": ("taskgroup.vision.benchmark", "Benchmark"),
+    "taskonomy": ("taskgroup.vision.benchmark", "Benchmark"),
 }
 
 
@@ -29,8 +31,8 @@ class Problem(Protocol):
 
     Attributes:
         titles: ``{task: name}`` as shown, all tasks of the data set in their order.
-        lower_is_better: whether a smaller metric is the better one.
-        metric: what the metric is, in a word or two.
+        lower_is_better: ``{task: whether a smaller metric is the better one}``.
+        metrics: ``{task: what its metric is}``, in a word or two.
         score: from ``{task: loss}`` to ``{task: score}`` in (0, 1), higher is better; None where
             the losses give no such score.
         splits: what can be evaluated: ``"train"`` (fixed training data), ``"held_out"``, and
@@ -38,8 +40,8 @@ class Problem(Protocol):
     """
 
     titles: Mapping[str, str]
-    lower_is_better: bool
-    metric: str
+    lower_is_better: Mapping[str, bool]
+    metrics: Mapping[str, str]
     score: Callable[[Mapping[str, Tensor]], Mapping[str, float]] | None
     splits: Sequence[str]
 
@@ -47,8 +49,12 @@ class Problem(Protocol):
         """A fresh network for some of the tasks, from torch's global generator."""
         ...
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> Any:
-        """A random training batch."""
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Any]:
+        """An endless stream of random training batches, from one on.
+
+        What batch n holds follows from the seed and n alone. Batches are tuples, lists and dicts of
+        tensors on the CPU.
+        """
         ...
 
     def inputs(self, batch: Any) -> Tensor:
@@ -65,6 +71,10 @@ class Problem(Protocol):
 
     def draw(self, model: nn.Module, folder: Path) -> None:
         """Pictures of what the model predicts, where the data has any."""
+        ...
+
+    def predict(self, model: nn.Module, image: Path, out: Path) -> None:
+        """A picture of what the model predicts for an image file."""
         ...
 
 

@@ -35,15 +35,31 @@ class Recipe:
     """Everything that decides how a run goes.
 
     Attributes:
-        data: the data set: ``"motorcycle"`` (the embedded photograph) or ``"yeast"``.
+        data: the data set: ``"motorcycle"`` (the embedded photograph), ``"yeast"``, or one read
+            from ``root``: ``"nyud-v2"``, ``"pascal-context"``, ``"taskonomy"``.
+        root: folder of a data set that is read from disk.
+        subset: of Taskonomy's buildings: ``"tiny"``, ``"medium"`` or ``"fullplus"``.
         tasks: those to train, in the order of the data set; None is all.
-        size: side of the square crops, pixels.
+        size: height and width of what the network sees, pixels: one number, or ``"HxW"``.
         batch_size: samples per batch.
+        bad: what to do about a sample whose file is missing or broken: ``"stop"``, or ``"skip"`` it
+            with a warning.
+        workers: processes that read the data; 0 reads between the steps.
+        backbone: of an image network: ``"tiny"`` is a random ViT of the five settings that follow;
+            ``"vit-t"``, ``"vit-s"``, ``"vit-b"``, ``"vit-l"``; or what
+            :func:`taskgroup.vision.backbone` takes besides.
         patch: side of a ViT patch, pixels.
         dim: width of the network.
         depth: blocks of the ViT, a multiple of 4, or layers of the MLP.
         attention_heads: attention heads of a block.
         dropout: probability of dropout in the network.
+        weights: of a backbone other than ``"tiny"``: None takes its pretrained ones from the hub;
+            ``"random"``; or a folder.
+        decoder: of every task: ``"linear"``, a 1x1 convolution, or ``"conv"``: 3x3, BatchNorm and
+            ReLU before it.
+        drop_path: probability of stochastic depth in the last block of such a backbone.
+        device: ``"cpu"``, ``"cuda"``, or ``"auto"``: a GPU where there is one.
+        precision: of the network's forward: ``"float32"``, or ``"bfloat16"`` under autocast.
         batches: length of the run.
         lr: learning rate of the encoder, at the start; and of what a method learns besides.
         head_lr: learning rate of the heads, at the start; None is that of the encoder.
@@ -68,21 +84,33 @@ class Recipe:
         observe_every: batches between observations.
         seed: of the weights, the crops and the order of groups.
         checkpoint_every: batches between checkpoints.
-        baseline: folder of a finished run that Δm is computed against; None for no Δm.
+        evaluate_every: batches between evaluations on held-out data; None evaluates at the end.
+        baseline: what Δm is computed against: a finished run, or a YAML file of ``task: metric``;
+            None for no Δm.
 
     Raises:
         ValueError: for a value of the wrong type or outside its range.
     """
 
     data: str = "motorcycle"
+    root: str | None = None
+    subset: Literal["tiny", "medium", "fullplus"] = "tiny"
     tasks: tuple[str, ...] | None = None
-    size: int = 64
+    size: tuple[int, int] = (64, 64)
     batch_size: int = 8
+    bad: Literal["stop", "skip"] = "stop"
+    workers: int = 0
+    backbone: str = "tiny"
     patch: int = 8
     dim: int = 96
     depth: int = 4
     attention_heads: int = 4
     dropout: float = 0.0
+    weights: str | None = None
+    decoder: Literal["linear", "conv"] = "linear"
+    drop_path: float = 0.0
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    precision: Literal["float32", "bfloat16"] = "float32"
     batches: int = 300
     lr: float = 1e-3
     head_lr: float | None = None
@@ -102,15 +130,22 @@ class Recipe:
     observe_every: int = 1
     seed: int = 0
     checkpoint_every: int = 100
+    evaluate_every: int | None = None
     baseline: str | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = _typed(field.name, str(field.type), getattr(self, field.name))
             object.__setattr__(self, field.name, value)
-        for name in ("size", "batch_size", "patch", "dim", "depth", "batches", "checkpoint_every"):
+        for name in ("batch_size", "patch", "dim", "depth", "batches", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.evaluate_every is not None and self.evaluate_every < 1:
+            raise ValueError(f"evaluate_every must be at least 1, got {self.evaluate_every}.")
+        if self.workers < 0:
+            raise ValueError(f"workers must not be negative, got {self.workers}.")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}.")
         for name in ("lr", "head_lr", "weight_decay", "poly_power"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
@@ -221,6 +256,19 @@ def parse_changes(changes: Iterable[str]) -> dict[str, Any]:
     return parsed
 
 
+def _size(name: str, value: Any) -> tuple[int, int]:
+    """One number, ``"HxW"`` or two numbers, as a pair."""
+    sides = value.split("x") if isinstance(value, str) else value
+    sides = [value, value] if type(value) is int else sides
+    try:
+        height, width = (int(side) for side in sides)
+    except (TypeError, ValueError):
+        height = width = 0
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} must be a number of pixels or HxW, as 448x576; got {value!r}.")
+    return height, width
+
+
 def _typed(name: str, kind: str, value: Any) -> Any:
     """The value as the annotation has it: YAML reads 1e-3 as a string and 1 as an integer."""
     if kind.startswith("Literal"):
@@ -230,6 +278,8 @@ def _typed(name: str, kind: str, value: Any) -> Any:
         return str(value)
     if value is None and kind.endswith("| None"):
         return None
+    if kind == "tuple[int, int]":
+        return _size(name, value)
     if kind.startswith("tuple"):
         if isinstance(value, str):
             value = [word.strip() for word in value.split(",")]

@@ -16,14 +16,23 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 import taskgroup as tg
-from taskgroup.experiment.recipe import Recipe, read_recipe
-from taskgroup.experiment.trainer import MODEL_SECTIONS, Progress, Trainer
+from taskgroup.experiment.evaluation import (
+    CHECKPOINT_VERSION,
+    delta_m,
+    read_baseline,
+    read_checkpoint,
+    read_settings,
+)
+from taskgroup.experiment.problem import make_problem
+from taskgroup.experiment.recipe import Recipe
+from taskgroup.experiment.trainer import MODEL_SECTIONS, Progress, Trainer, task_names
 from taskgroup.report import plots
 
-__all__ = ["Interrupted", "Run", "load_metrics", "load_summary"]
+__all__ = ["Interrupted", "Run", "load_affinities", "load_metrics"]
 
-_CHECKPOINT_VERSION = 2
 _EVENTS_EVERY = 10  # batches; TensorBoard thins finer curves out anyway
+_AFFINITIES = 400  # that a run records, evenly spread: a picture shows no more
+_LINES = ("metrics.jsonl", "affinity.jsonl", "evaluations.jsonl")
 
 
 class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
@@ -33,9 +42,10 @@ class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
 class Run:
     """One training run in a folder of its own.
 
-    The folder holds ``config.yaml``; ``metrics.jsonl``, a line per batch; ``checkpoint.pt``;
-    TensorBoard events; and, at the end, ``summary.json`` and pictures. A run that was stopped, even
-    by SIGKILL, goes on exactly from its last checkpoint.
+    The folder holds ``config.yaml``; ``metrics.jsonl``, a line per batch; ``affinity.jsonl``, the
+    matrix 400 times a run; ``evaluations.jsonl`` where the recipe wants any on the way;
+    ``checkpoint.pt``; TensorBoard events; and, at the end, ``summary.json`` and pictures. A run
+    that was stopped, even by SIGKILL, goes on exactly from its last checkpoint.
 
     Args:
         recipe: the settings.
@@ -65,21 +75,24 @@ class Run:
             ValueError: if there is no run, or its checkpoint cannot be read.
         """
         out = Path(out)
-        config = out / "config.yaml"
-        if not config.is_file():
-            raise ValueError(f"{out} is no run: it has no config.yaml.")
         run = cls.__new__(cls)
-        run._set_up(read_recipe(config), out)
+        run._set_up(read_settings(out), out)
         if (out / "checkpoint.pt").is_file():
-            run._load(out / "checkpoint.pt")
-        run._cut_metrics()
+            state = read_checkpoint(out)
+            run.trainer.load_state_dict(state["trainer"])
+            run._seconds = state["seconds"]
+        for name in _LINES:
+            run._cut(out / name)
         return run
 
     def _set_up(self, recipe: Recipe, out: Path) -> None:
         self.recipe = recipe
         self.out = out
-        self._baseline = load_summary(recipe.baseline)["metrics"] if recipe.baseline else None
         self._seconds = 0.0  # in batches, everything
+        self._baseline: dict[str, float] | None = None
+        if recipe.baseline:
+            tasks = task_names(recipe, make_problem(recipe))
+            self._baseline = read_baseline(recipe.baseline, tasks)
         self.trainer = Trainer(recipe)
 
     @property
@@ -110,10 +123,14 @@ class Run:
                 started = time.perf_counter()
                 progress = trainer.step()
                 _write_line(metrics, progress)
+                if trainer.batch % max(1, self.recipe.batches // _AFFINITIES) == 0:
+                    self._record_affinity()
                 if trainer.batch % _EVENTS_EVERY == 0:
                     _write_events(board, progress)
                 listen(progress)
                 self._seconds += time.perf_counter() - started
+                if self._evaluates_now():
+                    self._record_evaluation(board)
                 if stop.asked or trainer.batch % self.recipe.checkpoint_every == 0:
                     self.save()
                 if stop.asked:
@@ -128,14 +145,33 @@ class Run:
                 self.save()
         return self._finish()
 
+    def _record_affinity(self) -> None:
+        if self.recipe.method != "selective":
+            return
+        matrix = self.trainer.groups.affinity.matrix.tolist()
+        rounded = [[float(f"{value:.5g}") for value in row] for row in matrix]
+        self._append("affinity.jsonl", {"batch": self.batch, "matrix": rounded})
+
+    def _evaluates_now(self) -> bool:
+        every = self.recipe.evaluate_every  # the end is evaluated anyway
+        return every is not None and self.batch % every == 0 and self.batch < self.recipe.batches
+
+    def _record_evaluation(self, board: SummaryWriter) -> None:
+        metrics = self.trainer.evaluate("held_out")
+        self._append("evaluations.jsonl", {"batch": self.batch, "metrics": metrics})
+        for task, value in metrics.items():
+            board.add_scalar(f"held_out/{task}", value, self.batch)
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        with (self.out / name).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
     def _finish(self) -> dict[str, Any]:
         trainer, problem, groups = self.trainer, self.trainer.problem, self.trainer.groups
         metrics = trainer.evaluate("held_out")
         delta = None
         if self._baseline is not None:
-            delta = tg.delta_m(
-                metrics, self._baseline, dict.fromkeys(metrics, problem.lower_is_better)
-            )
+            delta = delta_m(metrics, self._baseline, problem)
         history = load_metrics(self.out)
         inside = sum(trainer.seconds[section] for section in MODEL_SECTIONS)
         summary = {
@@ -143,8 +179,8 @@ class Run:
             "method": self.recipe.method,
             "batches": trainer.batch,
             "steps": sum(len(line["groups"]) for line in history),
-            "metric": problem.metric,
-            "lower_is_better": problem.lower_is_better,
+            "metric": {task: problem.metrics[task] for task in metrics},
+            "lower_is_better": {task: problem.lower_is_better[task] for task in metrics},
             "metrics": metrics,
             "delta_m": delta,
             "baseline": self.recipe.baseline,
@@ -179,28 +215,26 @@ class Run:
             OSError: if it cannot be written; the sentence says so.
         """
         state = {
-            "version": _CHECKPOINT_VERSION,
+            "version": CHECKPOINT_VERSION,
             "seconds": self._seconds,
             "trainer": self.trainer.state_dict(),
         }
         tg.checkpoint.save(self.out / "checkpoint.pt", state)
 
-    def _load(self, path: Path) -> None:
-        state = tg.checkpoint.load(path)
-        version = state.get("version")
-        if version != _CHECKPOINT_VERSION:
-            raise ValueError(
-                f"{path} has version {version}, this taskgroup reads {_CHECKPOINT_VERSION}; "
-                "resume with the taskgroup that wrote it."
-            )
-        self.trainer.load_state_dict(state["trainer"])
-        self._seconds = state["seconds"]
-
-    def _cut_metrics(self) -> None:
+    def _cut(self, path: Path) -> None:
         """Drop the lines of batches that ran after the checkpoint, and a line cut short."""
-        path = self.out / "metrics.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        tg.checkpoint.write_atomically(path, lambda file: file.writelines(lines[: self.batch]))
+        if path.is_file():
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if 1 <= _batch_of(line) <= self.batch]
+            tg.checkpoint.write_atomically(path, lambda file: file.writelines(kept))
+
+
+def _batch_of(line: bytes) -> int:
+    """The batch that a line is about; 0 for one cut short."""
+    try:
+        return int(json.loads(line)["batch"]) if line.endswith(b"\n") else 0
+    except ValueError:
+        return 0
 
 
 def load_metrics(run: str | Path) -> list[dict[str, Any]]:
@@ -209,17 +243,13 @@ def load_metrics(run: str | Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def load_summary(run: str | Path) -> dict[str, Any]:
-    """``summary.json`` of a finished run.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    path = Path(run) / "summary.json"
+def load_affinities(run: str | Path) -> list[dict[str, Any]]:
+    """The lines of ``affinity.jsonl`` of a run; none if it learned no affinity."""
+    path = Path(run) / "affinity.jsonl"
     if not path.is_file():
-        raise ValueError(f"{run} has no summary.json: it is no run, or not finished.")
-    summary: dict[str, Any] = json.loads(path.read_text())
-    return summary
+        return []
+    with path.open() as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
 
 
 class _Stop:

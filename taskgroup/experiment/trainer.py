@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import PolynomialLR
+from torch.utils._pytree import tree_map
 
 import taskgroup as tg
 from taskgroup.experiment.credit import PublishedCredit
 from taskgroup.experiment.problem import Problem, make_problem
 from taskgroup.experiment.recipe import Recipe
 
-__all__ = ["MODEL_SECTIONS", "Progress", "Trainer", "task_names"]
+__all__ = ["MODEL_SECTIONS", "Progress", "Trainer", "find_device", "task_names"]
 
 #: What a user would pay for without taskgroup, of the parts of a batch that are timed.
 MODEL_SECTIONS = ("forward", "loss", "backward", "optimizer")
@@ -57,6 +58,7 @@ class Trainer:
         tasks: those that are trained.
         model: the network.
         groups: the task groups; for a joint method all tasks are one.
+        device: that it is trained on.
         batch: batches done.
         skipped: those without a step, for which the method found no weights.
         seconds: ``{section: seconds}``, so far.
@@ -73,10 +75,12 @@ class Trainer:
         self.batch = 0
         self.skipped = 0
         self.seconds = dict.fromkeys(MODEL_SECTIONS, 0.0)
-        self._data = torch.Generator().manual_seed(recipe.seed)
+        self.device = find_device(recipe.device)
+        self._drawn = 0
+        self._stream = self.problem.batches(recipe.batch_size, recipe.seed)
 
         torch.manual_seed(recipe.seed)
-        self.model = self.problem.model(self.tasks)
+        self.model = self.problem.model(self.tasks).to(self.device)
         self.groups = self._make_groups()
         self._method = self._make_method()
         head_lr = recipe.lr if recipe.head_lr is None else recipe.head_lr
@@ -117,6 +121,10 @@ class Trainer:
         )
 
     @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
     def _steps_on_groups(self) -> bool:
         return self.recipe.method in ("selective", "joint")
 
@@ -137,7 +145,7 @@ class Trainer:
         Raises:
             FloatingPointError: if a loss is not finite.
         """
-        batch = self.problem.sample(self.recipe.batch_size, self._data)
+        batch = self._next()
         method = self._method
         losses, stepped = (
             self._step_on_groups(batch) if method is None else self._step_jointly(batch, method)
@@ -151,6 +159,20 @@ class Trainer:
             groups=stepped,
             partition=self.groups.partition,
         )
+
+    def _next(self) -> Any:
+        """The next batch of the stream, on the device."""
+        batch = next(self._stream)
+        self._drawn += 1
+        return tree_map(lambda tensor: tensor.to(self.device, non_blocking=True), batch)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.recipe.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def _losses(self, outputs: Mapping[str, Tensor], batch: Any) -> dict[str, Tensor]:
+        """In float32: a bfloat16 has no digits to tell what one step changed."""
+        return self.problem.losses({task: out.float() for task, out in outputs.items()}, batch)
 
     def _values(self, losses: dict[str, Tensor]) -> dict[str, float]:
         values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
@@ -169,9 +191,10 @@ class Trainer:
         stepped = []
         for group in self.groups:
             clock.start()
-            outputs = self.model(inputs, group=group)
+            with self._autocast():
+                outputs = self.model(inputs, group=group)
             clock.lap("forward")
-            losses = self.problem.losses(outputs, batch)
+            losses = self._losses(outputs, batch)
             clock.lap("loss")
             self.optimizer.zero_grad()
             clock.lap("optimizer")
@@ -196,9 +219,10 @@ class Trainer:
         inputs = self.problem.inputs(batch)
         clock = _Clock(self.seconds)
         clock.start()
-        outputs = self.model(inputs)
+        with self._autocast():
+            outputs = self.model(inputs)
         clock.lap("forward")
-        losses = self.problem.losses(outputs, batch)
+        losses = self._losses(outputs, batch)
         clock.lap("loss")
         self.optimizer.zero_grad()
         clock.lap("optimizer")
@@ -214,8 +238,9 @@ class Trainer:
             self.optimizer.step()
         clock.lap("optimizer")
         if method.observes_step:
-            with torch.no_grad():
-                method.observe(self.problem.losses(self.model(inputs), batch))
+            with torch.no_grad(), self._autocast():
+                outputs = self.model(inputs)
+            method.observe(self._losses(outputs, batch))
             clock.lap("forward")
         return values, [tuple(self.tasks)]
 
@@ -234,10 +259,10 @@ class Trainer:
 
     def lookahead(self) -> Tensor:
         """The inter-task affinity by its definition, ``[K, K]``, on a fresh batch."""
-        batch = self.problem.sample(self.recipe.batch_size, self._data)
+        batch = self._next()
         inputs = self.problem.inputs(batch)
         return tg.lookahead_affinity(
-            lambda: self.problem.losses(self.model(inputs), batch),
+            lambda: self._losses(self.model(inputs), batch),
             self.optimizer,
             self.model.encoder,
         )
@@ -257,8 +282,9 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "groups": self.groups.state_dict(),
             "method": {} if self._method is None else self._method.state_dict(),
-            "data": self._data.get_state(),
+            "drawn": self._drawn,
             "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self.device) if self._on_gpu else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -269,14 +295,31 @@ class Trainer:
         self.groups.load_state_dict(state["groups"])
         if self._method is not None:
             self._method.load_state_dict(state["method"])
-        self._data.set_state(state["data"])
+        self._drawn = state["drawn"]
+        recipe = self.recipe
+        self._stream = self.problem.batches(recipe.batch_size, recipe.seed, self._drawn)
         torch.set_rng_state(state["torch"])
+        if self._on_gpu and state["cuda"] is not None:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
         self.batch = state["batch"]
         self.skipped = state["skipped"]
         self.seconds = state["seconds"]
 
 
 _EPOCHS = 20  # that DWA divides a run into: batches are drawn at random, without epochs
+
+
+def find_device(name: str) -> torch.device:
+    """The device that a recipe names; ``"auto"`` is a GPU where torch sees one.
+
+    Raises:
+        ValueError: if there is no GPU where one is asked for.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda needs a GPU and a torch that sees it; take device: cpu.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def task_names(recipe: Recipe, problem: Problem) -> list[str]:

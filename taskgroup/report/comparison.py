@@ -180,7 +180,7 @@ def markdown(table: Any, command: str) -> str:
     parts.append(_markdown_table(*_difference_rows(table)))
     parts.append("\n".join(f"- {note}" for note in _notes(table)))
     for budget in table.budgets:
-        parts.append(f"## {_sentence(table.problem.metric)} of each task, {budget.title}")
+        parts.append(f"## {_metric(table)} of each task, {budget.title}")
         parts.append(
             "Mean over the seeds; in brackets the gain over single-task training in percent."
         )
@@ -205,7 +205,9 @@ def write_csv(table: Any, path: str | os.PathLike[str]) -> None:
     """All figures, a line per variant, budget and split."""
     with Path(path).open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(_COLUMNS + [f"{table.problem.metric} {task}" for task in table.tasks])
+        writer.writerow(
+            _COLUMNS + [f"{table.problem.metrics[task]} {task}" for task in table.tasks]
+        )
         for row in table.rows:
             for (budget, split), delta in row.delta.items():
                 gain = row.gain[budget, split]
@@ -373,16 +375,22 @@ def _difference_rows(table: Any) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def _metric(table: Any) -> str:
+    """What the tasks' metric is called, if all have the same."""
+    names = {table.problem.metrics[task] for task in table.tasks}
+    return names.pop() if len(names) == 1 else "Metric"
+
+
 def _task_rows(table: Any, budget: str, split: str) -> tuple[list[str], list[list[str]]]:
     single = table.single[split]
     titles = [table.problem.titles[task] for task in table.tasks]
     rows = [["Single-task", *(f"{single[task]:.4f}" for task in table.tasks)]]
-    sign = -1 if table.problem.lower_is_better else 1
     for row in table.rows:
         metrics = row.metrics.get((budget, split), {})
         cells = [row.variant.title]
         for task in table.tasks:
             if task in metrics:
+                sign = -1 if table.problem.lower_is_better[task] else 1
                 gain = sign * 100 * (metrics[task] - single[task]) / single[task]
                 cells.append(f"{metrics[task]:.4f} ({gain:+.1f})")
             else:
@@ -453,10 +461,6 @@ def _figure(value: object) -> str:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.6g}"
     return str(value)
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -15,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-__all__ = ["affinity", "cogrouping", "number_of_groups", "predictions"]
+__all__ = ["affinity", "cogrouping", "number_of_groups", "panel", "predictions"]
 
 Path = str | os.PathLike[str]
 Titles = Mapping[str, str]  # task -> what a figure calls it
@@ -110,64 +109,70 @@ def number_of_groups(counts: Sequence[int], warmup: int, path: Path) -> None:
 
 
 def predictions(
-    image: Tensor,
+    images: Tensor,
     targets: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor],
     outputs: Mapping[str, Tensor],
     titles: Titles,
     path: Path,
 ) -> None:
-    """Input, target and prediction of every task on some crops; unknown pixels are grey.
+    """Input, target and prediction of every task on some samples.
 
     Args:
-        image: ``[N, 3, H, W]`` in [-1, 1].
-        targets: ``{task: [N, C, H, W]}`` with one to three channels.
-        masks: ``{task: [N, 1, H, W]}``, bool, True where the target is known.
-        outputs: ``{task: [N, C, H, W]}``.
+        images: ``[N, H, W, 3]`` in [0, 1], as all pictures.
+        targets: ``{task: [N, H, W, 3]}``.
+        outputs: ``{task: [N, H, W, 3]}``.
         titles: of the tasks, in the order of the columns.
         path: of the PNG.
     """
-    crops, columns = len(image), len(titles) + 1
-    tight = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, hspace=0.02, wspace=0.02)
-    figure = Figure(figsize=(1.15 * columns, 2.3 * crops + 0.35), layout=tight)
-    grid: Any = figure.subplots(2 * crops, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-    for n in range(crops):
+    n_samples, columns = len(images), len(titles) + 1
+    aspect = images.shape[1] / images.shape[2]
+    figure = Figure(figsize=(1.15 * columns, 2.3 * aspect * n_samples + 0.35), layout=_tight())
+    grid = _empty_grid(figure, 2 * n_samples, columns)
+    for n in range(n_samples):
         target_row, output_row = grid[2 * n], grid[2 * n + 1]
-        target_row[0].imshow((image[n].movedim(0, -1).numpy() + 1) / 2)
+        target_row[0].imshow(images[n].numpy())
         target_row[0].set_ylabel("target", fontsize=8)
         output_row[0].set_ylabel("prediction", fontsize=8)
         for column, task in enumerate(titles, start=1):
-            known = masks[task][n, 0].numpy()
-            low, high = _range(targets[task], masks[task])
-            for axes, values in ((target_row[column], targets), (output_row[column], outputs)):
-                axes.imshow(_picture(values[task][n], low, high, known))
+            target_row[column].imshow(targets[task][n].numpy())
+            output_row[column].imshow(outputs[task][n].numpy())
     grid[0][0].set_title("input", fontsize=8)
     for column, title in enumerate(titles.values(), start=1):
         grid[0][column].set_title(title.replace(" ", "\n", 1), fontsize=8)
     figure.savefig(path, dpi=_DPI)
 
 
-def _range(target: Tensor, mask: Tensor) -> tuple[float, float]:
-    """What to show as black and white: the 2nd and 98th percentile over all crops."""
-    known = target[mask.expand_as(target)]
-    if known.numel() == 0:
-        return -1.0, 1.0
-    low, high = torch.quantile(known, torch.tensor([0.02, 0.98])).tolist()
-    return low, max(high, low + 1e-6)
+def panel(image: Tensor, outputs: Mapping[str, Tensor], titles: Titles, path: Path) -> None:
+    """One image and what was predicted for it, side by side, four in a row.
+
+    Args:
+        image: ``[H, W, 3]`` in [0, 1], as all pictures.
+        outputs: ``{task: [H, W, 3]}``.
+        titles: of the tasks, in order.
+        path: of the PNG.
+    """
+    pictures = {"input": image, **{title: outputs[task] for task, title in titles.items()}}
+    columns = min(4, len(pictures))
+    rows = -(-len(pictures) // columns)
+    height = 2.6 * image.shape[0] / image.shape[1] + 0.25
+    figure = Figure(figsize=(2.6 * columns, height * rows), layout=_tight())
+    places = _empty_grid(figure, rows, columns).flat
+    for axes, (title, picture) in zip(places, pictures.items(), strict=False):
+        axes.imshow(picture.numpy())
+        axes.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=_DPI)
 
 
-def _picture(values: Tensor, low: float, high: float, known: np.ndarray) -> np.ndarray:
-    """``[C, H, W]`` as RGB: grey levels for one channel, red and green for two."""
-    scaled = ((values.float().numpy() - low) / (high - low)).clip(0, 1)
-    channels = {1: [0, 0, 0], 2: [0, 1, 1], 3: [0, 1, 2]}[len(scaled)]
-    picture: np.ndarray = np.moveaxis(scaled[channels], 0, -1).copy()
-    if len(scaled) == 2:
-        picture[..., 2] = 0.5
-    picture[~known] = 0.75
-    return picture
+def _tight() -> ConstrainedLayoutEngine:
+    return ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, hspace=0.02, wspace=0.02)
+
+
+def _empty_grid(figure: Figure, rows: int, columns: int) -> Any:
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    return grid
 
 
 def _by_group(titles: Titles, partition: Partition) -> tuple[list[int], list[str]]:

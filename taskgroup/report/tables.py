@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-__all__ = ["count_groups", "groups_line", "summary_table"]
+__all__ = ["check_table", "count_groups", "evaluation_table", "groups_line", "summary_table"]
 
 
 def summary_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
@@ -18,11 +18,11 @@ def summary_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> Tabl
         titles: ``{task: name}`` as shown.
     """
     table = Table(title=f"{summary['method']}, {summary['batches']} batches", title_justify="left")
-    better = "lower" if summary["lower_is_better"] else "higher"
-    table.add_column(f"Held-out {summary['metric']} ({better} is better)")
+    table.add_column("On held-out data (↑ higher is better, ↓ lower)")
     table.add_column(summary["method"], justify="right")
     for task, value in summary["metrics"].items():
-        table.add_row(titles[task], f"{value:.4f}")
+        name, lower = summary["metric"][task], summary["lower_is_better"][task]
+        table.add_row(_named(titles[task], name, lower), f"{value:.4f}")
     table.add_section()
     if summary["delta_m"] is not None:
         table.add_row(f"Δm against {summary['baseline']}", f"{summary['delta_m']:+.2f} %")
@@ -31,6 +31,57 @@ def summary_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> Tabl
     table.caption = groups_line(summary["partition"], titles)
     table.caption_justify = "left"
     return table
+
+
+def evaluation_table(
+    title: str,
+    metrics: Mapping[str, float],
+    problem: Any,
+    baseline: str | None,
+    delta: float | None,
+) -> Table:
+    """The metric of every task, and Δm.
+
+    Args:
+        title: above the table.
+        metrics: ``{task: value}``.
+        problem: a :class:`taskgroup.experiment.problem.Problem`.
+        baseline: of Δm.
+        delta: Δm in percent; None leaves it out.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("↑ higher is better, ↓ lower")
+    table.add_column("", justify="right")
+    for task, value in metrics.items():
+        lower = problem.lower_is_better[task]
+        name = _named(problem.titles[task], problem.metrics[task], lower)
+        table.add_row(name, f"{value:.4f}")
+    if delta is not None:
+        table.add_section()
+        table.add_row(f"Δm against {baseline}", f"{delta:+.2f} %")
+    return table
+
+
+def check_table(title: str, checked: Sequence[Any]) -> Table:
+    """What the splits of a data set hold.
+
+    Args:
+        title: above the table.
+        checked: :class:`taskgroup.vision.datasets.check.Checked`, one a split.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("split")
+    for column in ("listed", "public release", "whole", "problems"):
+        table.add_column(column, justify="right")
+    for split in checked:
+        published = "" if split.published is None else f"{split.published:,}"
+        counts = [f"{split.listed:,}", published, f"{split.whole:,}", f"{len(split.problems):,}"]
+        table.add_row(split.split, *counts)
+    return table
+
+
+def _named(title: str, metric: str, lower_is_better: bool) -> str:
+    return f"{title}, {metric} {'↓' if lower_is_better else '↑'}"
 
 
 def groups_line(partition: list[list[str]], titles: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The paper's benchmark in small: data, losses, metrics and networks for dense prediction.
+"""The paper's benchmarks: data, losses, metrics and networks for dense prediction.
 
 Needs the extra ``train``: ``pip install 'taskgroup[train]'``.
 """
@@ -6,10 +6,13 @@ Needs the extra ``train``: ``pip install 'taskgroup[train]'``.
 from taskgroup.vision.losses import criterion
 from taskgroup.vision.metrics import evaluate
 from taskgroup.vision.models import ViTFeatures, vit
-from taskgroup.vision.motorcycle import Motorcycle, Samples
-from taskgroup.vision.tasks import TASKONOMY, Task
+from taskgroup.vision.motorcycle import Motorcycle
+from taskgroup.vision.samples import Samples
+from taskgroup.vision.tasks import NYUD, PASCAL, TASKONOMY, Task
 
 __all__ = [
+    "NYUD",
+    "PASCAL",
     "TASKONOMY",
     "Motorcycle",
     "Samples",

@@ -1,59 +1,112 @@
-"""The metrics of the published Taskonomy runs, pooled over all valid pixels."""
+"""The metrics of the published runs, pooled over all valid pixels of a data set."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanAbsoluteError, MeanSquaredError
+from torch.utils._pytree import tree_map
+from torchmetrics import MeanAbsoluteError, MeanMetric, MeanSquaredError, Metric
+from torchmetrics.classification import BinaryPrecisionRecallCurve, MulticlassJaccardIndex
 
-from taskgroup.vision.motorcycle import Samples
-from taskgroup.vision.tasks import TASKONOMY
+from taskgroup.vision.boundary import OdsF
+from taskgroup.vision.samples import Samples
+from taskgroup.vision.tasks import TASKONOMY, Task
 
-__all__ = ["evaluate"]
+__all__ = ["MaxF", "evaluate"]
+
+
+class MaxF(BinaryPrecisionRecallCurve):
+    r"""The largest F of saliency, pooled over all pixels (Achanta et al., CVPR 2009).
+
+    .. math::
+        F = \max_t \frac{(1 + \beta^2) P_t R_t}{\beta^2 P_t + R_t}, \qquad \beta^2 = 0.3,
+
+    at the thresholds t = .05, .10, ..., .95 of a probability, a pixel being salient from t on.
+
+    Example:
+        >>> metric = MaxF()
+        >>> metric.update(torch.tensor([0.9, 0.6, 0.2]), torch.tensor([1, 0, 0]))
+        >>> metric.compute().item()  # from .65 on nothing is wrong
+        1.0
+    """
+
+    _BETA_SQUARED = 0.3
+
+    def __init__(self) -> None:
+        super().__init__(thresholds=(torch.arange(1, 20) / 20).tolist(), validate_args=False)
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """The F, a scalar; NaN where there is nothing to find."""
+        precision, recall, _ = super().compute()
+        # The curve ends in a point without a threshold: precision 1, recall 0.
+        precision, recall = precision[:-1], recall[:-1]
+        f = (1 + self._BETA_SQUARED) * precision * recall
+        f = (f / (self._BETA_SQUARED * precision + recall)).nan_to_num(0.0).max()
+        positives = self.confmat[0, 1].sum()
+        return torch.where(positives > 0, f, torch.nan)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, samples: Samples, batch_size: int = 32) -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    samples: Samples | Iterable[Samples],
+    batch_size: int = 32,
+    *,
+    tasks: Mapping[str, Task] = TASKONOMY,
+    executor: Executor | None = None,
+) -> dict[str, float]:
     """Metric of every task that the model predicts.
 
-    L1, the mean absolute error over valid pixels and channels; for curvature the root mean squared
-    error. Predicted normals are brought to unit length first. All are lower-is-better. Pixels are
-    pooled over all samples, so the batch size does not change the result.
+    Pixels are pooled over all samples, so the batch size does not change the result. By the
+    ``metric`` of a task:
+
+    =========  ====================================================================================
+    ``l1``     mean absolute error over pixels and channels; normals are brought to unit length
+    ``rmse``   root mean squared error
+    ``angle``  mean angle between the predicted p and the true g: 2 atan2(|p - g|, |p + g|), degrees
+    ``miou``   intersection over union, the mean of the classes that occur
+    ``max_f``  :class:`MaxF`
+    ``ods_f``  :class:`~taskgroup.vision.boundary.OdsF`
+    =========  ====================================================================================
 
     The model runs in evaluation mode; afterwards every module is back in the mode it was in.
 
     Args:
         model: ``model(images)`` gives {task: [B, C, H, W]}; images go to the device of its first
             parameter.
-        samples: The images [N, 3, H, W] with their labels and masks.
-        batch_size: Images per forward pass.
+        samples: all of them, or batch by batch.
+        batch_size: Images per forward pass, of samples that come all at once.
+        tasks: what is known of the tasks.
+        executor: of processes that match edges, which takes seconds an image; None matches them
+            here.
 
     Returns:
         {task: metric}; NaN, with a warning, for a task without a valid pixel.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    metrics: dict[str, MeanAbsoluteError | MeanSquaredError] = {}
+    metrics: dict[str, Metric] = {}
     seen: dict[str, int] = {}
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        for start in range(0, len(samples.images), batch_size):
-            rows = slice(start, start + batch_size)
-            for name, output in model(samples.images[rows].to(device)).items():
+        for batch in _slices(samples, batch_size) if isinstance(samples, Samples) else samples:
+            images, labels, masks = tree_map(lambda tensor: tensor.to(device), batch)
+            for name, output in model(images).items():
+                task = tasks[name]
                 if name not in metrics:
-                    metrics[name] = _metric(name).to(device)
+                    metrics[name] = _metric(task).to(device)
                     seen[name] = 0
-                mask = samples.masks[name][rows].to(device)
-                label = samples.labels[name][rows].to(device)
-                if TASKONOMY[name].loss == "cosine":
-                    output = F.normalize(output, dim=1)
-                predicted, known = _pixels(output, mask), _pixels(label, mask)
-                seen[name] += len(known)
-                if len(known):
-                    metrics[name].update(predicted, known)
+                n_valid = int(masks[name].sum())
+                seen[name] += n_valid
+                if n_valid:
+                    metric, label, mask = metrics[name], labels[name], masks[name]
+                    _update(metric, task, output.float(), label, mask, executor)
     finally:
         for module, training in modes:
             module.training = training
@@ -65,10 +118,52 @@ def evaluate(model: nn.Module, samples: Samples, batch_size: int = 32) -> dict[s
     }
 
 
-def _metric(name: str) -> MeanAbsoluteError | MeanSquaredError:
-    if TASKONOMY[name].metric == "rmse":
-        return MeanSquaredError(squared=False)
-    return MeanAbsoluteError()
+def _slices(samples: Samples, batch_size: int) -> Iterator[Samples]:
+    for start in range(0, len(samples.images), batch_size):
+        rows = slice(start, start + batch_size)
+        yield tree_map(lambda tensor, rows=rows: tensor[rows], samples)
+
+
+def _metric(task: Task) -> Metric:
+    if task.metric == "miou":
+        return MulticlassJaccardIndex(task.channels, validate_args=False)
+    if task.metric == "ods_f":
+        return OdsF(task.max_dist)
+    simple: dict[str, Any] = {
+        "l1": MeanAbsoluteError,
+        "rmse": lambda: MeanSquaredError(squared=False),
+        "angle": MeanMetric,
+        "max_f": MaxF,
+    }
+    metric: Metric = simple[task.metric]()
+    return metric
+
+
+def _update(
+    metric: Metric,
+    task: Task,
+    output: Tensor,
+    label: Tensor,
+    mask: Tensor,
+    executor: Executor | None,
+) -> None:
+    if task.metric == "ods_f":  # of whole images
+        metric.update(output.sigmoid(), label > 0, mask, executor)
+        return
+    if task.metric == "miou":
+        output = output.argmax(1, keepdim=True)
+    elif task.metric == "max_f":
+        output, label = output.sigmoid(), label.long()
+    elif task.loss in ("cosine", "unit_l1"):
+        output = F.normalize(output, dim=1)
+    predicted, known = _pixels(output, mask), _pixels(label, mask)
+    if task.metric == "angle":
+        apart = (predicted - known).norm(dim=1)
+        metric.update(torch.rad2deg(2 * torch.atan2(apart, (predicted + known).norm(dim=1))))
+    elif task.metric in ("miou", "max_f"):
+        metric.update(predicted[:, 0], known[:, 0].long())
+    else:
+        metric.update(predicted, known)
 
 
 def _pixels(x: Tensor, mask: Tensor) -> Tensor:

@@ -1,111 +1,78 @@
-"""The network of the published runs in small: a ViT and one linear head per task."""
+"""The networks of the published runs: a shared encoder and a light head per task."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import taskgroup as tg
+from taskgroup.vision.backbones import ViTFeatures
 from taskgroup.vision.tasks import TASKONOMY
 
-__all__ = ["ViTFeatures", "vit"]
+__all__ = ["ViTFeatures", "dense_model", "vit"]
 
 
-class ViTFeatures(nn.Module):
-    """A vision transformer whose features are those of four blocks, evenly spaced, side by side.
+def dense_model(
+    encoder: nn.Module,
+    channels: Mapping[str, int],
+    *,
+    decoder: Literal["linear", "conv"] = "linear",
+    width: int = 256,
+) -> tg.MultiTaskModel:
+    """A network for dense prediction: the encoder, then one head per task.
 
-    The model is ``transformers.ViTModel``, randomly initialised from torch's global generator. Each
-    of the four states passes the final layer norm, so they meet the heads at one scale.
+    A linear head is a 1x1 convolution; a conv head has a 3x3 convolution, BatchNorm and ReLU before
+    it. Bilinear upsampling by the encoder's stride follows (``align_corners=False``), so outputs
+    are as large as the images. Weights of heads come from torch's global generator, in the order of
+    ``channels``.
 
     Args:
-        size: Side of the images that the position embeddings are made for, in pixels; for others
-            they are interpolated.
-        patch: Side of a patch in pixels.
-        dim: Width D of a block.
-        depth: Number of blocks, a multiple of 4; the features are those of blocks depth / 4 times
-            1, 2, 3, 4.
-        attention_heads: Attention heads of a block.
-        dropout: Probability of dropout after the embedding and on both branches of each block.
+        encoder: Takes images [B, 3, H, W] to features [B, C, H / patch, W / patch] and has the
+            attributes ``channels``, C, and ``patch``, as what
+            :func:`~taskgroup.vision.backbones.backbone` returns.
+        channels: {task: number of output channels}.
+        decoder: ``"linear"`` or ``"conv"``.
+        width: Channels between the convolutions of a conv head.
+
+    Returns:
+        ``model(images [B, 3, H, W])`` gives {task: [B, channels[task], H, W]}.
 
     Raises:
-        ValueError: ``depth`` is not a multiple of 4, or ``patch`` does not divide ``size``.
+        ValueError: An unknown decoder, or an encoder without ``channels`` and ``patch``.
+
+    Example:
+        >>> import torch
+        >>> from taskgroup.vision.backbones import backbone
+        >>> encoder = backbone("vit-t", size=(32, 48), weights="random", drop_path=0.15)
+        >>> model = dense_model(encoder, {"depth": 1, "normal": 3}, decoder="conv", width=64)
+        >>> {task: tuple(out.shape) for task, out in model(torch.zeros(2, 3, 32, 48)).items()}
+        {'depth': (2, 1, 32, 48), 'normal': (2, 3, 32, 48)}
     """
-
-    def __init__(
-        self,
-        size: int = 64,
-        patch: int = 8,
-        dim: int = 96,
-        depth: int = 4,
-        attention_heads: int = 4,
-        dropout: float = 0.0,
-    ) -> None:
-        # Importing transformers takes seconds, which data and metrics should not cost.
-        from transformers import ViTConfig, ViTModel
-
-        super().__init__()
-        if depth < 4 or depth % 4:
-            raise ValueError(
-                f"features are taken from four blocks evenly spaced: depth={depth}; take a "
-                "multiple of 4."
-            )
-        if size % patch:
-            raise ValueError(
-                f"patches of {patch} pixels do not tile an image of {size}; take a size that is a "
-                "multiple of the patch."
-            )
-        self.patch = patch
-        self.channels = 4 * dim
-        self.vit = ViTModel(
-            ViTConfig(
-                image_size=size,
-                patch_size=patch,
-                hidden_size=dim,
-                num_hidden_layers=depth,
-                num_attention_heads=attention_heads,
-                intermediate_size=4 * dim,
-                hidden_dropout_prob=dropout,
-            ),
-            add_pooling_layer=False,
+    if decoder not in ("linear", "conv"):
+        raise ValueError(f"unknown decoder {decoder!r}: take 'linear' or 'conv'.")
+    features, patch = getattr(encoder, "channels", None), getattr(encoder, "patch", None)
+    if not isinstance(features, int) or not isinstance(patch, int):
+        raise ValueError(
+            f"the encoder ({type(encoder).__name__}) does not say what the heads get: give it the "
+            "attributes channels, those of its features, and patch, its stride."
         )
-        # Adam moves every weight of a head by about the learning rate, so at unit scale hundreds of
-        # features shake an output by more than a depth label varies (a standard deviation of .02).
-        nn.init.constant_(self.vit.layernorm.weight, 0.25)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features of a batch.
-
-        Args:
-            images: [B, 3, H, W] in [-1, 1], H and W multiples of the patch.
-
-        Returns:
-            [B, 4 D, H / patch, W / patch].
-
-        Raises:
-            ValueError: The patches do not tile the image.
-        """
-        height, width = images.shape[-2:]
-        if height % self.patch or width % self.patch:
-            raise ValueError(
-                f"patches of {self.patch} pixels do not tile {height} x {width}; crop or pad the "
-                "images to multiples of the patch."
-            )
-        states = self.vit(
-            images, interpolate_pos_encoding=True, output_hidden_states=True
-        ).hidden_states
-        step = (len(states) - 1) // 4  # the first state is the embedding
-        blocks = [self.vit.layernorm(state[:, 1:]) for state in states[step::step]]
-        grid = (len(images), height // self.patch, width // self.patch, self.channels)
-        features: Tensor = torch.cat(blocks, dim=-1).view(grid).permute(0, 3, 1, 2)
-        return features
+    heads = {
+        task: nn.Sequential(
+            *(_conv(features, width) if decoder == "conv" else ()),
+            nn.Conv2d(width if decoder == "conv" else features, outputs, kernel_size=1),
+            nn.Upsample(scale_factor=patch, mode="bilinear", align_corners=False),
+        )
+        for task, outputs in channels.items()
+    }
+    return tg.MultiTaskModel(encoder, heads)
 
 
 def vit(
     tasks: Iterable[str] = TASKONOMY,
     *,
-    size: int = 64,
+    size: int | tuple[int, int] = 64,
     patch: int = 8,
     dim: int = 96,
     depth: int = 4,
@@ -118,8 +85,9 @@ def vit(
     outputs are as large as the images. Weights come from torch's global generator, in the order of
     ``tasks``: ``torch.manual_seed`` before the call makes the network reproducible.
 
-    The published networks are pretrained ViT-T to ViT-L; the default here is sized to be trained
-    from scratch on two CPU cores.
+    The published networks are pretrained ViT-T to ViT-L, which :func:`dense_model` makes with
+    :func:`~taskgroup.vision.backbones.backbone`; the default here is sized to be trained from
+    scratch on two CPU cores.
 
     Args:
         tasks: Names in :data:`~taskgroup.vision.tasks.TASKONOMY`.
@@ -137,6 +105,7 @@ def vit(
         ValueError: An unknown task, or sizes that do not fit.
 
     Example:
+        >>> import torch
         >>> model = vit(["depth_zbuffer", "normal"], dim=16)
         >>> {task: tuple(out.shape) for task, out in model(torch.zeros(2, 3, 64, 64)).items()}
         {'depth_zbuffer': (2, 1, 64, 64), 'normal': (2, 3, 64, 64)}
@@ -145,11 +114,12 @@ def vit(
     if unknown := [task for task in tasks if task not in TASKONOMY]:
         raise ValueError(f"unknown tasks {unknown}: the tasks are {', '.join(TASKONOMY)}")
     encoder = ViTFeatures(size, patch, dim, depth, attention_heads, dropout)
-    heads = {
-        task: nn.Sequential(
-            nn.Conv2d(encoder.channels, TASKONOMY[task].channels, kernel_size=1),
-            nn.Upsample(scale_factor=patch, mode="bilinear", align_corners=False),
-        )
-        for task in tasks
-    }
-    return tg.MultiTaskModel(encoder, heads)
+    return dense_model(encoder, {task: TASKONOMY[task].channels for task in tasks})
+
+
+def _conv(features: int, width: int) -> tuple[nn.Module, ...]:
+    return (
+        nn.Conv2d(features, width, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    )

@@ -39,10 +39,21 @@ from skimage import color, feature, filters, segmentation
 from skimage.data import stereo_motorcycle
 from torch import Tensor
 
-from taskgroup.vision import tasks
-from taskgroup.vision.tasks import TASKONOMY, encode, normalise
+from taskgroup.vision import encoding
+from taskgroup.vision.encoding import encode, normalise
+from taskgroup.vision.samples import Samples
+from taskgroup.vision.tasks import TASKONOMY
 
-__all__ = ["Camera", "Motorcycle", "Samples", "View", "physical_labels", "surface", "views"]
+__all__ = [
+    "Camera",
+    "Motorcycle",
+    "Photo",
+    "View",
+    "photos",
+    "physical_labels",
+    "surface",
+    "views",
+]
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -56,32 +67,32 @@ class Camera(NamedTuple):
     cy: float
 
 
+class Photo(NamedTuple):
+    """One image with its depth.
+
+    Attributes:
+        image: [H, W, 3], uint8 RGB.
+        depth: [H, W], z-buffer depth in metres, NaN where missing.
+        camera: of this image.
+    """
+
+    image: NDArray[np.uint8]
+    depth: Floats
+    camera: Camera
+
+
 class View(NamedTuple):
     """One image with its eleven labels as Taskonomy stores them.
 
     Attributes:
         image: [H, W, 3], uint8 RGB.
-        stored: {task: [H, W, C]}, uint8 or uint16, from :func:`taskgroup.vision.tasks.encode`.
+        stored: {task: [H, W, C]}, uint8 or uint16, from :func:`taskgroup.vision.encoding.encode`.
         valid: {task: [H, W]}, bool: where the label is known.
     """
 
     image: NDArray[np.uint8]
     stored: dict[str, NDArray[Any]]
     valid: dict[str, Bools]
-
-
-class Samples(NamedTuple):
-    """A batch of crops.
-
-    Attributes:
-        images: [B, 3, H, W], float32 in [-1, 1].
-        labels: {task: [B, C, H, W]}, float32, normalised; finite everywhere.
-        masks: {task: [B, 1, H, W]}, bool: where the label is known.
-    """
-
-    images: Tensor
-    labels: dict[str, Tensor]
-    masks: dict[str, Tensor]
 
 
 # Calibration of the left image, as the documentation of stereo_motorcycle() gives it.
@@ -347,23 +358,22 @@ def views(cache: str | os.PathLike[str] | None = None) -> dict[str, View]:
     Returns:
         {name: :class:`View`}: 250 rows and 92, 80 and 183 columns.
     """
-    photograph, _, disparity = stereo_motorcycle()
-    images = {view: _half(photograph[:, columns]) for view, columns in _COLUMNS.items()}
+    taken = photos()
     stored: dict[str, NDArray[Any]] | None = None
     file = _cache_file(cache)
     if file is not None:
         stored = _read(file)
     if stored is None:
-        stored = _compute(images, disparity)
+        stored = _compute(taken)
         if file is not None:
             _write(file, stored)
     return {
         view: View(
-            image,
+            photo.image,
             {task: stored[f"{view}/{task}"] for task in TASKONOMY},
             {task: stored[f"{view}/{task}/valid"] for task in TASKONOMY},
         )
-        for view, image in images.items()
+        for view, photo in taken.items()
     }
 
 
@@ -374,17 +384,27 @@ def _half(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return half
 
 
-def _compute(
-    images: Mapping[str, NDArray[np.uint8]], disparity: NDArray[np.float32]
-) -> dict[str, NDArray[Any]]:
+def photos() -> dict[str, Photo]:
+    """The views of the photograph with their depth, of which :func:`views` makes labels."""
+    photograph, _, disparity = stereo_motorcycle()
     known = np.isfinite(disparity)
     shifted = np.where(known, disparity, np.nan).astype(np.float64) + _DISPARITY_OFFSET
     depth = _CAMERA.focal * _BASELINE / shifted
+    return {
+        view: Photo(
+            _half(photograph[:, columns]),
+            # Depth is picked, not averaged: between two surfaces there is none.
+            depth[::2, columns][:, ::2],
+            Camera(_CAMERA.focal / 2, (_CAMERA.cx - columns.start) / 2, _CAMERA.cy / 2),
+        )
+        for view, columns in _COLUMNS.items()
+    }
+
+
+def _compute(taken: Mapping[str, Photo]) -> dict[str, NDArray[Any]]:
     arrays: dict[str, NDArray[Any]] = {}
-    for view, columns in _COLUMNS.items():
-        camera = Camera(_CAMERA.focal / 2, (_CAMERA.cx - columns.start) / 2, _CAMERA.cy / 2)
-        # Depth is picked, not averaged: between two surfaces there is none.
-        labels, valid = physical_labels(images[view], depth[::2, columns][:, ::2], camera)
+    for view, photo in taken.items():
+        labels, valid = physical_labels(*photo)
         for task in TASKONOMY:
             arrays[f"{view}/{task}"] = encode(task, labels[task])
             arrays[f"{view}/{task}/valid"] = valid[task]
@@ -394,7 +414,7 @@ def _compute(
 def _cache_file(folder: str | os.PathLike[str] | None) -> Path | None:
     """Where the labels of this recipe are kept; None if there is no telling the recipe."""
     try:
-        recipe = [inspect.getsource(module) for module in (sys.modules[__name__], tasks)]
+        recipe = [inspect.getsource(module) for module in (sys.modules[__name__], encoding)]
     except OSError:  # installed without sources
         return None
     recipe += [library.__version__ for library in (np, scipy, skimage)]

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import count, islice
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 import taskgroup as tg
-from taskgroup.report import plots
+from taskgroup.vision import pictures
+from taskgroup.vision.datasets import Resize, Scene
+from taskgroup.vision.datasets.files import read_photo
 from taskgroup.vision.losses import criterion
 from taskgroup.vision.metrics import evaluate
 from taskgroup.vision.models import vit
-from taskgroup.vision.motorcycle import Motorcycle, Samples
+from taskgroup.vision.motorcycle import Motorcycle
+from taskgroup.vision.samples import Samples
 from taskgroup.vision.tasks import TASKONOMY
 
 __all__ = ["Photograph"]
 
 _TRAINING_CROPS = 64  # that the training metrics are computed on
 _PICTURED = 4  # held-out crops in predictions.png
+_ROWS = 250  # of the photograph
 
 
 class Settings(Protocol):
     """What the network and the crops are made by."""
 
-    size: int
+    size: tuple[int, int]
     patch: int
     dim: int
     depth: int
@@ -47,8 +53,8 @@ class Photograph:
     """
 
     titles: Mapping[str, str] = {name: task.title for name, task in TASKONOMY.items()}
-    lower_is_better = True
-    metric = "error"
+    lower_is_better: Mapping[str, bool] = dict.fromkeys(TASKONOMY, True)
+    metrics: Mapping[str, str] = {name: task.metric_name for name, task in TASKONOMY.items()}
     score = None
     splits = ("train", "held_out")
 
@@ -69,9 +75,11 @@ class Photograph:
             dropout=settings.dropout,
         )
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> Samples:
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Samples]:
         """Random crops from both sides of the held-out band."""
-        return self.scene.sample(batch_size, generator)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = (self.scene.sample(batch_size, generator) for _ in count())
+        return islice(drawn, start, None)
 
     def inputs(self, batch: Samples) -> Tensor:
         """The images ``[B, 3, H, W]``."""
@@ -81,24 +89,26 @@ class Photograph:
         """The masked losses of the published Taskonomy runs."""
         return criterion(outputs, batch.labels, batch.masks)
 
-    @torch.no_grad()
     def draw(self, model: nn.Module, folder: Path) -> None:
         """Input, target and prediction on some held-out crops: ``predictions.png``."""
         held_out = self.scene.held_out()
-        some = torch.linspace(0, len(held_out.images) - 1, _PICTURED).round().long()
-        training = model.training
-        outputs = model.eval()(held_out.images[some])
-        model.train(training)
-        if "normal" in outputs:
-            outputs["normal"] = F.normalize(outputs["normal"], dim=1)
-        plots.predictions(
-            held_out.images[some],
-            {task: held_out.labels[task][some] for task in outputs},
-            {task: held_out.masks[task][some] for task in outputs},
-            outputs,
-            {task: self.titles[task] for task in outputs},
-            folder / "predictions.png",
-        )
+        rows = torch.linspace(0, len(held_out.images) - 1, _PICTURED).round().long()
+        some: Samples = tree_map(lambda tensor: tensor[rows], held_out)
+        rgb = (some.images + 1) / 2
+        pictures.draw(model, some, rgb, TASKONOMY, folder / "predictions.png")
+
+    def predict(self, model: nn.Module, image: Path, out: Path) -> None:
+        """A panel of all predictions for an image file, as a PNG; sides are cut to whole patches.
+
+        Large images are brought down to the 250 rows that the photograph has.
+        """
+        photo = read_photo(image)
+        scale = min(1.0, _ROWS / photo.shape[0])
+        patch = self._settings.patch
+        size = tuple(max(patch, round(n * scale) // patch * patch) for n in photo.shape[:2])
+        scene = Resize((size[0], size[1]))(Scene(photo, {}, {}), np.random.default_rng(0))
+        rgb = torch.from_numpy(scene.image.copy()).movedim(-1, 0) / 255
+        pictures.draw_panel(model, 2 * rgb - 1, rgb, TASKONOMY, out)
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """The error of every task on the fixed crops of a split."""
@@ -106,11 +116,11 @@ class Photograph:
 
 
 @cache  # runs of one process share it
-def _scene(size: int) -> Motorcycle:
+def _scene(size: tuple[int, int]) -> Motorcycle:
     return Motorcycle(size)
 
 
 @cache
-def _crops(size: int, split: str) -> Samples:
+def _crops(size: tuple[int, int], split: str) -> Samples:
     scene = _scene(size)
     return scene.held_out() if split == "held_out" else scene.fixed_train(_TRAINING_CROPS)

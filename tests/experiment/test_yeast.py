@@ -50,7 +50,7 @@ def test_titles_are_the_columns():
 
 def test_losses_of_the_raw_records(records, order):
     problem = make_problem(yeast())
-    batch = problem.sample(64, torch.Generator().manual_seed(5))
+    batch = next(problem.batches(64, 5))
     rows = torch.randint(1450, (64,), generator=torch.Generator().manual_seed(5)).numpy()
     labels = records[1][order[rows]]
     outputs = {"class14": torch.randn(64, 1), "class2": torch.randn(64, 1)}

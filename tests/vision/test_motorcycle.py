@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from taskgroup.vision import TASKONOMY, Motorcycle, motorcycle
+from taskgroup.vision.encoding import normalise
 from taskgroup.vision.motorcycle import Camera, surface
-from taskgroup.vision.tasks import normalise
 
 
 @pytest.fixture(scope="module")

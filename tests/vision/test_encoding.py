@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from taskgroup.vision.tasks import TASKONOMY, encode, normalise
+from taskgroup.vision.encoding import encode, normalise
+from taskgroup.vision.tasks import TASKONOMY
 
 
 def through(task, *values):

@@ -1,0 +1,125 @@
+"""What a run has left so far, read for the figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from graphlib import TopologicalSorter
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taskgroup.experiment.evaluation import load_summary, read_settings
+from taskgroup.experiment.recipe import Recipe
+from taskgroup.report.figures import RunData
+
+__all__ = ["load_run_data"]
+
+_ENOUGH = 1000  # lines to learn the order of the tasks from
+
+
+def load_run_data(run: str | Path) -> RunData:
+    """Read a run, finished or still training, for :func:`taskgroup.report.figures.figures`.
+
+    Args:
+        run: its folder.
+
+    Raises:
+        ValueError: if it is no run, or a line of its files cannot be read; but the last one may be
+            cut short, and is left out then.
+    """
+    run = Path(run)
+    recipe = read_settings(run)
+    lines = _lines(run / "metrics.jsonl")
+    first = list(islice(lines, _ENOUGH))
+    tasks = _task_order(first, recipe)
+    batches, steps, groups = [], [], []
+    partition, labels = None, np.empty(0, np.int16)
+    for line in chain(first, lines):
+        batches.append(line["batch"])
+        steps.append(len(line["groups"]))
+        if line["partition"] != partition:
+            partition = line["partition"]
+            group_of = {task: n for n, group in enumerate(partition) for task in group}
+            labels = np.array([group_of[task] for task in tasks], np.int16)
+        groups.append(labels)
+    recorded = list(_affinities(run, len(tasks)))
+    return RunData(
+        name=str(run),
+        settings=dataclasses.asdict(recipe),
+        tasks=tasks,
+        warmup=_warmup(recipe, len(tasks), batches, steps),
+        batches=np.array(batches, np.int64),
+        groups=np.array(groups, np.int16).reshape(len(batches), len(tasks)),
+        seconds=_seconds(run),
+        affinity_batches=np.array([batch for batch, _ in recorded], np.int64),
+        affinities=np.array([matrix for _, matrix in recorded], np.float32).reshape(
+            len(recorded), len(tasks), len(tasks)
+        ),
+    )
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file, but for one cut short at the end; none without the file."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise ValueError(
+                    f"{path} cannot be read at line {number}; leave the run out, or --resume it, "
+                    "which drops the line."
+                ) from None
+
+
+def _task_order(lines: Iterable[Mapping[str, Any]], recipe: Recipe) -> tuple[str, ...]:
+    """The tasks in the order of the matrices; every line tells the order of some."""
+    chains: dict[tuple[str, ...], None] = {}
+    for line in lines:
+        chains |= dict.fromkeys(map(tuple, line["partition"]))
+        chains[tuple(group[0] for group in line["partition"])] = None
+        if recipe.method == "selective":
+            chains[tuple(line["losses"])] = None
+    before: dict[str, set[str]] = {task: set() for names in chains for task in names}
+    for names in chains:
+        for earlier, later in pairwise(names):
+            before[later].add(earlier)
+    return tuple(TopologicalSorter(before).static_order())
+
+
+def _warmup(recipe: Recipe, n_tasks: int, batches: Sequence[int], steps: Sequence[int]) -> int:
+    """The warm-up in batches: of its rounds, each of which deals every task out once."""
+    learns = n_tasks > 1 and recipe.method == "selective"
+    if not (learns and recipe.make_grouping().reads_affinity and recipe.warmup):
+        return 0
+    rounds, undealt = 0, n_tasks
+    for batch, dealt in zip(batches, steps, strict=True):
+        undealt -= min(dealt, undealt)
+        if not undealt:
+            rounds, undealt = rounds + 1, n_tasks
+        if rounds == recipe.warmup:
+            return batch
+    return batches[-1]
+
+
+def _seconds(run: Path) -> dict[str, float] | None:
+    """Seconds of a batch by section; None of a run that is not finished."""
+    if not (run / "summary.json").is_file():
+        return None
+    summary = load_summary(run)
+    sections = {name: s / summary["batches"] for name, s in summary.get("seconds", {}).items()}
+    return sections | {"everything": summary["seconds_per_batch"]}
+
+
+def _affinities(run: Path, n_tasks: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    if n_tasks:
+        for line in _lines(run / "affinity.jsonl"):
+            yield line["batch"], np.array(line["matrix"], np.float32)

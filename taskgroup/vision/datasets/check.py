@@ -1,0 +1,131 @@
+"""Whether a folder holds a data set whole: what is there, and what is missing or broken."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from torch.utils.data import DataLoader, Dataset
+
+from taskgroup.vision.datasets import DATASETS, DenseDataset, Taskonomy
+
+__all__ = ["Checked", "check", "recognise"]
+
+# By what each data set alone has at the top.
+_MARKS = {
+    "nyud-v2": "gt_sets",
+    "pascal-context": "ImageSets/Context",
+    "taskonomy": "splits_taskonomy",
+}
+
+
+class Checked(NamedTuple):
+    """What a split was found to hold.
+
+    Attributes:
+        split: its name.
+        listed: samples that the data set lists.
+        published: samples in the public release; None where it depends on the release.
+        whole: samples that nothing is wrong with.
+        problems: what is wrong, a sentence each.
+    """
+
+    split: str
+    listed: int
+    published: int | None
+    whole: int
+    problems: list[str]
+
+
+def recognise(root: Path) -> str:
+    """Which data set a folder holds, by name.
+
+    Raises:
+        ValueError: if none.
+    """
+    for name, mark in _MARKS.items():
+        if (root / mark).is_dir():
+            return name
+    marks = ", ".join(f"{mark} ({name})" for name, mark in _MARKS.items())
+    raise ValueError(f"{root} holds none of the data sets: it has none of {marks}.")
+
+
+def check(
+    root: Path,
+    *,
+    quick: bool = False,
+    workers: int = 0,
+    watch: Callable[[str, int, int], None] = lambda split, done, of: None,
+) -> Iterator[Checked]:
+    """Check all splits of a data set.
+
+    Names are compared first: every file that a listed sample needs must be there. Then every file
+    is read, and its type and its size are looked at. Of Taskonomy the subsets whose list is there
+    are checked, each building once.
+
+    Args:
+        root: folder of the data set.
+        quick: compare names alone.
+        workers: processes that read; 0 is this one.
+        watch: called with the split, the samples read and all of them.
+
+    Raises:
+        ValueError: if the folder holds none of the data sets.
+    """
+    kind = DATASETS[recognise(root)]
+    seen: set[str] = set()
+    for split in kind.SPLITS:
+        if kind is Taskonomy and not Taskonomy.list_of(root, split).is_file():
+            continue
+        dataset, problems = _open(kind, root, split)
+        if dataset is None:
+            yield Checked(split, 0, kind.SPLITS[split], 0, problems)
+            continue
+        listed = dataset.listed_ids()
+        missing = list(dataset.problems(listed))
+        bad = {sample for sample, _ in missing}
+        problems += [sentence for _, sentence in missing]
+        if not quick:
+            fresh = [sample for sample in dataset.ids if sample not in seen and sample not in bad]
+            for done, (sample, wrong) in enumerate(_inspected(dataset, fresh, workers), start=1):
+                watch(split, done, len(fresh))
+                if wrong:
+                    bad.add(sample)
+                problems += wrong
+            seen.update(dataset.ids)
+        n_listed = len(dict.fromkeys(listed))
+        yield Checked(split, n_listed, kind.SPLITS[split], n_listed - len(bad), problems)
+
+
+def _open(
+    kind: type[DenseDataset], root: Path, split: str
+) -> tuple[DenseDataset | None, list[str]]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it leaves out is listed below
+            return kind(root, split, bad="skip"), []
+    except ValueError as error:
+        return None, [str(error)]
+
+
+class _Inspection(Dataset[tuple[str, list[str]]]):
+    def __init__(self, dataset: DenseDataset, ids: list[str]) -> None:
+        self.dataset, self.ids = dataset, ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[str, list[str]]:
+        return self.ids[index], self.dataset.inspect(self.ids[index])
+
+
+def _inspected(
+    dataset: DenseDataset, ids: list[str], workers: int
+) -> Iterator[tuple[str, list[str]]]:
+    """``(id, what is wrong with it)``."""
+    found: DataLoader[tuple[str, list[str]]] = DataLoader(
+        _Inspection(dataset, ids), batch_size=None, num_workers=workers
+    )
+    yield from found

@@ -1,0 +1,126 @@
+"""Reading single files of a data set; what is wrong with one is a sentence that names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.io
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+__all__ = [
+    "BadSampleError",
+    "read_depth",
+    "read_grey",
+    "read_grey16",
+    "read_mat",
+    "read_photo",
+    "read_rgb",
+]
+
+# SyntaxError is what Pillow raises for a broken PNG.
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_WORDS = {
+    "RGB": "three 8-bit channels",
+    "RGBA": "four 8-bit channels",
+    "LA": "two 8-bit channels",
+    "L": "one 8-bit channel",
+    "P": "one 8-bit channel with a palette",
+    "1": "one bit a pixel",
+    "I;16": "one 16-bit channel",
+    "I": "one 32-bit channel",
+}
+
+
+class BadSampleError(ValueError):
+    """A file of a sample is missing, broken, or not what it should be."""
+
+
+def read_rgb(path: Path) -> NDArray[np.uint8]:
+    """An 8-bit RGB image ``[H, W, 3]``.
+
+    Raises:
+        BadSampleError: if there is none; as for all that follow.
+    """
+    return _read(path, ("RGB",), "RGB")
+
+
+def read_photo(path: Path) -> NDArray[np.uint8]:
+    """Any image, as it is to be looked at, as RGB ``[H, W, 3]``."""
+    try:
+        with Image.open(path) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except _UNREADABLE as error:
+        raise _broken(path, error) from None
+
+
+def read_grey(path: Path) -> NDArray[np.uint8]:
+    """An 8-bit image of one channel, or the indices of one with a palette: ``[H, W]``, uint8."""
+    return _read(path, ("L", "P"), "L")
+
+
+def read_grey16(path: Path) -> NDArray[np.uint16]:
+    """A 16-bit image of one channel, ``[H, W]``, uint16."""
+    # A 32-bit mode is how older versions of Pillow open 16-bit files.
+    return _read(path, ("I;16", "I"), "I;16").astype(np.uint16)
+
+
+def read_depth(path: Path) -> NDArray[np.float32]:
+    """A depth map ``[H, W]`` in an ``.npy`` file, metres, 0 where missing."""
+    try:
+        depth = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except (OSError, ValueError, EOFError) as error:
+        raise _broken(path, error) from None
+    if not isinstance(depth, np.ndarray) or (depth.ndim == 3 and 1 not in depth.shape):
+        raise BadSampleError(f"{path} must hold one depth map, H x W.")
+    depth = depth.squeeze()
+    if depth.ndim != 2 or depth.dtype.kind not in "fui":
+        raise BadSampleError(
+            f"{path} must hold numbers, H x W; it holds {depth.dtype} of shape {depth.shape}."
+        )
+    if depth.dtype.kind == "f" and (bad := np.count_nonzero(~np.isfinite(depth))):
+        raise BadSampleError(
+            f"{path} holds {bad} depths that are NaN or infinite; missing depth is stored as 0."
+        )
+    return depth.astype(np.float32)
+
+
+def read_mat(path: Path, key: str) -> NDArray[Any]:
+    """A variable of a MATLAB file."""
+    try:
+        return np.asarray(scipy.io.loadmat(path, variable_names=[key])[key])
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except KeyError:
+        raise BadSampleError(f"{path} holds no variable {key}.") from None
+    except Exception as error:  # scipy raises whatever a broken file makes it stumble over
+        raise _broken(path, error) from None
+
+
+def _read(path: Path, modes: tuple[str, ...], wanted: str) -> NDArray[Any]:
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+            if mode in modes:
+                return np.array(image)  # a copy: torch wants it writable
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except _UNREADABLE as error:
+        raise _broken(path, error) from None
+    holds = _WORDS.get(mode, f"mode {mode}")
+    raise BadSampleError(f"{path} must hold {_WORDS[wanted]}; it holds {holds}.")
+
+
+def _missing(path: Path) -> BadSampleError:
+    return BadSampleError(f"{path} is missing.")
+
+
+def _broken(path: Path, error: Exception) -> BadSampleError:
+    why = " ".join(str(error).split()) or "it is cut off"
+    return BadSampleError(f"{path} cannot be read: {why.rstrip('.')}.")

@@ -1,0 +1,148 @@
+"""Taskonomy: eleven single-image tasks in real buildings."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taskgroup.vision.datasets.dense import DenseDataset, file_names
+from taskgroup.vision.datasets.files import read_grey, read_grey16, read_rgb
+from taskgroup.vision.encoding import normalise
+from taskgroup.vision.tasks import TASKONOMY, Task
+
+__all__ = ["Taskonomy"]
+
+_SUBSETS = ("tiny", "medium", "fullplus")
+_ROLES = ("train", "val", "test")
+_NAME = re.compile(r"point_(\d+)_view_(\d+)_domain_(\w+)\.png")
+_COLOURED = ("normal", "reshading", "principal_curvature")
+_DEPTHS = ("depth_euclidean", "depth_zbuffer")
+_WIDE = (*_DEPTHS, "edge_occlusion", "edge_texture", "keypoints2d", "keypoints3d")
+_NO_DEPTH = 2**16 - 1
+
+
+class Taskonomy(DenseDataset):
+    """Taskonomy (Zamir et al., CVPR 2018), its folders and file names as omnidata lays them out.
+
+    ``<task>/taskonomy/<building>/point_<p>_view_<v>_domain_<domain>.png``, or without the folder in
+    the middle as in older dumps; the image's task is ``rgb``. Buildings are listed in
+    ``splits_taskonomy/train_val_test_{tiny,medium,fullplus}.csv`` with the header
+    ``id,train,val,test``. How labels are stored and normalised is said in
+    :mod:`taskgroup.vision.encoding`. Depth is unknown where it is stored as 65535.
+
+    An id is ``<building>/<p>/<v>``; the samples of a split are those with an image.
+
+    Args:
+        root: see :class:`~taskgroup.vision.datasets.DenseDataset`, as for all that follow.
+        split: ``"tiny/train"``, ``"tiny/val"``, ``"tiny/test"``, and so for medium and fullplus.
+        **options: tasks, transform, bad.
+    """
+
+    TASKS: ClassVar[Mapping[str, Task]] = TASKONOMY
+    SPLITS: ClassVar[Mapping[str, int | None]] = {
+        f"{subset}/{role}": None for subset in _SUBSETS for role in _ROLES
+    }
+    ROLES: ClassVar[Mapping[str, str]] = {"train": "train", "validation": "val", "held_out": "test"}
+    MEAN: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
+    STD: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
+
+    def __init__(
+        self, root: str | os.PathLike[str], split: str = "tiny/train", **options: Any
+    ) -> None:
+        self._domains: dict[str, str] = {}
+        self._tops: dict[str, Path] = {}
+        super().__init__(root, split, **options)
+
+    def list_file(self) -> Path:
+        """The file that lists the buildings of the split."""
+        return self.list_of(self.root, self.split)
+
+    @staticmethod
+    def list_of(root: Path, split: str) -> Path:
+        """The file that lists the buildings of a split of some root."""
+        return root / "splits_taskonomy" / f"train_val_test_{split.split('/')[0]}.csv"
+
+    def buildings(self) -> list[str]:
+        """The buildings of the split.
+
+        Raises:
+            ValueError: if the list cannot be read.
+        """
+        file, role = self.list_file(), self.split.split("/")[1]
+        try:
+            with file.open(newline="") as opened:
+                return [row["id"] for row in csv.DictReader(opened) if row[role].strip() == "1"]
+        except (OSError, UnicodeDecodeError, csv.Error):
+            raise ValueError(
+                f"{file} cannot be read, the list of buildings; is {self.root} the right folder?"
+            ) from None
+        except (KeyError, AttributeError):
+            raise ValueError(
+                f"{file} must have the header id,train,val,test and as many entries a row."
+            ) from None
+
+    def listed_ids(self) -> list[str]:
+        """The ids of the split: the images of its buildings."""
+        ids = []
+        for building in self.buildings():
+            folder = self._folder("rgb", building)
+            names = file_names(folder)
+            matches = [match for name in names if (match := _NAME.fullmatch(name))]
+            found = sorted((int(match[1]), int(match[2])) for match in matches)
+            if matches:
+                self._domains.setdefault("rgb", matches[0][3])
+            # A building without an image has one id all the same: one that lacks its files.
+            ids += [f"{building}/{point}/{view}" for point, view in found] or [f"{building}/0/0"]
+        return ids
+
+    def files(self, sample: str) -> dict[str, tuple[Path, ...]]:
+        """``{"image" or task: files}`` of an id."""
+        building, point, view = sample.split("/")
+        found: dict[str, tuple[Path, ...]] = {}
+        for task in ("rgb", *self.tasks):
+            name = f"point_{point}_view_{view}_domain_{self._domain(task)}.png"
+            found["image" if task == "rgb" else task] = (self._folder(task, building) / name,)
+        return found
+
+    def read_label(self, task: str, sample: str) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+        """A normalised label and where it is known."""
+        path = self.files(sample)[task][0]
+        stored: NDArray[Any]
+        if task in _COLOURED:
+            stored = read_rgb(path)[..., : TASKONOMY[task].channels]
+        else:
+            stored = (read_grey16(path) if task in _WIDE else read_grey(path))[..., None]
+        known = stored[..., 0] != _NO_DEPTH if task in _DEPTHS else None
+        return normalise(task, stored), known
+
+    def _folder(self, task: str, building: str) -> Path:
+        return self._top(task) / building
+
+    def _top(self, task: str) -> Path:
+        """The folder of a task that holds its buildings."""
+        if task not in self._tops:
+            middle = self.root / task / "taskonomy"
+            self._tops[task] = middle if middle.is_dir() else middle.parent
+        return self._tops[task]
+
+    def _domain(self, task: str) -> str:
+        """What file names call a task, which older dumps do in other words than folder names."""
+        if task not in self._domains:
+            self._domains[task] = _domain_of(self._top(task)) or task
+        return self._domains[task]
+
+
+def _domain_of(folder: Path) -> str | None:
+    """The domain in the name of the first file below a folder; None if there is none."""
+    for building in sorted(file_names(folder)):
+        for name in file_names(folder / building):
+            if match := _NAME.fullmatch(name):
+                return match[3]
+    return None
