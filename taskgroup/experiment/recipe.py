@@ -44,7 +44,7 @@ class Recipe:
         batch_size: samples per batch.
         bad: what to do about a sample whose file is missing or broken: ``"stop"``, or ``"skip"`` it
             with a warning.
-        workers: processes that read the data; 0 reads between the steps.
+        workers: processes that read the data, one per core at most; 0 reads between the steps.
         backbone: of an image network: ``"tiny"`` is a random ViT of the five settings that follow;
             ``"vit-t"``, ``"vit-s"``, ``"vit-b"``, ``"vit-l"``; or what
             :func:`taskgroup.vision.backbone` takes besides.
@@ -258,8 +258,9 @@ def parse_changes(changes: Iterable[str]) -> dict[str, Any]:
 
 def _size(name: str, value: Any) -> tuple[int, int]:
     """One number, ``"HxW"`` or two numbers, as a pair."""
-    sides = value.split("x") if isinstance(value, str) else value
-    sides = [value, value] if type(value) is int else sides
+    sides = str(value).split("x") if isinstance(value, int | str) else value
+    if isinstance(sides, list) and len(sides) == 1:
+        sides = 2 * sides
     try:
         height, width = (int(side) for side in sides)
     except (TypeError, ValueError):

@@ -46,8 +46,9 @@ Pair = tuple[str, str]
 
 _DPI = 150
 _JOINT = ("joint", "gd")  # the first that there is, ratios are to
-_POINTS = 100  # of a line of many batches
+_POINTS = 60  # of a line of many batches
 _LONGEST = 40  # name that is written out
+_CELL, _MOST_CELLS = 0.34, 36  # inches of a task in a heatmap, which are squeezed beyond so many
 _OTHER, _WHOLE = "other", "not divided"
 _SECTIONS = {
     "forward": "#4393c3",
@@ -183,18 +184,15 @@ def figures(
         _check_pair(runs, pair)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    drawn = {
-        "time_per_batch.png": lambda path: time_per_batch(runs, path),
-        "grouping.png": lambda path: grouping(runs, path),
-        "affinity_over_time.png": lambda path: affinity_over_time(runs, path, pair),
-    }
-    written, notes = [], []
-    for name, draw in drawn.items():
-        done, said = draw(out / name)
-        notes += said
-        if done:
-            written.append(out / name)
-    return written, notes
+    names = ("time_per_batch.png", "grouping.png", "affinity_over_time.png")
+    times, groups, affinities = paths = [out / name for name in names]
+    found = [
+        time_per_batch(runs, times),
+        grouping(runs, groups),
+        affinity_over_time(runs, affinities, pair),
+    ]
+    written = [path for path, (done, _) in zip(paths, found, strict=True) if done]
+    return written, [note for _, notes in found for note in notes]
 
 
 def time_per_batch(runs: Sequence[RunData], path: str | os.PathLike[str]) -> tuple[bool, list[str]]:
@@ -214,7 +212,7 @@ def time_per_batch(runs: Sequence[RunData], path: str | os.PathLike[str]) -> tup
     totals = [sum(bar.sections.values()) for bar in bars]
     most = max(max(bar.totals) for bar in bars)
     scale, unit, units = (1e3, "ms", "milliseconds") if most < 0.5 else (1.0, "s", "seconds")
-    labels = [textwrap.fill(bar.label, 34) for bar in bars]
+    labels = [textwrap.fill(bar.label, 34, break_on_hyphens=False) for bar in bars]
     lines = 1 + max(label.count("\n") for label in labels)
     pitch = 0.2 + 0.16 * lines
     figure = Figure(figsize=(9, 1.3 + pitch * len(bars)), layout="constrained")
@@ -249,7 +247,7 @@ def time_per_batch(runs: Sequence[RunData], path: str | os.PathLike[str]) -> tup
     axes.set(xlim=(0, 1.2 * scale * most), ylim=(len(bars) - 0.4, -0.6))
     axes.tick_params(axis="y", length=0)
     relative = any(bar.ratio is not None for bar in bars)
-    axes.set_xlabel(f"{units} per batch" + ("; times that of joint training" if relative else ""))
+    axes.set_xlabel(f"{units} per batch" + (", and times joint training" if relative else ""))
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("Time per batch", loc="left")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -283,7 +281,8 @@ def seconds_per_batch(runs: Sequence[RunData]) -> tuple[list[Bar], list[str]]:
     for key, group in alike.items():
         done, method, _ = key
         run = group[0]
-        label = [method, *_words(run, [*work, *(ways if run in selective else ())])]
+        label = [method, *_words(run, work, timed)]
+        label += _words(run, ways, selective) if run in selective else []
         if tasks_differ:
             few = len(run.tasks) <= 3
             label.append(", ".join(run.tasks) if few else f"{len(run.tasks)} tasks")
@@ -321,19 +320,25 @@ def grouping(runs: Sequence[RunData], path: str | os.PathLike[str]) -> tuple[boo
     share = np.mean([_in_task_order(shared(run), run, tasks) for run in drawn], 0)
     order = order_by_share(share)
 
-    side = 3.3 + 0.34 * min(len(tasks), 36)
-    figure = Figure(figsize=(side + 7.5, max(side, 5.0)), layout="constrained")
+    side = 3.3 + _CELL * min(len(tasks), _MOST_CELLS)
+    names = _short_names(drawn)
+    columns = 2 if max(map(len, names)) <= 30 else 1
+    height = max(side, 4.7 + 0.18 * (len(names) + 1) / columns)
+    figure = Figure(figsize=(side + 7.5, height), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(side, 7.0))
     left.set_anchor("N")
     image = left.imshow(share[np.ix_(order, order)], cmap="Blues", vmin=0, vmax=1)
-    bar = figure.colorbar(image, ax=left, fraction=0.046, pad=0.03)
+    bar = figure.colorbar(image, cax=left.inset_axes((1.02, 0, 0.03, 1)))
     bar.set_label("share of the batches in one group")
     _name_tasks(left, [_short(tasks[k]) for k in order])
     if len(tasks) <= 20:
         _write_values(left, share[np.ix_(order, order)])
     of = f", mean of {len(drawn)} runs" if len(drawn) > 1 else ""
     left.set_title(f"Who shared a group{of}", loc="left")
-    _draw_counts(right, drawn)
+    _draw_counts(right, drawn, names)
+    right.legend(
+        frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=columns
+    )
     figure.savefig(path, dpi=_DPI)
     return True, notes
 
@@ -373,7 +378,7 @@ def order_by_share(share: Floats) -> list[int]:
 
 
 def group_counts(run: RunData) -> Counts:
-    """The number of groups over time, about a hundred points of consecutive batches.
+    """The number of groups over time, about sixty points of consecutive batches.
 
     No point has batches of the warm-up and later ones.
     """
@@ -502,20 +507,20 @@ def affinity_courses(runs: Sequence[RunData], pair: Pair) -> list[Course]:
             np.stack([np.interp(batches, b, values[:, d]) for d in range(2)], 1)
             for b, values in lines
         ]
-        label = ", ".join([f"decay {decay:g}", *_words(group[0], differing)])
+        label = ", ".join([f"decay {decay:g}", *_words(group[0], differing, runs)])
         courses.append(Course(label, decay, lines, batches, np.mean(through, 0)))
     return courses
 
 
-def _draw_counts(axes: Axes, runs: Sequence[RunData]) -> None:
-    names = _short_names(runs)
+def _draw_counts(axes: Axes, runs: Sequence[RunData], names: Sequence[str]) -> None:
     width = 1
     for n, (run, name) in enumerate(zip(runs, names, strict=True)):
         colour = colormaps["tab10"](n % 10)
         points = group_counts(run)
         width = max(width, -(-len(run.batches) // _POINTS))
+        faint = min(0.15, 0.4 / len(runs))  # or the bands of many hide the lines
         axes.fill_between(
-            points.batches, points.low, points.high, color=colour, alpha=0.12, linewidth=0
+            points.batches, points.low, points.high, color=colour, alpha=faint, linewidth=0
         )
         style = "-" if n < 10 else "--"
         axes.plot(points.batches, points.mean, style, color=colour, linewidth=1.4, label=name)
@@ -524,17 +529,13 @@ def _draw_counts(axes: Axes, runs: Sequence[RunData]) -> None:
     if warmup:
         axes.axvspan(0, warmup, color="#e8e8e8", zorder=0, linewidth=0, label="warm-up")
     most = max(int(run.groups.max()) for run in runs) + 1
-    axes.set(xlabel="batch", ylabel="groups", xlim=(0, last), ylim=(0, most + 0.5))
+    axes.set(xlabel="batch", ylabel="groups", xlim=(0, last), ylim=(0, 1.05 * most + 0.2))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_box_aspect(0.55)
     axes.set_anchor("N")
     of = f", mean of {width} batches; shaded: least and most" if width > 1 else ""
     axes.set_title(f"Number of groups{of}", loc="left")
-    columns = 2 if max(map(len, names)) <= 30 else 1
-    axes.legend(
-        frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=columns
-    )
 
 
 def _legend_below(figure: Figure, axes: Axes) -> None:
@@ -546,9 +547,10 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
 
 
 def _name_tasks(axes: Axes, names: Sequence[str]) -> None:
-    size = 9 if len(names) <= 36 else max(3, 320 / len(names))
-    turned = 45 if len(names) <= 36 else 90
-    align = "right" if turned == 45 else "center"
+    points = 72 * _CELL * min(1, _MOST_CELLS / len(names))
+    size = max(2.0, min(9.0, 0.75 * points))
+    many = len(names) > _MOST_CELLS
+    turned, align = (90, "center") if many else (45, "right")
     axes.set_xticks(range(len(names)), names, rotation=turned, ha=align, fontsize=size)
     axes.set_yticks(range(len(names)), names, fontsize=size)
     axes.tick_params(length=0)
@@ -638,16 +640,19 @@ def _differing(runs: Iterable[RunData], names: Iterable[str]) -> list[str]:
     return [name for name in names if len({_values(run, [name]) for run in runs}) > 1]
 
 
-def _words(run: RunData, names: Iterable[str]) -> list[str]:
-    """Settings as a label has them; None, which is the usual way, goes without saying."""
+def _words(run: RunData, names: Iterable[str], runs: Iterable[RunData]) -> list[str]:
+    """Settings as a label has them; of those that take their name, not what most runs have."""
     words = []
     for name in names:
+        usual = Counter(_values(other, [name]) for other in runs).most_common(1)[0][0]
         value = run.settings.get(name)
-        if isinstance(value, list | tuple):
-            value = "x".join(map(str, value))
         shown = f"{value:g}" if isinstance(value, float) else str(value)
-        if value is not None:
-            words.append(shown if name in _SPEAKING else f"{name.replace('_', ' ')} {shown}")
+        if isinstance(value, list | tuple):
+            shown = "x".join(map(str, value))
+        if name in _SPEAKING:
+            words.append(shown)
+        elif _values(run, [name]) != usual:
+            words.append(f"{name.replace('_', ' ')} {'all' if value is None else shown}")
     return words
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -85,6 +86,7 @@ class Benchmark:
         self.lower_is_better = {name: task.lower_is_better for name, task in self._tasks.items()}
         self.splits: Sequence[str] = tuple(self._kind.ROLES)
         self._augmented, self._whole = self._transforms()
+        self._workers = min(settings.workers, len(os.sched_getaffinity(0)))
 
     @cached_property
     def _data(self) -> dict[str, DenseDataset]:
@@ -145,7 +147,7 @@ class Benchmark:
         Raises:
             ValueError: if there is no root, or it does not hold the data set.
         """
-        workers = self._settings.workers
+        workers = self._workers
         data = self._data["augmented"]
         return training_batches(data, batch_size, seed=seed, start=start, workers=workers)
 
@@ -164,7 +166,7 @@ class Benchmark:
             self._data[split],
             settings.batch_size,
             limit=_FIXED_TRAINING if split == "train" else None,
-            workers=settings.workers,
+            workers=self._workers,
         )
         with self._matchers(model) as executor:
             return evaluate(model, batches, tasks=self._tasks, executor=executor)
@@ -173,11 +175,11 @@ class Benchmark:
         """Processes that match edges, one for each that reads data."""
         assert isinstance(model, tg.MultiTaskModel)
         matched = any(self._tasks[task].metric == "ods_f" for task in model.heads)
-        if not matched or not self._settings.workers:
+        if not matched or not self._workers:
             return nullcontext()
         # Spawned: a forked process would inherit the threads of torch in an unknown state.
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self._settings.workers, context)
+        return ProcessPoolExecutor(self._workers, context)
 
     def draw(self, model: nn.Module, folder: Path) -> None:
         """Input, target and prediction on some held-out images: ``predictions.png``."""

@@ -1,8 +1,10 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from taskgroup.vision import TASKONOMY, criterion
+from taskgroup.vision import NYUD, PASCAL, TASKONOMY, Task, criterion
 
 
 def batch(seed=0, valid=0.6):
@@ -84,3 +86,76 @@ def test_a_zero_prediction_of_a_normal_is_no_nan():
     loss = criterion({"normal": output}, {"normal": label}, {"normal": mask})["normal"]
     assert loss.item() == 1
     assert torch.autograd.grad(loss, output)[0].isfinite().all()
+
+
+def pixels(*values):
+    """Pixels in a row, [1, C, 1, W], from C values each."""
+    return torch.tensor(values, dtype=torch.float32).T[None, :, None]
+
+
+def loss(kind, output, label, mask):
+    task = Task("t", output.shape[1], kind, "l1", "T")
+    found = criterion({"t": output}, {"t": label}, {"t": mask}, {"t": task})
+    return found["t"].item()
+
+
+def test_cross_entropy_by_hand():
+    output = pixels((0.0, math.log(3)), (2.0, 0.0), (9.0, 9.0))
+    label = torch.tensor([[[[1, 0, 255]]]], dtype=torch.uint8)
+    mask = label < 255
+    expected = (math.log(4 / 3) + math.log(1 + math.exp(-2))) / 2
+    assert loss("cross_entropy", output, label, mask) == pytest.approx(expected)
+    assert loss("cross_entropy", output, label, mask & False) == 0
+
+
+def test_weighted_and_balanced_cross_entropy_by_hand():
+    output = pixels((0.0,), (1.0,), (-2.0,), (5.0,))
+    label = torch.tensor([[[[True, False, False, True]]]])
+    mask = torch.tensor([[[[True, True, True, False]]]])
+
+    def softplus(x):
+        return math.log1p(math.exp(x))
+
+    positive, negatives = softplus(0), softplus(1) + softplus(-2)
+    expected = (0.95 * positive + 0.05 * negatives) / 3
+    assert loss("weighted_bce", output, label, mask) == pytest.approx(expected)
+    # Of three known pixels two are negative.
+    expected = (2 / 3 * positive + 1 / 3 * negatives) / 3
+    assert loss("balanced_bce", output, label, mask) == pytest.approx(expected)
+    none = torch.zeros_like(label)
+    assert loss("balanced_bce", output, none, mask) == 0  # nothing to balance
+
+
+def test_unit_l1_by_hand():
+    output, label = pixels((0, 3, 4), (2, 0, 0)), pixels((0, 0, 1), (1, 0, 0))
+    mask = torch.ones(1, 1, 1, 2, dtype=torch.bool)
+    assert loss("unit_l1", output, label, mask) == pytest.approx((0.6 + 0.2) / 2)
+
+
+@pytest.mark.parametrize("tasks", [NYUD, PASCAL])
+def test_masks_of_all_losses(tasks):
+    g = torch.Generator().manual_seed(0)
+    outputs, labels, junk, masks = {}, {}, {}, {}
+    for name, task in tasks.items():
+        outputs[name] = torch.randn(2, task.channels, 5, 7, generator=g).requires_grad_()
+        masks[name] = torch.rand(2, 1, 5, 7, generator=g) < 0.6
+        if task.kind == "values":
+            labels[name] = torch.randn(2, task.channels, 5, 7, generator=g)
+            junk[name] = torch.where(masks[name], labels[name], torch.nan)
+        else:
+            labels[name] = torch.randint(0, max(2, task.channels), (2, 1, 5, 7), generator=g)
+            labels[name] = labels[name].to(torch.uint8 if task.kind == "classes" else torch.bool)
+            other = torch.tensor(255 if task.kind == "classes" else True, dtype=labels[name].dtype)
+            junk[name] = torch.where(masks[name], labels[name], other)
+    clean, spoiled = (criterion(outputs, given, masks, tasks) for given in (labels, junk))
+    for name, value in clean.items():
+        assert value.shape == ()
+        assert torch.equal(value, spoiled[name])
+        (gradient,) = torch.autograd.grad(spoiled[name], outputs[name])
+        assert gradient.isfinite().all()
+        assert (gradient * ~masks[name] == 0).all()
+        assert (gradient * masks[name] != 0).any()
+        nothing = criterion({name: outputs[name]}, junk, {name: masks[name] & False}, tasks)[name]
+        (gradient,) = torch.autograd.grad(nothing, outputs[name])
+        assert nothing.item() == 0
+        assert torch.equal(gradient, torch.zeros_like(gradient))

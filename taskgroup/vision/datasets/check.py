@@ -28,7 +28,7 @@ class Checked(NamedTuple):
         split: its name.
         listed: samples that the data set lists.
         published: samples in the public release; None where it depends on the release.
-        whole: samples that nothing is wrong with.
+        whole: of these, those that can be read.
         problems: what is wrong, a sentence each.
     """
 
@@ -85,8 +85,8 @@ def check(
             continue
         listed = dataset.listed_ids()
         missing = list(dataset.problems(listed))
-        bad = {sample for sample, _ in missing}
-        problems += [sentence for _, sentence in missing]
+        bad = {problem.sample for problem in missing if not problem.usable}.intersection(listed)
+        problems += [problem.sentence for problem in missing]
         if not quick:
             fresh = [sample for sample in dataset.ids if sample not in seen and sample not in bad]
             for done, (sample, wrong) in enumerate(_inspected(dataset, fresh, workers), start=1):

@@ -19,7 +19,7 @@ from taskgroup.vision.datasets.files import BadSampleError, read_rgb
 from taskgroup.vision.samples import Samples
 from taskgroup.vision.tasks import Task
 
-__all__ = ["DenseDataset", "Scene", "Transform"]
+__all__ = ["DenseDataset", "Problem", "Scene", "Transform", "file_names", "read_lines"]
 
 
 class Scene(NamedTuple):
@@ -34,6 +34,20 @@ class Scene(NamedTuple):
     image: NDArray[np.uint8]
     labels: dict[str, NDArray[Any]]
     masks: dict[str, NDArray[np.bool_]]
+
+
+class Problem(NamedTuple):
+    """What is wrong with a sample, going by names.
+
+    Attributes:
+        sample: its id.
+        sentence: what is wrong.
+        usable: whether the sample can be read all the same.
+    """
+
+    sample: str
+    sentence: str
+    usable: bool
 
 
 #: What makes samples of one size, at random or not.
@@ -133,22 +147,23 @@ class DenseDataset(Dataset[Samples]):
         """The image ``[H, W, 3]``."""
         return read_rgb(self.files(sample)["image"][0])
 
-    def problems(self, ids: Iterable[str] | None = None) -> Iterator[tuple[str, str]]:
-        """``(id, sentence)`` for ids that are listed twice and for files that are missing.
+    def problems(self, ids: Iterable[str]) -> Iterator[Problem]:
+        """What is wrong with some ids, going by names: listed twice, or without all their files.
 
         Folders are listed, not files looked up one by one: a data set has millions of them.
         """
-        ids = self.listed_ids() if ids is None else ids
         there: dict[Path, frozenset[str]] = {}
         for sample, times in Counter(ids).items():
             if times > 1:
-                yield sample, f"{self.list_file()} lists {sample} {times} times."
-            for path in {path for paths in self.files(sample).values() for path in paths}:
+                sentence = f"{self.list_file()} lists {sample} {times} times."
+                yield Problem(sample, sentence, usable=True)
+            needed = [path for paths in self.files(sample).values() for path in paths]
+            for path in dict.fromkeys(needed):  # two tasks may be of one file
                 folder = path.parent
                 if folder not in there:
                     there[folder] = frozenset(file_names(folder))
                 if path.name not in there[folder]:
-                    yield sample, f"{path} is missing."
+                    yield Problem(sample, f"{path} is missing.", usable=False)
 
     def list_file(self) -> Path:
         """The file that lists the split."""
@@ -158,10 +173,10 @@ class DenseDataset(Dataset[Samples]):
         """The ids, each once, whose files are all there; what is wrong goes to ``problems``."""
         ids = self.listed_ids()
         lacking = set()
-        for sample, problem in self.problems(ids):
-            problems.append(problem)
-            if problem.endswith("is missing."):
-                lacking.add(sample)
+        for problem in self.problems(ids):
+            problems.append(problem.sentence)
+            if not problem.usable:
+                lacking.add(problem.sample)
         return [sample for sample in dict.fromkeys(ids) if sample not in lacking]
 
     def __len__(self) -> int:

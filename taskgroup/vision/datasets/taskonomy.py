@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from taskgroup.vision.datasets.dense import DenseDataset, file_names
+from taskgroup.vision.datasets.dense import DenseDataset, Problem, file_names
 from taskgroup.vision.datasets.files import read_grey, read_grey16, read_rgb
 from taskgroup.vision.encoding import normalise
 from taskgroup.vision.tasks import TASKONOMY, Task
@@ -98,9 +98,19 @@ class Taskonomy(DenseDataset):
             found = sorted((int(match[1]), int(match[2])) for match in matches)
             if matches:
                 self._domains.setdefault("rgb", matches[0][3])
-            # A building without an image has one id all the same: one that lacks its files.
-            ids += [f"{building}/{point}/{view}" for point, view in found] or [f"{building}/0/0"]
+            ids += [f"{building}/{point}/{view}" for point, view in found]
         return ids
+
+    def problems(self, ids: Iterable[str]) -> Iterator[Problem]:
+        """What is wrong with some ids, and buildings of the split without an image."""
+        ids = list(ids)
+        with_images = {sample.split("/")[0] for sample in ids}
+        for building in self.buildings():
+            if building not in with_images:
+                folder = self._folder("rgb", building)
+                sentence = f"{folder} holds no image, and {self.list_file()} lists the building."
+                yield Problem(building, sentence, usable=False)
+        yield from super().problems(ids)
 
     def files(self, sample: str) -> dict[str, tuple[Path, ...]]:
         """``{"image" or task: files}`` of an id."""
