@@ -48,7 +48,6 @@ _DPI = 150
 _JOINT = ("joint", "gd")  # the first that there is, ratios are to
 _POINTS = 60  # of a line of many batches
 _LONGEST = 40  # name that is written out
-_CELL, _MOST_CELLS = 0.34, 36  # inches of a task in a heatmap, which are squeezed beyond so many
 _OTHER, _WHOLE = "other", "not divided"
 _SECTIONS = {
     "forward": "#4393c3",
@@ -320,22 +319,26 @@ def grouping(runs: Sequence[RunData], path: str | os.PathLike[str]) -> tuple[boo
     share = np.mean([_in_task_order(shared(run), run, tasks) for run in drawn], 0)
     order = order_by_share(share)
 
-    side = 3.3 + _CELL * min(len(tasks), _MOST_CELLS)
-    names = _short_names(drawn)
-    columns = 2 if max(map(len, names)) <= 30 else 1
-    height = max(side, 4.7 + 0.18 * (len(names) + 1) / columns)
-    figure = Figure(figsize=(side + 7.5, height), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(side, 7.0))
+    cell = max(3.0, min(12.0, 0.36 * len(tasks))) / len(tasks)  # inches
+    names = [_short(tasks[k]) for k in order]
+    size = max(2.0, min(9.0, 0.75 * 72 * cell))  # points
+    room = max(map(len, names)) * 0.62 * size / 72  # inches of the longest name
+    of_runs = _short_names(drawn)
+    columns = 2 if max(map(len, of_runs)) <= 30 else 1
+    below = 4.7 + 0.18 * (len(of_runs) + 1) / columns  # the picture on the right and its legend
+    side = cell * len(tasks) + room
+    figure = Figure(figsize=(side + 8.0, max(side + 0.6, below)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(side + 1, 7))
     left.set_anchor("N")
     image = left.imshow(share[np.ix_(order, order)], cmap="Blues", vmin=0, vmax=1)
     bar = figure.colorbar(image, cax=left.inset_axes((1.02, 0, 0.03, 1)))
     bar.set_label("share of the batches in one group")
-    _name_tasks(left, [_short(tasks[k]) for k in order])
+    _name_tasks(left, names, size)
     if len(tasks) <= 20:
         _write_values(left, share[np.ix_(order, order)])
     of = f", mean of {len(drawn)} runs" if len(drawn) > 1 else ""
     left.set_title(f"Who shared a group{of}", loc="left")
-    _draw_counts(right, drawn, names)
+    _draw_counts(right, drawn, of_runs)
     right.legend(
         frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=columns
     )
@@ -546,11 +549,8 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
     )
 
 
-def _name_tasks(axes: Axes, names: Sequence[str]) -> None:
-    points = 72 * _CELL * min(1, _MOST_CELLS / len(names))
-    size = max(2.0, min(9.0, 0.75 * points))
-    many = len(names) > _MOST_CELLS
-    turned, align = (90, "center") if many else (45, "right")
+def _name_tasks(axes: Axes, names: Sequence[str], size: float) -> None:
+    turned, align = (45, "right") if size == 9 else (90, "center")
     axes.set_xticks(range(len(names)), names, rotation=turned, ha=align, fontsize=size)
     axes.set_yticks(range(len(names)), names, fontsize=size)
     axes.tick_params(length=0)
