@@ -100,6 +100,8 @@ def _warmup(recipe: Recipe, n_tasks: int, batches: Sequence[int], steps: Sequenc
     learns = n_tasks > 1 and recipe.method == "selective"
     if not (learns and recipe.make_grouping().reads_affinity and recipe.warmup):
         return 0
+    if recipe.groups_per_batch is None:
+        return recipe.warmup
     rounds, undealt = 0, n_tasks
     for batch, dealt in zip(batches, steps, strict=True):
         undealt -= min(dealt, undealt)
@@ -107,7 +109,7 @@ def _warmup(recipe: Recipe, n_tasks: int, batches: Sequence[int], steps: Sequenc
             rounds, undealt = rounds + 1, n_tasks
         if rounds == recipe.warmup:
             return batch
-    return batches[-1]
+    return max(recipe.warmup, batches[-1])
 
 
 def _seconds(run: Path) -> dict[str, float] | None:

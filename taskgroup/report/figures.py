@@ -82,7 +82,7 @@ class RunData:
         name: of the run, its folder.
         settings: of its recipe.
         tasks: the K tasks in the order of the matrices; none before the first batch.
-        warmup: batches of warm-up; as many as there are while it goes on.
+        warmup: batches of warm-up; no fewer than there are while it goes on.
         batches: ``[B]``, the number of each batch.
         groups: ``[B, K]``, the group of each task after that batch, counted from 0.
         seconds: of a batch, ``{section: seconds}`` with the whole as ``"everything"``; None of a
@@ -284,7 +284,7 @@ def seconds_per_batch(runs: Sequence[RunData]) -> tuple[list[Bar], list[str]]:
         label += _words(run, ways, selective) if run in selective else []
         if tasks_differ:
             few = len(run.tasks) <= 3
-            label.append(", ".join(run.tasks) if few else f"{len(run.tasks)} tasks")
+            label.append(" + ".join(run.tasks) if few else f"{len(run.tasks)} tasks")
         mean = sections[key]
         joint = [sections[done, name, ()] for name in _JOINT if (done, name, ()) in sections]
         ratio = sum(mean.values()) / sum(joint[0].values()) if joint else None
@@ -336,8 +336,7 @@ def grouping(runs: Sequence[RunData], path: str | os.PathLike[str]) -> tuple[boo
     _name_tasks(left, names, size)
     if len(tasks) <= 20:
         _write_values(left, share[np.ix_(order, order)])
-    of = f", mean of {len(drawn)} runs" if len(drawn) > 1 else ""
-    left.set_title(f"Who shared a group{of}", loc="left")
+    left.set_title("Who shared a group" + _mean_of(len(drawn)), loc="left")
     _draw_counts(right, drawn, of_runs)
     right.legend(
         frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=columns
@@ -431,17 +430,19 @@ def affinity_over_time(
                 f"The mean of {course.label} ends at batch {min(short)}, as far as all its runs go."
             )
 
-    figure = Figure(figsize=(10.5, 4.3), layout="constrained")
+    titles = [course.label + _mean_of(len(course.runs)) for course in courses]
+    columns = max(1, min(len(titles), 130 // (8 + max(map(len, titles)))))
+    height = 4.0 + 0.18 * -(-len(titles) // columns)
+    figure = Figure(figsize=(10.5, height), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     shades = colormaps["viridis"](np.linspace(0, 0.88, len(courses)))
     for direction, axes in enumerate(panels):
         step, effect = [(first, second), (second, first)][direction]
         axes.axhline(0, color="#bbbbbb", linewidth=0.8)
-        for course, colour in zip(courses, shades, strict=True):
+        for course, title, colour in zip(courses, titles, shades, strict=True):
             if len(course.runs) > 1:
                 for batches, values in course.runs:
                     axes.plot(batches, values[:, direction], color=colour, lw=0.6, alpha=0.45)
-            of = f" (mean of {len(course.runs)} runs)" if len(course.runs) > 1 else ""
             mark = "." if len(course.batches) < 3 else ""  # a line of one point is none
             axes.plot(
                 course.batches,
@@ -449,13 +450,14 @@ def affinity_over_time(
                 color=colour,
                 marker=mark,
                 linewidth=1.6,
-                label=course.label + of,
+                label=title,
             )
         axes.set_xlabel("batch")
         axes.set_title(f"step on {_short(step)}, effect on {_short(effect)}", loc="left", size=10)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("affinity, entry of the matrix as recorded")
-    _legend_below(figure, panels[0])
+    lines = panels[0].get_legend_handles_labels()
+    figure.legend(*lines, frameon=False, fontsize=8, loc="outside lower left", ncols=columns)
     figure.savefig(path, dpi=_DPI)
     return True, notes
 
@@ -533,7 +535,8 @@ def _draw_counts(axes: Axes, runs: Sequence[RunData], names: Sequence[str]) -> N
         axes.axvspan(0, warmup, color="#e8e8e8", zorder=0, linewidth=0, label="warm-up")
     most = max(int(run.groups.max()) for run in runs) + 1
     axes.set(xlabel="batch", ylabel="groups", xlim=(0, last), ylim=(0, 1.05 * most + 0.2))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(8, integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_box_aspect(0.55)
     axes.set_anchor("N")
@@ -541,12 +544,8 @@ def _draw_counts(axes: Axes, runs: Sequence[RunData], names: Sequence[str]) -> N
     axes.set_title(f"Number of groups{of}", loc="left")
 
 
-def _legend_below(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    columns = max(1, min(len(labels), 130 // (8 + max(map(len, labels)))))
-    figure.legend(
-        handles, labels, frameon=False, fontsize=8, loc="outside lower left", ncols=columns
-    )
+def _mean_of(runs: int) -> str:
+    return f", mean of {runs} runs" if runs > 1 else ""
 
 
 def _name_tasks(axes: Axes, names: Sequence[str], size: float) -> None:

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from skimage.morphology import thin
+from skimage.morphology import skeletonize
 from torch.nn import functional as F
 
 from taskgroup.vision.datasets.dense import Scene
@@ -60,8 +61,7 @@ class Fit:
 
     def __call__(self, scene: Scene, rng: np.random.Generator | None = None) -> Scene:
         """The scene in the size."""
-        scene, inside = _look(scene, self.window(scene.image.shape), self.size, self.tasks)
-        return scene._replace(image=_filled(scene.image, inside))
+        return _look(scene, self.window(scene.image.shape), self.size, self.tasks)
 
 
 class Augment:
@@ -80,7 +80,7 @@ class Augment:
 
     Class numbers, depth and normals take the nearest stored value: between two surfaces there is
     none. Edges stay lines of one pixel without gaps: on shrinking each pixel marks where it comes
-    to lie, on enlarging the nearest value is taken, and what became thicker is thinned.
+    to lie, on enlarging the nearest value is taken, and what became thicker is reduced to its middle.
 
     Args:
         size: (H, W) of the result.
@@ -106,11 +106,11 @@ class Augment:
         """A random piece of the scene."""
         zoom = rng.uniform(*self.scale)
         window = self._window(scene, zoom, rng)
-        piece, inside = _look(scene, window, self.size, self.tasks)
+        touch_up = partial(distort, rng=rng)
+        piece = _look(scene, window, self.size, self.tasks, touch_up)
         for task, label in piece.labels.items():
             if task.startswith("depth"):
                 label /= zoom
-        piece = piece._replace(image=_filled(distort(piece.image, rng), inside))
         return flip(piece) if rng.random() < 0.5 else piece
 
     def _window(self, scene: Scene, zoom: float, rng: np.random.Generator) -> Window:
@@ -131,8 +131,10 @@ class Augment:
     def _varied(self, scene: Scene, window: Window) -> bool:
         rows, columns, _ = _sources(scene.image.shape, window, self.size)
         # Every fourth pixel both ways tells the shares as well.
-        classes = scene.labels["semseg"][..., 0][np.ix_(rows[::4], columns[::4])]
-        known = scene.masks["semseg"][np.ix_(rows[::4], columns[::4])]
+        classes, known = (
+            _nearest(values, rows[::4], columns[::4])
+            for values in (scene.labels["semseg"][..., 0], scene.masks["semseg"])
+        )
         counts = np.bincount(classes[known])
         return bool(counts.sum() and counts.max() < self.max_share * counts.sum())
 
@@ -218,6 +220,8 @@ def distort(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.ui
 
 def _levels(image: NDArray[np.uint8], times: float, plus: float) -> NDArray[np.uint8]:
     """Every value times one number plus another, by a table of the 256 there are."""
+    if times == 1 and plus == 0:
+        return image
     table: NDArray[np.uint8] = (np.arange(256) * times + plus).clip(0, 255).astype(np.uint8)
     return table[image]
 
@@ -240,54 +244,68 @@ def _sources(
 
 
 def _look(
-    scene: Scene, window: Window, size: tuple[int, int], tasks: Mapping[str, Task]
-) -> tuple[Scene, NDArray[np.bool_]]:
-    """The scene as seen through a window of the size, and which pixels lie in it."""
+    scene: Scene,
+    window: Window,
+    size: tuple[int, int],
+    tasks: Mapping[str, Task],
+    touch_up: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] = lambda image: image,
+) -> Scene:
+    """The scene as seen through a window of the size.
+
+    Args:
+        scene: all of it.
+        window: what is seen.
+        size: (H, W) of the result.
+        tasks: of the labels.
+        touch_up: what is done to the image, where there is any.
+    """
     rows, columns, inside = _sources(scene.image.shape, window, size)
-    grid = np.ix_(rows, columns)
     labels, masks = {}, {}
     for task, label in scene.labels.items():
-        masks[task] = scene.masks[task][grid] & inside
+        masks[task] = _nearest(scene.masks[task], rows, columns) & inside
         if task == "edge":
             labels[task] = _edges(label[..., 0], window, size, inside)[..., None]
             continue
-        seen = label[grid]
-        seen[~masks[task]] = _IGNORE if tasks[task].kind == "classes" else 0
+        seen = _nearest(label, rows, columns)
+        if tasks[task].kind == "classes":
+            seen[~masks[task]] = _IGNORE
+        else:
+            seen *= masks[task][..., None]
         labels[task] = seen
         if task == "human_parts" and not seen[masks[task]].any():
             masks[task][:] = False  # nobody to learn from, as in an image without people
-    return Scene(_resample(scene.image, window, size), labels, masks), inside
+    image = np.empty((*size, 3), dtype=np.uint8)
+    image[:] = _OUTSIDE
+    piece, top, left = _resample(scene.image, window, size)
+    if piece.size:
+        place = slice(top, top + piece.shape[0]), slice(left, left + piece.shape[1])
+        image[place] = touch_up(piece)
+    return Scene(image, labels, masks)
 
 
-def _filled(image: NDArray[np.uint8], inside: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """The image, of one colour where it does not reach."""
-    return np.where(inside[..., None], image, np.array(_OUTSIDE, dtype=np.uint8))
+def _nearest(
+    values: NDArray[Any], rows: NDArray[np.int64], columns: NDArray[np.int64]
+) -> NDArray[Any]:
+    return values.take(rows, axis=0).take(columns, axis=1)  # four times as fast as np.ix_
 
 
-def _resample(image: NDArray[np.uint8], window: Window, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The image in the window, bilinear, without aliasing; black outside."""
+def _resample(
+    image: NDArray[np.uint8], window: Window, size: tuple[int, int]
+) -> tuple[NDArray[np.uint8], int, int]:
+    """What the window shows of an image, bilinear, without aliasing, and where in the window."""
     height, width = image.shape[:2]
     scaled = round(height * window.scale), round(width * window.scale)
-    # Of the window the part inside the image, in the scaled image and in the new one.
     top, left = max(window.top, 0), max(window.left, 0)
     bottom = min(window.top + size[0], scaled[0])
     right = min(window.left + size[1], scaled[1])
-    black = np.zeros((*size, 3), dtype=np.uint8)
-    if bottom <= top or right <= left:
-        return black
-    if window.scale == 1:
-        part = image[top:bottom, left:right]
-    else:
-        down, across = height / scaled[0], width / scaled[1]
-        box = (left * across, top * down, right * across, bottom * down)
-        part = np.asarray(
-            Image.fromarray(image).resize(
-                (right - left, bottom - top), Image.Resampling.BILINEAR, box=box
-            )
-        )
-    y, x = top - window.top, left - window.left
-    black[y : y + part.shape[0], x : x + part.shape[1]] = part
-    return black
+    place = top - window.top, left - window.left
+    if window.scale == 1 or bottom <= top or right <= left:
+        return image[top : max(top, bottom), left : max(left, right)], *place
+    down, across = height / scaled[0], width / scaled[1]
+    box = (left * across, top * down, right * across, bottom * down)
+    shape = right - left, bottom - top
+    piece = Image.fromarray(image).resize(shape, Image.Resampling.BILINEAR, box=box)
+    return np.asarray(piece), *place
 
 
 def _edges(
@@ -305,6 +323,6 @@ def _edges(
         found[at[0][kept], at[1][kept]] = True
     else:
         rows, columns, _ = _sources(edges.shape, window, size)
-        found = edges[np.ix_(rows, columns)]
+        found = _nearest(edges, rows, columns)
     found &= inside
-    return found if window.scale == 1 else thin(found)
+    return found if window.scale == 1 else skeletonize(found)

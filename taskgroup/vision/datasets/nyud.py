@@ -81,7 +81,7 @@ def unit_normals(stored: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArra
     Args:
         stored: [H, W, 3], uint8.
     """
-    normals = stored.astype(np.float32) / np.float32(127.5) - 1
-    length = np.sqrt((normals * normals).sum(-1))
-    known = length > 0.01
-    return normals / np.maximum(length, 0.01)[..., None], known
+    normals: NDArray[np.float32] = (np.arange(256, dtype=np.float32) / 127.5 - 1).take(stored)
+    length = np.sqrt(np.einsum("hwc,hwc->hw", normals, normals))
+    normals /= np.maximum(length, 0.01)[..., None]
+    return normals, length > 0.01

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import ndimage
+from skimage.morphology import thin
 from torch.nn import functional as F
 
 from taskgroup.vision import motorcycle
@@ -109,7 +110,7 @@ def test_edges_stay_lines_of_one_pixel(zoom, line, undistorted):
     }[line]
     edge = np.zeros((60, 60), dtype=bool)
     edge[rows.astype(int), columns.astype(int)] = True
-    scene.labels["edge"] = augment.thin(edge)[..., None]
+    scene.labels["edge"] = thin(edge)[..., None]
     # Large enough that nothing is cut off, but so small that fitting leaves it as it is.
     found = Augment((120, 120), NYUD, scale=(zoom, zoom))(scene, np.random.default_rng(0))
     edges = found.labels["edge"][..., 0]
