@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 
-import pytest
 import torch
 
 from taskgroup.experiment.memory import peak_bytes

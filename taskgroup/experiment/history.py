@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from graphlib import TopologicalSorter
-from itertools import chain, islice, pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,9 @@ from numpy.typing import NDArray
 
 from taskgroup.experiment.evaluation import load_summary, read_settings
 from taskgroup.experiment.recipe import Recipe
-from taskgroup.report.figures import RunData
+from taskgroup.report.history import RunData
 
 __all__ = ["load_run_data"]
-
-_ENOUGH = 1000  # lines to learn the order of the tasks from
 
 
 def load_run_data(run: str | Path) -> RunData:
@@ -35,11 +32,11 @@ def load_run_data(run: str | Path) -> RunData:
     run = Path(run)
     recipe = read_settings(run)
     lines = _lines(run / "metrics.jsonl")
-    first = list(islice(lines, _ENOUGH))
-    tasks = _task_order(first, recipe)
+    first = next(lines, None)
+    tasks = _task_order(run, first)
     batches, steps, groups = [], [], []
     partition, labels = None, np.empty(0, np.int16)
-    for line in chain(first, lines):
+    for line in chain([] if first is None else [first], lines):
         batches.append(line["batch"])
         steps.append(len(line["groups"]))
         if line["partition"] != partition:
@@ -80,19 +77,12 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 ) from None
 
 
-def _task_order(lines: Iterable[Mapping[str, Any]], recipe: Recipe) -> tuple[str, ...]:
-    """The tasks in the order of the matrices; every line tells the order of some."""
-    chains: dict[tuple[str, ...], None] = {}
-    for line in lines:
-        chains |= dict.fromkeys(map(tuple, line["partition"]))
-        chains[tuple(group[0] for group in line["partition"])] = None
-        if recipe.method == "selective":
-            chains[tuple(line["losses"])] = None
-    before: dict[str, set[str]] = {task: set() for names in chains for task in names}
-    for names in chains:
-        for earlier, later in pairwise(names):
-            before[later].add(earlier)
-    return tuple(TopologicalSorter(before).static_order())
+def _task_order(run: Path, first: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The tasks in the order of the matrices; none before the first batch."""
+    recorded = next(_lines(run / "affinity.jsonl"), None)
+    if recorded is not None:
+        return tuple(recorded["tasks"])
+    return tuple(task for group in first["partition"] for task in group) if first else ()
 
 
 def _warmup(recipe: Recipe, n_tasks: int, batches: Sequence[int], steps: Sequence[int]) -> int:

@@ -150,7 +150,8 @@ class Run:
             return
         matrix = self.trainer.groups.affinity.matrix.tolist()
         rounded = [[float(f"{value:.5g}") for value in row] for row in matrix]
-        self._append("affinity.jsonl", {"batch": self.batch, "matrix": rounded})
+        line = {"batch": self.batch, "tasks": self.trainer.tasks, "matrix": rounded}
+        self._append("affinity.jsonl", line)
 
     def _evaluates_now(self) -> bool:
         every = self.recipe.evaluate_every  # the end is evaluated anyway

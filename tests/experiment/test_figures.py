@@ -9,6 +9,7 @@ import yaml
 
 from taskgroup.experiment.history import load_run_data
 from taskgroup.report import figures as report
+from taskgroup.report import history
 
 TASKS = ("a", "b", "c")
 ALONE = [["a"], ["b"], ["c"]]
@@ -40,7 +41,10 @@ def write(tmp_path):
             )
         put(folder / "metrics.jsonl", lines)
         if matrices is not None:
-            recorded = [{"batch": b, "matrix": np.asarray(m).tolist()} for b, m in matrices]
+            tasks = sorted({task for group in partitions[0] for task in group})
+            recorded = [
+                {"batch": b, "tasks": tasks, "matrix": np.asarray(m).tolist()} for b, m in matrices
+            ]
             put(folder / "affinity.jsonl", recorded)
         if seconds is not None:
             summary = {"batches": 10, "seconds_per_batch": seconds["everything"] / 10}
@@ -79,7 +83,7 @@ def test_time_is_that_of_the_summaries(write):
         write("two", [ALONE], seconds=slow, seed=1, decay=0.5),
         write("random", [ALONE], seconds=slow, grouping="random:2"),
     ]
-    bars, notes = report.seconds_per_batch([load_run_data(run) for run in runs])
+    bars, notes = history.seconds_per_batch([load_run_data(run) for run in runs])
     assert notes == []
     joint, learned, random = bars
     assert [bar.label for bar in bars] == [
@@ -105,7 +109,7 @@ def test_time_is_relative_to_joint_training_of_the_same_work(write):
         write("vit-s", [ALONE], seconds={**SECONDS, "everything": 8.0}, backbone="vit-s"),
         write("pair", [[["a"], ["b"]]], seconds=SECONDS),
     ]
-    bars, (note,) = report.seconds_per_batch([load_run_data(run) for run in runs])
+    bars, (note,) = history.seconds_per_batch([load_run_data(run) for run in runs])
     assert [bar.ratio for bar in bars] == [1, 2, None, None]
     assert "['selective, vit-s, a + b + c', 'selective, tiny, a + b']" in note
     assert "no joint run of the same tasks" in note
@@ -114,22 +118,22 @@ def test_time_is_relative_to_joint_training_of_the_same_work(write):
 def test_summary_without_sections(write):
     run = write("old", [ALL], seconds=SECONDS, method="joint")
     (run / "summary.json").write_text(json.dumps({"batches": 10, "seconds_per_batch": 0.4}))
-    (bar,), _ = report.seconds_per_batch([load_run_data(run)])
+    (bar,), _ = history.seconds_per_batch([load_run_data(run)])
     assert bar.sections == {"not divided": 0.4}
 
 
 def test_share_is_counted_after_the_warm_up(write):
     run = load_run_data(write("one", [ALL, ALONE, PAIR, PAIR, ALL], warmup=1))
-    share = report.shared(run)  # of four batches
+    share = history.shared(run)  # of four batches
     expected = [[1, 0.25, 0.75], [0.25, 1, 0.25], [0.75, 0.25, 1]]
     np.testing.assert_allclose(share, expected)
-    assert report.order_by_share(share) in ([0, 2, 1], [1, 0, 2])  # a beside c
+    assert history.order_by_share(share) in ([0, 2, 1], [1, 0, 2])  # a beside c
 
 
 def test_order_puts_groups_together():
     group = np.arange(100) * 37 % 10
     share = 0.1 + 0.8 * (group[:, None] == group) + 0.1 * np.eye(100)
-    order = report.order_by_share(share)
+    order = history.order_by_share(share)
     assert sorted(order) == list(range(100))
     assert sum(group[i] != group[k] for i, k in pairwise(order)) == 9
 
@@ -146,7 +150,7 @@ def test_warm_up_counts_rounds_not_batches(write):
 
 def test_group_counts_are_means_of_batches_on_one_side_of_the_warm_up(write):
     many = [ALONE] * 101 + [PAIR, ALL] * 100
-    counts = report.group_counts(load_run_data(write("long", many, warmup=101)))
+    counts = history.group_counts(load_run_data(write("long", many, warmup=101)))
     assert len(counts.batches) < 80
     assert (np.diff(counts.batches) > 0).all()
     warm = counts.batches <= 101
@@ -156,7 +160,7 @@ def test_group_counts_are_means_of_batches_on_one_side_of_the_warm_up(write):
     np.testing.assert_array_equal(counts.low[~warm], 1)
     np.testing.assert_array_equal(counts.high[~warm], 2)
     np.testing.assert_array_equal(counts.batches[~warm][[0, -1]], [104.5, 300.5])
-    short = report.group_counts(load_run_data(write("short", [ALONE, PAIR, ALL])))
+    short = history.group_counts(load_run_data(write("short", [ALONE, PAIR, ALL])))
     np.testing.assert_array_equal(short.mean, [3, 2, 1])
     np.testing.assert_array_equal(short.batches, [1, 2, 3])
 
@@ -170,13 +174,13 @@ def test_affinity_is_as_recorded_and_averaged_over_seeds(write):
         write("2", [ALONE], [(2, matrix(ab=9))], decay=0.01),
     ]
     runs = [load_run_data(run) for run in runs]
-    slow, fast = report.affinity_courses(runs, ("a", "b"))
+    slow, fast = history.affinity_courses(runs, ("a", "b"))
     assert (slow.label, fast.label) == ("decay 0.01", "decay 0.1")
     np.testing.assert_array_equal(slow.mean, [[9, 0]])
     np.testing.assert_array_equal(fast.batches, [2, 4])  # as far as both go
     np.testing.assert_array_equal(fast.mean, [[1.5, 2.5], [4.5, 3.5]])
     np.testing.assert_array_equal(fast.runs[1][1], [[2, 0], [6, 0], [0, 0]])
-    (turned,) = report.affinity_courses(runs[2:], ("b", "a"))
+    (turned,) = history.affinity_courses(runs[2:], ("b", "a"))
     np.testing.assert_array_equal(turned.mean, [[0, 9]])
 
 
@@ -187,7 +191,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_courses_of_their_own(write):
         write("1", [ALONE], recorded, affinity="gradient"),
         write("2", [ALONE], recorded, seed=3, root="elsewhere"),
     ]
-    courses = report.affinity_courses([load_run_data(run) for run in runs], ("a", "b"))
+    courses = history.affinity_courses([load_run_data(run) for run in runs], ("a", "b"))
     assert [course.label for course in courses] == ["decay 0.001", "decay 0.001, affinity gradient"]
     assert [len(course.runs) for course in courses] == [2, 1]
 
@@ -198,16 +202,17 @@ def test_pair_is_the_one_that_changed_the_most(write):
     still = write("still", [ALONE], [(1, matrix(ac=2)), (2, matrix(ac=-1))])
     run = write("run", [ALONE], list(enumerate(moved, start=1)))
     runs = [load_run_data(folder) for folder in (still, run)]
-    assert report.changed_most(runs) == ("b", "c")
-    assert report.changed_most(runs[:1]) == ("a", "c")
+    assert history.changed_most(runs) == ("b", "c")
+    assert history.changed_most(runs[:1]) == ("a", "c")
 
 
 def test_order_of_tasks_is_that_of_the_matrices(write):
-    # Whatever the groups: no line of these has it outright.
-    grouped = [[["a", "c"], ["b"]], [["a"], ["b", "c"]]]
-    run = load_run_data(write("random", grouped, grouping="random:2"))
+    # Which groups, in whatever order, do not tell.
+    run = load_run_data(write("grouped", [[["a", "c"], ["b"]]], [(1, matrix(ab=0.5))]))
     assert run.tasks == TASKS
-    np.testing.assert_array_equal(run.groups, [[0, 1, 0], [0, 1, 1]])
+    assert run.affinities[0, 0, 1] == 0.5
+    assert run.groups.tolist() == [[0, 1, 0]]
+    assert load_run_data(write("joint", [ALL], method="joint")).tasks == TASKS
 
 
 def test_all_three_are_drawn(write, tmp_path):
@@ -316,7 +321,7 @@ def test_hundred_tasks(write, tmp_path):
     recorded = [(b, np.full((100, 100), float(b))) for b in (1, 2)]
     data = [load_run_data(write("run", [alone, fives, fives], recorded))]
     assert data[0].tasks == tuple(tasks)
-    share = report.shared(data[0])
+    share = history.shared(data[0])
     np.testing.assert_array_equal(share, np.kron(np.eye(20), np.ones((5, 5))))
     assert report.grouping(data, tmp_path / "grouping.png") == (True, [])
     assert is_png(tmp_path / "grouping.png")

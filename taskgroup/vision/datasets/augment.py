@@ -80,7 +80,8 @@ class Augment:
 
     Class numbers, depth and normals take the nearest stored value: between two surfaces there is
     none. Edges stay lines of one pixel without gaps: on shrinking each pixel marks where it comes
-    to lie, on enlarging the nearest value is taken, and what became thicker is reduced to its middle.
+    to lie, on enlarging the nearest value is taken, and what became thicker is reduced to its
+    middle.
 
     Args:
         size: (H, W) of the result.
