@@ -1,16 +1,17 @@
 """Memory and time of a step at the sizes of the paper's runs, ViT-T to ViT-L.
 
-Random weights and pixels: neither depends on what they are. The peak is that of torch's allocator
-over a step of all tasks, and, beside it, of the dearest step on a single task, with what stands
-besides: parameters, gradients and Adam's moments. By default one image a batch and ViT-T; with
-``--full`` the eight of the paper, and the larger networks.
+Random weights and pixels: neither depends on what they are. Peaks are those of torch's allocator,
+above what stands: parameters and Adam's moments. By default one image a batch and ViT-T; with
+``--full`` the larger networks too, and the eight images of the paper as far as a host takes them.
 """
 
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from taskgroup.experiment.memory import peak_bytes
 from taskgroup.vision.backbones import backbone
@@ -23,6 +24,7 @@ DATA = {
     "PASCAL-Context": (PASCAL, (512, 512)),
     "Taskonomy": (TASKONOMY, (256, 256)),
 }
+ON_A_HOST = {"vit-t": 8, "vit-s": 4, "vit-b": 2, "vit-l": 1}
 FULL = [(data, vit) for vit in ("vit-t", "vit-s", "vit-b", "vit-l") for data in DATA]
 
 
@@ -43,8 +45,9 @@ def labels_of(tasks, n_images, size):
 
 def test_step(record, device, data, vit):
     tasks, size = DATA[data]
-    # Of the largest network on the largest images eight would not fit into 24 GiB of a host.
-    n_images = 1 if not record.full else 8 if vit != "vit-l" or device.type == "cuda" else 2
+    n_images = 1
+    if record.full:  # on a host what fits into memory and minutes
+        n_images = 8 if device.type == "cuda" else ON_A_HOST[vit]
     encoder = backbone(vit, size=size, weights="random", drop_path=0.15)
     model = dense_model(encoder, {name: task.channels for name, task in tasks.items()}).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-5, fused=True)
@@ -54,10 +57,13 @@ def test_step(record, device, data, vit):
         for given in labels_of(tasks, n_images, size)
     )
 
-    def step(stepped):
+    def forward(stepped):
         features = model.encoder(images)
         outputs = {name: model.heads[name](features) for name in stepped}
-        losses = criterion(outputs, labels, masks, tasks)
+        return criterion(outputs, labels, masks, tasks)
+
+    def step(stepped):
+        losses = forward(stepped)
         optimizer.zero_grad()
         torch.stack([*losses.values()]).sum().backward()
         optimizer.step()
@@ -71,13 +77,12 @@ def test_step(record, device, data, vit):
 
     step(tasks)  # which makes gradients and moments
     parameters = sum(parameter.nbytes for parameter in model.parameters())
-    # Of the gradients that stand before a step the peak is without.
-    standing = 3 * parameters
-    optimizer.zero_grad()
-    every = peak_bytes(lambda: step(tasks), device)
     dearest = max(tasks, key=lambda name: tasks[name].channels)
-    optimizer.zero_grad()
-    one = peak_bytes(lambda: step([dearest]), device)
+    optimizer.zero_grad()  # of gradients that stand already a peak would be without
+    joint_peak, kept, kept_of_one = (
+        peak_bytes(partial(function, stepped), device)
+        for function, stepped in ((step, tasks), (forward, tasks), (forward, [dearest]))
+    )
     joint, single = seconds(tasks), seconds([dearest])
     record.add(
         f"a joint step, batch {n_images}",
@@ -86,12 +91,13 @@ def test_step(record, device, data, vit):
         {"a step on one task": single},
         model=f"{data}, {vit}",
     )
-    n_parameters = parameters / 4e6
-    moved = 4e6 * n_parameters  # the gradients, which both peaks hold
+    with FlopCounterMode(display=False) as flops:
+        step(tasks)
     record.remark(
-        f"{data}, {vit}, batch {n_images}: {n_parameters:.1f}M parameters, {standing / 1e9:.2f} GB "
-        f"standing (parameters, moments), {every / 1e9:.2f} GB on top at the peak of a joint step, "
-        f"{one / 1e9:.2f} GB of a step on one task; without the gradients "
-        f"{(every - moved) / n_images / 1e9:.2f} and {(one - moved) / n_images / 1e9:.2f} an image."
+        f"{data}, {vit}, batch {n_images}: {flops.get_total_flops() / 1e12 / n_images:.3f} TFLOP "
+        f"an image and joint step; {3 * parameters / 1e9:.2f} GB stand ({parameters / 4e6:.1f}M "
+        f"parameters and two moments); a joint step takes {joint_peak / 1e9:.2f} GB more at its "
+        f"peak. A forward pass holds {kept / n_images / 1e9:.3f} GB an image at its peak, on the "
+        f"dearest task alone {kept_of_one / n_images / 1e9:.3f}."
     )
-    assert one <= every
+    assert kept_of_one <= kept <= joint_peak

@@ -104,6 +104,17 @@ def test_trainers(tmp_path, accelerate, monkeypatch):
     assert groups.affinity.matrix.any()
 
 
+def test_reproduce(tmp_path):
+    from taskgroup.vision.datasets.mini import write_mini
+
+    write_mini("nyud-v2", tmp_path / "nyud")
+    torch.manual_seed(0)
+    names = {"tg": tg, "torch": torch, "root": tmp_path / "nyud"}
+    assert run_blocks("reproduce.md", names) == 1
+    assert set(names["metrics"]) == {"semseg", "depth", "normals", "edge"}
+    assert names["groups"].affinity.matrix.any()
+
+
 def test_nothing_is_left_open():
     for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         assert not re.search(r"@[A-Z_]+@|TODO", page.read_text("utf-8")), page

@@ -111,8 +111,9 @@ class OdsF(Metric):
     bits, and an image has one label, not one by each of several people.
 
     Args:
-        max_dist: Largest distance of a match, as a share of the image diagonal
-            :math:`\sqrt{H^2 + W^2}`. The benchmark's is 0.0075; 0.011 is usual on NYUD-v2.
+        max_dist: Largest distance of a match, as a share of the diagonal
+            :math:`\sqrt{H^2 + W^2}` of the rectangle around the known pixels: of the image
+            without its padding. The benchmark's is 0.0075; 0.011 is usual on NYUD-v2.
         thresholds: Their number n.
         **kwargs: Passed on to :class:`torchmetrics.Metric`.
 
@@ -178,8 +179,7 @@ class OdsF(Metric):
             for x in (probability.to(exact), label, known)
         ]
         run = map if executor is None else executor.map
-        distance = self.max_dist * math.hypot(*size)
-        count = partial(_count, distance=distance, n=self.thresholds)
+        count = partial(_count, max_dist=self.max_dist, n=self.thresholds)
         total = sum(run(count, *images), start=np.zeros((3, self.thresholds), np.int64))
         self.counts += torch.from_numpy(total).to(self.counts.device)
 
@@ -217,9 +217,11 @@ def _check(probability: Tensor, label: Tensor, known: Tensor) -> None:
 
 
 def _count(
-    probability: NDArray[Any], label: Bools, known: Bools, distance: float, n: int
+    probability: NDArray[Any], label: Bools, known: Bools, max_dist: float, n: int
 ) -> NDArray[np.int64]:
     """Pixels of one image matched, predicted and labelled, at every threshold: [3, n]."""
+    sides = [np.flatnonzero(known.any(axis)) for axis in (1, 0)]
+    distance = max_dist * math.hypot(*(np.ptp(side) + 1 if len(side) else 0 for side in sides))
     label = label & known
     thresholds = (np.arange(1, n + 1) / (n + 1)).astype(probability.dtype)
     reached = np.searchsorted(thresholds, probability, side="right")  # how many thresholds

@@ -325,3 +325,19 @@ def test_options_are_checked():
             OdsF(max_dist)
     with pytest.raises(ValueError, match="thresholds: at least 1"):
         OdsF(0.1, 0)
+
+
+def test_padding_does_not_widen_the_tolerance():
+    label = torch.zeros(1, 30, 40, dtype=torch.bool)
+    label[:, 10, 5:35] = True
+    probability = torch.zeros(1, 30, 40)
+    probability[:, 12, 5:35] = 1  # two pixels off: 0.04 of the diagonal of 50
+    padded = [torch.zeros(1, 60, 80, dtype=x.dtype) for x in (probability, label, label)]
+    inside = (slice(None), slice(20, 50), slice(7, 47))
+    for canvas, x in zip(padded, (probability, label, torch.ones_like(label)), strict=True):
+        canvas[inside] = x
+    for max_dist, expected in ((0.041, 1.0), (0.039, 0.0)):
+        for images in ((probability, label), padded):
+            metric = OdsF(max_dist)
+            metric.update(*images)
+            assert metric.compute() == expected
