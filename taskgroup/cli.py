@@ -91,9 +91,11 @@ def train(
     }
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     with _errors_in_words():
-        if resume is not None and (given or set_ or out or recipe != "motorcycle"):
+        others = given.keys() - {"root"}
+        if resume is not None and (others or set_ or out or recipe != "motorcycle"):
             raise ValueError(
-                "--resume goes on with the settings of the run; give no other option with it."
+                "--resume goes on with the settings of the run; give no other option with it but "
+                "--data, if the data moved."
             )
         _train(recipe, given, set_ or [], out, resume)
 
@@ -259,7 +261,7 @@ def _train(
 
     console = rich.get_console()
     if resume is not None:
-        run = Run.resume(resume)
+        run = Run.resume(resume, options.get("root"))
     else:
         settings = read_recipe(recipe, {**parse_changes(changes), **options})
         name = f"{Path(recipe).stem}-{settings.method}-{settings.seed}"

@@ -64,31 +64,45 @@ class Run:
             )
         self._set_up(recipe, out)
         out.mkdir(parents=True, exist_ok=True)
-        settings = yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)
-        (out / "config.yaml").write_text(settings)
+        self._write_config()
+
+    def _write_config(self) -> None:
+        settings = yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False).encode()
+        write = tg.checkpoint.write_atomically
+        write(self.out / "config.yaml", lambda file: file.write(settings))
 
     @classmethod
-    def resume(cls, out: str | Path) -> Run:
+    def resume(cls, out: str | Path, root: str | None = None) -> Run:
         """Take up a run where its last checkpoint was written.
+
+        Args:
+            out: the folder.
+            root: where the data is now, if it moved; None is where it was.
 
         Raises:
             ValueError: if there is no run, or its checkpoint cannot be read.
         """
         out = Path(out)
         run = cls.__new__(cls)
-        run._set_up(read_settings(out), out)
+        recipe = read_settings(out)
+        if root is not None:
+            recipe = dataclasses.replace(recipe, root=root)
+        run._set_up(recipe, out)
+        run._write_config()
         if (out / "checkpoint.pt").is_file():
             state = read_checkpoint(out)
             run.trainer.load_state_dict(state["trainer"])
             run._seconds = state["seconds"]
         for name in _LINES:
-            run._cut(out / name)
+            last = run._cut(out / name)
+        run._evaluated = last  # of the evaluations, which come last
         return run
 
     def _set_up(self, recipe: Recipe, out: Path) -> None:
         self.recipe = recipe
         self.out = out
         self._seconds = 0.0  # in batches, everything
+        self._evaluated = 0  # the batch of the last evaluation
         self._baseline: dict[str, float] | None = None
         if recipe.baseline:
             tasks = task_names(recipe, make_problem(recipe))
@@ -120,6 +134,8 @@ class Run:
             SummaryWriter(str(self.out), purge_step=trainer.batch or None) as board,
         ):
             while trainer.batch < self.recipe.batches:
+                if self._evaluates_now() and self._evaluated < trainer.batch:
+                    self._record_evaluation(board)
                 started = time.perf_counter()
                 progress = trainer.step()
                 _write_line(metrics, progress)
@@ -129,9 +145,9 @@ class Run:
                     _write_events(board, progress)
                 listen(progress)
                 self._seconds += time.perf_counter() - started
-                if self._evaluates_now():
-                    self._record_evaluation(board)
-                if stop.asked or trainer.batch % self.recipe.checkpoint_every == 0:
+                # Before an evaluation as well, which may take long and be stopped.
+                every = trainer.batch % self.recipe.checkpoint_every == 0
+                if stop.asked or every or self._evaluates_now():
                     self.save()
                 if stop.asked:
                     raise Interrupted(
@@ -154,12 +170,15 @@ class Run:
         self._append("affinity.jsonl", line)
 
     def _evaluates_now(self) -> bool:
-        every = self.recipe.evaluate_every  # the end is evaluated anyway
-        return every is not None and self.batch % every == 0 and self.batch < self.recipe.batches
+        every = self.recipe.evaluate_every
+        if every is None or not 0 < self.batch < self.recipe.batches:  # the end is evaluated anyway
+            return False
+        return self.batch % every == 0
 
     def _record_evaluation(self, board: SummaryWriter) -> None:
         metrics = self.trainer.evaluate("held_out")
         self._append("evaluations.jsonl", {"batch": self.batch, "metrics": metrics})
+        self._evaluated = self.batch
         for task, value in metrics.items():
             board.add_scalar(f"held_out/{task}", value, self.batch)
 
@@ -222,12 +241,18 @@ class Run:
         }
         tg.checkpoint.save(self.out / "checkpoint.pt", state)
 
-    def _cut(self, path: Path) -> None:
-        """Drop the lines of batches that ran after the checkpoint, and a line cut short."""
-        if path.is_file():
-            lines = path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if 1 <= _batch_of(line) <= self.batch]
-            tg.checkpoint.write_atomically(path, lambda file: file.writelines(kept))
+    def _cut(self, path: Path) -> int:
+        """Drop the lines of batches that ran after the checkpoint, and a line cut short.
+
+        Returns:
+            The batch of the last line that stays; 0 if there is none.
+        """
+        if not path.is_file():
+            return 0
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if 1 <= _batch_of(line) <= self.batch]
+        tg.checkpoint.write_atomically(path, lambda file: file.writelines(kept))
+        return _batch_of(kept[-1]) if kept else 0
 
 
 def _batch_of(line: bytes) -> int:

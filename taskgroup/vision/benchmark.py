@@ -32,6 +32,7 @@ from taskgroup.vision.datasets import (
 )
 from taskgroup.vision.datasets.dense import Transform
 from taskgroup.vision.datasets.files import read_photo
+from taskgroup.vision.datasets.loader import leave_signals_to_parent
 from taskgroup.vision.losses import criterion
 from taskgroup.vision.metrics import evaluate
 from taskgroup.vision.models import dense_model
@@ -179,7 +180,7 @@ class Benchmark:
             return nullcontext()
         # Spawned: a forked process would inherit the threads of torch in an unknown state.
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self._workers, context)
+        return ProcessPoolExecutor(self._workers, context, leave_signals_to_parent)
 
     def draw(self, model: nn.Module, folder: Path) -> None:
         """Input, target and prediction on some held-out images: ``predictions.png``."""

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 
 import pytest
@@ -176,8 +178,6 @@ def test_workers_bfloat16_and_decoders(minis, tmp_path, no_pictures):
 
 @pytest.mark.filterwarnings("ignore:A sample is left out:UserWarning")
 def test_bad_samples_stop_a_run_or_are_skipped(minis, tmp_path, no_pictures):
-    import shutil
-
     root = shutil.copytree(minis / "nyud-v2", tmp_path / "nyud")
     (root / "edge" / "right_3.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     common = ["train", "nyud-v2", "--data", root, *SMALL, *settings(batches=5)]
@@ -216,8 +216,6 @@ def test_bad_samples_stop_a_run_or_are_skipped(minis, tmp_path, no_pictures):
     ],
 )
 def test_what_bad_input_says(minis, arguments, said, tmp_path):
-    import re
-
     options = []
     if arguments[0] == "train":
         options = ["--backbone", "tiny", "--set", "patch=7", "--out", tmp_path / "run"]
@@ -272,3 +270,30 @@ def test_predicting_needs_no_data_and_says_what_is_no_image(minis, tmp_path, no_
     other = invoke("evaluate", tmp_path / "run", "--data", minis / "nyud-v2", "--split", "test")
     assert other.exit_code == 2
     assert "nyud-v2 has no split test; it has train, held_out" in other.output
+
+
+def test_a_run_goes_on_where_its_data_has_moved_and_evaluates_what_it_had_not(
+    minis, tmp_path, no_pictures, monkeypatch
+):
+    old = shutil.copytree(minis / "nyud-v2", tmp_path / "old")
+    changes = {**SETTINGS, "evaluate_every": 4, "tasks": "depth", "size": "32x48"}
+    recipe = read_recipe("nyud-v2", {**changes, "backbone": "tiny", "root": str(old)})
+    run = Run(recipe, tmp_path / "run")
+
+    def killed(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(run.trainer), "evaluate", killed)
+        with pytest.raises(MemoryError):
+            run.train()
+    assert len(load_metrics(run.out)) == 4  # saved before the evaluation
+    shutil.move(old, tmp_path / "new")
+    gone = invoke("train", "--resume", run.out)
+    assert gone.exit_code == 2
+    assert "is no folder; name the one that holds NYUDv2" in gone.output
+    result = invoke("train", "--resume", run.out, "--data", tmp_path / "new")
+    assert result.exit_code == 0, result.output
+    (line,) = (run.out / "evaluations.jsonl").read_text().splitlines()
+    assert json.loads(line)["batch"] == 4
+    assert read_recipe(run.out / "config.yaml").root == str(tmp_path / "new")

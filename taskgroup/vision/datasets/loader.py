@@ -17,7 +17,7 @@ from taskgroup.vision.datasets.dense import DenseDataset
 from taskgroup.vision.datasets.files import BadSampleError
 from taskgroup.vision.samples import Samples
 
-__all__ = ["all_batches", "collate", "training_batches"]
+__all__ = ["all_batches", "collate", "leave_signals_to_parent", "training_batches"]
 
 Bad = tuple[str, ...]  # what was wrong with samples that are left out
 
@@ -127,7 +127,7 @@ def _load(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_begin_worker,
         prefetch_factor=4 if workers else None,
         # A generator of its own: the global one, which resume keeps, is left alone.
         generator=torch.Generator(),
@@ -143,7 +143,12 @@ def _load(
         yield batch
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the run ends its workers once it has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _begin_worker(worker: int) -> None:
+    leave_signals_to_parent()
     torch.set_num_threads(1)
+
+
+def leave_signals_to_parent() -> None:
+    """In a worker process: Ctrl-C and SIGTERM go to all; the run ends its workers when it saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -150,7 +150,9 @@ def _annotation(crop: Crop, person: NDArray[np.bool_]) -> NDArray[Any]:
         [("class", object), ("class_ind", object), ("mask", object), ("parts", object)]
     )
     objects = np.empty((1, 2), dtype=thing)
-    objects[0, 0] = ("motorbike", 14, (~person).astype(np.uint8), np.empty((0, 0)))
+    wheel = np.empty((1, 1), dtype=part)
+    wheel[0, 0] = ("fwheel", (~person).astype(np.uint8))  # a part, but none of a person
+    objects[0, 0] = ("motorbike", 14, (~person).astype(np.uint8), wheel)
     objects[0, 1] = ("person", PERSON, person.astype(np.uint8), parts)
     image = np.empty((1, 1), dtype=[("imname", object), ("objects", object)])
     image[0, 0] = (crop.name, objects if person.any() else objects[:, :1])

@@ -103,22 +103,29 @@ class Taskonomy(DenseDataset):
 
     def problems(self, ids: Iterable[str]) -> Iterator[Problem]:
         """What is wrong with some ids, and buildings of the split without an image."""
-        ids = list(ids)
-        with_images = {sample.split("/")[0] for sample in ids}
-        for building in self.buildings():
-            if building not in with_images:
+        of_building: dict[str, list[str]] = {building: [] for building in self.buildings()}
+        for sample in ids:
+            of_building[sample.split("/")[0]].append(sample)
+        for building, samples in of_building.items():
+            if not samples:
                 folder = self._folder("rgb", building)
                 sentence = f"{folder} holds no image, and {self.list_file()} lists the building."
                 yield Problem(building, sentence, usable=False)
-        yield from super().problems(ids)
+            for task in self.tasks:  # names, not paths: there are millions
+                there = frozenset(file_names(self._folder(task, building)))
+                for sample in samples:
+                    name = self._name(task, sample)
+                    if name not in there:
+                        path = self._folder(task, building) / name
+                        yield Problem(sample, f"{path} is missing.", usable=False)
 
     def files(self, sample: str) -> dict[str, tuple[Path, ...]]:
         """``{"image" or task: files}`` of an id."""
-        building, point, view = sample.split("/")
+        building = sample.split("/")[0]
         found: dict[str, tuple[Path, ...]] = {}
         for task in ("rgb", *self.tasks):
-            name = f"point_{point}_view_{view}_domain_{self._domain(task)}.png"
-            found["image" if task == "rgb" else task] = (self._folder(task, building) / name,)
+            path = self._folder(task, building) / self._name(task, sample)
+            found["image" if task == "rgb" else task] = (path,)
         return found
 
     def read_label(self, task: str, sample: str) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
@@ -131,6 +138,10 @@ class Taskonomy(DenseDataset):
             stored = (read_grey16(path) if task in _WIDE else read_grey(path))[..., None]
         known = stored[..., 0] != _NO_DEPTH if task in _DEPTHS else None
         return normalise(task, stored), known
+
+    def _name(self, task: str, sample: str) -> str:
+        _, point, view = sample.split("/")
+        return f"point_{point}_view_{view}_domain_{self._domain(task)}.png"
 
     def _folder(self, task: str, building: str) -> Path:
         return self._top(task) / building

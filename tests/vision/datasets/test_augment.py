@@ -123,13 +123,13 @@ def test_edges_stay_lines_of_one_pixel(zoom, line, undistorted):
 
 def test_a_crop_of_nearly_one_class_is_drawn_again():
     scene = places()
-    scene.labels["semseg"][:, :60] = 3  # half of the scene is one class
+    scene.labels["semseg"][:, :90] = 3  # of crops drawn once, seven in ten are nearly all of it
     shares = []
     for seed in range(40):
         found = Augment((40, 40), NYUD, scale=(1.5, 1.5))(scene, np.random.default_rng(seed))
         counts = np.bincount(found.labels["semseg"][found.masks["semseg"]].ravel())
         shares.append(counts.max() / counts.sum())
-    assert np.mean(np.array(shares) > 0.8) < 0.05
+    assert np.mean(np.array(shares) > 0.76) < 0.2
     # Nothing else can be drawn: it is taken as it is.
     scene.labels["semseg"][:] = 3
     found = Augment((40, 40), NYUD)(scene, np.random.default_rng(0))
