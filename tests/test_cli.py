@@ -106,7 +106,8 @@ def state_of(out):
 
 
 def assert_same_run(out, other):
-    assert (out / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+    for name in ("metrics.jsonl", "affinity.jsonl"):
+        assert (out / name).read_text() == (other / name).read_text()
     ours, theirs = state_of(out)["trainer"], state_of(other)["trainer"]
     for name in ("model", "groups", "drawn", "torch", "batch", "optimizer", "scheduler"):
         assert str(ours[name]) == str(theirs[name])

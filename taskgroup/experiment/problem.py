@@ -65,8 +65,8 @@ class Problem(Protocol):
         """``{task: scalar}`` for the tasks of the outputs."""
         ...
 
-    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """``{task: metric}`` over all of a split."""
+    def evaluate(self, model: nn.Module, split: str, quick: bool = False) -> dict[str, float]:
+        """``{task: metric}`` over all of a split; ``quick`` may leave out what takes long."""
         ...
 
     def draw(self, model: nn.Module, folder: Path) -> None:

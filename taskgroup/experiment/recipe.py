@@ -84,7 +84,8 @@ class Recipe:
         observe_every: batches between observations.
         seed: of the weights, the crops and the order of groups.
         checkpoint_every: batches between checkpoints.
-        evaluate_every: batches between evaluations on held-out data; None evaluates at the end.
+        evaluate_every: batches between evaluations on held-out data, without edges, whose metric
+            takes long; None evaluates at the end alone.
         baseline: what Δm is computed against: a finished run, or a YAML file of ``task: metric``;
             None for no Δm.
 

@@ -176,7 +176,7 @@ class Run:
         return self.batch % every == 0
 
     def _record_evaluation(self, board: SummaryWriter) -> None:
-        metrics = self.trainer.evaluate("held_out")
+        metrics = self.trainer.evaluate("held_out", quick=True)
         self._append("evaluations.jsonl", {"batch": self.batch, "metrics": metrics})
         self._evaluated = self.batch
         for task, value in metrics.items():

@@ -267,9 +267,9 @@ class Trainer:
             self.model.encoder,
         )
 
-    def evaluate(self, split: str) -> dict[str, float]:
-        """``{task: metric}`` on a split of the data."""
-        return self.problem.evaluate(self.model, split)
+    def evaluate(self, split: str, quick: bool = False) -> dict[str, float]:
+        """``{task: metric}`` on a split of the data; ``quick`` may leave out what takes long."""
+        return self.problem.evaluate(self.model, split, quick)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything an exact resume needs; it loads under ``weights_only=True``."""

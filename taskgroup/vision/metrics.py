@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from typing import Any
 
@@ -59,6 +59,7 @@ def evaluate(
     batch_size: int = 32,
     *,
     tasks: Mapping[str, Task] = TASKONOMY,
+    only: Collection[str] | None = None,
     executor: Executor | None = None,
 ) -> dict[str, float]:
     """Metric of every task that the model predicts.
@@ -83,6 +84,7 @@ def evaluate(
         samples: all of them, or batch by batch.
         batch_size: Images per forward pass, of samples that come all at once.
         tasks: what is known of the tasks.
+        only: those to evaluate; None is all that the model predicts.
         executor: of processes that match edges, which takes seconds an image; None matches them
             here.
 
@@ -98,6 +100,8 @@ def evaluate(
         for batch in _slices(samples, batch_size) if isinstance(samples, Samples) else samples:
             images, labels, masks = tree_map(lambda tensor: tensor.to(device), batch)
             for name, output in model(images).items():
+                if only is not None and name not in only:
+                    continue
                 task = tasks[name]
                 if name not in metrics:
                     metrics[name] = _metric(task).to(device)

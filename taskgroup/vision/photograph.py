@@ -110,7 +110,7 @@ class Photograph:
         rgb = torch.from_numpy(scene.image.copy()).movedim(-1, 0) / 255
         pictures.draw_panel(model, 2 * rgb - 1, rgb, TASKONOMY, out)
 
-    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, split: str, quick: bool = False) -> dict[str, float]:
         """The error of every task on the fixed crops of a split."""
         return evaluate(model, _crops(self._settings.size, split))
 

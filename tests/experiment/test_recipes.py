@@ -91,7 +91,9 @@ def test_train_resume_evaluate_predict(name, minis, tmp_path, monkeypatch):
     assert load_summary(tmp_path / "again")["metrics"] == summary["metrics"]
     lines = [(p / "evaluations.jsonl").read_text() for p in (out, tmp_path / "again")]
     assert lines[0] == lines[1]
-    assert [json.loads(line)["batch"] for line in lines[0].splitlines()] == [2, 4]
+    evaluations = [json.loads(line) for line in lines[0].splitlines()]
+    assert [line["batch"] for line in evaluations] == [2, 4]
+    assert all(set(line["metrics"]) == set(tasks) - {"edge"} for line in evaluations)
 
     found = invoke("evaluate", out, "--save", tmp_path / "found.yaml")
     assert found.exit_code == 0, found.output
@@ -280,7 +282,7 @@ def test_a_run_goes_on_where_its_data_has_moved_and_evaluates_what_it_had_not(
     recipe = read_recipe("nyud-v2", {**changes, "backbone": "tiny", "root": str(old)})
     run = Run(recipe, tmp_path / "run")
 
-    def killed(*_):
+    def killed(*_, **__):
         raise MemoryError
 
     with monkeypatch.context() as patch:

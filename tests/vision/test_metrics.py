@@ -130,6 +130,10 @@ def test_max_f_by_hand():
     expected = max(1.3 * p * r / (0.3 * p + r) for p, r in by_threshold)
     found = one("max_f", 1, output, label, mask, loss="balanced_bce")
     assert found == pytest.approx(expected)
+    # Told apart at .90 alone; a second sigmoid would leave thresholds at .20, .41, .62 and .85.
+    apart = torch.tensor([0.92, 0.87]).logit().view(1, 1, 1, 2)
+    found = one("max_f", 1, apart, label[..., 1:3], mask[..., 1:3], loss="balanced_bce")
+    assert found == pytest.approx(1.0)
     with pytest.warns(UserWarning, match="no valid pixel to evaluate: t"):
         assert math.isnan(one("max_f", 1, output, label, mask & False, loss="balanced_bce"))
     assert math.isnan(one("max_f", 1, output, label & False, mask, loss="balanced_bce"))
