@@ -27,7 +27,10 @@ PYTEST = [
     *("-o", "filterwarnings=default", "-p", "no:cacheprovider", "-q"),
 ]
 BENCHMARKS = [*PYTEST, "-s", "--device", "cuda", "--save"]
-WHOLE_BATCHES = ["benchmarks/test_cost.py", "benchmarks/test_many_tasks.py"]  # minutes: at the end
+# Minutes: at the end.
+WHOLE_BATCHES = [
+    f"benchmarks/test_{name}.py" for name in ("paper_sizes", "loading", "cost", "many_tasks")
+]
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 
 

@@ -139,7 +139,7 @@ def test_single_task_runs_make_a_baseline(minis, tmp_path, no_pictures):
         minis, tmp_path / "both", "--baseline", baseline, "--method", "joint", batches=3,
         tasks="depth,normals",
     )  # fmt: skip
-    assert f"Δm against {baseline}" in both.output.replace("\n", "")
+    assert "Δm against" in both.output
     metrics = load_summary(tmp_path / "both")["metrics"]
     expected = 50 * sum(1 - metrics[task] / single[task] for task in single)
     assert load_summary(tmp_path / "both")["delta_m"] == pytest.approx(expected)
