@@ -85,17 +85,17 @@ def train(
         "batches": batches,
         "seed": seed,
         "baseline": baseline,
-        "root": data,
+        "root": _absolute(data),
         "backbone": backbone,
         "size": size,
     }
-    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    given = _given(**options)
     with _errors_in_words():
-        others = given.keys() - {"root"}
-        if resume is not None and (others or set_ or out or recipe != "motorcycle"):
+        others = given.keys() - {"root", "baseline"}
+        if resume is not None and (others or out or recipe != "motorcycle"):
             raise ValueError(
                 "--resume goes on with the settings of the run; give no other option with it but "
-                "--data, if the data moved."
+                "--data, if the data moved, and --set for what does not change the training."
             )
         _train(recipe, given, set_ or [], out, resume)
 
@@ -120,6 +120,15 @@ def compare(
         str | None,
         typer.Option(metavar="A,B,...", help="To choose the best of [recipe's, a third, 3 times]."),
     ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where the data set is, if on disk.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="vit-t to vit-l, ...; tiny: random and small, no download.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="What the network sees, pixels.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
     ] = None,
@@ -129,7 +138,7 @@ def compare(
     ] = None,
 ) -> None:
     """Compare methods over seeds, at equal batches and at equal time; stopped, it goes on."""
-    given: dict[str, Any] = {} if batches is None else {"batches": batches}
+    given = _given(batches=batches, root=_absolute(data), backbone=backbone, size=size)
     with _errors_in_words():
         _compare(
             recipe, preset, _words(methods), seeds, given, _words(budgets) or [], _words(rates),
@@ -144,6 +153,15 @@ def affinity_gain(
     ] = "yeast",
     seeds: Annotated[int, typer.Option(help="Runs of each pair, and of each affinity.")] = 5,
     batches: Annotated[int | None, typer.Option(help="Length of the runs.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where the data set is, if on disk.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="vit-t to vit-l, ...; tiny: random and small, no download.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="What the network sees, pixels.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
     ] = None,
@@ -153,7 +171,7 @@ def affinity_gain(
     ] = None,
 ) -> None:
     """Train all pairs of tasks, and say whether affinities foretold what they gain."""
-    given: dict[str, Any] = {} if batches is None else {"batches": batches}
+    given = _given(batches=batches, root=_absolute(data), backbone=backbone, size=size)
     with _errors_in_words():
         _affinity_gain(recipe, seeds, given, set_ or [], jobs, out)
 
@@ -162,10 +180,14 @@ def affinity_gain(
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
     split: Annotated[
-        str, typer.Option(help="held_out, train, or validation where there is one.")
+        str, typer.Option(help="held_out, validation, or train, of which it is some images.")
     ] = "held_out",
     data: Annotated[
         str | None, typer.Option(metavar="DIR", help="Where the data is now, if it moved.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="As device=cpu, bad=skip, workers=4."),
     ] = None,
     baseline: Annotated[
         str | None, typer.Option(metavar="RUN|FILE", help="To compute Δm against.")
@@ -177,7 +199,7 @@ def evaluate(
 ) -> None:
     """Evaluate what runs have trained, finished or not, from their last checkpoint."""
     with _errors_in_words():
-        _evaluate(runs, split, {} if data is None else {"root": data}, baseline, save)
+        _evaluate(runs, split, _absolute(data), set_ or [], baseline, save)
 
 
 @app.command()
@@ -247,6 +269,15 @@ def _errors_in_words() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _absolute(folder: str | None) -> str | None:
+    """A folder as it is called from everywhere."""
+    return None if folder is None else str(Path(folder).absolute())
+
+
 def _words(text: str | None) -> list[str] | None:
     return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
 
@@ -261,7 +292,7 @@ def _train(
 
     console = rich.get_console()
     if resume is not None:
-        run = Run.resume(resume, options.get("root"))
+        run = Run.resume(resume, {**parse_changes(changes), **options})
     else:
         settings = read_recipe(recipe, {**parse_changes(changes), **options})
         name = f"{Path(recipe).stem}-{settings.method}-{settings.seed}"
@@ -363,38 +394,51 @@ def _affinity_gain(
 def _evaluate(
     runs: list[Path],
     split: str,
-    changes: dict[str, Any],
+    root: str | None,
+    given: list[str],
     baseline: str | None,
     save: Path | None,
 ) -> None:
     import yaml
 
     from taskgroup.experiment.evaluation import delta_m, load_trained, read_baseline
+    from taskgroup.experiment.recipe import parse_changes
     from taskgroup.report.tables import evaluation_table
 
     console = rich.get_console()
+    changes = parse_changes(given) | ({} if root is None else {"root": root})
+    against: dict[Path, dict[str, float]] = {}
+    of_run: dict[str, Path] = {}
+    for run in runs:  # what is wrong is said before the first evaluation, which may take long
+        trained = load_trained(run, changes)
+        if split not in trained.problem.splits:
+            raise ValueError(
+                f"{trained.recipe.data} has no split {split}; it has "
+                f"{', '.join(trained.problem.splits)}."
+            )
+        tasks = list(trained.model.heads)
+        if baseline is not None:
+            against[run] = read_baseline(baseline, tasks)
+        if save is not None and (twice := [task for task in tasks if task in of_run]):
+            raise ValueError(
+                f"{run} has a metric of {', '.join(twice)}, and so has {of_run[twice[0]]}; --save "
+                "takes one of each, as of single-task runs."
+            )
+        of_run |= dict.fromkeys(tasks, run)
+    if save is not None and not save.parent.is_dir():
+        raise ValueError(f"{save.parent} is no folder to write {save.name} to.")
     saved: dict[str, float] = {}
     for run in runs:
         trained = load_trained(run, changes)
         problem = trained.problem
-        if split not in problem.splits:
-            raise ValueError(
-                f"{trained.recipe.data} has no split {split}; it has {', '.join(problem.splits)}."
-            )
         metrics = problem.evaluate(trained.model, split)
-        delta = None
-        if baseline is not None:
-            delta = delta_m(metrics, read_baseline(baseline, list(metrics)), problem)
-        if twice := sorted(set(saved) & set(metrics)) if save else []:
-            raise ValueError(
-                f"{run} has a metric of {', '.join(twice)}, and so has a run before it; --save "
-                "takes one of each, as of single-task runs."
-            )
+        delta = delta_m(metrics, against[run], problem) if run in against else None
         saved |= metrics
         title = f"{run}, {trained.batch} batches, {split}"
         console.print(evaluation_table(title, metrics, problem, baseline, delta))
+        if save is not None:
+            save.write_text(yaml.safe_dump(saved, sort_keys=False))
     if save is not None:
-        save.write_text(yaml.safe_dump(saved, sort_keys=False))
         _say_where("The metrics", save)
 
 
@@ -457,7 +501,10 @@ def _check(root: Path, quick: bool, workers: int | None) -> None:
     if n_problems:
         console.print(f"{n_problems} problems, listed above.", highlight=False)
         raise typer.Exit(1)
-    console.print("Every name is there." if quick else "All is well.", highlight=False)
+    console.print("Every file that is listed is there." if quick else "All files are well.")
+    if fewer := [s for s in checked if s.published is not None and s.listed != s.published]:
+        counts = ", ".join(f"{s.split}: {s.listed:,} of {s.published:,}" for s in fewer)
+        console.print(f"Not the public release: it lists {counts}.", highlight=False)
 
 
 @contextmanager

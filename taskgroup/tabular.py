@@ -119,6 +119,9 @@ class Yeast:
     def draw(self, model: nn.Module, folder: Path) -> None:
         """Nothing: a table has no pictures."""
 
+    def keep(self, model: nn.Module, folder: Path) -> None:
+        """Nothing: the settings say it all."""
+
     def predict(self, model: nn.Module, image: Path, out: Path) -> None:
         """Nothing.
 

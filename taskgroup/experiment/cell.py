@@ -24,7 +24,7 @@ Result = dict[str, Any]
 
 _VERSION = 1  # of what a file holds; a file of another one is not read
 # Settings that change nothing about the result of a cell.
-_IRRELEVANT = ("checkpoint_every", "evaluate_every", "baseline", "root", "workers")
+_IRRELEVANT = ("checkpoint_every", "evaluate_every", "baseline", "workers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,8 @@ def train_cell(cell: Cell, folder: Path) -> Result:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a run that diverges; the result says so
-        result = _train(cell.recipe, cell.lookahead_every)
+        # Cells run side by side, one per core: none has workers of its own.
+        result = _train(dataclasses.replace(cell.recipe, workers=0), cell.lookahead_every)
     result["settings"] = cell.settings
     text = json.dumps(result)
     tg.checkpoint.write_atomically(cell.file(folder), lambda file: file.write(text.encode()))
@@ -105,7 +106,7 @@ def _train(recipe: Recipe, lookahead_every: int | None) -> Result:
         for batch in range(recipe.batches):
             if batch == recipe.batches - 1:
                 standing = _standing_bytes(trainer)
-                peak = standing + peak_bytes(step, torch.device("cpu"))
+                peak = standing + peak_bytes(step, trainer.device)
             else:
                 step()
             if lookahead_every is not None and batch % lookahead_every == 0:

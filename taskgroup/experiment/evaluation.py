@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,19 +13,21 @@ import yaml
 
 import taskgroup as tg
 from taskgroup.experiment.problem import Problem, make_problem
-from taskgroup.experiment.recipe import Recipe, read_recipe
+from taskgroup.experiment.recipe import CHANGEABLE, Recipe, read_recipe
 from taskgroup.experiment.trainer import find_device, task_names
 from taskgroup.sentences import listed
 
 __all__ = [
     "CHECKPOINT_VERSION",
     "Trained",
+    "change_settings",
     "delta_m",
     "load_summary",
     "load_trained",
     "read_baseline",
     "read_checkpoint",
     "read_settings",
+    "without_source",
 ]
 
 CHECKPOINT_VERSION = 3
@@ -57,15 +60,35 @@ def load_trained(run: str | Path, changes: Mapping[str, Any] | None = None) -> T
         ValueError: if there is no run, or no checkpoint that can be read.
     """
     run = Path(run)
-    recipe = read_settings(run)
-    recipe = dataclasses.replace(recipe, **(changes or {}))
+    recipe = change_settings(read_settings(run), changes or {})
     state = read_checkpoint(run)
-    # The checkpoint has the weights: none are fetched.
-    fresh = recipe if recipe.backbone == "tiny" else dataclasses.replace(recipe, weights="random")
-    problem = make_problem(fresh)
+    problem = make_problem(without_source(recipe, run))
     model = problem.model(task_names(recipe, problem)).to(find_device(recipe.device))
     model.load_state_dict(state["trainer"]["model"])
     return Trained(recipe, problem, model.eval(), state["trainer"]["batch"])
+
+
+def change_settings(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The settings of a run that goes on, or is evaluated, otherwise or elsewhere.
+
+    Raises:
+        ValueError: for a setting that decides what the run trains.
+    """
+    if fixed := [name for name in changes if name not in CHANGEABLE]:
+        raise ValueError(
+            f"A run goes on with the {', '.join(fixed)} that it has; what may change is "
+            f"{', '.join(CHANGEABLE)}."
+        )
+    return dataclasses.replace(recipe, **changes)
+
+
+def without_source(recipe: Recipe, run: Path) -> Recipe:
+    """The settings that build the network of a run, whose weights the checkpoint has."""
+    if recipe.backbone == "tiny":
+        return recipe
+    kept = run / "backbone"
+    name = str(kept) if (kept / "config.json").is_file() else recipe.backbone
+    return dataclasses.replace(recipe, backbone=name, weights="random")
 
 
 def read_settings(run: Path) -> Recipe:
@@ -137,6 +160,11 @@ def read_baseline(path: str | Path, tasks: list[str]) -> dict[str, float]:
     if lacking := [task for task in tasks if task not in found]:
         raise ValueError(
             f"The baseline {path} has no metric of {listed(lacking)}; it has {listed(found)}."
+        )
+    if useless := [task for task in tasks if not math.isfinite(found[task]) or not found[task]]:
+        raise ValueError(
+            f"Δm divides by the metrics of the baseline, and in {path} that of {listed(useless)} "
+            "is 0 or no number."
         )
     return {task: float(found[task]) for task in tasks}
 

@@ -14,7 +14,7 @@ import taskgroup as tg
 if TYPE_CHECKING:
     from taskgroup.experiment.recipe import Recipe
 
-__all__ = ["Problem", "data_names", "make_problem"]
+__all__ = ["IN_MEMORY", "Problem", "data_names", "make_problem"]
 
 # Imported when asked for: each needs libraries of its own.
 _WHERE = {
@@ -24,6 +24,10 @@ _WHERE = {
     "pascal-context": ("taskgroup.vision.benchmark", "Benchmark"),
     "taskonomy": ("taskgroup.vision.benchmark", "Benchmark"),
 }
+
+
+#: Those that are not read from a folder.
+IN_MEMORY = ("motorcycle", "yeast")
 
 
 class Problem(Protocol):
@@ -71,6 +75,10 @@ class Problem(Protocol):
 
     def draw(self, model: nn.Module, folder: Path) -> None:
         """Pictures of what the model predicts, where the data has any."""
+        ...
+
+    def keep(self, model: nn.Module, folder: Path) -> None:
+        """Write what it takes, besides the settings, to build the network again."""
         ...
 
     def predict(self, model: nn.Module, image: Path, out: Path) -> None:

@@ -12,9 +12,15 @@ from typing import Any, Literal
 import yaml
 
 import taskgroup as tg
-from taskgroup.experiment.problem import data_names
+from taskgroup.experiment.problem import IN_MEMORY, data_names
 
-__all__ = ["Recipe", "parse_changes", "read_recipe", "recipe_names"]
+__all__ = ["CHANGEABLE", "Recipe", "parse_changes", "read_recipe", "recipe_names"]
+
+#: Settings that decide where and how a run goes on, and not what comes of it.
+CHANGEABLE = (
+    *("root", "bad", "workers", "device"),
+    *("checkpoint_every", "evaluate_every", "baseline"),
+)
 
 # By name, and with a number behind a colon: the number of groups.
 GROUPINGS: dict[str, Callable[[], tg.Grouping]] = {
@@ -153,6 +159,7 @@ class Recipe:
                 raise ValueError(f"{name} must be finite and not negative, got {value}.")
         if self.data not in data_names():
             raise ValueError(f"data must be one of {', '.join(data_names())}, got {self.data!r}.")
+        self._check_network()
         if self.method not in ("selective", "joint"):
             _check_method(self.method)
         if self.credit == "published" and (self.affinity != "proximal" or self.observe_every > 1):
@@ -161,6 +168,20 @@ class Recipe:
                 "leave affinity and observe_every as they are."
             )
         self.make_grouping()
+
+    def _check_network(self) -> None:
+        """Refuse settings that would be passed over."""
+        if self.data in IN_MEMORY:
+            for name, default in (("root", None), ("backbone", "tiny"), ("decoder", "linear")):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name} is a setting of data sets that are read from a folder; "
+                        f"{self.data} is not."
+                    )
+        if self.backbone == "tiny" and self.weights not in (None, "random"):
+            raise ValueError(
+                "weights are loaded into a backbone such as vit-t; backbone: tiny has random ones."
+            )
 
     def make_grouping(self) -> tg.Grouping:
         """The grouping that ``method`` and ``grouping`` name.

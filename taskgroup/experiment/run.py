@@ -6,7 +6,7 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,10 +18,12 @@ from torch.utils.tensorboard import SummaryWriter
 import taskgroup as tg
 from taskgroup.experiment.evaluation import (
     CHECKPOINT_VERSION,
+    change_settings,
     delta_m,
     read_baseline,
     read_checkpoint,
     read_settings,
+    without_source,
 )
 from taskgroup.experiment.problem import make_problem
 from taskgroup.experiment.recipe import Recipe
@@ -65,6 +67,7 @@ class Run:
         self._set_up(recipe, out)
         out.mkdir(parents=True, exist_ok=True)
         self._write_config()
+        self.trainer.problem.keep(self.trainer.model, out)
 
     def _write_config(self) -> None:
         settings = yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False).encode()
@@ -72,24 +75,24 @@ class Run:
         write(self.out / "config.yaml", lambda file: file.write(settings))
 
     @classmethod
-    def resume(cls, out: str | Path, root: str | None = None) -> Run:
+    def resume(cls, out: str | Path, changes: Mapping[str, Any] | None = None) -> Run:
         """Take up a run where its last checkpoint was written.
 
         Args:
             out: the folder.
-            root: where the data is now, if it moved; None is where it was.
+            changes: ``{key: value}``, settings of
+                :data:`~taskgroup.experiment.recipe.CHANGEABLE` that are others now.
 
         Raises:
             ValueError: if there is no run, or its checkpoint cannot be read.
         """
         out = Path(out)
         run = cls.__new__(cls)
-        recipe = read_settings(out)
-        if root is not None:
-            recipe = dataclasses.replace(recipe, root=root)
-        run._set_up(recipe, out)
+        recipe = change_settings(read_settings(out), changes or {})
+        started = (out / "checkpoint.pt").is_file()
+        run._set_up(recipe, out, without_source(recipe, out) if started else recipe)
         run._write_config()
-        if (out / "checkpoint.pt").is_file():
+        if started:
             state = read_checkpoint(out)
             run.trainer.load_state_dict(state["trainer"])
             run._seconds = state["seconds"]
@@ -98,7 +101,7 @@ class Run:
         run._evaluated = last  # of the evaluations, which come last
         return run
 
-    def _set_up(self, recipe: Recipe, out: Path) -> None:
+    def _set_up(self, recipe: Recipe, out: Path, built: Recipe | None = None) -> None:
         self.recipe = recipe
         self.out = out
         self._seconds = 0.0  # in batches, everything
@@ -107,7 +110,7 @@ class Run:
         if recipe.baseline:
             tasks = task_names(recipe, make_problem(recipe))
             self._baseline = read_baseline(recipe.baseline, tasks)
-        self.trainer = Trainer(recipe)
+        self.trainer = Trainer(built or recipe)
 
     @property
     def batch(self) -> int:
@@ -159,7 +162,13 @@ class Run:
                 or trainer.batch % self.recipe.checkpoint_every
             ):
                 self.save()
-        return self._finish()
+        try:
+            return self._finish()
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"Stopped before the evaluation was done; go on with taskgroup train --resume "
+                f"{self.out}"
+            ) from None
 
     def _record_affinity(self) -> None:
         if self.recipe.method != "selective":
@@ -210,6 +219,10 @@ class Run:
             "share_outside_model": 1 - inside / self._seconds,
             "seconds": {**trainer.seconds, "everything": self._seconds},
         }
+        tg.checkpoint.write_atomically(
+            self.out / "summary.json",
+            lambda file: file.write(json.dumps(summary, indent=2).encode()),
+        )
         titles = {task: problem.titles[task] for task in trainer.tasks}
         learned = [line for line in history if line["batch"] > self.recipe.warmup]
         plots.affinity(groups.affinity.matrix, titles, groups.partition, self.out / "affinity.png")
@@ -222,10 +235,6 @@ class Run:
             [line["partition"] for line in learned or history], titles, self.out / "cogrouping.png"
         )
         problem.draw(trainer.model, self.out)
-        tg.checkpoint.write_atomically(
-            self.out / "summary.json",
-            lambda file: file.write(json.dumps(summary, indent=2).encode()),
-        )
         return summary
 
     def save(self) -> None:

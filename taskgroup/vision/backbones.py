@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from taskgroup.sentences import listed
 
-__all__ = ["StochasticDepth", "ViTFeatures", "backbone"]
+__all__ = ["StochasticDepth", "ViTFeatures", "backbone", "save_config"]
 
 T = TypeVar("T")
 
@@ -111,6 +111,22 @@ def backbone(
     if isinstance(config, ViTConfig):
         return _ViT(_vit(name, source, random, config), size, drop_path).train()
     return _Stages(name, _auto(name, source, random, config, drop_path), size).train()
+
+
+def save_config(encoder: nn.Module, folder: Path) -> None:
+    """Write the configuration of the transformers network that :func:`backbone` returned.
+
+    As the name of a backbone with ``weights="random"`` the folder builds the network again, without
+    its source. Of other encoders there is nothing to write.
+
+    Args:
+        encoder: whose configuration to write.
+        folder: for its ``config.json``.
+    """
+    net = encoder.vit if isinstance(encoder, _ViT) else getattr(encoder, "net", None)
+    config: Any = getattr(net, "config", None)
+    if hasattr(config, "save_pretrained"):
+        config.save_pretrained(folder)
 
 
 class StochasticDepth(nn.Module):

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -18,10 +14,11 @@ from torch import Tensor, nn
 
 import taskgroup as tg
 from taskgroup.vision import pictures
-from taskgroup.vision.backbones import ViTFeatures, backbone
+from taskgroup.vision.backbones import ViTFeatures, backbone, save_config
 from taskgroup.vision.datasets import (
     DATASETS,
     Augment,
+    BadSampleError,
     DenseDataset,
     Fit,
     Resize,
@@ -32,7 +29,6 @@ from taskgroup.vision.datasets import (
 )
 from taskgroup.vision.datasets.dense import Transform
 from taskgroup.vision.datasets.files import read_photo
-from taskgroup.vision.datasets.loader import leave_signals_to_parent
 from taskgroup.vision.losses import criterion
 from taskgroup.vision.metrics import evaluate
 from taskgroup.vision.models import dense_model
@@ -69,8 +65,8 @@ class Settings(Protocol):
 class Benchmark:
     """One of the three data sets, its tasks, and the network of the published runs.
 
-    Data is opened when it is first asked for, all splits at once: a folder that lacks something
-    says so before the training, and a network predicts without any.
+    Data is opened when it is first asked for, to train on all splits at once: a folder that lacks
+    something says so before the training, and a network predicts without any.
 
     Args:
         settings: where the data is, sizes, and what the network is made by.
@@ -87,20 +83,19 @@ class Benchmark:
         self.lower_is_better = {name: task.lower_is_better for name, task in self._tasks.items()}
         self.splits: Sequence[str] = tuple(self._kind.ROLES)
         self._augmented, self._whole = self._transforms()
+        self._opened: dict[str, DenseDataset] = {}
         self._workers = min(settings.workers, len(os.sched_getaffinity(0)))
 
-    @cached_property
-    def _data(self) -> dict[str, DenseDataset]:
-        """Every split, whole images; with "augmented" the training data to train on."""
+    def _split(self, split: str) -> DenseDataset:
+        """A split, whole images; opened when it is first asked for."""
         if self._settings.root is None:
             raise ValueError(
                 f"{self._settings.data} is read from a folder: name it with --data DIR. A small "
                 f"one to try with is made by: taskgroup data mini {self._settings.data} DIR"
             )
-        data = {split: self._open(split, self._whole) for split in self.splits}
-        data["augmented"] = copy.copy(data["train"])
-        data["augmented"].transform = self._augmented
-        return data
+        if split not in self._opened:
+            self._opened[split] = self._open(split, self._whole)
+        return self._opened[split]
 
     def _transforms(self) -> tuple[Transform, Transform]:
         size = self._settings.size
@@ -148,9 +143,11 @@ class Benchmark:
         Raises:
             ValueError: if there is no root, or it does not hold the data set.
         """
-        workers = self._workers
-        data = self._data["augmented"]
-        return training_batches(data, batch_size, seed=seed, start=start, workers=workers)
+        for split in self.splits:  # what is wrong with the others is said now
+            self._split(split)
+        data = copy.copy(self._split("train"))
+        data.transform = self._augmented
+        return training_batches(data, batch_size, seed=seed, start=start, workers=self._workers)
 
     def inputs(self, batch: Samples) -> Tensor:
         """The images ``[B, 3, H, W]``."""
@@ -168,36 +165,36 @@ class Benchmark:
             split: one of :attr:`splits`.
             quick: leave edges out, whose metric takes seconds an image.
         """
-        settings = self._settings
-        only = [name for name, task in self._tasks.items() if task.metric != "ods_f"]
+        data = self._split(split)
+        if quick:
+            data = copy.copy(data)
+            data.tasks = [name for name in data.tasks if self._tasks[name].metric != "ods_f"]
+        if not data.tasks:
+            return {}
         batches = all_batches(
-            self._data[split],
-            settings.batch_size,
+            data,
+            self._settings.batch_size,
             limit=_FIXED_TRAINING if split == "train" else None,
             workers=self._workers,
         )
-        if quick:
-            return evaluate(model, batches, tasks=self._tasks, only=only)
-        with self._matchers(model) as executor:
-            return evaluate(model, batches, tasks=self._tasks, executor=executor)
-
-    def _matchers(self, model: nn.Module) -> AbstractContextManager[Executor | None]:
-        """Processes that match edges, one for each that reads data."""
-        assert isinstance(model, tg.MultiTaskModel)
-        matched = any(self._tasks[task].metric == "ods_f" for task in model.heads)
-        if not matched or not self._workers:
-            return nullcontext()
-        # Spawned: a forked process would inherit the threads of torch in an unknown state.
-        context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self._workers, context, leave_signals_to_parent)
+        metrics = evaluate(
+            model, batches, tasks=self._tasks, only=data.tasks, workers=self._workers
+        )
+        if not metrics:
+            raise BadSampleError(f"No sample of {data.root}, split {data.split}, can be read.")
+        return metrics
 
     def draw(self, model: nn.Module, folder: Path) -> None:
         """Input, target and prediction on some held-out images: ``predictions.png``."""
-        dataset = self._data["held_out"]
-        some = next(all_batches(dataset, _PICTURED, limit=_PICTURED))
-        pictures.draw(
-            model, some, self._kind.to_rgb(some.images), self._tasks, folder / "predictions.png"
-        )
+        some = next(all_batches(self._split("held_out"), _PICTURED, limit=_PICTURED), None)
+        if some is not None:  # all of them bad, and skipped
+            rgb = self._kind.to_rgb(some.images)
+            pictures.draw(model, some, rgb, self._tasks, folder / "predictions.png")
+
+    def keep(self, model: nn.Module, folder: Path) -> None:
+        """The configuration of a pretrained backbone, whose source may be gone later."""
+        assert isinstance(model, tg.MultiTaskModel)
+        save_config(model.encoder, folder / "backbone")
 
     def predict(self, model: nn.Module, image: Path, out: Path) -> None:
         """A panel of all predictions for an image file of any size, as a PNG."""

@@ -8,9 +8,8 @@ has taken. Martin, Fowlkes & Malik, PAMI 2004; Arbelaez, Maire, Fowlkes & Malik,
 from __future__ import annotations
 
 import math
-from concurrent.futures import Executor
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +18,10 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from skimage.morphology import thin
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
+
+from taskgroup.vision.processes import begin_worker
 
 __all__ = ["OdsF", "match"]
 
@@ -89,6 +91,34 @@ def match(predicted: Bools, label: Bools, distance: float) -> int:
     return int(maximum_flow(graph, source, sink).flow_value)
 
 
+class _Image(NamedTuple):
+    """What counting needs of an image.
+
+    Attributes:
+        reached: [H, W], uint8: how many of the thresholds the probability reaches.
+        label: [H, W], bool.
+        known: [H, W], bool.
+    """
+
+    reached: NDArray[np.uint8]
+    label: Bools
+    known: Bools
+
+
+class _Counts(Dataset[NDArray[np.int64]]):
+    """The counts of some images, so that a DataLoader's processes can count them."""
+
+    def __init__(self, images: list[_Image], max_dist: float, thresholds: int) -> None:
+        self._images = images
+        self._count = partial(_count, max_dist=max_dist, n=thresholds)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        return self._count(self._images[index])
+
+
 class OdsF(Metric):
     r"""F-measure of boundaries at the optimal data-set scale: one threshold for all images.
 
@@ -115,6 +145,7 @@ class OdsF(Metric):
             :math:`\sqrt{H^2 + W^2}` of the rectangle around the known pixels: of the image
             without its padding. The benchmark's is 0.0075; 0.011 is usual on NYUD-v2.
         thresholds: Their number n.
+        workers: Processes that match, forked as those of a ``DataLoader``; 0 is this one.
         **kwargs: Passed on to :class:`torchmetrics.Metric`.
 
     Raises:
@@ -134,14 +165,18 @@ class OdsF(Metric):
     full_state_update = False
     counts: Tensor  # [3, n]: pixels matched, predicted and labelled, int64
 
-    def __init__(self, max_dist: float, thresholds: int = 99, **kwargs: Any) -> None:
+    def __init__(
+        self, max_dist: float, thresholds: int = 99, workers: int = 0, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         if not 0 <= max_dist <= 1:
             raise ValueError(f"max_dist: a share of the diagonal, in [0, 1], got {max_dist}")
-        if thresholds < 1:
-            raise ValueError(f"thresholds: at least 1 is needed, got {thresholds}")
+        if not 1 <= thresholds <= 255:
+            raise ValueError(f"thresholds: 1 to 255 of them, got {thresholds}")
         self.max_dist = max_dist
         self.thresholds = thresholds
+        self._workers = workers
+        self._pending: list[_Image] = []  # not counted yet
         self.add_state("counts", torch.zeros(3, thresholds, dtype=torch.int64), "sum")
 
     def update(
@@ -149,12 +184,8 @@ class OdsF(Metric):
         probability: Tensor,
         label: Tensor,
         known: Tensor | None = None,
-        executor: Executor | None = None,
     ) -> None:
-        """Counts the pixels of a batch.
-
-        At 425 x 560 pixels and 99 thresholds this takes a few seconds per image. SciPy's flow
-        holds the interpreter's lock: threads do not help, processes do.
+        """Takes in a batch. At 425 x 560 pixels and 99 thresholds an image takes some ten seconds.
 
         Args:
             probability: [B, H, W] or [B, 1, H, W], floating, in [0, 1], on any device. Compared
@@ -162,8 +193,6 @@ class OdsF(Metric):
             label: Of the same shape, bool.
             known: Of the same shape, bool: pixels elsewhere are neither predicted nor labelled.
                 They are dropped after thinning. None: all are known.
-            executor: Runs the images of the batch side by side, for instance a
-                :class:`concurrent.futures.ProcessPoolExecutor`. None: one after the other.
 
         Raises:
             TypeError: ``probability`` is not floating, or ``label`` or ``known`` is not bool.
@@ -173,15 +202,42 @@ class OdsF(Metric):
             known = torch.ones_like(label)
         _check(probability, label, known)
         exact = torch.float64 if probability.dtype == torch.float64 else torch.float32
-        size = probability.shape[-2:]
-        images = [
-            x.detach().cpu().reshape(len(x), *size).numpy()
-            for x in (probability.to(exact), label, known)
-        ]
-        run = map if executor is None else executor.map
-        count = partial(_count, max_dist=self.max_dist, n=self.thresholds)
-        total = sum(run(count, *images), start=np.zeros((3, self.thresholds), np.int64))
-        self.counts += torch.from_numpy(total).to(self.counts.device)
+        n = self.thresholds
+        thresholds = (torch.arange(1, n + 1, dtype=torch.float64) / (n + 1)).to(exact)
+        reached = torch.bucketize(probability.detach().cpu().to(exact), thresholds, right=True)
+        maps = (reached.byte(), label.cpu(), known.cpu())
+        self._pending += map(_Image, *(x.flatten(0, -3).numpy() for x in maps))
+        # Many at a time, to be worth the forking; not all, whose maps would take gigabytes.
+        if len(self._pending) >= 32 * self._workers:
+            self._count()
+
+    def _count(self) -> None:
+        """Count what is pending."""
+        counted: DataLoader[NDArray[np.int64]] = DataLoader(
+            _Counts(self._pending, self.max_dist, self.thresholds),
+            batch_size=None,
+            num_workers=min(self._workers, len(self._pending)),
+            worker_init_fn=begin_worker,
+            generator=torch.Generator(),  # the global one is left alone
+        )
+        for counts in counted:
+            self.counts += torch.as_tensor(counts).to(self.counts.device)
+        self._pending = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The F of one batch, which is taken in too."""
+        self._count()
+        return super().forward(*args, **kwargs)
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Add up over the ranks."""
+        self._count()
+        super().sync(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        super().reset()
+        self._pending = []
 
     def compute(self) -> Tensor:
         """F at the best threshold.
@@ -190,6 +246,7 @@ class OdsF(Metric):
             Scalar in [0, 1], float32; 0 if nothing predicted was matched, NaN if no label pixel was
             seen.
         """
+        self._count()
         matched, predicted, labelled = self.counts.double()
         if not labelled.any():
             return torch.full_like(labelled[0], torch.nan, dtype=torch.float32)
@@ -216,15 +273,12 @@ def _check(probability: Tensor, label: Tensor, known: Tensor) -> None:
         raise ValueError("probability: not in [0, 1]; a sigmoid turns logits into probabilities")
 
 
-def _count(
-    probability: NDArray[Any], label: Bools, known: Bools, max_dist: float, n: int
-) -> NDArray[np.int64]:
+def _count(image: _Image, max_dist: float, n: int) -> NDArray[np.int64]:
     """Pixels of one image matched, predicted and labelled, at every threshold: [3, n]."""
+    reached, label, known = image
     sides = [np.flatnonzero(known.any(axis)) for axis in (1, 0)]
     distance = max_dist * math.hypot(*(np.ptp(side) + 1 if len(side) else 0 for side in sides))
     label = label & known
-    thresholds = (np.arange(1, n + 1) / (n + 1)).astype(probability.dtype)
-    reached = np.searchsorted(thresholds, probability, side="right")  # how many thresholds
     lost = np.bincount(reached.ravel(), minlength=n)  # how many pixels at the threshold of that no.
     counts = np.empty((3, n), np.int64)
     for k in range(n):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Executor
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ def evaluate(
     *,
     tasks: Mapping[str, Task] = TASKONOMY,
     only: Collection[str] | None = None,
-    executor: Executor | None = None,
+    workers: int = 0,
 ) -> dict[str, float]:
     """Metric of every task that the model predicts.
 
@@ -85,15 +84,16 @@ def evaluate(
         batch_size: Images per forward pass, of samples that come all at once.
         tasks: what is known of the tasks.
         only: those to evaluate; None is all that the model predicts.
-        executor: of processes that match edges, which takes seconds an image; None matches them
-            here.
+        workers: processes that match edges, which takes seconds an image; 0 is this one.
 
     Returns:
-        {task: metric}; NaN, with a warning, for a task without a valid pixel.
+        {task: metric}; NaN for a task of which an output is not finite, and, with a warning, for
+        one without a valid pixel.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     metrics: dict[str, Metric] = {}
     seen: dict[str, int] = {}
+    broken: set[str] = set()
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -104,20 +104,22 @@ def evaluate(
                     continue
                 task = tasks[name]
                 if name not in metrics:
-                    metrics[name] = _metric(task).to(device)
+                    metrics[name] = _metric(task, workers).to(device)
                     seen[name] = 0
+                if not output.isfinite().all():  # of which an argmax, say, would make a class
+                    broken.add(name)
+                    continue
                 n_valid = int(masks[name].sum())
                 seen[name] += n_valid
                 if n_valid:
-                    metric, label, mask = metrics[name], labels[name], masks[name]
-                    _update(metric, task, output.float(), label, mask, executor)
+                    _update(metrics[name], task, output.float(), labels[name], masks[name])
     finally:
         for module, training in modes:
             module.training = training
-    if empty := [name for name, count in seen.items() if count == 0]:
+    if empty := [name for name, count in seen.items() if not count and name not in broken]:
         warnings.warn(f"no valid pixel to evaluate: {', '.join(empty)}", stacklevel=2)
     return {
-        name: metric.compute().item() if seen[name] else float("nan")
+        name: metric.compute().item() if seen[name] and name not in broken else float("nan")
         for name, metric in metrics.items()
     }
 
@@ -128,11 +130,11 @@ def _slices(samples: Samples, batch_size: int) -> Iterator[Samples]:
         yield tree_map(lambda tensor, rows=rows: tensor[rows], samples)
 
 
-def _metric(task: Task) -> Metric:
+def _metric(task: Task, workers: int) -> Metric:
     if task.metric == "miou":
         return MulticlassJaccardIndex(task.channels, validate_args=False)
     if task.metric == "ods_f":
-        return OdsF(task.max_dist)
+        return OdsF(task.max_dist, workers=workers)
     simple: dict[str, Any] = {
         "l1": MeanAbsoluteError,
         "rmse": lambda: MeanSquaredError(squared=False),
@@ -143,16 +145,9 @@ def _metric(task: Task) -> Metric:
     return metric
 
 
-def _update(
-    metric: Metric,
-    task: Task,
-    output: Tensor,
-    label: Tensor,
-    mask: Tensor,
-    executor: Executor | None,
-) -> None:
+def _update(metric: Metric, task: Task, output: Tensor, label: Tensor, mask: Tensor) -> None:
     if task.metric == "ods_f":  # of whole images
-        metric.update(output.sigmoid(), label > 0, mask, executor)
+        metric.update(output.sigmoid(), label > 0, mask)
         return
     if task.metric == "miou":
         output = output.argmax(1, keepdim=True)

@@ -97,6 +97,9 @@ class Photograph:
         rgb = (some.images + 1) / 2
         pictures.draw(model, some, rgb, TASKONOMY, folder / "predictions.png")
 
+    def keep(self, model: nn.Module, folder: Path) -> None:
+        """Nothing: the settings say it all."""
+
     def predict(self, model: nn.Module, image: Path, out: Path) -> None:
         """A panel of all predictions for an image file, as a PNG; sides are cut to whole patches.
 

@@ -30,7 +30,7 @@ def write(tmp_path):
     def make(name, partitions=(), matrices=None, seconds=None, dealt=None, **settings):
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        settings = {"data": "yeast", "method": "selective", "warmup": 1, **settings}
+        settings = {"data": "nyud-v2", "method": "selective", "warmup": 1, **settings}
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))
         lines = []
         for batch, partition in enumerate(partitions, start=1):

@@ -148,7 +148,7 @@ def test_single_task_runs_make_a_baseline(minis, tmp_path, no_pictures):
 
     twice = invoke("evaluate", runs[0], runs[0], "--save", tmp_path / "twice.yaml")
     assert twice.exit_code == 2
-    assert "depth, and so has a run before it" in twice.output
+    assert "has a metric of depth, and so has" in twice.output
     lacking = invoke(
         "train", "nyud-v2", "--data", minis / "nyud-v2", *SMALL, "--baseline", baseline, "--out",
         tmp_path / "never",
@@ -213,6 +213,11 @@ def test_bad_samples_stop_a_run_or_are_skipped(minis, tmp_path, no_pictures):
         (["train", "nyud-v2", "--set", "workers=-1"], "workers must not be negative"),
         (["train", "nyud-v2", "--set", "drop_path=1"], r"drop_path must be in \[0, 1\), got 1"),
         (["train", "nyud-v2", "--set", "evaluate_every=0"], "evaluate_every must be at least 1"),
+        (
+            ["train", "yeast", "--data", "nowhere"],
+            "root is a setting of data sets that are read",
+        ),
+        (["train", "nyud-v2", "--set", "weights=there"], "weights are loaded into a backbone such"),
         (["evaluate", "nowhere"], "nowhere is no run: it has no config.yaml"),
         (["predict", "nowhere", "a.png"], "nowhere is no run: it has no config.yaml"),
     ],
@@ -221,7 +226,7 @@ def test_what_bad_input_says(minis, arguments, said, tmp_path):
     options = []
     if arguments[0] == "train":
         options = ["--backbone", "tiny", "--set", "patch=7", "--out", tmp_path / "run"]
-        if "--data" not in arguments and "taskonomy" not in arguments:
+        if not {"--data", "taskonomy"} & set(arguments):
             options += ["--data", minis / "nyud-v2"]
     result = invoke(*arguments, *options)
     assert result.exit_code == 2, result.output
@@ -299,3 +304,60 @@ def test_a_run_goes_on_where_its_data_has_moved_and_evaluates_what_it_had_not(
     (line,) = (run.out / "evaluations.jsonl").read_text().splitlines()
     assert json.loads(line)["batch"] == 4
     assert read_recipe(run.out / "config.yaml").root == str(tmp_path / "new")
+
+
+def test_a_pretrained_network_is_built_again_without_its_source(minis, tmp_path, no_pictures):
+    """Of other sizes than those of its name would be, and its folder gone."""
+    from transformers import ViTConfig, ViTModel
+
+    source = tmp_path / "source"
+    config = ViTConfig(
+        image_size=96, patch_size=16, hidden_size=16, num_hidden_layers=4, num_attention_heads=2,
+        intermediate_size=24, hidden_act="relu",
+    )  # fmt: skip
+    ViTModel(config, add_pooling_layer=False).save_pretrained(source)
+    run = tmp_path / "run"
+    result = invoke(
+        "train", "nyud-v2", "--data", minis / "nyud-v2", "--backbone", source, "--size", "32x48",
+        *settings(batches=4, tasks="depth,edge", drop_path=0.1), "--out", run,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    shutil.rmtree(source)
+    found = invoke("evaluate", run, "--save", tmp_path / "found.yaml", "--set", "workers=1")
+    assert found.exit_code == 0, found.output
+    saved = yaml.safe_load((tmp_path / "found.yaml").read_text())
+    assert saved == pytest.approx(load_summary(run)["metrics"])
+    (run / "summary.json").unlink()
+    again = invoke("train", "--resume", run)
+    assert again.exit_code == 0, again.output
+    assert load_summary(run)["metrics"] == pytest.approx(saved)
+
+
+def test_what_may_change_when_a_run_goes_on(minis, tmp_path, no_pictures):
+    root = shutil.copytree(minis / "nyud-v2", tmp_path / "nyud")
+    bad = root / "depth" / "held_out_1.npy"
+    bad.write_bytes(bad.read_bytes()[:300])
+    run = tmp_path / "run"
+    command = ["train", "nyud-v2", "--data", root, *SMALL, *settings(tasks="depth"), "--out", run]
+    stopped = invoke(*command)
+    assert stopped.exit_code == 2
+    assert "held_out_1.npy cannot be read" in stopped.output
+    other = invoke("train", "--resume", run, "--set", "lr=1")
+    assert other.exit_code == 2
+    assert "A run goes on with the lr that it has; what may change is root, bad," in other.output
+    with pytest.warns(UserWarning, match="A sample is left out"):
+        went_on = invoke("train", "--resume", run, "--set", "bad=skip")
+    assert went_on.exit_code == 0, went_on.output
+    assert load_summary(run)["metrics"]["depth"] > 0
+
+
+def test_baselines_that_nothing_can_be_divided_by(minis, tmp_path):
+    baseline = tmp_path / "single.yaml"
+    baseline.write_text("depth: 0.0\nedge: .nan\n")
+    result = invoke(
+        "train", "nyud-v2", "--data", minis / "nyud-v2", *SMALL, *settings(tasks="depth,edge"),
+        "--baseline", baseline, "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert "['depth', 'edge'] is 0 or no number" in result.output
+    assert not (tmp_path / "run").exists()

@@ -1,5 +1,4 @@
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -269,14 +268,16 @@ def test_agrees_with_the_benchmark_written_out(seed, masked):
 
 def test_batches_and_their_order_do_not_matter():
     p, label, known = draw(5)
-    metrics = [OdsF(0.05, 9) for _ in range(5)]
+    metrics = [OdsF(0.05, 9, workers=2 * (k == 4)) for k in range(5)]
     metrics[0].update(p, label, known)
     for i in (0, 1):
         metrics[1].update(p[i, None], label[i, None], known[i, None])
     metrics[2].update(p.flip(0), label.flip(0), known.flip(0))
     metrics[3].update(p[:, None], label[:, None], known[:, None])
-    with ThreadPoolExecutor(2) as executor:
-        metrics[4].update(p, label, known, executor)
+    for i in (0, 1):  # in other processes, at the end
+        metrics[4].update(p[i, None], label[i, None], known[i, None])
+    assert metrics[4].counts.sum() == 0
+    assert metrics[4].compute() == metrics[0].compute()
     for metric in metrics[1:]:
         torch.testing.assert_close(metric.counts, metrics[0].counts, rtol=0, atol=0)
     metrics[0].update(p[:0], label[:0])
@@ -323,7 +324,7 @@ def test_options_are_checked():
     for max_dist in (-0.1, 7.0, math.nan):
         with pytest.raises(ValueError, match="max_dist: a share of the diagonal"):
             OdsF(max_dist)
-    with pytest.raises(ValueError, match="thresholds: at least 1"):
+    with pytest.raises(ValueError, match="thresholds: 1 to 255 of them, got 0"):
         OdsF(0.1, 0)
 
 

@@ -151,6 +151,21 @@ def test_edges_take_the_tolerance_of_their_task():
     assert (NYUD["edge"].max_dist, PASCAL["edge"].max_dist) == (0.011, 0.0075)
 
 
+def test_outputs_that_are_not_finite_have_no_metric():
+    """An argmax would make class 0 of them, a threshold no edge."""
+    label = torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
+    mask = torch.ones_like(label, dtype=torch.bool)
+    for kind, loss, channels in (
+        ("miou", "cross_entropy", 3),
+        ("max_f", "balanced_bce", 1),
+        ("ods_f", "weighted_bce", 1),
+        ("rmse", "l1", 1),
+    ):
+        outputs = torch.zeros(1, channels, 4, 4)
+        outputs[..., 2, 2] = torch.nan
+        assert math.isnan(one(kind, channels, outputs, label, mask, loss=loss))
+
+
 def test_rmse_pools_over_the_set():
     output = torch.tensor([[1.0, 2.0], [5.0, 0.0]]).view(2, 1, 1, 2)
     mask = torch.tensor([[True, True], [True, False]]).view(2, 1, 1, 2)

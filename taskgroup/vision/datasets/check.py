@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -79,11 +78,13 @@ def check(
     for split in kind.SPLITS:
         if kind is Taskonomy and not Taskonomy.list_of(root, split).is_file():
             continue
-        dataset, problems = _open(kind, root, split)
-        if dataset is None:
-            yield Checked(split, 0, kind.SPLITS[split], 0, problems)
+        try:
+            dataset = kind(root, split, bad="keep")
+            listed = dataset.listed_ids()
+        except ValueError as error:  # there is no list, say
+            yield Checked(split, 0, kind.SPLITS[split], 0, [str(error)])
             continue
-        listed = dataset.listed_ids()
+        problems: list[str] = []
         missing = list(dataset.problems(listed))
         bad = {problem.sample for problem in missing if not problem.usable}.intersection(listed)
         problems += [problem.sentence for problem in missing]
@@ -97,17 +98,6 @@ def check(
             seen.update(dataset.ids)
         n_listed = len(dict.fromkeys(listed))
         yield Checked(split, n_listed, kind.SPLITS[split], n_listed - len(bad), problems)
-
-
-def _open(
-    kind: type[DenseDataset], root: Path, split: str
-) -> tuple[DenseDataset | None, list[str]]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it leaves out is listed below
-            return kind(root, split, bad="skip"), []
-    except ValueError as error:
-        return None, [str(error)]
 
 
 class _Inspection(Dataset[tuple[str, list[str]]]):

@@ -19,7 +19,7 @@ from taskgroup.vision.datasets.files import BadSampleError, read_rgb
 from taskgroup.vision.samples import Samples
 from taskgroup.vision.tasks import Task
 
-__all__ = ["DenseDataset", "Problem", "Scene", "Transform", "file_names", "read_lines"]
+__all__ = ["DenseDataset", "Problem", "Scene", "Transform", "file_names", "read_lines", "resized"]
 
 
 class Scene(NamedTuple):
@@ -72,7 +72,8 @@ class DenseDataset(Dataset[Samples]):
         bad: what to do with a sample whose file is missing, broken or not what it should be:
             ``"stop"`` raises; ``"skip"`` says it in a warning and leaves the sample out: missing
             files at once, what is found on reading as a :class:`BadSampleError` in the sample's
-            place, which :func:`~taskgroup.vision.datasets.loader.collate` drops.
+            place, which :func:`~taskgroup.vision.datasets.loader.collate` drops; ``"keep"``, for
+            checks, opens a data set whatever it lacks, and raises on reading.
 
     Attributes:
         ids: of the samples, in the order of the split.
@@ -88,6 +89,8 @@ class DenseDataset(Dataset[Samples]):
     SPLITS: ClassVar[Mapping[str, int | None]]
     #: ``{what the command line calls it: split}``.
     ROLES: ClassVar[Mapping[str, str]]
+    #: Whether maps of another size than their image, but of its shape, are brought to it.
+    RESIZES: ClassVar[bool] = False
     #: Mean and standard deviation of the channels, images being in [0, 1].
     MEAN: ClassVar[tuple[float, float, float]] = (0.485, 0.456, 0.406)
     STD: ClassVar[tuple[float, float, float]] = (0.229, 0.224, 0.225)
@@ -99,7 +102,7 @@ class DenseDataset(Dataset[Samples]):
         *,
         tasks: Sequence[str] | None = None,
         transform: Transform | None = None,
-        bad: Literal["stop", "skip"] = "stop",
+        bad: Literal["stop", "skip", "keep"] = "stop",
     ) -> None:
         self.root = Path(root)
         self.split = split
@@ -113,8 +116,11 @@ class DenseDataset(Dataset[Samples]):
             raise ValueError(f"{name} has no task {listed(unknown)}; it has {listed(self.TASKS)}.")
         if split not in self.SPLITS:
             raise ValueError(f"{name} has no split {split!r}; it has {listed(self.SPLITS)}.")
-        if bad not in ("stop", "skip"):
-            raise ValueError(f"bad must be 'stop' or 'skip', got {bad!r}.")
+        if bad not in ("stop", "skip", "keep"):
+            raise ValueError(f"bad must be 'stop', 'skip' or 'keep', got {bad!r}.")
+        if bad == "keep":
+            self.ids = list(dict.fromkeys(self.listed_ids()))
+            return
         problems: list[str] = []
         self.ids = self._usable(problems)
         if problems:
@@ -215,6 +221,8 @@ class DenseDataset(Dataset[Samples]):
         self, task: str, sample: str, shape: tuple[int, ...]
     ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         label, mask = self.read_label(task, sample)
+        if self.RESIZES and _alike(label.shape, shape):
+            label, mask = resized(label, shape), None if mask is None else resized(mask, shape)
         if label.shape[:2] != shape:
             path = self.files(sample)[task][0]
             raise BadSampleError(
@@ -238,7 +246,7 @@ class DenseDataset(Dataset[Samples]):
         try:
             scene = self.read(self.ids[which])
         except BadSampleError as error:
-            if self.bad == "stop":
+            if self.bad != "skip":
                 raise
             return error  # type: ignore[return-value]  # collate drops it
         if self.transform is not None:
@@ -272,6 +280,23 @@ def _channels_first(array: NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))
 
 
+def resized(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """The nearest pixels of an array ``[H, W, ...]`` in another shape."""
+    if array.shape[:2] == shape[:2]:
+        return array
+    rows, columns = (
+        np.floor((np.arange(new) + 0.5) * old / new).astype(int)
+        for new, old in zip(shape[:2], array.shape[:2], strict=True)
+    )
+    nearest: NDArray[Any] = array.take(rows, axis=0).take(columns, axis=1)
+    return nearest
+
+
+def _alike(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two sizes are one at another scale, up to the rounding of pixels."""
+    return abs(shape[0] * other[1] - shape[1] * other[0]) <= max(*shape[:2], *other[:2])
+
+
 def file_names(folder: Path) -> list[str]:
     """The names in a folder; none if there is no such folder."""
     # Of folders of many thousand files, for which Path.iterdir makes as many paths.
@@ -285,7 +310,7 @@ def read_lines(path: Path, root: Path) -> list[str]:
         ValueError: if it cannot be read.
     """
     try:
-        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError):
         raise ValueError(
             f"{path} cannot be read, the list of a split; is {root} the right folder?"

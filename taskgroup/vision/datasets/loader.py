@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
@@ -15,9 +14,10 @@ from torch.utils.data._utils.collate import default_collate
 
 from taskgroup.vision.datasets.dense import DenseDataset
 from taskgroup.vision.datasets.files import BadSampleError
+from taskgroup.vision.processes import begin_worker
 from taskgroup.vision.samples import Samples
 
-__all__ = ["all_batches", "collate", "leave_signals_to_parent", "training_batches"]
+__all__ = ["all_batches", "collate", "training_batches"]
 
 Bad = tuple[str, ...]  # what was wrong with samples that are left out
 
@@ -126,9 +126,8 @@ def _load(
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_begin_worker,
-        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_initialized(),  # by the network that is trained
+        worker_init_fn=begin_worker,
         # A generator of its own: the global one, which resume keeps, is left alone.
         generator=torch.Generator(),
     )
@@ -141,14 +140,3 @@ def _load(
                 said.add(sentence)
                 warnings.warn(f"A sample is left out: {sentence}", stacklevel=3)
         yield batch
-
-
-def _begin_worker(worker: int) -> None:
-    leave_signals_to_parent()
-    torch.set_num_threads(1)
-
-
-def leave_signals_to_parent() -> None:
-    """In a worker process: Ctrl-C and SIGTERM go to all; the run ends its workers when it saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.morphology import thin
 
-from taskgroup.vision.datasets.dense import DenseDataset, read_lines
+from taskgroup.vision.datasets.dense import DenseDataset, read_lines, resized
 from taskgroup.vision.datasets.files import BadSampleError, read_grey, read_mat, read_rgb
 from taskgroup.vision.datasets.nyud import unit_normals
 from taskgroup.vision.tasks import PASCAL, Task
@@ -78,11 +78,13 @@ class PASCALContext(DenseDataset):
                                               images without a person are spared the reading
     ========================================  ======================================================
 
-    Distilled maps of another size than their image are brought to it, as the published loader does.
+    Maps of another size than their image, but of its shape, are brought to it by the nearest pixel,
+    as the published loader does.
     """
 
     TASKS: ClassVar[Mapping[str, Task]] = PASCAL
     SPLITS: ClassVar[Mapping[str, int | None]] = {"train": 4998, "val": 5105}
+    RESIZES: ClassVar[bool] = True
     ROLES: ClassVar[Mapping[str, str]] = {"train": "train", "held_out": "val"}
 
     def __init__(self, root: Any, split: str = "train", **options: Any) -> None:
@@ -127,10 +129,10 @@ class PASCALContext(DenseDataset):
         if task == "edge":
             return _edges(read_mat(path, "LabelMap")), None
         if task == "sal":
-            return _resized(read_grey(path) > 127, self.read_image(sample).shape), None
+            return read_grey(path) > 127, None
         normals, known = unit_normals(read_rgb(path))
         surface = np.isin(read_mat(self.files(sample)[task][1], "LabelMap"), list(SURFACES))
-        normals, known = _resized(normals, surface.shape), _resized(known, surface.shape)
+        normals, known = resized(normals, surface.shape), resized(known, surface.shape)
         return normals, known & surface
 
     def _semseg(self, sample: str) -> Path:
@@ -141,10 +143,12 @@ class PASCALContext(DenseDataset):
     def _read_objects(self) -> dict[str, list[int]]:
         path = self.root / "ImageSets" / "Parts" / f"{self.split}.txt"
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text("utf-8-sig"))
         except (OSError, ValueError):
             return {}  # the annotations themselves say it too
-        return found if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            return {}
+        return {sample: ids for sample, ids in found.items() if isinstance(ids, list)}
 
     def _human_parts(
         self, path: Path, sample: str
@@ -183,14 +187,3 @@ def _edges(classes: NDArray[Any]) -> NDArray[np.bool_]:
     laplacian = ndimage.laplace(classes.astype(np.int64), mode="mirror")
     edges: NDArray[np.bool_] = thin(laplacian != 0)
     return edges
-
-
-def _resized(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """The nearest pixels of an array, ``[H, W, ...]`` of a shape."""
-    if array.shape[:2] == shape[:2]:
-        return array
-    rows, columns = (
-        np.floor((np.arange(new) + 0.5) * old / new).astype(int)
-        for new, old in zip(shape[:2], array.shape[:2], strict=True)
-    )
-    return array[np.ix_(rows, columns)]

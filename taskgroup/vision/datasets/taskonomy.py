@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,7 +36,8 @@ class Taskonomy(DenseDataset):
     the middle as in older dumps; the image's task is ``rgb``. Buildings are listed in
     ``splits_taskonomy/train_val_test_{tiny,medium,fullplus}.csv`` with the header
     ``id,train,val,test``. How labels are stored and normalised is said in
-    :mod:`taskgroup.vision.encoding`. Depth is unknown where it is stored as 65535.
+    :mod:`taskgroup.vision.encoding`. Depth is unknown where it is stored as 65535, a normal where
+    it is stored as zero (127 or 128 three times); nothing tells where other labels are unknown.
 
     An id is ``<building>/<p>/<v>``; the samples of a split are those with an image.
 
@@ -49,6 +51,7 @@ class Taskonomy(DenseDataset):
     SPLITS: ClassVar[Mapping[str, int | None]] = {
         f"{subset}/{role}": None for subset in _SUBSETS for role in _ROLES
     }
+    RESIZES: ClassVar[bool] = True
     ROLES: ClassVar[Mapping[str, str]] = {"train": "train", "validation": "val", "held_out": "test"}
     MEAN: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
     STD: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
@@ -77,7 +80,7 @@ class Taskonomy(DenseDataset):
         """
         file, role = self.list_file(), self.split.split("/")[1]
         try:
-            with file.open(newline="") as opened:
+            with file.open(newline="", encoding="utf-8-sig") as opened:
                 return [row["id"] for row in csv.DictReader(opened) if row[role].strip() == "1"]
         except (OSError, UnicodeDecodeError, csv.Error):
             raise ValueError(
@@ -103,8 +106,13 @@ class Taskonomy(DenseDataset):
 
     def problems(self, ids: Iterable[str]) -> Iterator[Problem]:
         """What is wrong with some ids, and buildings of the split without an image."""
-        of_building: dict[str, list[str]] = {building: [] for building in self.buildings()}
-        for sample in ids:
+        buildings = Counter(self.buildings())
+        of_building: dict[str, list[str]] = {building: [] for building in buildings}
+        for building, times in buildings.items():
+            if times > 1:
+                sentence = f"{self.list_file()} lists {building} {times} times."
+                yield Problem(building, sentence, usable=True)
+        for sample in dict.fromkeys(ids):
             of_building[sample.split("/")[0]].append(sample)
         for building, samples in of_building.items():
             if not samples:
@@ -136,7 +144,11 @@ class Taskonomy(DenseDataset):
             stored = read_rgb(path)[..., : TASKONOMY[task].channels]
         else:
             stored = (read_grey16(path) if task in _WIDE else read_grey(path))[..., None]
-        known = stored[..., 0] != _NO_DEPTH if task in _DEPTHS else None
+        known: Any = None
+        if task in _DEPTHS:
+            known = stored[..., 0] != _NO_DEPTH
+        elif task == "normal":
+            known = ((stored < 127) | (stored > 128)).any(-1)
         return normalise(task, stored), known
 
     def _name(self, task: str, sample: str) -> str:

@@ -1,5 +1,7 @@
 """Data that is not what it should be: named by file; the rest goes on or stops."""
 
+import shutil
+
 import numpy as np
 import pytest
 import scipy.io
@@ -36,7 +38,7 @@ def to_8_bit(path):
 
 def shrink(path):
     with Image.open(path) as image:
-        image.resize((40, 40)).save(path)
+        image.resize((60, 40)).save(path)
 
 
 def put_nan(path):
@@ -66,7 +68,7 @@ DAMAGE = [
     ("nyud-v2", "images/left_1.png", truncate, "cannot be read: image file is truncated"),
     ("nyud-v2", "segmentation/left_1.png", truncate, "cannot be read: image file is truncated"),
     ("nyud-v2", "segmentation/left_1.png", to_rgb, "hold one 8-bit channel; it holds three 8-bit"),
-    ("nyud-v2", "edge/left_1.png", shrink, "is 40 x 40, its image is 80 x 80"),
+    ("nyud-v2", "edge/left_1.png", shrink, "is 40 x 60, its image is 80 x 80"),
     ("nyud-v2", "normals/left_1.png", to_grey, "must hold three 8-bit channels; it holds one 8-"),
     ("nyud-v2", "depth/left_1.npy", put_nan, "holds 2 depths that are NaN or infinite; missing d"),
     ("nyud-v2", "depth/left_1.npy", truncate, "cannot be read"),
@@ -85,7 +87,7 @@ DAMAGE = [
     ("taskonomy", TASKONOMY.format("rgb", "rgb"), truncate, "cannot be read"),
     ("taskonomy", TASKONOMY.format("normal", "normal"), to_grey, "must hold three 8-bit channels"),
     ("taskonomy", TASKONOMY.format(*["depth_zbuffer"] * 2), to_8_bit, "must hold one 16-bit chann"),
-    ("taskonomy", TASKONOMY.format(*["edge_texture"] * 2), shrink, "is 40 x 40, its image is 80"),
+    ("taskonomy", TASKONOMY.format(*["edge_texture"] * 2), shrink, "is 40 x 60, its image is 80"),
 ]
 
 
@@ -183,7 +185,7 @@ def test_check_of_a_whole_tree(minis, name):
     assert recognise(minis / name) == name
     result = invoke("check", minis / name)
     assert result.exit_code == 0, result.output
-    assert "All is well." in result.output
+    assert "All files are well." in result.output
     assert name in result.output
     published = {"nyud-v2": "795", "pascal-context": "4,998", "taskonomy": "tiny/train"}
     assert published[name] in result.output
@@ -233,3 +235,26 @@ def test_mini_by_the_command_line(tmp_path):
     )
     with pytest.raises(ValueError, match="is not empty"):
         write_mini("taskonomy", tmp_path / "new")
+
+
+def test_check_when_nothing_is_whole(broken):
+    root = broken("nyud-v2")
+    shutil.rmtree(root / "depth")
+    found = {checked.split: checked for checked in check(root)}
+    assert [len(found[split].problems) for split in ("train", "val")] == [9, 3]
+    assert [found[split].listed for split in ("train", "val")] == [9, 3]
+    assert [found[split].whole for split in ("train", "val")] == [0, 0]
+
+
+def test_lists_as_other_systems_write_them(broken):
+    root = broken("nyud-v2")
+    lists = root / "gt_sets" / "train.txt"
+    lists.write_bytes(b"\xef\xbb\xbf" + lists.read_bytes().replace(b"\n", b"\r\n"))
+    assert len(DATASETS["nyud-v2"](root)) == 9
+    root = broken("taskonomy")
+    lists = root / "splits_taskonomy" / "train_val_test_tiny.csv"
+    lists.write_bytes(b"\xef\xbb\xbf" + lists.read_bytes().replace(b"\n", b"\r\n"))
+    assert len(DATASETS["taskonomy"](root)) == 9
+    lists.write_text(lists.read_text("utf-8-sig") + "left,1,0,0\n")
+    with pytest.raises(BadSampleError, match="lists left 2 times"):
+        DATASETS["taskonomy"](root)

@@ -129,7 +129,7 @@ def test_taskonomy_round_trip(minis):
         assert np.array_equal(image, crop.image)
         for task, label in labels.items():
             where = crop.valid[task]
-            if task.startswith("depth"):
+            if task.startswith(("depth", "normal")):
                 assert np.array_equal(masks[task], where)
             else:
                 assert masks[task].all()
@@ -224,7 +224,7 @@ def test_pascal_without_the_list_of_people_and_with_distilled_maps_of_another_si
     [
         ({"split": "test"}, r"NYUDv2 has no split .test.; it has \[.train., .val.\]"),
         ({"tasks": ["semseg", "parts"]}, r"NYUDv2 has no task \[.parts.\]; it has \[.semseg"),
-        ({"bad": "ignore"}, "bad must be 'stop' or 'skip', got 'ignore'"),
+        ({"bad": "ignore"}, "bad must be 'stop', 'skip' or 'keep', got"),
     ],
 )
 def test_wrong_arguments(minis, options, said):
