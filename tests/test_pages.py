@@ -108,6 +108,9 @@ def test_reproduce(tmp_path):
     from taskgroup.vision.datasets.mini import write_mini
 
     write_mini("nyud-v2", tmp_path / "nyud")
+    for split, n_samples in (("train", 4), ("val", 1)):  # a batch of each
+        lists = tmp_path / "nyud" / "gt_sets" / f"{split}.txt"
+        lists.write_text("\n".join(lists.read_text().split()[:n_samples]))
     torch.manual_seed(0)
     names = {"tg": tg, "torch": torch, "root": tmp_path / "nyud"}
     assert run_blocks("reproduce.md", names) == 1
