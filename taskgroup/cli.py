@@ -252,7 +252,10 @@ def mini(
 
         write_mini(name, root)
         _say_where("Twelve small images", root)
-        command = f"taskgroup train {name} --data {root} --backbone tiny --size 64x64 --batches 50"
+        command = (
+            f"taskgroup train {name} --data {root} --backbone tiny --size 64x64 --batches 50 "
+            "--set lr=1e-3 --set warmup=5"
+        )
         rich.get_console().print(f"Train on them: {command}", soft_wrap=True, highlight=False)
 
 

@@ -228,6 +228,22 @@ def test_stopped_command_says_how_to_go_on(tmp_path, monkeypatch):
     assert "taskgroup: " not in result.output
 
 
+def test_stopped_in_its_evaluation_it_goes_on_to_it(tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", interrupted)
+        stopped = invoke("--out", tmp_path / "run")
+    assert stopped.exit_code == 130, stopped.output
+    assert "Stopped before the evaluation was done; go on with taskgroup train --resume" in (
+        stopped.output.replace("\n", "")
+    )
+    again = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "run")])
+    assert again.exit_code == 0, again.output
+    assert len(load_metrics(tmp_path / "run")) == 8
+
+
 def test_diverged_run_says_so(tmp_path):
     result = invoke("--out", tmp_path / "run", "--method", "gd", "--set", "lr=1e30")
     assert result.exit_code == 2
