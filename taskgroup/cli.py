@@ -22,6 +22,13 @@ except ImportError as error:
 
 __all__ = ["app"]
 
+# Options of several commands.
+Data = Annotated[str | None, typer.Option(metavar="DIR", help="Where the data set is, if on disk.")]
+Backbone = Annotated[
+    str | None, typer.Option(help="vit-t to vit-l, ...; tiny: random and small, no download.")
+]
+Size = Annotated[str | None, typer.Option(metavar="HxW", help="What the network sees, pixels.")]
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -65,15 +72,9 @@ def train(
         str | None,
         typer.Option(metavar="RUN|FILE", help="A finished run to compute Δm against, or YAML."),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where the data set is, if on disk.")
-    ] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="vit-t to vit-l, ...; tiny: random and small, no download.")
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(metavar="HxW", help="What the network sees, pixels.")
-    ] = None,
+    data: Data = None,
+    backbone: Backbone = None,
+    size: Size = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped.")
     ] = None,
@@ -120,15 +121,9 @@ def compare(
         str | None,
         typer.Option(metavar="A,B,...", help="To choose the best of [recipe's, a third, 3 times]."),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where the data set is, if on disk.")
-    ] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="vit-t to vit-l, ...; tiny: random and small, no download.")
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(metavar="HxW", help="What the network sees, pixels.")
-    ] = None,
+    data: Data = None,
+    backbone: Backbone = None,
+    size: Size = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
     ] = None,
@@ -153,15 +148,9 @@ def affinity_gain(
     ] = "yeast",
     seeds: Annotated[int, typer.Option(help="Runs of each pair, and of each affinity.")] = 5,
     batches: Annotated[int | None, typer.Option(help="Length of the runs.")] = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where the data set is, if on disk.")
-    ] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="vit-t to vit-l, ...; tiny: random and small, no download.")
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(metavar="HxW", help="What the network sees, pixels.")
-    ] = None,
+    data: Data = None,
+    backbone: Backbone = None,
+    size: Size = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
     ] = None,

@@ -28,3 +28,15 @@ def accelerate():
     yield accelerate
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def minis(tmp_path_factory):
+    """A folder with a small tree of each data set; not to be changed."""
+    from taskgroup.vision.datasets import DATASETS
+    from taskgroup.vision.datasets.mini import write_mini
+
+    folder = tmp_path_factory.mktemp("mini")
+    for name in DATASETS:
+        write_mini(name, folder / name)
+    return folder

@@ -96,6 +96,7 @@ class Run:
             state = read_checkpoint(out)
             run.trainer.load_state_dict(state["trainer"])
             run._seconds = state["seconds"]
+            run._saved = run.batch
         for name in _LINES:
             last = run._cut(out / name)
         run._evaluated = last  # of the evaluations, which come last
@@ -106,6 +107,7 @@ class Run:
         self.out = out
         self._seconds = 0.0  # in batches, everything
         self._evaluated = 0  # the batch of the last evaluation
+        self._saved: int | None = None  # that of the checkpoint
         self._baseline: dict[str, float] | None = None
         if recipe.baseline:
             tasks = task_names(recipe, make_problem(recipe))
@@ -136,9 +138,10 @@ class Run:
             (self.out / "metrics.jsonl").open("a", buffering=1) as metrics,
             SummaryWriter(str(self.out), purge_step=trainer.batch or None) as board,
         ):
-            while trainer.batch < self.recipe.batches:
+            while trainer.batch < self.recipe.batches and not stop.asked:
                 if self._evaluates_now() and self._evaluated < trainer.batch:
                     self._record_evaluation(board)
+                    continue  # and look whether to stop
                 started = time.perf_counter()
                 progress = trainer.step()
                 _write_line(metrics, progress)
@@ -152,16 +155,13 @@ class Run:
                 every = trainer.batch % self.recipe.checkpoint_every == 0
                 if stop.asked or every or self._evaluates_now():
                     self.save()
-                if stop.asked:
-                    raise Interrupted(
-                        f"Stopped after batch {trainer.batch} of {self.recipe.batches}; go on with "
-                        f"taskgroup train --resume {self.out}"
-                    )
-            if (
-                not (self.out / "checkpoint.pt").is_file()
-                or trainer.batch % self.recipe.checkpoint_every
-            ):
+            if self._saved != trainer.batch:
                 self.save()
+            if stop.asked:
+                raise Interrupted(
+                    f"Stopped after batch {trainer.batch} of {self.recipe.batches}; go on with "
+                    f"taskgroup train --resume {self.out}"
+                )
         try:
             return self._finish()
         except KeyboardInterrupt:
@@ -249,6 +249,7 @@ class Run:
             "trainer": self.trainer.state_dict(),
         }
         tg.checkpoint.save(self.out / "checkpoint.pt", state)
+        self._saved = self.batch
 
     def _cut(self, path: Path) -> int:
         """Drop the lines of batches that ran after the checkpoint, and a line cut short.

@@ -17,21 +17,12 @@ from taskgroup.experiment.recipe import read_recipe
 from taskgroup.experiment.run import Interrupted, Run, load_affinities, load_metrics
 from taskgroup.report import plots
 from taskgroup.vision.datasets import DATASETS
-from taskgroup.vision.datasets.mini import write_mini
 
 SMALL = ["--backbone", "tiny", "--size", "32x48"]
 SETTINGS = {
     "batches": 6, "batch_size": 2, "dim": 16, "attention_heads": 2, "warmup": 2, "workers": 0,
     "lr": 1e-3, "checkpoint_every": 3, "device": "cpu",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def minis(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mini")
-    for name in DATASETS:
-        write_mini(name, folder / name)
-    return folder
 
 
 @pytest.fixture
