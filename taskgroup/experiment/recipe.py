@@ -53,7 +53,7 @@ class Recipe:
         workers: processes that read the data, one per core at most; 0 reads between the steps.
         backbone: of an image network: ``"tiny"`` is a random ViT of the five settings that follow;
             ``"vit-t"``, ``"vit-s"``, ``"vit-b"``, ``"vit-l"``; or what
-            :func:`taskgroup.vision.backbone` takes besides.
+            :func:`taskgroup.vision.backbones.backbone` takes besides.
         patch: side of a ViT patch, pixels.
         dim: width of the network.
         depth: blocks of the ViT, a multiple of 4, or layers of the MLP.

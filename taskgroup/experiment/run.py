@@ -30,7 +30,7 @@ from taskgroup.experiment.recipe import Recipe
 from taskgroup.experiment.trainer import MODEL_SECTIONS, Progress, Trainer, task_names
 from taskgroup.report import plots
 
-__all__ = ["Interrupted", "Run", "load_affinities", "load_metrics"]
+__all__ = ["Interrupted", "Run", "load_metrics"]
 
 _EVENTS_EVERY = 10  # batches; TensorBoard thins finer curves out anyway
 _AFFINITIES = 400  # that a run records, evenly spread: a picture shows no more
@@ -277,15 +277,6 @@ def load_metrics(run: str | Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl`` of a run."""
     with (Path(run) / "metrics.jsonl").open() as file:
         return [json.loads(line) for line in file]
-
-
-def load_affinities(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of ``affinity.jsonl`` of a run; none if it learned no affinity."""
-    path = Path(run) / "affinity.jsonl"
-    if not path.is_file():
-        return []
-    with path.open() as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
 
 
 class _Stop:
