@@ -2,6 +2,8 @@
 # make test   run the tests                                                  (about 5 minutes)
 # make full   the tests of which make test runs a part                       (about 3 minutes)
 # make lint   linters and type checker
+# make docs   the documentation as a site, in build/docs                     (under a minute)
+# make links  the links to other hosts in it; needs network
 # make bench  benchmarks, printed as ratios                                  (about 5 minutes)
 #             ARGS="--save --full" for all sizes, kept in benchmarks/results
 # make gpu    build, tests, sanitizers and benchmarks on a GPU               (under 9 minutes)
@@ -18,7 +20,7 @@ CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc
 BUILD := setup.py CMakeLists.txt pyproject.toml taskgroup/__init__.py $(shell find csrc -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test full lint bench gpu format clean
+.PHONY: demo test full lint docs links bench gpu format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/train.stamp
@@ -35,6 +37,14 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+# Warnings are errors. The pages load nothing from other hosts.
+docs: .venv/dev.stamp
+	$(BIN)/python -m sphinx -q -n -W --keep-going -d build/doctrees docs build/docs
+	@! grep -rnE '<(script|link|img|iframe)[^>]* (src|href)="(https?:)?//' build/docs --include='*.html'
+
+links: .venv/dev.stamp
+	$(BIN)/python -m sphinx -q -b linkcheck -d build/doctrees docs build/links
 
 format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .

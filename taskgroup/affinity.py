@@ -26,8 +26,8 @@ class Affinity:
     Attributes:
         matrix: float32 ``[K, K]``; row i is the effect of stepping task i, column k the effect on
             task k. Zero at the start; on the device of the losses once they have been seen.
-        reads_steps: True where :class:`TaskGroups` must show it what a step did, which takes two
-            steps in a batch.
+        reads_steps: True where :class:`taskgroup.TaskGroups` must show it what a step did,
+            which takes two steps in a batch.
     """
 
     reads_steps = False

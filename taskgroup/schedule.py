@@ -78,12 +78,12 @@ class Group:
 
     @property
     def observed(self) -> tuple[str, ...]:
-        """The tasks whose losses this step needs: its own, those it observes or measures."""
+        """The tasks whose losses this step needs, its own and those it observes or measures."""
         return self._groups._reader.names(self._needed)
 
     @property
     def graph(self) -> tuple[str, ...]:
-        """The tasks whose losses must carry a graph: the group's own, and those it measures."""
+        """The tasks whose losses must carry a graph, the group's own and those it measures."""
         return self._groups._reader.names(_union(self._members, self._measures))
 
     @property

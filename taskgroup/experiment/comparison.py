@@ -142,7 +142,7 @@ class Comparison:
         variants: what to compare; one of them is joint training (``"gd"``).
         seeds: how many.
         out: the folder.
-        budgets: of :data:`BUDGETS`, by name.
+        budgets: of ``BUDGETS``, by name.
         rates: learning rates to choose the best of, for the budget ``"tuned"``.
         tuning_seeds: runs that a rate is chosen by.
         strict: raise where a variant cannot work on the data, instead of leaving it out.

@@ -46,6 +46,7 @@ __all__ = [
     "find",
 ]
 
+#: The methods by the names that :func:`find` takes.
 METHODS: dict[str, type[JointMethod]] = {
     "gd": GD,
     "uw": UW,

@@ -21,7 +21,8 @@ class GradDrop(GradientMethod):
 
     element by element, with U uniform (torch's global generator). From "Just Pick a Sign:
     Optimizing Deep Multitask Models with Gradient Sign Dropout" (Chen et al., NeurIPS 2020), by
-    TorchJD, in float32. No weights of whole tasks come of it: :meth:`backward` returns ones.
+    TorchJD, in float32. No weights of whole tasks come of it: :meth:`~JointMethod.backward`
+    returns ones.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them.

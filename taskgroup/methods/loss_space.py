@@ -128,7 +128,7 @@ class UW(_LearnedMethod):
 
     From "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and Semantics"
     (Kendall et al., CVPR 2018), by TorchJD. The :math:`s_k` start at zero; pass
-    :meth:`parameters` to the optimizer.
+    :meth:`JointMethod.parameters` to the optimizer.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them.
@@ -159,7 +159,8 @@ class IMTLL(_LearnedMethod):
         \sum_k e^{s_k} L_k - s_k, \qquad w_k = e^{s_k}
 
     From "Towards Impartial Multi-task Learning" (Liu et al., ICLR 2021), by TorchJD. The
-    :math:`s_k` start at zero; pass :meth:`parameters` to the optimizer. Losses should be positive.
+    :math:`s_k` start at zero; pass :meth:`JointMethod.parameters` to the optimizer. Losses should
+    be positive.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them.

@@ -25,8 +25,9 @@ class NashMTL(GramMethod):
     with G divided by its norm, by a sequence of convex problems (ECOS) that starts from the weights
     of the step before. From "Multi-Task Learning as a Bargaining Game" (Navon et al., ICML 2022),
     by TorchJD. Where the solver finds nothing the weights of the step before stay, as in the
-    published code, and :attr:`unsolved` counts it; where it has never found any, :meth:`backward`
-    raises: published numbers of this method were equal weights by accident.
+    published code, and ``unsolved`` counts it; where it has never found any,
+    :meth:`~JointMethod.backward` raises: published numbers of this method were equal
+    weights by accident.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them.

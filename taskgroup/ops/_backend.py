@@ -143,7 +143,7 @@ class use_backend:  # noqa: N801 (to its users a function, like torch.no_grad)
     variable ``TASKGROUP_BACKEND``.
 
     Args:
-        name (str or None): ``"cpp"`` (for the CPU), ``"cuda"`` or ``"triton"`` (for a GPU), or
+        name: ``"cpp"`` (for the CPU), ``"cuda"`` or ``"triton"`` (for a GPU), or
             ``"reference"``; ``None`` lets every op choose, by the device of its arguments.
 
     Raises:
@@ -181,7 +181,7 @@ def choose(device: str, **implementations: Callable[P, T]) -> Callable[P, T]:
     """Chooses the implementation of an op for arguments on a device.
 
     Args:
-        device (str): Type of the device that holds the arguments, such as ``"cpu"``.
+        device: Type of the device that holds the arguments, such as ``"cpu"``.
         **implementations: The op's implementations by backend; ``reference`` is one of them.
 
     Raises:

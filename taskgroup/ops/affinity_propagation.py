@@ -50,13 +50,13 @@ def affinity_propagation(
     is alone if the preference exceeds the similarity, else all are together.
 
     Args:
-        similarity (Tensor or array): Similarity :math:`S`, [K, K], finite, any floating dtype; the
-            diagonal enters into the median alone. Not modified. A tensor on a device is waited for.
-        preference (float, or K of them, optional): What stands on the diagonal: the larger, the
+        similarity: Similarity :math:`S`, ``[K, K]``, finite, any floating dtype; the diagonal
+            enters into the median alone. Not modified. A tensor on a device is waited for.
+        preference: A number, or K of them. What stands on the diagonal: the larger, the
             more likely a task is an exemplar. Default: the median of ``similarity``.
-        damping (float): In [0.5, 1).
-        max_iter (int): Iterations at most. Labels need more than ``convergence_iter`` of them.
-        convergence_iter (int): Iterations for which the exemplars must not change.
+        damping: In [0.5, 1).
+        max_iter: Iterations at most. Labels need more than ``convergence_iter`` of them.
+        convergence_iter: Iterations for which the exemplars must not change.
 
     Returns:
         Labels 0..M-1, a LongTensor [K] on the CPU, numbered in the order of the exemplars; or

@@ -38,12 +38,12 @@ def affinity_update_(
     in float64.
 
     Args:
-        matrix (Tensor): Affinity :math:`A`, [K, K], float32, contiguous. Row i is the effect of
+        matrix: Affinity :math:`A`, ``[K, K]``, float32, contiguous. Row i is the effect of
             stepping task i, column k the effect on task k.
-        before (Tensor): Losses before the step, [K], any floating dtype.
-        after (Tensor): Losses after the step, [K], of the same dtype.
-        mask (Tensor): The group :math:`S`, [K], bool.
-        decay (float): Weight :math:`\beta` of the observation, in (0, 1].
+        before: Losses before the step, ``[K]``, any floating dtype.
+        after: Losses after the step, ``[K]``, of the same dtype.
+        mask: The group :math:`S`, ``[K]``, bool.
+        decay: Weight :math:`\beta` of the observation, in (0, 1].
 
     Returns:
         ``matrix``.

@@ -22,7 +22,7 @@ def normalised_affinity(affinity: npt.NDArray[Any]) -> tuple[Integers, Floats]:
     over the n tasks with :math:`A_{kk} > 0`, those whose effect on themselves is known.
 
     Args:
-        affinity (array): :math:`A`, [K, K], any floating dtype. Entries that are not finite count
+        affinity: :math:`A`, ``[K, K]``, any floating dtype. Entries that are not finite count
             as not measured, as 0.
 
     Returns:

@@ -57,7 +57,7 @@ def backbone(
         weights: None for those that belong to the name (the hub has to be in reach, or to have
             been once), ``"random"`` for those of torch's global generator (a folder or hub id then
             gives its config.json only), or a local folder or hub id to load instead.
-        drop_path: Probability of stochastic depth (:class:`StochasticDepth`). In a ViT it rises
+        drop_path: Probability of stochastic depth (``StochasticDepth``). In a ViT it rises
             linearly from 0 at the first block to this at the last; other networks spread it in
             their own way.
 

@@ -124,7 +124,7 @@ class OdsF(Metric):
 
     At each of the thresholds k / (n + 1), k = 1 to n, the pixels whose probability reaches the
     threshold are thinned (``skimage.morphology.thin``, MATLAB's ``bwmorph(..., 'thin', Inf)``) and
-    matched one to one with those of the label (:func:`match`). Summed over all images, at a
+    matched one to one with those of the label (``match``). Summed over all images, at a
     threshold t,
 
     .. math::
@@ -146,7 +146,7 @@ class OdsF(Metric):
             without its padding. The benchmark's is 0.0075; 0.011 is usual on NYUD-v2.
         thresholds: Their number n.
         workers: Processes that match, forked as those of a ``DataLoader``; 0 is this one.
-        **kwargs: Passed on to :class:`torchmetrics.Metric`.
+        **kwargs: Passed on to ``torchmetrics.Metric``.
 
     Raises:
         ValueError: ``max_dist`` is not in [0, 1], or ``thresholds`` is less than 1.

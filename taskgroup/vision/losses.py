@@ -45,14 +45,14 @@ def criterion(
     without a valid pixel has the loss 0, with a graph and zero gradients.
 
     Args:
-        outputs: {task: [B, C, H, W]}, of ``tasks``.
-        labels: {task: [B, C, H, W]}, at least the tasks of ``outputs``; of classes their numbers,
-            [B, 1, H, W], of a binary task 0 and 1.
-        masks: {task: [B, 1, H, W]}, bool, at least the tasks of ``outputs``.
+        outputs: ``{task: [B, C, H, W]}``, of ``tasks``.
+        labels: ``{task: [B, C, H, W]}``, at least the tasks of ``outputs``; of classes their
+            numbers, ``[B, 1, H, W]``, of a binary task 0 and 1.
+        masks: ``{task: [B, 1, H, W]}``, bool, at least the tasks of ``outputs``.
         tasks: what is known of the tasks.
 
     Returns:
-        {task: scalar}, the tasks of ``outputs`` in their order.
+        ``{task: scalar}``, the tasks of ``outputs`` in their order.
 
     Example:
         >>> output, label = torch.zeros(1, 1, 1, 2), torch.tensor([[[[3.0, torch.nan]]]])

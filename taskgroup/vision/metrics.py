@@ -69,17 +69,17 @@ def evaluate(
     =========  ====================================================================================
     ``l1``     mean absolute error over pixels and channels; normals are brought to unit length
     ``rmse``   root mean squared error
-    ``angle``  mean angle between the predicted p and the true g: 2 atan2(|p - g|, |p + g|), degrees
+    ``angle``  mean angle, degrees, of predicted p and true g: ``2 atan2(|p - g|, |p + g|)``
     ``miou``   intersection over union, the mean of the classes that occur
-    ``max_f``  :class:`MaxF`
+    ``max_f``  :class:`~taskgroup.vision.metrics.MaxF`
     ``ods_f``  :class:`~taskgroup.vision.boundary.OdsF`
     =========  ====================================================================================
 
     The model runs in evaluation mode; afterwards every module is back in the mode it was in.
 
     Args:
-        model: ``model(images)`` gives {task: [B, C, H, W]}; images go to the device of its first
-            parameter.
+        model: ``model(images)`` gives ``{task: [B, C, H, W]}``; images go to the device of its
+            first parameter.
         samples: all of them, or batch by batch.
         batch_size: Images per forward pass, of samples that come all at once.
         tasks: what is known of the tasks.
@@ -87,8 +87,8 @@ def evaluate(
         workers: processes that match edges, which takes seconds an image; 0 is this one.
 
     Returns:
-        {task: metric}; NaN for a task of which an output is not finite, and, with a warning, for
-        one without a valid pixel.
+        ``{task: metric}``; NaN for a task of which an output is not finite, and, with a warning,
+        for one without a valid pixel.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     metrics: dict[str, Metric] = {}

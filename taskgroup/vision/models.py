@@ -85,7 +85,8 @@ def vit(
     outputs are as large as the images. Weights come from torch's global generator, in the order of
     ``tasks``: ``torch.manual_seed`` before the call makes the network reproducible.
 
-    The published networks are pretrained ViT-T to ViT-L, which :func:`dense_model` makes with
+    The published networks are pretrained ViT-T to ViT-L, which
+    :func:`~taskgroup.vision.models.dense_model` makes with
     :func:`~taskgroup.vision.backbones.backbone`; the default here is sized to be trained from
     scratch on two CPU cores.
 
@@ -99,7 +100,7 @@ def vit(
         dropout: Probability of dropout.
 
     Returns:
-        ``model(images [B, 3, H, W])`` gives {task: [B, C, H, W]}.
+        ``model(images [B, 3, H, W])`` gives ``{task: [B, C, H, W]}``.
 
     Raises:
         ValueError: An unknown task, or sizes that do not fit.

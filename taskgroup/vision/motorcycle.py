@@ -356,7 +356,7 @@ def views(cache: str | os.PathLike[str] | None = None) -> dict[str, View]:
         cache: Folder of the file; default ``$TASKGROUP_CACHE``, or ``~/.cache/taskgroup``.
 
     Returns:
-        {name: :class:`View`}: 250 rows and 92, 80 and 183 columns.
+        ``{name: View}``: 250 rows and 92, 80 and 183 columns.
     """
     taken = photos()
     stored: dict[str, NDArray[Any]] | None = None
@@ -458,7 +458,8 @@ class Motorcycle:
     Args:
         size: Height and width of a crop in pixels, or one number for both; at most 250 x 80.
         flip: Mirror half of the random training crops. Normals are mirrored with them.
-        cache: Folder for the computed labels, see :func:`views`.
+        cache: Folder for the computed labels, see
+            :func:`~taskgroup.vision.motorcycle.views`.
 
     Raises:
         ValueError: The crop does not fit into a view.

@@ -65,14 +65,14 @@ class DenseDataset(Dataset[Samples]):
 
     Args:
         root: folder of the data set.
-        split: one of :attr:`SPLITS`.
+        split: one of ``SPLITS``.
         tasks: those to read, None is all; only their files are needed.
         transform: makes :class:`Scene` into one of the wanted size; see
-            :mod:`~taskgroup.vision.datasets.augment`. None leaves the stored size.
+            ``taskgroup.vision.datasets.augment``. None leaves the stored size.
         bad: what to do with a sample whose file is missing, broken or not what it should be:
             ``"stop"`` raises; ``"skip"`` says it in a warning and leaves the sample out: missing
             files at once, what is found on reading as a :class:`BadSampleError` in the sample's
-            place, which :func:`~taskgroup.vision.datasets.loader.collate` drops; ``"keep"``, for
+            place, which :func:`~taskgroup.vision.datasets.collate` drops; ``"keep"``, for
             checks, opens a data set whatever it lacks, and raises on reading.
 
     Attributes:

@@ -70,7 +70,7 @@ class PASCALContext(DenseDataset):
     ``pascal-context/trainval/<id>.mat``      ``LabelMap``: one of 459 classes. Edges are where its
                                               Laplacian is not 0, thinned
     ``normals_distill/<id>.png``              8-bit RGB: n = 2 p / 255 - 1; known on the classes of
-                                              :data:`SURFACES` alone
+                                              ``SURFACES`` alone
     ``sal_distill/<id>.png``                  8 bit: salient above 127
     ``human_parts/<id>.mat``                  ``anno``: objects with masks and parts; six parts, and
                                               unknown in an image without any

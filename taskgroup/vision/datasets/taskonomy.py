@@ -36,7 +36,7 @@ class Taskonomy(DenseDataset):
     the middle as in older dumps; the image's task is ``rgb``. Buildings are listed in
     ``splits_taskonomy/train_val_test_{tiny,medium,fullplus}.csv`` with the header
     ``id,train,val,test``. How labels are stored and normalised is said in
-    :mod:`taskgroup.vision.encoding`. Depth is unknown where it is stored as 65535, a normal where
+    ``taskgroup.vision.encoding``. Depth is unknown where it is stored as 65535, a normal where
     it is stored as zero (127 or 128 three times); nothing tells where other labels are unknown.
 
     An id is ``<building>/<p>/<v>``; the samples of a split are those with an image.

@@ -1,0 +1,105 @@
+"""How the pages become a site: ``make docs``. It loads nothing from other hosts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+
+import taskgroup as tg
+
+project = "taskgroup"
+author = "The taskgroup developers"
+copyright = author  # noqa: A001 (Sphinx asks for this name)
+version = release = tg.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["**/*.partial"]
+
+html_theme = "furo"
+html_title = "taskgroup"
+html_math_renderer = "mathml"
+html_copy_source = False
+html_show_copyright = False
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 4  # those of repository browsers, where the pages are read as well
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+
+# Types of torch, NumPy and the standard library are not here, and their inventories need network.
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|collections|os|pathlib|numpy|typing|nn|np|npt)\..*"),
+    ("py:class", r"Tensor|ProcessGroup|Path"),
+    # Ours, but not part of the reference.
+    ("py:class", r"(.*\.)?(Cell|Ranks|Score|Transform|Variant)"),
+]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_typehints_format = "short"
+napoleon_use_ivar = True
+
+# Pages show files from elsewhere in the repository: links to these lead to the pages.
+SHOWN = [
+    (r"\.\./examples/(\w+)\.py", r"examples.md#\1py"),
+    (r"\.\./benchmarks/README\.md", "benchmarks.md"),
+    (r"\.\./CHANGELOG\.md", "changelog.md"),
+    (r"\.\./CONTRIBUTING\.md", "contributing.md"),
+    (r"\.\./README\.md", "index.md"),
+]
+
+
+def complete(app: Sphinx, page: str, source: list[str]) -> None:
+    """What a page of the site has besides the Markdown that repository browsers show."""
+    for link, to in SHOWN:
+        source[0] = re.sub(rf"\]\({link}", f"]({to}", source[0])
+    if page == "results/README":
+        tables = sorted(Path(app.srcdir, "results").glob("*/*.md"))
+        entries = [
+            f"{path.stem}, {path.parent.name} <{path.parent.name}/{path.stem}>" for path in tables
+        ]
+        source[0] += "\n".join(["", "```{toctree}", ":hidden:", *entries, "```", ""])
+    if page == "api/command-line":
+        source[0] += "\n".join(command_line())
+
+
+def command_line() -> Iterator[str]:
+    """What ``taskgroup COMMAND --help`` prints, command by command, as Markdown."""
+    from typer.testing import CliRunner
+
+    from taskgroup.cli import app
+
+    def describe(app: Any, name: str) -> Iterator[str]:
+        for command in app.registered_commands:
+            own = command.name or command.callback.__name__.replace("_", "-")
+            words = [*name.split(), own]
+            printed = CliRunner().invoke(root, [*words[1:], "--help"], terminal_width=80)
+            yield from ("", f"## {' '.join(words)}", "", "```text")
+            yield from (printed.output.strip(), "```")
+        for group in app.registered_groups:
+            yield from describe(group.typer_instance, f"{name} {group.name}")
+
+    root = app
+    root.rich_markup_mode = None  # no boxes
+    yield from describe(root, "taskgroup")
+
+
+def write_math(self: Any, node: nodes.Element) -> None:
+    """Formulas as MathML, which browsers draw without help from elsewhere."""
+    block = isinstance(node, nodes.math_block)
+    mathml = tex2mathml(node.astext(), as_block=block)
+    self.body.append(f'<div class="math">{mathml}</div>' if block else mathml)
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("source-read", complete)
+    app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
