@@ -46,20 +46,28 @@ autodoc_typehints_description_target = "documented"
 autodoc_typehints_format = "short"
 napoleon_use_ivar = True
 
-# Pages show files from elsewhere in the repository: links to these lead to the pages.
-SHOWN = [
-    (r"\.\./examples/(\w+)\.py", r"examples.md#\1py"),
-    (r"\.\./benchmarks/README\.md", "benchmarks.md"),
-    (r"\.\./CHANGELOG\.md", "changelog.md"),
-    (r"\.\./CONTRIBUTING\.md", "contributing.md"),
-    (r"\.\./README\.md", "index.md"),
-]
+# Pages of the site that are files elsewhere in the repository; in docs/ they are links to these.
+ELSEWHERE = {
+    "benchmarks": "benchmarks/README.md",
+    "changelog": "CHANGELOG.md",
+    "contributing": "CONTRIBUTING.md",
+}
 
 
 def complete(app: Sphinx, page: str, source: list[str]) -> None:
     """What a page of the site has besides the Markdown that repository browsers show."""
-    for link, to in SHOWN:
-        source[0] = re.sub(rf"\]\({link}", f"]({to}", source[0])
+    root = Path(app.srcdir).parent
+    if page in ELSEWHERE:
+        source[0] = (root / ELSEWHERE[page]).read_text("utf-8").replace("](../docs/", "](")
+        app.env.note_dependency(root / ELSEWHERE[page])
+    for own, path in ELSEWHERE.items():
+        source[0] = source[0].replace(f"](../{path}", f"]({own}.md")
+    if page == "examples":
+        for program in re.findall(r"^## (\w+\.py)$", source[0], re.MULTILINE):
+            whole = f"```{{literalinclude}} ../examples/{program}\n```"
+            source[0] = re.sub(rf"(## {program}\n\n(?:.+\n)+)", rf"\1\n{whole}\n", source[0])
+    else:
+        source[0] = re.sub(r"\]\(\.\./examples/(\w+)\.py", r"](examples.md#\1py", source[0])
     if page == "results/README":
         tables = sorted(Path(app.srcdir, "results").glob("*/*.md"))
         entries = [
