@@ -46,6 +46,29 @@ autodoc_typehints_description_target = "documented"
 autodoc_typehints_format = "short"
 napoleon_use_ivar = True
 
+# What a page leads to, in the sidebar: by caption.
+TREES: dict[str, dict[str, list[str]]] = {
+    "index": {
+        "Begin": ["quickstart", "how-it-works", "your-model", "choosing"],
+        "In real training": ["training", "trainers", "examples", "faq"],
+        "What it costs": ["cost", "kernels", "benchmarks"],
+        "What it brings": ["results/README", "reproduce", "migration"],
+        "Reference": ["api/index", "changelog", "contributing"],
+    },
+    "api/index": {
+        "": [
+            *("schedule", "affinity", "groupings", "models", "gradients", "methods"),
+            *("checkpoints", "experiments", "vision", "command-line"),
+        ]
+    },
+    "results/README": {
+        "": [
+            f"{path.stem}, {path.parent.name} <{path.parent.name}/{path.stem}>"
+            for path in sorted(Path(__file__).parent.glob("results/*/*.md"))
+        ]
+    },
+}
+
 # Pages of the site that are files elsewhere in the repository; in docs/ they are links to these.
 ELSEWHERE = {
     "benchmarks": "benchmarks/README.md",
@@ -68,12 +91,9 @@ def complete(app: Sphinx, page: str, source: list[str]) -> None:
             source[0] = re.sub(rf"(## {program}\n\n(?:.+\n)+)", rf"\1\n{whole}\n", source[0])
     else:
         source[0] = re.sub(r"\]\(\.\./examples/(\w+)\.py", r"](examples.md#\1py", source[0])
-    if page == "results/README":
-        tables = sorted(Path(app.srcdir, "results").glob("*/*.md"))
-        entries = [
-            f"{path.stem}, {path.parent.name} <{path.parent.name}/{path.stem}>" for path in tables
-        ]
-        source[0] += "\n".join(["", "```{toctree}", ":hidden:", *entries, "```", ""])
+    for caption, entries in TREES.get(page, {}).items():
+        options = [":hidden:", f":caption: {caption}"] if caption else [":hidden:"]
+        source[0] += "\n".join(["", "```{toctree}", *options, *entries, "```", ""])
     if page == "api/command-line":
         source[0] += "\n".join(command_line())
 
