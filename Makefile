@@ -40,11 +40,11 @@ lint: .venv/dev.stamp
 
 # Warnings are errors. The pages load nothing from other hosts.
 docs: .venv/dev.stamp
-	$(BIN)/python -m sphinx -q -n -W --keep-going -d build/doctrees docs build/docs
+	$(BIN)/python -m sphinx -q -E -n -W --keep-going -d build/doctrees docs build/docs
 	@! grep -rnE '<(script|link|img|iframe)[^>]* (src|href)="(https?:)?//' build/docs --include='*.html'
 
 links: .venv/dev.stamp
-	$(BIN)/python -m sphinx -q -b linkcheck -d build/doctrees docs build/links
+	$(BIN)/python -m sphinx -q -E -b linkcheck -d build/doctrees docs build/links
 
 format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .

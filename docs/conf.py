@@ -44,15 +44,15 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_typehints_format = "short"
-napoleon_use_ivar = True
+napoleon_custom_sections = [("Attributes", "params_style")]
 
 # What a page leads to, in the sidebar: by caption.
 TREES: dict[str, dict[str, list[str]]] = {
     "index": {
         "Begin": ["quickstart", "how-it-works", "your-model", "choosing"],
-        "In real training": ["training", "trainers", "examples", "faq"],
-        "What it costs": ["cost", "kernels", "benchmarks"],
-        "What it brings": ["results/README", "reproduce", "migration"],
+        "Training": ["training", "trainers", "examples", "faq"],
+        "Cost": ["cost", "kernels", "benchmarks"],
+        "Results": ["Results <results/README>", "reproduce", "migration"],
         "Reference": ["api/index", "changelog", "contributing"],
     },
     "api/index": {

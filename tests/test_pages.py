@@ -1,4 +1,4 @@
-"""The pages in docs/ run as they stand."""
+"""The pages in docs/ and the README run as they stand."""
 
 import re
 import tempfile
@@ -6,21 +6,27 @@ import textwrap
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader
 
 import taskgroup as tg
 from tests.ranks import on_ranks
 
 ROOT = Path(__file__).parents[1]
+PAGES = list((ROOT / "docs").rglob("*.md"))
+
+
+PYTHON = re.compile(r"^( *)```python\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
 
 def run_blocks(page, names):
     """Run every Python block of a page of docs/, with these names to begin with; how many."""
     path = ROOT / "docs" / page
     text = path.read_text("utf-8")
-    found = list(re.finditer(r"^( *)```python\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL))
+    found = list(PYTHON.finditer(text))
     for block in found:
         line = text.count("\n", 0, block.start(2))
         exec(compile("\n" * line + textwrap.dedent(block[2]), str(path), "exec"), names)
@@ -136,3 +142,142 @@ def test_cost():
     }
     assert run_blocks("cost.md", names) == 1
     assert names["groups"].affinity.matrix.any()
+
+
+def small_training():
+    """What a loop is given: names that pages take as known."""
+    tasks = ["depth", "normal", "edges"]
+
+    def criterion(outputs, labels):
+        return {task: (outputs[task] - labels[task]).square().mean() for task in outputs}
+
+    torch.manual_seed(0)
+    data = [(torch.randn(8), {task: torch.randn(1) for task in tasks}) for _ in range(24)]
+    loader = DataLoader(data, batch_size=8)
+    model = tg.MultiTaskModel(nn.Linear(8, 4), {task: nn.Linear(4, 1) for task in tasks})
+    images, labels = next(iter(loader))
+    losses = criterion(model(images), labels)
+    gradients = tg.task_gradients(losses, model.encoder.parameters(), retain_graph=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return {
+        "tg": tg,
+        "torch": torch,
+        "nn": nn,
+        "tasks": tasks,
+        "criterion": criterion,
+        "loader": loader,
+        "model": model,
+        "encoder": model.encoder,
+        "heads": dict(model.heads),
+        "optimizer": torch.optim.Adam(model.parameters(), lr=1e-3),
+        "groups": tg.TaskGroups(tasks),
+        "losses": losses,
+        "gradients": gradients,
+        "weights": [0.2, 0.3, 0.5],
+    }
+
+
+# Those that take more than a small training as known; every other page is run with one.
+RUN_ABOVE = ("training.md", "trainers.md", "reproduce.md", "cost.md", "your-model.md")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        page
+        for page in sorted(path.relative_to(ROOT / "docs").as_posix() for path in PAGES)
+        if page not in RUN_ABOVE and PYTHON.search((ROOT / "docs" / page).read_text("utf-8"))
+    ],
+)
+def test_page(page, capsys):
+    names = small_training()
+    run_blocks(page, names)
+    if page == "quickstart.md":  # does what it says
+        assert names["groups"].partition == [("wind", "rain"), ("heat", "smoke")]
+        assert str(names["groups"].partition) in (ROOT / "docs" / page).read_text("utf-8")
+        assert (
+            names["groups"].affinity.matrix.sign() == torch.eye(2).kron(torch.ones(2, 2)) * 2 - 1
+        ).all()
+
+
+def test_readme():
+    """Its blocks one by one; one with an ellipsis is an outline."""
+    blocks = [block[2] for block in PYTHON.finditer((ROOT / "README.md").read_text("utf-8"))]
+    whole = [block for block in blocks if "..." not in block]
+    assert len(blocks) - 1 <= len(whole) > 4
+    for block in whole:
+        exec(compile(block, "README.md", "exec"), small_training())
+
+
+def diffs_of(page):
+    """``(before, after, number of lines that change)`` of every diff of a page, as ``-w`` shows it.
+
+    What stands in a new block was further to the left before.
+    """
+    for block in re.findall(r"^```diff\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        before, after, opened = [], [], None
+        changes = 0
+        for sign, line in ((line[:1], line[1:]) for line in block.splitlines()):
+            indent = len(line) - len(line.lstrip())
+            if line and opened is not None and indent <= opened:
+                opened = None
+            if sign != "+":
+                before.append(line if opened is None else line[4:])
+            if sign != "-":
+                after.append(line)
+            if sign == "+":
+                changes += bool(line)
+                if line.endswith(":"):
+                    opened = indent
+        yield "\n".join(before), "\n".join(after), changes
+
+
+def test_your_model(accelerate, monkeypatch, tmp_path):
+    """Five changed lines at most, and every loop runs as it was and as it becomes."""
+    from lightning.pytorch import LightningModule, Trainer
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    page = (ROOT / "docs" / "your-model.md").read_text("utf-8")
+    training = small_training()
+    known = {
+        "Accelerator": accelerate.Accelerator,
+        "LightningModule": LightningModule,
+        "TASKS": training["tasks"],
+        "loader": training["loader"],
+    }
+
+    def fit(module):
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        quiet |= {"accelerator": "cpu", "max_epochs": 1, "enable_checkpointing": False}
+        before = [parameter.detach().clone() for parameter in module.parameters()]
+        Trainer(**quiet, default_root_dir=tmp_path).fit(module, training["loader"])
+        assert not all(map(torch.equal, before, module.parameters()))
+
+    names = dict(known)
+    run_blocks("your-model.md", names)
+    fit(names["Module"]())
+    fit(names["Automatic"]())
+
+    blocks = [block[2].strip() for block in PYTHON.finditer(page)]
+    diffs = list(diffs_of(page))
+    assert len(diffs) == 4
+    for before, after, changes in diffs:
+        assert 0 < changes <= 5
+        assert "tg" not in before
+        assert after.strip() in blocks
+        old = dict(known)
+        exec(PYTHON.search(page)[2] + before, old)
+        for name in {"Module", "Automatic"} & old.keys():
+            fit(old[name]())
+
+
+def test_the_reference_is_whole():
+    """Every public name has its docstring in docs/api."""
+    pages = "".join(path.read_text("utf-8") for path in (ROOT / "docs/api").glob("*.md"))
+    shown = {name.split(".")[-1] for name in re.findall(r"^\.\. auto\w+:: (\S+)", pages, re.M)}
+    public = {*tg.__all__, *tg.ops.__all__, *tg.methods.__all__, *tg.checkpoint.__all__}
+    assert public - shown == {"checkpoint", "methods", "ops"}  # modules
+    import taskgroup.vision.datasets
+
+    assert not {*taskgroup.vision.__all__, *taskgroup.vision.datasets.__all__} - shown
