@@ -22,6 +22,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["**/*.partial"]
 
 html_theme = "furo"
+pygments_style = "tango"
+pygments_dark_style = "github-dark"
 html_title = "taskgroup"
 html_math_renderer = "mathml"
 html_copy_source = False
@@ -41,6 +43,7 @@ nitpick_ignore_regex = [
 ]
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_typehints_format = "short"
@@ -63,7 +66,7 @@ TREES: dict[str, dict[str, list[str]]] = {
     },
     "results/README": {
         "": [
-            f"{path.stem}, {path.parent.name} <{path.parent.name}/{path.stem}>"
+            f"{path.parent.name}: {path.stem} <{path.parent.name}/{path.stem}>"
             for path in sorted(Path(__file__).parent.glob("results/*/*.md"))
         ]
     },
@@ -108,7 +111,9 @@ def command_line() -> Iterator[str]:
         for command in app.registered_commands:
             own = command.name or command.callback.__name__.replace("_", "-")
             words = [*name.split(), own]
-            printed = CliRunner().invoke(root, [*words[1:], "--help"], terminal_width=80)
+            printed = CliRunner().invoke(
+                root, [*words[1:], "--help"], prog_name="taskgroup", terminal_width=80
+            )
             yield from ("", f"## {' '.join(words)}", "", "```text")
             yield from (printed.output.strip(), "```")
         for group in app.registered_groups:
@@ -122,7 +127,7 @@ def command_line() -> Iterator[str]:
 def write_math(self: Any, node: nodes.Element) -> None:
     """Formulas as MathML, which browsers draw without help from elsewhere."""
     block = isinstance(node, nodes.math_block)
-    mathml = tex2mathml(node.astext(), as_block=block)
+    mathml = tex2mathml(node.astext(), as_block=block).replace(r"\_", "_")
     self.body.append(f'<div class="math">{mathml}</div>' if block else mathml)
     raise nodes.SkipNode
 
