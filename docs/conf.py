@@ -28,6 +28,7 @@ html_title = "taskgroup"
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_copyright = False
+html_show_sphinx = False
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4  # those of repository browsers, where the pages are read as well
