@@ -285,7 +285,7 @@ def test_the_recommender_learns_what_goes_together(monkeypatch):
 
     groups = tg.TaskGroups(tabular.TASKS, groups_per_batch=1, observe_every=5, warmup=10)
     with torch.random.fork_rng():
-        losses = tabular.train(groups, epochs=3)
-    assert losses["click"] < 0.65  # knowing nothing is log 2
+        losses = tabular.train(groups, epochs=4)
+    assert losses["click"] < 0.6  # knowing nothing is log 2
     (group,) = [group for group in groups.partition if "click" in group]
     assert "skip" in group  # the opposite of a click
