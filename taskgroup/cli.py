@@ -219,6 +219,19 @@ def figures(
         _figures(runs, _words(pair), out)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The HTML file [RUN/report.html; of several here]."),
+    ] = None,
+) -> None:
+    """Write an HTML page on runs, finished or training: affinity, groups, losses, time, ..."""
+    with _errors_in_words():
+        _report(runs, out or (runs[0] if len(runs) == 1 else Path()) / "report.html")
+
+
 @data_app.command()
 def check(
     root: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a data set.")],
@@ -462,6 +475,18 @@ def _figures(runs: list[Path], pair: list[str] | None, out: Path) -> None:
     for note in notes:
         rich.get_console().print(note, soft_wrap=True, markup=False, highlight=False)
     _say_where(", ".join(path.name for path in written) or "No pictures", out)
+
+
+def _report(runs: list[Path], out: Path) -> None:
+    from taskgroup.experiment.history import load_run_data
+    from taskgroup.report.page import write_report
+
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; name the HTML file with --out.")
+    console = rich.get_console()
+    for note in write_report([load_run_data(run) for run in runs], out):
+        console.print(note, soft_wrap=True, markup=False, highlight=False)
+    console.print(f"The report is {out}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _check(root: Path, quick: bool, workers: int | None) -> None:

@@ -61,7 +61,8 @@ def test_run_leaves_what_it_promises(finished):
     run, summary = finished
     left = {file.name for file in run.out.iterdir() if not file.name.startswith("events.")}
     assert left == {
-        "config.yaml", "metrics.jsonl", "affinity.jsonl", "summary.json", "checkpoint.pt", *PICTURES
+        "config.yaml", "metrics.jsonl", "affinity.jsonl", "seconds.jsonl", "conflicts.jsonl",
+        "summary.json", "checkpoint.pt", *PICTURES,
     }  # fmt: skip
     assert any(file.name.startswith("events.out.tfevents") for file in run.out.iterdir())
     for picture in PICTURES:
@@ -106,7 +107,7 @@ def state_of(out):
 
 
 def assert_same_run(out, other):
-    for name in ("metrics.jsonl", "affinity.jsonl"):
+    for name in ("metrics.jsonl", "affinity.jsonl", "conflicts.jsonl"):
         assert (out / name).read_text() == (other / name).read_text()
     ours, theirs = state_of(out)["trainer"], state_of(other)["trainer"]
     for name in ("model", "groups", "drawn", "torch", "batch", "optimizer", "scheduler"):

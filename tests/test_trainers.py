@@ -277,3 +277,15 @@ def test_a_trainer_that_takes_the_steps_itself(tmp_path, accelerate):
     accelerate.state.GradientState._reset_state()
     with pytest.raises(RuntimeError, match="gradient_accumulation_steps above 1"):
         train(gradient_accumulation_steps=2)
+
+
+def test_the_recommender_learns_what_goes_together(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import tabular
+
+    groups = tg.TaskGroups(tabular.TASKS, groups_per_batch=1, observe_every=5, warmup=10)
+    with torch.random.fork_rng():
+        losses = tabular.train(groups, epochs=4)
+    assert losses["click"] < 0.6  # knowing nothing is log 2
+    (group,) = [group for group in groups.partition if "click" in group]
+    assert "skip" in group  # the opposite of a click

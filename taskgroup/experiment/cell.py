@@ -24,7 +24,7 @@ Result = dict[str, Any]
 
 _VERSION = 1  # of what a file holds; a file of another one is not read
 # Settings that change nothing about the result of a cell.
-_IRRELEVANT = ("checkpoint_every", "evaluate_every", "baseline", "workers")
+_IRRELEVANT = ("checkpoint_every", "evaluate_every", "conflicts_every", "baseline", "workers")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""What a run has left so far, read for the figures."""
+"""What a run has left so far, read for figures and reports."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -20,7 +21,7 @@ __all__ = ["load_run_data"]
 
 
 def load_run_data(run: str | Path) -> RunData:
-    """Read a run, finished or still training, for :func:`taskgroup.report.figures.figures`.
+    """Read a run, finished or still training.
 
     Args:
         run: its folder.
@@ -34,7 +35,7 @@ def load_run_data(run: str | Path) -> RunData:
     lines = _lines(run / "metrics.jsonl")
     first = next(lines, None)
     tasks = _task_order(run, first)
-    batches, steps, groups = [], [], []
+    batches, steps, groups, losses = [], [], [], []
     partition, labels = None, np.empty(0, np.int16)
     for line in chain([] if first is None else [first], lines):
         batches.append(line["batch"])
@@ -44,7 +45,10 @@ def load_run_data(run: str | Path) -> RunData:
             group_of = {task: n for n, group in enumerate(partition) for task in group}
             labels = np.array([group_of[task] for task in tasks], np.int16)
         groups.append(labels)
-    recorded = list(_affinities(run, len(tasks)))
+        losses.append([line["losses"].get(task, np.nan) for task in tasks])
+    summary = load_summary(run) if (run / "summary.json").is_file() else None
+    affinity_batches, affinities = _matrices(run / "affinity.jsonl", len(tasks))
+    conflict_batches, conflicts = _matrices(run / "conflicts.jsonl", len(tasks))
     return RunData(
         name=str(run),
         settings=dataclasses.asdict(recipe),
@@ -52,11 +56,15 @@ def load_run_data(run: str | Path) -> RunData:
         warmup=_warmup(recipe, len(tasks), batches, steps),
         batches=np.array(batches, np.int64),
         groups=np.array(groups, np.int16).reshape(len(batches), len(tasks)),
-        seconds=_seconds(run),
-        affinity_batches=np.array([batch for batch, _ in recorded], np.int64),
-        affinities=np.array([matrix for _, matrix in recorded], np.float32).reshape(
-            len(recorded), len(tasks), len(tasks)
-        ),
+        losses=np.array(losses, np.float32).reshape(len(batches), len(tasks)),
+        seconds=_seconds(run, summary),
+        affinity_batches=affinity_batches,
+        affinities=affinities,
+        conflict_batches=conflict_batches,
+        conflicts=conflicts,
+        metrics=None if summary is None else summary["metrics"],
+        metric_names=_metric_names(summary or {}),
+        delta_m=None if summary is None else summary["delta_m"],
     )
 
 
@@ -79,9 +87,9 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _task_order(run: Path, first: Mapping[str, Any] | None) -> tuple[str, ...]:
     """The tasks in the order of the matrices; none before the first batch."""
-    recorded = next(_lines(run / "affinity.jsonl"), None)
-    if recorded is not None:
-        return tuple(recorded["tasks"])
+    for name in ("affinity.jsonl", "conflicts.jsonl"):
+        if (recorded := next(_lines(run / name), None)) is not None:
+            return tuple(recorded["tasks"])
     return tuple(task for group in first["partition"] for task in group) if first else ()
 
 
@@ -102,16 +110,26 @@ def _warmup(recipe: Recipe, n_tasks: int, batches: Sequence[int], steps: Sequenc
     return max(recipe.warmup, batches[-1])
 
 
-def _seconds(run: Path) -> dict[str, float] | None:
-    """Seconds of a batch by section; None of a run that is not finished."""
-    if not (run / "summary.json").is_file():
-        return None
-    summary = load_summary(run)
-    sections = {name: s / summary["batches"] for name, s in summary.get("seconds", {}).items()}
-    return sections | {"everything": summary["seconds_per_batch"]}
+def _seconds(run: Path, summary: Mapping[str, Any] | None) -> dict[str, float] | None:
+    """Seconds of a batch by section, of all batches so far; None before any are recorded."""
+    if summary is not None:
+        batches, seconds = summary["batches"], summary.get("seconds", {})
+        everything = {"everything": summary["seconds_per_batch"]}
+        return {name: s / batches for name, s in seconds.items()} | everything
+    for last in deque(_lines(run / "seconds.jsonl"), maxlen=1):
+        return {name: s / last["batch"] for name, s in last["seconds"].items()}
+    return None
 
 
-def _affinities(run: Path, n_tasks: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    if n_tasks:
-        for line in _lines(run / "affinity.jsonl"):
-            yield line["batch"], np.array(line["matrix"], np.float32)
+def _matrices(path: Path, n_tasks: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The batches ``[N]`` and matrices ``[N, K, K]`` of a file, if there is one."""
+    lines = list(_lines(path)) if n_tasks else []
+    batches = np.array([line["batch"] for line in lines], np.int64)
+    matrices = np.array([line["matrix"] for line in lines], np.float32)
+    return batches, matrices.reshape(len(lines), n_tasks, n_tasks)
+
+
+def _metric_names(summary: Mapping[str, Any]) -> dict[str, str]:
+    lower = summary.get("lower_is_better", {})
+    names = summary.get("metric", {})
+    return {task: f"{name} {'↓' if lower[task] else '↑'}" for task, name in names.items()}

@@ -19,7 +19,7 @@ __all__ = ["CHANGEABLE", "Recipe", "parse_changes", "read_recipe", "recipe_names
 #: Settings that decide where and how a run goes on, and not what comes of it.
 CHANGEABLE = (
     *("root", "bad", "workers", "device"),
-    *("checkpoint_every", "evaluate_every", "baseline"),
+    *("checkpoint_every", "evaluate_every", "conflicts_every", "baseline"),
 )
 
 # By name, and with a number behind a colon: the number of groups.
@@ -92,6 +92,9 @@ class Recipe:
         checkpoint_every: batches between checkpoints.
         evaluate_every: batches between evaluations on held-out data, without edges, whose metric
             takes long; None evaluates at the end alone.
+        conflicts_every: batches between measurements of the cosines of the tasks' gradients, which
+            the report shows: a forward and a backward pass per task each, that change nothing; None
+            measures none.
         baseline: what Δm is computed against: a finished run, or a YAML file of ``task: metric``;
             None for no Δm.
 
@@ -138,6 +141,7 @@ class Recipe:
     seed: int = 0
     checkpoint_every: int = 100
     evaluate_every: int | None = None
+    conflicts_every: int | None = None
     baseline: str | None = None
 
     def __post_init__(self) -> None:
@@ -147,8 +151,9 @@ class Recipe:
         for name in ("batch_size", "patch", "dim", "depth", "batches", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.evaluate_every is not None and self.evaluate_every < 1:
-            raise ValueError(f"evaluate_every must be at least 1, got {self.evaluate_every}.")
+        for name in ("evaluate_every", "conflicts_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.workers < 0:
             raise ValueError(f"workers must not be negative, got {self.workers}.")
         if not 0 <= self.drop_path < 1:

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import yaml
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 import taskgroup as tg
@@ -33,8 +34,11 @@ from taskgroup.report import plots
 __all__ = ["Interrupted", "Run", "load_metrics"]
 
 _EVENTS_EVERY = 10  # batches; TensorBoard thins finer curves out anyway
-_AFFINITIES = 400  # that a run records, evenly spread: a picture shows no more
-_LINES = ("metrics.jsonl", "affinity.jsonl", "evaluations.jsonl")
+_RECORDS = 400  # of affinity and seconds, evenly spread over a run: a picture shows no more
+_LINES = (
+    *("metrics.jsonl", "affinity.jsonl", "seconds.jsonl", "conflicts.jsonl"),
+    "evaluations.jsonl",  # the last one; Run.resume relies on it
+)
 
 
 class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
@@ -44,10 +48,11 @@ class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
 class Run:
     """One training run in a folder of its own.
 
-    The folder holds ``config.yaml``; ``metrics.jsonl``, a line per batch; ``affinity.jsonl``, the
-    matrix 400 times a run; ``evaluations.jsonl`` where the recipe wants any on the way;
-    ``checkpoint.pt``; TensorBoard events; and, at the end, ``summary.json`` and pictures. A run
-    that was stopped, even by SIGKILL, goes on exactly from its last checkpoint.
+    The folder holds ``config.yaml``; ``metrics.jsonl``, a line per batch; ``affinity.jsonl`` and
+    ``seconds.jsonl``, the matrix and the time so far 400 times a run; ``conflicts.jsonl`` and
+    ``evaluations.jsonl`` where the recipe wants any on the way; ``checkpoint.pt``; TensorBoard
+    events; and, at the end, ``summary.json`` and pictures. A run that was stopped, even by SIGKILL,
+    goes on exactly from its last checkpoint.
 
     Args:
         recipe: the settings.
@@ -142,15 +147,22 @@ class Run:
                 if self._evaluates_now() and self._evaluated < trainer.batch:
                     self._record_evaluation(board)
                     continue  # and look whether to stop
+                conflicts = self.recipe.conflicts_every
+                if conflicts is not None and trainer.batch % conflicts == 0:
+                    self._record_conflicts()
                 started = time.perf_counter()
                 progress = trainer.step()
                 _write_line(metrics, progress)
-                if trainer.batch % max(1, self.recipe.batches // _AFFINITIES) == 0:
+                recorded = trainer.batch % max(1, self.recipe.batches // _RECORDS) == 0
+                if recorded:
                     self._record_affinity()
                 if trainer.batch % _EVENTS_EVERY == 0:
                     _write_events(board, progress)
                 listen(progress)
                 self._seconds += time.perf_counter() - started
+                if recorded:
+                    line = {"batch": trainer.batch, "seconds": self._all_seconds()}
+                    self._append("seconds.jsonl", line)
                 # Before an evaluation as well, which may take long and be stopped.
                 every = trainer.batch % self.recipe.checkpoint_every == 0
                 if stop.asked or every or self._evaluates_now():
@@ -173,10 +185,18 @@ class Run:
     def _record_affinity(self) -> None:
         if self.recipe.method != "selective":
             return
-        matrix = self.trainer.groups.affinity.matrix.tolist()
-        rounded = [[float(f"{value:.5g}") for value in row] for row in matrix]
-        line = {"batch": self.batch, "tasks": self.trainer.tasks, "matrix": rounded}
-        self._append("affinity.jsonl", line)
+        self._append_matrix("affinity.jsonl", self.batch, self.trainer.groups.affinity.matrix)
+
+    def _record_conflicts(self) -> None:
+        """Of the batch to come, whose number the line has."""
+        self._append_matrix("conflicts.jsonl", self.batch + 1, self.trainer.conflicts())
+
+    def _append_matrix(self, name: str, batch: int, matrix: Tensor) -> None:
+        rounded = [[float(f"{value:.5g}") for value in row] for row in matrix.tolist()]
+        self._append(name, {"batch": batch, "tasks": self.trainer.tasks, "matrix": rounded})
+
+    def _all_seconds(self) -> dict[str, float]:
+        return {**self.trainer.seconds, "everything": self._seconds}
 
     def _evaluates_now(self) -> bool:
         every = self.recipe.evaluate_every
@@ -217,7 +237,7 @@ class Run:
             "unconverged": groups.unconverged,
             "seconds_per_batch": self._seconds / trainer.batch,
             "share_outside_model": 1 - inside / self._seconds,
-            "seconds": {**trainer.seconds, "everything": self._seconds},
+            "seconds": self._all_seconds(),
         }
         tg.checkpoint.write_atomically(
             self.out / "summary.json",

@@ -77,6 +77,7 @@ class Trainer:
         self.seconds = dict.fromkeys(MODEL_SECTIONS, 0.0)
         self.device = find_device(recipe.device)
         self._drawn = 0
+        self._ahead: Any = None  # a batch of the stream that was looked at
         self._stream = self.problem.batches(recipe.batch_size, recipe.seed)
 
         torch.manual_seed(recipe.seed)
@@ -162,9 +163,17 @@ class Trainer:
 
     def _next(self) -> Any:
         """The next batch of the stream, on the device."""
-        batch = next(self._stream)
+        batch, self._ahead = self._peek(), None
         self._drawn += 1
-        return tree_map(lambda tensor: tensor.to(self.device, non_blocking=True), batch)
+        return batch
+
+    def _peek(self) -> Any:
+        """What :meth:`_next` gives next."""
+        if self._ahead is None:
+            self._ahead = tree_map(
+                lambda tensor: tensor.to(self.device, non_blocking=True), next(self._stream)
+            )
+        return self._ahead
 
     def _autocast(self) -> torch.autocast:
         enabled = self.recipe.precision == "bfloat16"
@@ -257,6 +266,21 @@ class Trainer:
         finally:
             heads["lr"] = before
 
+    def conflicts(self) -> Tensor:
+        """Cosines of the tasks' gradients on the encoder, ``[K, K]``, on the batch to come.
+
+        Nothing of the training changes: it goes on as if nobody had looked.
+        """
+        batch = self._peek()
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with torch.random.fork_rng([self.device] if self._on_gpu else []), self._autocast():
+            outputs = self.model(self.problem.inputs(batch))
+        losses = self._losses(outputs, batch)
+        gradients = tg.task_gradients(losses, self.model.encoder.parameters())
+        for buffer, before in buffers:  # running statistics
+            buffer.copy_(before)
+        return tg.conflicts(tg.task_gram(gradients))
+
     def lookahead(self) -> Tensor:
         """The inter-task affinity by its definition, ``[K, K]``, on a fresh batch."""
         batch = self._next()
@@ -295,7 +319,7 @@ class Trainer:
         self.groups.load_state_dict(state["groups"])
         if self._method is not None:
             self._method.load_state_dict(state["method"])
-        self._drawn = state["drawn"]
+        self._drawn, self._ahead = state["drawn"], None
         recipe = self.recipe
         self._stream = self.problem.batches(recipe.batch_size, recipe.seed, self._drawn)
         torch.set_rng_state(state["torch"])

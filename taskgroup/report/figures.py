@@ -19,7 +19,6 @@ from taskgroup.report.history import Floats, Pair, RunData
 __all__ = ["affinity_over_time", "figures", "grouping", "time_per_batch"]
 
 _DPI = 150
-_LONGEST = 40  # name that is written out
 _COLOURS = dict(
     zip(
         history.SECTIONS,
@@ -150,10 +149,10 @@ def grouping(runs: Sequence[RunData], path: str | os.PathLike[str]) -> tuple[boo
     order = history.order_by_share(share)
 
     cell = max(3.0, min(12.0, 0.36 * len(tasks))) / len(tasks)  # inches
-    names = [_short(tasks[k]) for k in order]
+    names = [history.short(tasks[k]) for k in order]
     size = max(2.0, min(9.0, 0.75 * 72 * cell))  # points
     room = max(map(len, names)) * 0.62 * size / 72  # inches of the longest name
-    of_runs = _short_names(drawn)
+    of_runs = history.short_names(drawn)
     columns = 2 if max(map(len, of_runs)) <= 30 else 1
     below = 4.7 + 0.18 * (len(of_runs) + 1) / columns  # the picture on the right and its legend
     side = cell * len(tasks) + room
@@ -231,7 +230,8 @@ def affinity_over_time(
                 label=title,
             )
         axes.set_xlabel("batch")
-        axes.set_title(f"step on {_short(step)}, effect on {_short(effect)}", loc="left", size=10)
+        step, effect = history.short(step), history.short(effect)
+        axes.set_title(f"step on {step}, effect on {effect}", loc="left", size=10)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("affinity, entry of the matrix as recorded")
     lines = panels[0].get_legend_handles_labels()
@@ -285,16 +285,3 @@ def _write_values(axes: Axes, values: Floats) -> None:
     for (row, column), value in np.ndenumerate(values):
         colour = "white" if value > 0.6 else "black"
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 9]}…{name[-8:]}"
-
-
-def _short_names(runs: Sequence[RunData]) -> list[str]:
-    """The names of the runs without the folders that all are in."""
-    parts = [Path(run.name).parts for run in runs]
-    above = 0
-    while all(len(part) > above + 1 and part[above] == parts[0][above] for part in parts):
-        above += 1
-    return [_short("/".join(part[above:])) for part in parts]

@@ -1,23 +1,25 @@
-"""How runs went, as numbers: what the paper's figures show of any runs."""
+"""How runs went, as numbers: what figures and reports show of any runs."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import squareform
 
+from taskgroup.report.thinning import Thinned, thin
 from taskgroup.sentences import listed
 
 __all__ = [
     "SECTIONS",
     "Bar",
-    "Counts",
     "Course",
     "Pair",
     "RunData",
@@ -25,10 +27,13 @@ __all__ = [
     "average_share",
     "changed_most",
     "check_pair",
+    "group_colours",
     "group_counts",
     "order_by_share",
     "seconds_per_batch",
     "shared",
+    "short",
+    "short_names",
     "with_affinity",
     "with_groups",
 ]
@@ -38,8 +43,8 @@ Pair = tuple[str, str]
 
 #: The parts of a batch that are timed, what is left of it, and all of it where nothing is known.
 SECTIONS = ("forward", "loss", "backward", "optimizer", "other", "not divided")
+_LONGEST = 40  # name that is written out
 _JOINT = ("joint", "gd")  # the first that there is, ratios are to
-_POINTS = 60  # of a line of many batches
 # What takes time: of every method, and of selective updates alone.
 _WORK = (
     *("data", "subset", "size", "batch_size", "backbone", "patch", "dim", "depth"),
@@ -51,15 +56,15 @@ _WAYS = (
 )
 # Runs that differ in these alone are averaged; the method and the tasks are looked at elsewhere.
 _INCIDENTAL = {
-    *("seed", "checkpoint_every", "evaluate_every", "baseline", "root", "bad", "workers"),
-    *("method", "tasks"),
+    *("seed", "checkpoint_every", "evaluate_every", "conflicts_every", "baseline"),
+    *("root", "bad", "workers", "method", "tasks"),
 }
 _SPEAKING = {"data", "grouping", "backbone", "device", "precision"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunData:
-    """What the figures need of a run; :func:`taskgroup.experiment.history.load_run_data` reads it.
+    """What is shown of a run; :func:`taskgroup.experiment.history.load_run_data` reads it.
 
     Attributes:
         name: of the run, its folder.
@@ -68,10 +73,16 @@ class RunData:
         warmup: batches of warm-up; no fewer than there are while it goes on.
         batches: ``[B]``, the number of each batch.
         groups: ``[B, K]``, the group of each task after that batch, counted from 0.
+        losses: ``[B, K]`` before that batch's first step; NaN of a task that was not looked at.
         seconds: of a batch, ``{section: seconds}`` with the whole as ``"everything"``; None of a
-            run that is not finished.
+            run that has just begun.
         affinity_batches: ``[N]``, the batches after which the affinity was recorded.
         affinities: ``[N, K, K]``, row i the effect of stepping task i.
+        conflict_batches: ``[C]``, the batches before which conflicts were measured.
+        conflicts: ``[C, K, K]``, cosines of the tasks' gradients on the shared parameters.
+        metrics: ``{task: value}`` on held-out data; None of a run that is not finished.
+        metric_names: ``{task: name}`` of the same, with an arrow towards what is better.
+        delta_m: in percent, against the baseline of the run; None without one.
     """
 
     name: str
@@ -80,9 +91,15 @@ class RunData:
     warmup: int
     batches: NDArray[np.int64]
     groups: NDArray[np.int16]
+    losses: NDArray[np.float32]
     seconds: Mapping[str, float] | None
     affinity_batches: NDArray[np.int64]
     affinities: NDArray[np.float32]
+    conflict_batches: NDArray[np.int64]
+    conflicts: NDArray[np.float32]
+    metrics: Mapping[str, float] | None
+    metric_names: Mapping[str, str]
+    delta_m: float | None
 
     @property
     def method(self) -> str:
@@ -104,24 +121,6 @@ class Bar(NamedTuple):
     sections: dict[str, float]
     totals: list[float]
     ratio: float | None
-
-
-class Counts(NamedTuple):
-    """The number of groups over time, a point for several consecutive batches.
-
-    Attributes:
-        batches: the middle of each point's batches.
-        mean: of the number of groups.
-        low: the least.
-        high: the most.
-        width: batches of a point.
-    """
-
-    batches: Floats
-    mean: Floats
-    low: Floats
-    high: Floats
-    width: int
 
 
 class Course(NamedTuple):
@@ -155,8 +154,8 @@ def seconds_per_batch(runs: Sequence[RunData]) -> tuple[list[Bar], list[str]]:
     """
     timed = [run for run in runs if run.seconds]
     if not timed:
-        return [], ["There is no time per batch to draw: no run is finished."]
-    notes = _without("The time per batch", runs, timed, "not finished, no summary.json")
+        return [], ["There is no time per batch to draw: no run has recorded it yet."]
+    notes = _without("The time per batch", runs, timed, "not recorded yet")
     selective = [run for run in timed if run.method == "selective"]
     work, ways = _differing(timed, _WORK), _differing(selective, _WAYS)
     tasks_differ = len(set(map(_tasks, timed))) > 1
@@ -252,23 +251,52 @@ def order_by_share(share: Floats) -> list[int]:
     return order if order[0] < order[-1] else order[::-1]
 
 
-def group_counts(run: RunData) -> Counts:
-    """The number of groups over time, about sixty points of consecutive batches.
+def group_counts(run: RunData) -> Thinned:
+    """The number of groups over time, about sixty points of consecutive batches."""
+    return thin(run.batches, run.groups.max(1) + 1, run.warmup)
 
-    No point has batches of the warm-up and later ones.
+
+def group_colours(groups: NDArray[np.int16]) -> NDArray[np.int16]:
+    """A colour for every task at every time, so that a group keeps its colour while it changes.
+
+    Of the groups of one time and the colours, those go together that share the most tasks, counted
+    by the last colour that each task had (scipy's assignment); a group of new company takes the
+    colour that has been out of use the longest.
+
+    Args:
+        groups: ``[N, K]``, the group of each task, counted from 0.
+
+    Returns:
+        ``[N, K]``, counted from 0; -1 of a task that is alone.
+
+    Example:
+        >>> group_colours(np.array([[0, 0, 1, 1, 2], [1, 1, 0, 0, 1], [0, 1, 0, 1, 1]]))
+        array([[ 0,  0,  1,  1, -1],
+               [ 0,  0,  1,  1,  0],
+               [ 1,  0,  1,  0,  0]], dtype=int16)
     """
-    counts = run.groups.max(1).astype(np.float64) + 1
-    width = -(-len(counts) // _POINTS)
-    learned = int(np.searchsorted(run.batches, run.warmup, "right"))
-    starts = np.r_[np.arange(0, learned, width), np.arange(learned, len(counts), width)]
-    sizes = np.diff(np.r_[starts, len(counts)])
-    return Counts(
-        batches=np.add.reduceat(run.batches.astype(np.float64), starts) / sizes,
-        mean=np.add.reduceat(counts, starts) / sizes,
-        low=np.minimum.reduceat(counts, starts),
-        high=np.maximum.reduceat(counts, starts),
-        width=width,
-    )
+    colours = np.full(groups.shape, -1, np.int16)
+    last = np.full(groups.shape[1], -1)
+    used: dict[int, int] = {}  # colour: the time it was in use
+    for n, labels in enumerate(groups):
+        members = [labels == g for g in range(labels.max() + 1)]
+        members = [group for group in members if group.sum() > 1]
+        common = np.array([[(last[g] == c).sum() for c in used] for g in members], int)
+        common = common.reshape(len(members), len(used))
+        found: dict[int, int] = {}
+        for g, c in zip(*linear_sum_assignment(common, maximize=True), strict=True):
+            if common[g, c]:
+                found[int(g)] = list(used)[c]
+        for g, group in enumerate(members):
+            if g not in found:
+                free = [c for c in used if c not in found.values()]
+                oldest = min(free, key=lambda c: used[c], default=None)
+                if oldest is None or used[oldest] >= n - 1:  # of the picture just before
+                    oldest = len(used)
+                found[g] = oldest
+            used[found[g]] = n
+            colours[n, group] = last[group] = found[g]
+    return colours
 
 
 def with_affinity(runs: Sequence[RunData], pair: Pair | None) -> tuple[list[RunData], list[str]]:
@@ -339,6 +367,20 @@ def affinity_courses(runs: Sequence[RunData], pair: Pair) -> list[Course]:
         label = ", ".join([f"decay {decay:g}", *_words(group[0], differing, runs)])
         courses.append(Course(label, decay, lines, batches, np.mean(through, 0)))
     return courses
+
+
+def short(name: str) -> str:
+    """A name of forty letters at most, the middle of a longer one left out."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 9]}…{name[-8:]}"
+
+
+def short_names(runs: Sequence[RunData]) -> list[str]:
+    """The names of the runs, short, without the folders that all are in."""
+    parts = [Path(run.name).parts for run in runs]
+    above = 0
+    while all(len(part) > above + 1 and part[above] == parts[0][above] for part in parts):
+        above += 1
+    return [short("/".join(part[above:])) for part in parts]
 
 
 def check_pair(runs: Iterable[RunData], pair: Pair) -> None:

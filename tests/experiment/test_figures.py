@@ -5,11 +5,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import yaml
 
 from taskgroup.experiment.history import load_run_data
 from taskgroup.report import figures as report
 from taskgroup.report import history
+from tests.experiment.written_runs import put, write_run
 
 TASKS = ("a", "b", "c")
 ALONE = [["a"], ["b"], ["c"]]
@@ -27,36 +27,7 @@ def _small_pictures(monkeypatch):
 def write(tmp_path):
     """Writes the files of a run as training leaves them, and returns its folder."""
 
-    def make(name, partitions=(), matrices=None, seconds=None, dealt=None, **settings):
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        settings = {"data": "nyud-v2", "method": "selective", "warmup": 1, **settings}
-        (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-        lines = []
-        for batch, partition in enumerate(partitions, start=1):
-            losses = dict.fromkeys(sorted(task for group in partition for task in group), 0.5)
-            groups = partition[::-1] if dealt is None else partition[: dealt[batch - 1]]
-            lines.append(
-                {"batch": batch, "losses": losses, "groups": groups, "partition": partition}
-            )
-        put(folder / "metrics.jsonl", lines)
-        if matrices is not None:
-            tasks = sorted({task for group in partitions[0] for task in group})
-            recorded = [
-                {"batch": b, "tasks": tasks, "matrix": np.asarray(m).tolist()} for b, m in matrices
-            ]
-            put(folder / "affinity.jsonl", recorded)
-        if seconds is not None:
-            summary = {"batches": 10, "seconds_per_batch": seconds["everything"] / 10}
-            summary["seconds"] = seconds
-            (folder / "summary.json").write_text(json.dumps(summary))
-        return folder
-
-    return make
-
-
-def put(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lambda name, *arguments, **settings: write_run(tmp_path / name, *arguments, **settings)
 
 
 def matrix(**entries):
@@ -115,9 +86,20 @@ def test_time_is_relative_to_joint_training_of_the_same_work(write):
     assert "no joint run of the same tasks" in note
 
 
+def test_time_of_a_run_that_is_training(write):
+    run = write("running", [ALL] * 3, method="joint")
+    spent = [{"batch": b, "seconds": {**SECONDS, "everything": 4.0 * b}} for b in (1, 2)]
+    put(run / "seconds.jsonl", spent)
+    (bar,), _ = history.seconds_per_batch([load_run_data(run)])
+    assert bar.totals == [4.0]
+    assert bar.sections["forward"] == 0.5
+
+
 def test_summary_without_sections(write):
     run = write("old", [ALL], seconds=SECONDS, method="joint")
-    (run / "summary.json").write_text(json.dumps({"batches": 10, "seconds_per_batch": 0.4}))
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["seconds"]
+    (run / "summary.json").write_text(json.dumps({**summary, "seconds_per_batch": 0.4}))
     (bar,), _ = history.seconds_per_batch([load_run_data(run)])
     assert bar.sections == {"not divided": 0.4}
 

@@ -15,6 +15,7 @@ from taskgroup.cli import app
 from taskgroup.experiment.evaluation import load_summary, load_trained
 from taskgroup.experiment.recipe import read_recipe
 from taskgroup.experiment.run import Interrupted, Run, load_metrics
+from taskgroup.experiment.trainer import Trainer
 from taskgroup.report import plots
 from taskgroup.vision.datasets import DATASETS
 
@@ -53,7 +54,16 @@ def test_train_resume_evaluate_predict(name, minis, tmp_path, monkeypatch):
     root = minis / name
     before = tree(root)
     out = tmp_path / "run"
-    first = invoke("train", name, "--data", root, *SMALL, *settings(evaluate_every=2), "--out", out)
+    first = invoke(
+        "train",
+        name,
+        "--data",
+        root,
+        *SMALL,
+        *settings(evaluate_every=2, conflicts_every=2),
+        "--out",
+        out,
+    )
     assert first.exit_code == 0, first.output
     tasks = DATASETS[name].TASKS
     summary = load_summary(out)
@@ -77,9 +87,14 @@ def test_train_resume_evaluate_predict(name, minis, tmp_path, monkeypatch):
     resumed = invoke("train", "--resume", tmp_path / "again")
     assert resumed.exit_code == 0, resumed.output
     assert load_metrics(out) == load_metrics(tmp_path / "again")
-    recorded = [(p / "affinity.jsonl").read_text() for p in (out, tmp_path / "again")]
-    assert recorded[0] == recorded[1]
-    assert len(recorded[0].splitlines()) == 6
+    for file, n_lines in (("affinity.jsonl", 6), ("conflicts.jsonl", 3)):
+        recorded = [(p / file).read_text() for p in (out, tmp_path / "again")]
+        assert recorded[0] == recorded[1]
+        assert len(recorded[0].splitlines()) == n_lines
+    lines = (tmp_path / "again/seconds.jsonl").read_text().splitlines()
+    spent = [json.loads(line) for line in lines]
+    assert [line["batch"] for line in spent] == [1, 2, 3, 4, 5, 6]
+    assert spent[-1]["seconds"] == load_summary(tmp_path / "again")["seconds"]
     assert load_summary(tmp_path / "again")["metrics"] == summary["metrics"]
     lines = [(p / "evaluations.jsonl").read_text() for p in (out, tmp_path / "again")]
     assert lines[0] == lines[1]
@@ -98,6 +113,15 @@ def test_train_resume_evaluate_predict(name, minis, tmp_path, monkeypatch):
     (panel,) = (tmp_path / "panels").iterdir()
     assert panel.read_bytes().startswith(b"\x89PNG")
     assert tree(root) == before  # nothing is written there
+
+
+def test_looking_at_conflicts_moves_no_running_statistics(minis):
+    changes = {**SETTINGS, "root": str(minis / "nyud-v2"), "size": "32x48", "decoder": "conv"}
+    trainer = Trainer(read_recipe("nyud-v2", {**changes, "backbone": "tiny"}))
+    before = [buffer.clone() for buffer in trainer.model.buffers()]
+    assert before
+    trainer.conflicts()
+    assert all(map(torch.equal, before, trainer.model.buffers()))
 
 
 def train(minis, out, *arguments, name="nyud-v2", **changes):

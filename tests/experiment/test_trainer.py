@@ -201,3 +201,39 @@ def test_lookahead_leaves_the_training_as_it_is():
     assert matrix.isfinite().all()
     assert_same(before, parameters(one))
     assert str(one.optimizer.state_dict()) == moments
+
+
+@pytest.mark.parametrize("way", ["selective", "gd", "gradient"])
+def test_conflicts_are_those_of_the_batch_to_come_and_change_nothing(way):
+    looked, other = trainer(**WAYS[way]), trainer(**WAYS[way])
+    steps(looked, 2)
+    torch.manual_seed(0)
+    file = io.BytesIO()
+    torch.save(looked.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+
+    drawn = torch.get_rng_state()
+    found = looked.conflicts()
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert torch.equal(looked.conflicts(), found)  # the same batch, the same dropout
+    # By hand: the batch that the other trainer takes next.
+    batch = other._next()
+    losses = other.problem.losses(other.model(other.problem.inputs(batch)), batch)
+    shared = list(other.model.encoder.parameters())
+    rows = torch.stack(
+        [
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, shared, retain_graph=True)])
+            for loss in losses.values()
+        ]
+    )
+    cosines = torch.nn.functional.normalize(rows, dim=1)
+    torch.testing.assert_close(found, cosines @ cosines.T, rtol=1e-4, atol=1e-5)
+
+    file.seek(0)
+    again = trainer(**WAYS[way])
+    again.load_state_dict(torch.load(file, weights_only=True))
+    expected = steps(again, 2)
+    torch.set_rng_state(drawn)
+    assert steps(looked, 2) == expected
+    assert_same(parameters(looked), parameters(again))

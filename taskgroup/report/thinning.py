@@ -1,0 +1,76 @@
+"""What a picture can hold of many batches."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Thinned", "evenly", "thin"]
+
+Floats = NDArray[np.float64]
+
+
+class Thinned(NamedTuple):
+    """Values over time, a point for several consecutive batches.
+
+    Attributes:
+        batches: ``[P]``, the middle of each point's batches.
+        mean: ``[P, ...]``, of the values that are not NaN; NaN where all are.
+        low: the least of them.
+        high: the most.
+        width: batches of a point, at most.
+    """
+
+    batches: Floats
+    mean: Floats
+    low: Floats
+    high: Floats
+    width: int
+
+    def of(self, k: int) -> Thinned:
+        """Those of one column."""
+        mean, low, high = (values[:, k] for values in (self.mean, self.low, self.high))
+        return Thinned(self.batches, mean, low, high, self.width)
+
+
+def thin(
+    batches: NDArray[np.int64], values: NDArray[Any], border: int = 0, points: int = 60
+) -> Thinned:
+    """Values over time in about so many points, none of which lies on both sides of a border.
+
+    Args:
+        batches: ``[B]``, rising.
+        values: ``[B, ...]``; NaN where there is none.
+        border: the last batch of the warm-up, say.
+        points: one more at most.
+
+    Example:
+        >>> thin(np.arange(1, 5), np.array([3.0, 1.0, 5.0, np.nan]), points=2).mean
+        array([2., 5.])
+    """
+    width = max(1, -(-len(batches) // points))
+    learned = int(np.searchsorted(batches, border, "right"))
+    starts = np.r_[np.arange(0, learned, width), np.arange(learned, len(batches), width)]
+    sizes = np.diff(np.r_[starts, len(batches)])
+    values = np.asarray(values, np.float64)
+    known = np.add.reduceat(~np.isnan(values), starts, dtype=np.int64)
+    with np.errstate(invalid="ignore"):
+        return Thinned(
+            batches=np.add.reduceat(batches.astype(np.float64), starts) / sizes,
+            mean=np.add.reduceat(np.nan_to_num(values), starts) / known,
+            low=np.fmin.reduceat(values, starts),
+            high=np.fmax.reduceat(values, starts),
+            width=width,
+        )
+
+
+def evenly(length: int, most: int) -> NDArray[np.int64]:
+    """Positions in a sequence, at most so many and evenly spread, the first and the last with them.
+
+    Example:
+        >>> evenly(9, 5)
+        array([0, 2, 4, 6, 8])
+    """
+    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(np.int64))

@@ -1,0 +1,55 @@
+"""Folders of runs as training leaves them, untrained."""
+
+import json
+
+import numpy as np
+import yaml
+
+
+def write_run(
+    folder,
+    partitions=(),
+    matrices=None,
+    seconds=None,
+    dealt=None,
+    conflicts=None,
+    losses=None,
+    metrics=None,
+    **settings,
+):
+    """Write a run; with ``seconds`` or ``metrics`` it is finished. Returns its folder."""
+    folder.mkdir(parents=True)
+    settings = {"data": "nyud-v2", "method": "selective", "warmup": 1, **settings}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings), "utf-8")
+    lines = []
+    for batch, partition in enumerate(partitions, start=1):
+        of_batch = dict.fromkeys(sorted(task for group in partition for task in group), 0.5)
+        if losses is not None:
+            of_batch = losses[batch - 1]
+        groups = partition[::-1] if dealt is None else partition[: dealt[batch - 1]]
+        lines.append({"batch": batch, "losses": of_batch, "groups": groups, "partition": partition})
+    put(folder / "metrics.jsonl", lines)
+    tasks = sorted({task for group in partitions[0] for task in group}) if partitions else []
+    for name, recorded in (("affinity.jsonl", matrices), ("conflicts.jsonl", conflicts)):
+        if recorded is not None:
+            lines = [
+                {"batch": b, "tasks": tasks, "matrix": np.asarray(m).tolist()} for b, m in recorded
+            ]
+            put(folder / name, lines)
+    if seconds is not None or metrics is not None:
+        seconds = seconds or {"everything": 1.0}
+        summary = {
+            "batches": 10,
+            "seconds_per_batch": seconds["everything"] / 10,
+            "seconds": seconds,
+            "metrics": metrics or {},
+            "metric": dict.fromkeys(metrics or {}, "RMSE"),
+            "lower_is_better": dict.fromkeys(metrics or {}, True),
+            "delta_m": None,
+        }
+        (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
+    return folder
+
+
+def put(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
