@@ -106,6 +106,17 @@ def test_two_groups_of_one_batch_never_share_a_colour():
                 assert not np.isin(colours[~members], colours[members]).any()
 
 
+def test_a_group_of_new_company_takes_no_colour_that_was_just_in_use():
+    groups = np.array([[0, 0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 3], [0, 1, 1, 2]], np.int16)
+    alone = -1
+    assert history.group_colours(groups).tolist() == [
+        [0, 0, alone, alone],
+        [alone, alone, 1, 1],
+        [alone] * 4,
+        [alone, 0, 0, alone],  # of either
+    ]
+
+
 def test_losses_groups_and_time_of_two_runs(tmp_path):
     losses = [{"a": 1.0 / b, "b": 2.0, **({"c": 3.0} if b % 2 else {})} for b in range(1, 5)]
     seconds = {"forward": 1.0, "backward": 2.0, "everything": 4.0}
