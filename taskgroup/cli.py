@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise SystemExit(
         f"The command line of taskgroup needs {error.name}; "
-        "install it with: pip install 'taskgroup[train]'"
+        "install it with: pip install 'taskgroup[train]' (python -m taskgroup.doctor runs without)"
     ) from None
 
 __all__ = ["app"]
@@ -217,6 +217,14 @@ def figures(
     """Draw the paper's figures: time per batch, grouping, affinity over time."""
     with _errors_in_words():
         _figures(runs, _words(pair), out)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what runs here, and why the rest does not; status 1 if broken."""
+    from taskgroup.doctor import main
+
+    raise typer.Exit(main())
 
 
 @data_app.command()
