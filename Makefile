@@ -4,8 +4,8 @@
 # make lint   linters and type checker
 # make bench  benchmarks, printed as ratios                                  (about 5 minutes)
 #             ARGS="--save --full" for all sizes, kept in benchmarks/results
-# make dist   source distribution and wheel, in dist/
-# make check-dist  what is in dist/ installs and runs where it should        (about 2 minutes)
+# make dist   source distribution and wheel, in dist/; make check-dist proves that they install and
+#             run where they should                                          (about 5 minutes)
 # make gpu    build, tests, sanitizers and benchmarks on a GPU               (under 9 minutes)
 #
 # Everything lives in .venv, made on first use. Nothing is installed or built again before a file it

@@ -106,7 +106,7 @@ def test_source_distribution_holds_what_builds_and_nothing_else(sdist):
         held = {member.name.partition("/")[2] for member in archive if member.isfile()}
     made = {name for name in held if name.startswith("taskgroup.egg-info/")}
     made |= {"PKG-INFO", "setup.cfg"}
-    files = "CMakeLists.txt LICENSE MANIFEST.in README.md pyproject.toml setup.py".split()
+    files = ["CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"]
     assert held - made == tracked("csrc", "taskgroup", *files)
 
 
