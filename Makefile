@@ -6,6 +6,8 @@
 # make links  the links to other hosts in it; needs network
 # make bench  benchmarks, printed as ratios                                  (about 5 minutes)
 #             ARGS="--save --full" for all sizes, kept in benchmarks/results
+# make dist   source distribution and wheel, in dist/; make check-dist proves that they install and
+#             run where they should                                          (about 5 minutes)
 # make gpu    build, tests, sanitizers and benchmarks on a GPU               (under 9 minutes)
 #
 # Everything lives in .venv, made on first use. Nothing is installed or built again before a file it
@@ -20,7 +22,7 @@ CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc
 BUILD := setup.py CMakeLists.txt pyproject.toml taskgroup/__init__.py $(shell find csrc -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test full lint docs links bench gpu format clean
+.PHONY: demo test full lint docs links bench dist check-dist gpu format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/train.stamp
@@ -53,6 +55,18 @@ format: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/python -m pytest benchmarks -s $(ARGS)
+
+# The wheel is built from the source distribution, against the torch that is here. auditwheel gives
+# it the tag of the systems it runs on; torch's libraries are torch's to bring.
+dist: .venv/dev.stamp
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist/linux
+	mv dist/linux/*.tar.gz dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --wheel-dir dist dist/linux/*.whl
+	rm -r dist/linux
+
+check-dist: .venv/dev.stamp
+	$(BIN)/python -m pytest tests/check_dist.py $(ARGS)
 
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py

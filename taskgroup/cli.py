@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise SystemExit(
         f"The command line of taskgroup needs {error.name}; "
-        "install it with: pip install 'taskgroup[train]'"
+        "install it with: pip install 'taskgroup[train]' (python -m taskgroup.doctor runs without)"
     ) from None
 
 __all__ = ["app"]
@@ -230,6 +230,14 @@ def report(
     """Write an HTML page on runs, finished or training: affinity, groups, losses, time, ..."""
     with _errors_in_words():
         _report(runs, out or (runs[0] if len(runs) == 1 else Path()) / "report.html")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what runs here, and why the rest does not; status 1 if broken."""
+    from taskgroup.doctor import main
+
+    raise typer.Exit(main())
 
 
 @data_app.command()

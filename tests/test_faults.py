@@ -72,7 +72,7 @@ def epochs_done(folder):
 def test_killed_runs_go_on_as_if_nothing_had_been(world, tmp_path):
     """SIGKILL at moments drawn at random, until a run comes through."""
     wait_for(start(world, tmp_path / "whole"))
-    draw = torch.Generator().manual_seed(int.from_bytes(os.urandom(4)))
+    draw = torch.Generator().manual_seed(int.from_bytes(os.urandom(4), "big"))
     killed = tmp_path / "killed"
     for _ in range(2):
         # Once it has got on a little, somewhere in the middle of a batch or of a checkpoint.
@@ -127,7 +127,7 @@ def write_for_ever(path):
 
 def test_a_kill_during_the_write_leaves_the_last_good_one(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    draw = torch.Generator().manual_seed(int.from_bytes(os.urandom(4)))
+    draw = torch.Generator().manual_seed(int.from_bytes(os.urandom(4), "big"))
     abandoned = 0
     for _ in range(12):
         process = PROCESSES.Process(target=write_for_ever, args=(path,), daemon=True)

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -39,7 +39,13 @@ def _load_native() -> _Native:
     beside = [str(Path(__file__).parents[1])]
     found = {name: PathFinder.find_spec(f"{_PACKAGE}.{name}", beside) for name in ("_ops", "_host")}
     if not any(found.values()):
-        return _Native(problem="this installation was made without native code")
+        return _Native(
+            problem=(
+                "this installation was made without native code; to have it, build it from the "
+                "sources where a C++17 compiler is (TASKGROUP_PURE=0 pip install --force-reinstall "
+                "--no-deps --no-build-isolation .)"
+            )
+        )
     try:
         for name, spec in found.items():
             if spec is None:
@@ -177,6 +183,28 @@ class use_backend:  # noqa: N801 (to its users a function, like torch.no_grad)
         _requested = self._previous
 
 
+def preferred(device: str, implemented: Collection[str]) -> str:
+    """The backend that runs an op for arguments on a device; as :func:`choose`, by its name."""
+    if _requested is not None:
+        _check_available(_requested)
+        if _requested in implemented:
+            devices = _BACKENDS[_requested].devices
+            if devices is not None and device not in devices:
+                raise RuntimeError(
+                    f"taskgroup's backend {_requested!r} runs on {' and '.join(devices)}, and the "
+                    f"arguments are on {device}: move them, or choose another with use_backend."
+                )
+            return _requested
+    for name, backend in _BACKENDS.items():
+        fits = backend.devices is None or device in backend.devices
+        if backend.on_request or not fits or name not in implemented:
+            continue
+        if backend.problem is None or backend.broken:
+            _check_available(name)
+            return name
+    raise AssertionError("every op has a reference")
+
+
 def choose(device: str, **implementations: Callable[P, T]) -> Callable[P, T]:
     """Chooses the implementation of an op for arguments on a device.
 
@@ -188,21 +216,4 @@ def choose(device: str, **implementations: Callable[P, T]) -> Callable[P, T]:
         ValueError: If the environment asks for a backend that there is not.
         RuntimeError: If the backend asked for cannot run here, or the one that would run is broken.
     """
-    if _requested is not None:
-        _check_available(_requested)
-        if _requested in implementations:
-            devices = _BACKENDS[_requested].devices
-            if devices is not None and device not in devices:
-                raise RuntimeError(
-                    f"taskgroup's backend {_requested!r} runs on {' and '.join(devices)}, and the "
-                    f"arguments are on {device}: move them, or choose another with use_backend."
-                )
-            return implementations[_requested]
-    for name, backend in _BACKENDS.items():
-        fits = backend.devices is None or device in backend.devices
-        if backend.on_request or not fits or name not in implementations:
-            continue
-        if backend.problem is None or backend.broken:
-            _check_available(name)
-            return implementations[name]
-    raise AssertionError("every op has a reference")
+    return implementations[preferred(device, implementations)]

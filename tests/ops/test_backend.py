@@ -217,12 +217,13 @@ def test_pure_installation_uses_the_reference(installation):
     library(package, "_host").unlink()
 
     told = use()
-    assert told["backends"]["cpp"] == "this installation was made without native code"
+    assert "without native code; to have it" in told["backends"]["cpp"]
     assert told["update"] == [None, UPDATED]
     assert told["cluster"] == [None, CLUSTERED]
     kind, message = told["use cpp"]
     assert kind == "RuntimeError"
-    assert "without native code. Available: triton, reference." in message
+    assert "without native code" in message
+    assert message.endswith("Available: triton, reference.")
 
     told = use(TASKGROUP_BACKEND="cpp")
     for op in ("update", "cluster"):

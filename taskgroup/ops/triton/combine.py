@@ -93,7 +93,7 @@ def combine_kernel(
     "taskgroup_triton::combine",
     mutates_args=("out",),
     schema="(Tensor[] gradients, int[] slots, Tensor weights, Tensor(a!)[] out) -> ()",
-    tags=torch.Tag.cudagraph_unsafe,  # see upload
+    tags=(torch.Tag.cudagraph_unsafe,),  # see upload
 )
 def combine(gradients: list[Tensor], slots: list[int], weights: Tensor, out: list[Tensor]) -> None:
     """One launch per dtype. Every program reads its elements of all tasks before it writes."""

@@ -64,7 +64,7 @@ def gram_affinity_update_kernel(
     mutates_args=("matrix",),
     schema="(Tensor(a!) matrix, Tensor[] gradients, int[] slots, int[] tasks, Tensor losses, "
     "float decay, float lr) -> ()",
-    tags=torch.Tag.cudagraph_unsafe,  # see upload
+    tags=(torch.Tag.cudagraph_unsafe,),  # see upload
 )
 def gram_affinity_update_(
     matrix: Tensor,

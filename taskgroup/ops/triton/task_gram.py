@@ -275,7 +275,7 @@ def parts_at_once(size: int) -> int:
     "taskgroup_triton::task_gram",
     mutates_args=(),
     schema="(Tensor[] gradients, int[] slots, int n_tasks) -> Tensor",
-    tags=torch.Tag.cudagraph_unsafe,  # see upload
+    tags=(torch.Tag.cudagraph_unsafe,),  # see upload
 )
 def task_gram(gradients: list[Tensor], slots: list[int], n_tasks: int) -> Tensor:
     """Both passes; without elements there is nothing to sum."""
