@@ -52,6 +52,33 @@ assert sorted(t for group in groups.partition for t in group) == list("abcd")
 assert groups.affinity.matrix.diagonal().gt(0).all()
 """
 
+# What a type checker must know of the loop of a user.
+TYPED = """
+import torch
+from typing_extensions import assert_type
+
+import taskgroup as tg
+
+model = tg.MultiTaskModel(torch.nn.Linear(2, 2), {"a": torch.nn.Linear(2, 1)})
+groups = tg.TaskGroups(["a"], warmup=3, affinity=tg.ProximalAffinity(decay=1e-2))
+for group in groups:
+    assert_type(group, tg.Group)
+    losses = {"a": torch.zeros(())}
+    assert_type(group.loss(losses), torch.Tensor)
+assert_type(groups.partition, list[tuple[str, ...]])
+assert_type(groups.affinity.matrix, torch.Tensor)
+assert_type(tg.task_gram(tg.task_gradients(losses, model.parameters())), torch.Tensor)
+groups.attach(torch.optim.SGD(model.parameters(), lr=0.1), model.heads, outside="coast")
+"""
+# And where it must object.
+UNTYPED = """
+import taskgroup as tg
+
+tg.TaskGroups(["a"], warm_up=3)
+tg.TaskGroups("a", reduction="some").attach(1)
+tg.AffinityPropagation().no_such_thing
+"""
+
 
 @pytest.fixture(scope="session")
 def sdist():
@@ -179,14 +206,38 @@ def link_torch_and_numpy(into):
                 wanted.append(requirement.name)  # noqa: PERF401 (it grows while it is read)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_installs_and_runs_without_a_compiler(wheels, kind, tmp_path):
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    (packages,) = tmp_path.glob("venv/lib/python*/site-packages")
+def clean_environment(folder):
+    """An environment with torch and numpy, and its site-packages."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
     shutil.rmtree(packages / "setuptools", ignore_errors=True)  # torch has its own wish
     for path in packages.glob("setuptools-*"):
         shutil.rmtree(path)
     link_torch_and_numpy(packages)
+    return packages
+
+
+def test_type_checkers_know_the_installed_package(wheels, tmp_path):
+    packages = clean_environment(tmp_path / "venv")
+    zipfile.ZipFile(wheels["pure"]).extractall(packages)
+    python = tmp_path / "venv" / "bin" / "python"
+    options = ["--strict", "--python-executable", python, "--cache-dir", tmp_path / "cache"]
+
+    def check(program):
+        (tmp_path / "program.py").write_text(program)
+        command = [sys.executable, "-m", "mypy", *options, "program.py"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    done = check(TYPED)
+    assert done.returncode == 0, done.stdout + done.stderr
+    errors = check(UNTYPED).stdout
+    for words in ('"warm_up" for "TaskGroups"', '"reduction"', '"attach"', '"no_such_thing"'):
+        assert words in errors
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_installs_and_runs_without_a_compiler(wheels, kind, tmp_path):
+    clean_environment(tmp_path / "venv")
 
     def python(*arguments):
         return subprocess.run(

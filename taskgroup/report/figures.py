@@ -19,13 +19,6 @@ from taskgroup.report.history import Floats, Pair, RunData
 __all__ = ["affinity_over_time", "figures", "grouping", "time_per_batch"]
 
 _DPI = 150
-_COLOURS = dict(
-    zip(
-        history.SECTIONS,
-        ("#4393c3", "#92c5de", "#d6604d", "#f4a582", "#bdbdbd", "#878787"),
-        strict=True,
-    )
-)
 
 
 def figures(
@@ -88,11 +81,10 @@ def time_per_batch(runs: Sequence[RunData], path: str | os.PathLike[str]) -> tup
     figure = Figure(figsize=(9, 1.3 + pitch * len(bars)), layout="constrained")
     axes = figure.subplots()
     ends = np.zeros(len(bars))
-    for section in history.SECTIONS:
+    for section, colour in history.SECTIONS.items():
         if not any(section in bar.sections for bar in bars):
             continue
         widths = np.array([scale * bar.sections.get(section, 0.0) for bar in bars])
-        colour = _COLOURS[section]
         axes.barh(range(len(bars)), widths, 0.62, ends, color=colour, label=section)
         ends += widths
     for y, (bar, total) in enumerate(zip(bars, totals, strict=True)):

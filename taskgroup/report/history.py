@@ -41,8 +41,16 @@ __all__ = [
 Floats = NDArray[np.float64]
 Pair = tuple[str, str]
 
-#: The parts of a batch that are timed, what is left of it, and all of it where nothing is known.
-SECTIONS = ("forward", "loss", "backward", "optimizer", "other", "not divided")
+#: The parts of a batch that are timed, what is left of it, and all of it where nothing is known;
+#: and the colours that they have in pictures.
+SECTIONS = {
+    "forward": "#4393c3",
+    "loss": "#92c5de",
+    "backward": "#d6604d",
+    "optimizer": "#f4a582",
+    "other": "#bdbdbd",
+    "not divided": "#878787",
+}
 _LONGEST = 40  # name that is written out
 _JOINT = ("joint", "gd")  # the first that there is, ratios are to
 # What takes time: of every method, and of selective updates alone.

@@ -45,13 +45,6 @@ _DIVERGING = [(0, "#d6604d"), (0.5, "#ffffff"), (1, "#4393c3")]  # numbers in in
 _ALONE = "#dddddd"
 _INK = "#24292f"
 _FAINT = "#d0d7de"
-_SECTIONS = dict(
-    zip(
-        history.SECTIONS,
-        ("#4393c3", "#92c5de", "#d6604d", "#f4a582", "#bdbdbd", "#878787"),
-        strict=True,
-    )
-)
 
 
 class _Card(NamedTuple):
@@ -451,14 +444,14 @@ def _times(bars: Sequence[history.Bar]) -> _Card:
             yaxis={"automargin": True, "showgrid": False},
         )
     )
-    for section in history.SECTIONS:
+    for section, colour in history.SECTIONS.items():
         if any(section in bar.sections for bar in bars):
             figure.add_bar(
                 orientation="h",
                 name=section,
                 x=[scale * bar.sections.get(section, 0.0) for bar in bars],
                 y=labels,
-                marker={"color": _SECTIONS[section]},
+                marker={"color": colour},
                 hovertemplate=f"{section}: %{{x:.3~g}} {unit}<extra>%{{y}}</extra>",
             )
     for bar, label in zip(bars, labels, strict=True):
