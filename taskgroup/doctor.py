@@ -11,7 +11,7 @@ import platform
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -124,6 +124,8 @@ def _hardware(broken: list[str]) -> list[tuple[str, str]]:
 
 
 def _gpus() -> list[torch.device]:
+    if not torch.cuda.is_available():  # which warns where the driver is too old, say
+        return []
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
@@ -152,7 +154,7 @@ def _numbers(architectures: list[int]) -> str:
 def _backends(broken: list[str]) -> list[tuple[str, str]]:
     native = _backend.native
     if native.broken:
-        broken.append(f"{native.problem}.")
+        broken.append(f"taskgroup: {native.problem}.")
     compiled = [] if native.problem else torch.ops.taskgroup.cuda_architectures()
     what = {
         "cpp": "C++, for the CPU",
@@ -172,30 +174,32 @@ def _backends(broken: list[str]) -> list[tuple[str, str]]:
     return rows
 
 
-def _trials(device: torch.device) -> dict[str, Callable[[], object]]:
-    """A small call of each op that runs on the device."""
+def _try(op: str, device: torch.device) -> None:
+    """A small call of an op."""
     matrix, ones = torch.zeros(2, 2, device=device), torch.ones(2, device=device)
     gradients = [[ones], [ones]]
-    trials: dict[str, Callable[[], object]] = {
-        "affinity_update_": lambda: ops.affinity_update_(matrix, ones, ones, ones.bool(), 0.5),
-        "combine": lambda: ops.combine(gradients, [0.5, 0.5]),
-        "gram_affinity_update_": lambda: ops.gram_affinity_update_(matrix, gradients, ones, 0.5),
-        "task_gram": lambda: ops.task_gram(gradients),
+    arguments = {
+        "affinity_propagation": (matrix,),
+        "affinity_update_": (matrix, ones, ones, ones.bool(), 0.5),
+        "combine": (gradients, [0.5, 0.5]),
+        "gram_affinity_update_": (matrix, gradients, ones, 0.5),
+        "task_gram": (gradients,),
     }
-    if device.type == "cpu":
-        trials["affinity_propagation"] = lambda: ops.affinity_propagation(matrix)
-    return trials
+    getattr(ops, op)(*arguments[op])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @contextmanager
-def _choices() -> Iterator[list[tuple[str, Collection[str]]]]:
-    """The backends that ops choose meanwhile, and those that they choose from."""
-    choices: list[tuple[str, Collection[str]]] = []
+def _choices() -> Iterator[list[tuple[str, str, Collection[str]]]]:
+    """What ops choose meanwhile: for which type of device, which backend, of which."""
+    choices: list[tuple[str, str, Collection[str]]] = []
     preferred = _backend.preferred
 
     def noted(device: str, implemented: Collection[str]) -> str:
-        choices.append((preferred(device, implemented), implemented))
-        return choices[-1][0]
+        name = preferred(device, implemented)
+        choices.append((device, name, implemented))
+        return name
 
     _backend.preferred = noted
     try:
@@ -206,28 +210,28 @@ def _choices() -> Iterator[list[tuple[str, Collection[str]]]]:
 
 def _ops(broken: list[str]) -> list[tuple[str, str]]:
     # The ops are run: what was not run is not known to work.
-    rows: dict[str, list[str]] = {}
-    had: dict[str, str] = {}
+    rows = []
     failures: dict[str, list[str]] = {}
-    for device in [torch.device("cpu"), *_gpus()]:
-        for op, call in _trials(device).items():
+    for op in sorted(set(ops.__all__) - {"backends", "use_backend"}):
+        where, of = [], ""
+        for device in [torch.device("cpu"), *_gpus()]:
             try:
                 with _choices() as choices:
-                    call()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                    _try(op, device)
             except Exception as error:  # of any kind: to tell of it is what this is for
                 failures.setdefault(" ".join(str(error).split()), []).append(f"{op} on {device}")
-                rows.setdefault(op, []).append(f"broken on {device}")
-            else:
-                name, implemented = choices[0]
-                rows.setdefault(op, []).append(f"{name} on {device}")
-                had[op] = f" (of {', '.join(implemented)})"
+                where.append(f"broken on {device}")
+                continue
+            ran_on, name, implemented = choices[0]
+            if ran_on == device.type:  # clustering runs on the host, wherever the matrix is
+                where.append(f"{name} on {device}")
+                of = f" (of {', '.join(implemented)})"
+        rows.append((op, ", ".join(where) + of))
     # Where the native code does not load, every op says so, and one sentence is enough.
-    for text, where in failures.items():
+    for text, calls in failures.items():
         if not (_backend.native.broken and str(_backend.native.problem) in text):
-            broken.append(f"{', '.join(where)}: {text}")
-    return [(op, ", ".join(parts) + had.get(op, "")) for op, parts in rows.items()]
+            broken.append(f"{', '.join(calls)}: {text}")
+    return rows
 
 
 def _extras() -> list[tuple[str, str]]:

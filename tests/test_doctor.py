@@ -92,6 +92,7 @@ def test_extra_that_is_not_installed(report, monkeypatch):
 
 def test_gpu_without_kernels_for_it(report, monkeypatch):
     """No GPU is there, so that its ops are not run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     capabilities = [(8, 6), (7, 5)]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
