@@ -238,8 +238,8 @@ def _matrices(
             "colorbar": {"thickness": 12, "outlinewidth": 0, "tickvals": [-1, -0.5, 0, 0.5, 1]},
         },
         _layout(
-            side + room + 100,
-            margin={"l": room, "r": 56, "t": 100, "b": room},
+            side + room + 84,
+            margin={"l": room, "r": 56, "t": 84, "b": room},
             xaxis=_named_axis(tasks, cell, tickangle=-90),
             yaxis=_named_axis(tasks, cell, autorange="reversed"),
             sliders=[
