@@ -25,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: demo test full lint docs links bench dist check-dist gpu format clean
 .DELETE_ON_ERROR:
 
-demo: .venv/train.stamp
+demo: .venv/report.stamp
 	$(BIN)/python examples/demo.py
 
 test: .venv/dev.stamp

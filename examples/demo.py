@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 import taskgroup as tg
+from taskgroup.experiment.history import load_run_data
 from taskgroup.experiment.recipe import read_recipe
 from taskgroup.experiment.run import Run
 from taskgroup.report.live import Display
+from taskgroup.report.page import write_report
 from taskgroup.report.tables import groups_line
 from taskgroup.vision import TASKONOMY
 
@@ -35,6 +37,7 @@ def main():
     console.print(
         "Learning all eleven Taskonomy tasks from one photograph, three times.\n", style="bold"
     )
+    names = ("joint", "selective", "joint-as-many-steps")
     joint = train("joint", method="joint")
     # Found by `taskgroup compare motorcycle-small --preset heads`: docs/results/README.md.
     selective = train("selective", baseline=str(OUT / "joint"), head_lr_times="K")
@@ -79,9 +82,9 @@ def main():
     console.print(
         "This is one seed on one scene; another seed gives other digits, and maybe another sign."
     )
-    console.print(
-        f"\nPictures: {', '.join(str(p) for p in sorted((OUT / 'selective').glob('*.png')))}"
-    )
+    write_report([load_run_data(OUT / name) for name in names], OUT / "report.html")
+    console.print(f"\nThe three side by side, for a browser: {OUT / 'report.html'}")
+    console.print(f"Pictures are in {OUT / 'selective'}")
 
 
 if __name__ == "__main__":

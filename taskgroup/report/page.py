@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import os
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -116,7 +116,7 @@ def write_report(runs: Sequence[RunData], path: str | os.PathLike[str]) -> list[
             "a step on that other task does to it: blue serves, red harms. Blank where a task has "
             "not been measured yet. Tasks that often share a group are side by side.",
             [
-                _matrices(run, name, order[run.name], run.affinity_batches, _normalised, "affinity")
+                _affinities(run, name, order[run.name])
                 for run, name in zip(shown, names, strict=True)
                 if run.affinities.any()
             ],
@@ -143,7 +143,7 @@ def write_report(runs: Sequence[RunData], path: str | os.PathLike[str]) -> list[
             "Cosines of the tasks' gradients on the shared parameters: red where two tasks pull "
             "apart, blue where they pull together.",
             [
-                _matrices(run, name, order[run.name], run.conflict_batches, _cosines, "cosine")
+                _conflicts(run, name, order[run.name])
                 for run, name in zip(shown, names, strict=True)
                 if len(run.conflicts) and len(run.tasks) > 1
             ],
@@ -181,16 +181,27 @@ def _order(run: RunData, runs: Sequence[RunData]) -> list[int]:
     return [run.tasks.index(tasks[k]) for k in found]
 
 
-def _normalised(run: RunData, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Affinities, each column in units of its task's self-affinity; NaN where it has none."""
+def _affinities(run: RunData, name: str, order: list[int]) -> _Card:
+    """Each column in units of its task's self-affinity; blank where it has none."""
+    chosen = _of_matrices(run.affinities)
     matrices = run.affinities[chosen]
-    diagonal = matrices.diagonal(axis1=1, axis2=2)[:, None, :]
+    own = matrices.diagonal(axis1=1, axis2=2)[:, None, :]
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(diagonal > 0, matrices / diagonal, np.float32(np.nan))
+        matrices = np.where(own > 0, matrices / own, np.float32(np.nan))
+    hover = "step on %{y}<br>effect on %{x}<br>affinity %{z:.3f}<extra></extra>"
+    return _matrices(run, name, order, run.affinity_batches[chosen], matrices, hover)
 
 
-def _cosines(run: RunData, chosen: NDArray[np.int64]) -> NDArray[np.float32]:
-    return run.conflicts[chosen]
+def _conflicts(run: RunData, name: str, order: list[int]) -> _Card:
+    chosen = _of_matrices(run.conflicts)
+    hover = "%{y}<br>%{x}<br>cosine %{z:.3f}<extra></extra>"
+    return _matrices(run, name, order, run.conflict_batches[chosen], run.conflicts[chosen], hover)
+
+
+def _of_matrices(matrices: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Which of them a page has room for."""
+    most = min(_MATRICES, _ENTRIES // matrices[0].size)
+    return evenly(len(matrices), max(3, most))
 
 
 def _matrices(
@@ -198,26 +209,20 @@ def _matrices(
     name: str,
     order: list[int],
     batches: NDArray[np.int64],
-    values: Callable[[RunData, NDArray[np.int64]], NDArray[np.float32]],
-    what: str,
+    matrices: NDArray[np.float32],
+    hover: str,
 ) -> _Card:
-    """A heatmap with a slider over the batches."""
-    n_tasks = len(order)
-    chosen = evenly(len(batches), max(3, min(_MATRICES, _ENTRIES // n_tasks**2)))
-    matrices = values(run, chosen)[:, order][:, :, order]
-    matrices += 0.0  # no -0.0
+    """A heatmap with a slider over the batches; it begins with the last one."""
+    matrices = matrices[:, order][:, :, order] + np.float32(0)  # no -0.0
     tasks = [run.tasks[k] for k in order]
-    cell = _cell(n_tasks)
+    cell = _cell(len(tasks))
     room = _room(tasks, cell)
-    side, least = round(cell * n_tasks), round(min(cell, 25) * n_tasks)
+    side, least = round(cell * len(tasks)), round(min(cell, 25) * len(tasks))
     frames = [
         go.Frame(name=str(batch), data=[{"type": "heatmap", "z": matrix}])
-        for batch, matrix in zip(batches[chosen], matrices, strict=True)
+        for batch, matrix in zip(batches, matrices, strict=True)
     ]
-    pause = {"mode": "immediate", "transition": {"duration": 0}}
-    now = {**pause, "frame": {"duration": 0, "redraw": True}}
-    play = {**now, "fromcurrent": True, "frame": {"duration": 120, "redraw": True}}
-    few = n_tasks <= _FEW
+    few = len(tasks) <= _FEW
     figure = go.Figure(
         {
             "type": "heatmap",
@@ -231,10 +236,7 @@ def _matrices(
             "ygap": 1 if few else 0,
             "texttemplate": "%{z:.1f}" if few else None,
             "textfont": {"size": 10, "color": _INK},
-            "hovertemplate": f"step on %{{y}}<br>effect on %{{x}}<br>{what} %{{z:.3f}}"
-            "<extra></extra>"
-            if what == "affinity"
-            else f"%{{y}}<br>%{{x}}<br>{what} %{{z:.3f}}<extra></extra>",
+            "hovertemplate": hover,
             "colorbar": {"thickness": 12, "outlinewidth": 0, "tickvals": [-1, -0.5, 0, 0.5, 1]},
         },
         _layout(
@@ -242,51 +244,44 @@ def _matrices(
             margin={"l": room, "r": 56, "t": 84, "b": room},
             xaxis=_named_axis(tasks, cell, tickangle=-90),
             yaxis=_named_axis(tasks, cell, autorange="reversed"),
-            sliders=[
-                {
-                    "active": len(frames) - 1,
-                    "currentvalue": {"prefix": "batch ", "xanchor": "left", "font": {"size": 12}},
-                    "x": 0.0,
-                    "len": 1.0,
-                    "xanchor": "left",
-                    "y": 1.0,
-                    "yanchor": "bottom",
-                    "pad": {"b": 2, "l": 122, "r": 4},
-                    "ticklen": 0,
-                    "minorticklen": 0,
-                    "font": {"size": 10},
-                    "steps": [
-                        {"label": frame.name, "method": "animate", "args": [[frame.name], now]}
-                        for frame in frames
-                    ],
-                }
-            ],
-            updatemenus=[
-                {
-                    "type": "buttons",
-                    "direction": "right",
-                    "showactive": False,
-                    "x": 0.0,
-                    "xanchor": "left",
-                    "y": 1.0,
-                    "yanchor": "bottom",
-                    "pad": {"b": 26, "r": 4, "t": 0},
-                    "font": {"size": 11},
-                    "buttons": [
-                        {"label": "Play", "method": "animate", "args": [None, play]},
-                        {
-                            "label": "Pause",
-                            "method": "animate",
-                            "args": [[None], {**pause, "frame": {"duration": 0}}],
-                        },
-                    ],
-                }
-            ],
+            **_player([frame.name for frame in frames]),
         ),
         frames,
     )
     width = side + room + 56
     return _Card(name, figure, least + room + 56, max(width, min(800, 2 * width)))
+
+
+def _player(frames: Sequence[str]) -> dict[str, Any]:
+    """Above the figure: a slider with a step for each frame, and buttons to play and pause."""
+    above = {"x": 0.0, "xanchor": "left", "y": 1.0, "yanchor": "bottom"}
+    at_once = {"mode": "immediate", "transition": {"duration": 0}}
+    show = {**at_once, "frame": {"duration": 0, "redraw": True}}
+    play = {**at_once, "frame": {"duration": 120, "redraw": True}, "fromcurrent": True}
+    stop = {**at_once, "frame": {"duration": 0, "redraw": False}}
+    slider = {
+        **above,
+        "active": len(frames) - 1,
+        "currentvalue": {"prefix": "batch ", "xanchor": "left", "font": {"size": 12}},
+        "pad": {"b": 2, "l": 122, "r": 4},  # beside the buttons
+        "ticklen": 0,
+        "minorticklen": 0,
+        "font": {"size": 10},
+        "steps": [{"label": name, "method": "animate", "args": [[name], show]} for name in frames],
+    }
+    buttons = {
+        **above,
+        "type": "buttons",
+        "direction": "right",
+        "showactive": False,
+        "pad": {"b": 26, "r": 4, "t": 0},
+        "font": {"size": 11},
+        "buttons": [
+            {"label": "Play", "method": "animate", "args": [None, play]},
+            {"label": "Pause", "method": "animate", "args": [[None], stop]},
+        ],
+    }
+    return {"sliders": [slider], "updatemenus": [buttons]}
 
 
 def _partition(run: RunData, name: str, order: list[int]) -> _Card:
