@@ -87,5 +87,5 @@ $(TORCH_STAMP): .venv/bin/python
 	@touch $@
 
 .venv/%.stamp: $(TORCH_STAMP) $(BUILD)
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$*]"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$*]" $(TORCH)
 	@touch $@

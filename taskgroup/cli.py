@@ -472,27 +472,27 @@ def _predict(run: Path, images: list[Path], out: Path) -> None:
 
 
 def _figures(runs: list[Path], pair: list[str] | None, out: Path) -> None:
-    from taskgroup.experiment.history import load_run_data
+    from taskgroup.experiment.history import load_runs
     from taskgroup.report.figures import figures as draw
 
     if pair is not None and len(pair) != 2:
         raise ValueError(f"--pair takes two tasks, got {', '.join(pair) or 'none'}.")
-    written, notes = draw(
-        [load_run_data(run) for run in runs], out, None if pair is None else (pair[0], pair[1])
-    )
-    for note in notes:
+    found, left_out = load_runs(runs)
+    written, notes = draw(found, out, None if pair is None else (pair[0], pair[1]))
+    for note in [*left_out, *notes]:
         rich.get_console().print(note, soft_wrap=True, markup=False, highlight=False)
     _say_where(", ".join(path.name for path in written) or "No pictures", out)
 
 
 def _report(runs: list[Path], out: Path) -> None:
-    from taskgroup.experiment.history import load_run_data
+    from taskgroup.experiment.history import load_runs
     from taskgroup.report.page import write_report
 
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name the HTML file with --out.")
     console = rich.get_console()
-    for note in write_report([load_run_data(run) for run in runs], out):
+    found, left_out = load_runs(runs)
+    for note in write_report(found, out, left_out):
         console.print(note, soft_wrap=True, markup=False, highlight=False)
     console.print(f"The report is {out}", soft_wrap=True, markup=False, highlight=False)
 

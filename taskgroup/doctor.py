@@ -110,7 +110,8 @@ def _hardware(broken: list[str]) -> list[tuple[str, str]]:
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
         rows.append((f"GPU {index}", name))
-        if compiled and not covers(compiled, major, minor):
+        wanted = os.environ.get("TASKGROUP_BACKEND", "cuda")
+        if wanted == "cuda" and compiled and not covers(compiled, major, minor):
             broken.append(
                 f"The CUDA kernels were compiled for {_numbers(compiled)}, and GPU {index} has "
                 f"{major}.{minor}: build them again from the sources (CUDAARCHS={major}{minor} "
@@ -119,7 +120,7 @@ def _hardware(broken: list[str]) -> list[tuple[str, str]]:
             )
     if not _gpus():
         why = "torch sees none" if torch.version.cuda else "this torch is built without CUDA"
-        rows.append(("GPU", f"none: {why}"))
+        rows.append(("GPU", f"none: {why}; where there is one, install a torch for CUDA"))
     return rows
 
 
@@ -166,11 +167,15 @@ def _backends(broken: list[str]) -> list[tuple[str, str]]:
     for name, problem in ops.backends().items():
         if native.broken and problem == native.problem:
             rows.append((name, "broken: see the end"))
+        elif problem:
+            rows.append((name, f"off: {problem}"))
+        elif name in ("cuda", "triton") and not _gpus():
+            rows.append((name, f"there, and no GPU to run on: {what[name]}"))
         else:
-            rows.append((name, f"off: {problem}" if problem else f"on: {what[name]}"))
+            rows.append((name, f"on: {what[name]}"))
     for variable in ("TASKGROUP_BACKEND", "TRITON_INTERPRET"):
         if value := os.environ.get(variable):
-            rows += [("override", f"{variable}={value}")]
+            rows += [("override", f"{variable}={value}; unset it to have the choice above")]
     return rows
 
 
@@ -211,10 +216,16 @@ def _choices() -> Iterator[list[tuple[str, str, Collection[str]]]]:
 def _ops(broken: list[str]) -> list[tuple[str, str]]:
     # The ops are run: what was not run is not known to work.
     rows = []
+    requested = _backend._BACKENDS.get(_backend._requested or "")
+    only = None if requested is None else requested.devices
+    devices = [torch.device("cpu"), *_gpus()]
+    devices = [device for device in devices if only is None or device.type in only]
+    if not devices:
+        return [("", f"not tried: {_backend._requested} runs on a GPU, and there is none")]
     failures: dict[str, list[str]] = {}
     for op in sorted(set(ops.__all__) - {"backends", "use_backend"}):
         where, of = [], ""
-        for device in [torch.device("cpu"), *_gpus()]:
+        for device in devices:
             try:
                 with _choices() as choices:
                     _try(op, device)

@@ -82,8 +82,9 @@ tg.AffinityPropagation().no_such_thing
 
 @pytest.fixture(scope="session")
 def sdist():
-    (path,) = ROOT.glob("dist/*.tar.gz")
-    return path
+    paths = list(ROOT.glob("dist/*.tar.gz"))
+    assert len(paths) == 1, "dist/ holds no source distribution, or several: run make dist first"
+    return paths[0]
 
 
 @pytest.fixture(scope="session")

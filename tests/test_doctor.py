@@ -60,6 +60,14 @@ def test_another_backend(report, monkeypatch):
         assert re.search(rf"^  {op} +reference on cpu", said, re.MULTILINE), op
 
 
+def test_backend_of_gpus_without_one(report, monkeypatch):
+    with tg.ops.use_backend("triton"):
+        status, _, text = report()
+    assert status == 0
+    assert "not tried: triton runs on a GPU, and there is none" in text
+    assert "there, and no GPU to run on" in text
+
+
 def test_backend_that_there_is_not(report, monkeypatch):
     monkeypatch.setattr(_backend, "_requested", "cuba")
     status, _, text = report()
@@ -67,6 +75,7 @@ def test_backend_that_there_is_not(report, monkeypatch):
     assert text.count("Broken: ") == 1
     assert "no backend 'cuba' (TASKGROUP_BACKEND" in text
     assert "task_gram broken on cpu" in text
+    assert "Unset it" in text
 
 
 def test_torch_that_is_too_old(report, monkeypatch):

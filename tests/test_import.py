@@ -8,6 +8,9 @@ import taskgroup as tg
 EXTRAS = [
     "cvxpy",
     "matplotlib",
+    "PIL",
+    "plotly",
+    "river",
     "rich",
     "scipy",
     "skimage",

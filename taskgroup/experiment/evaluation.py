@@ -99,7 +99,10 @@ def read_settings(run: Path) -> Recipe:
     """
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{run} is no run: it has no config.yaml.")
-    return read_recipe(run / "config.yaml")
+    try:
+        return read_recipe(run / "config.yaml")
+    except ValueError as error:
+        raise ValueError(f"The settings in {run / 'config.yaml'}: {error}") from None
 
 
 def read_checkpoint(run: Path) -> dict[str, Any]:
@@ -124,12 +127,15 @@ def load_summary(run: str | Path) -> dict[str, Any]:
     """``summary.json`` of a finished run.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or it cannot be read.
     """
     path = Path(run) / "summary.json"
     if not path.is_file():
         raise ValueError(f"{run} has no summary.json: it is no run, or not finished.")
-    summary: dict[str, Any] = json.loads(path.read_text())
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} cannot be read; delete it, and --resume the run.") from None
     return summary
 
 

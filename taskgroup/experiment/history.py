@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from taskgroup.experiment.evaluation import load_summary, read_settings
 from taskgroup.experiment.recipe import Recipe
 from taskgroup.report.history import RunData
 
-__all__ = ["load_run_data"]
+__all__ = ["load_run_data", "load_runs"]
 
 
 def load_run_data(run: str | Path) -> RunData:
@@ -30,7 +30,36 @@ def load_run_data(run: str | Path) -> RunData:
         ValueError: if it is no run, or a line of its files cannot be read; but the last one may be
             cut short, and is left out then.
     """
-    run = Path(run)
+    try:
+        return _load(Path(run))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{run} cannot be read, it may be of another version of taskgroup ("
+            f"{type(error).__name__}: {error}); leave it out."
+        ) from error
+
+
+def load_runs(runs: Iterable[str | Path]) -> tuple[list[RunData], list[str]]:
+    """Read several runs; of those that cannot be read, say why.
+
+    Returns:
+        The runs, and a sentence on each that is left out.
+
+    Raises:
+        ValueError: if none can be read.
+    """
+    found, notes = [], []
+    for run in runs:
+        try:
+            found.append(load_run_data(run))
+        except ValueError as error:
+            notes.append(f"Left out: {error}")
+    if not found:
+        raise ValueError(" ".join(notes).replace("Left out: ", ""))
+    return found, notes
+
+
+def _load(run: Path) -> RunData:
     recipe = read_settings(run)
     lines = _lines(run / "metrics.jsonl")
     first = next(lines, None)
@@ -49,6 +78,7 @@ def load_run_data(run: str | Path) -> RunData:
     summary = load_summary(run) if (run / "summary.json").is_file() else None
     affinity_batches, affinities = _matrices(run / "affinity.jsonl", len(tasks))
     conflict_batches, conflicts = _matrices(run / "conflicts.jsonl", len(tasks))
+    evaluation_batches, evaluations = _evaluations(run / "evaluations.jsonl", tasks)
     return RunData(
         name=str(run),
         settings=dataclasses.asdict(recipe),
@@ -56,12 +86,14 @@ def load_run_data(run: str | Path) -> RunData:
         warmup=_warmup(recipe, len(tasks), batches, steps),
         batches=np.array(batches, np.int64),
         groups=np.array(groups, np.int16).reshape(len(batches), len(tasks)),
-        losses=np.array(losses, np.float32).reshape(len(batches), len(tasks)),
+        losses=_float32(losses).reshape(len(batches), len(tasks)),
         seconds=_seconds(run, summary),
         affinity_batches=affinity_batches,
         affinities=affinities,
         conflict_batches=conflict_batches,
         conflicts=conflicts,
+        evaluation_batches=evaluation_batches,
+        evaluations=evaluations,
         metrics=None if summary is None else summary["metrics"],
         metric_names=_metric_names(summary or {}),
         delta_m=None if summary is None else summary["delta_m"],
@@ -107,7 +139,7 @@ def _warmup(recipe: Recipe, n_tasks: int, batches: Sequence[int], steps: Sequenc
             rounds, undealt = rounds + 1, n_tasks
         if rounds == recipe.warmup:
             return batch
-    return max(recipe.warmup, batches[-1])
+    return max([recipe.warmup, *batches[-1:]])
 
 
 def _seconds(run: Path, summary: Mapping[str, Any] | None) -> dict[str, float] | None:
@@ -125,8 +157,21 @@ def _matrices(path: Path, n_tasks: int) -> tuple[NDArray[np.int64], NDArray[np.f
     """The batches ``[N]`` and matrices ``[N, K, K]`` of a file, if there is one."""
     lines = list(_lines(path)) if n_tasks else []
     batches = np.array([line["batch"] for line in lines], np.int64)
-    matrices = np.array([line["matrix"] for line in lines], np.float32)
+    matrices = _float32([line["matrix"] for line in lines])
     return batches, matrices.reshape(len(lines), n_tasks, n_tasks)
+
+
+def _evaluations(path: Path, tasks: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The batches ``[E]`` and metrics ``[E, K]`` of a file, if there is one."""
+    lines = list(_lines(path))
+    batches = np.array([line["batch"] for line in lines], np.int64)
+    metrics = _float32([[line["metrics"].get(task, np.nan) for task in tasks] for line in lines])
+    return batches, metrics.reshape(len(lines), len(tasks))
+
+
+def _float32(values: Sequence[Any]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # what is too large is infinite
+        return np.array(values, np.float32)
 
 
 def _metric_names(summary: Mapping[str, Any]) -> dict[str, str]:

@@ -34,7 +34,7 @@ from taskgroup.report import plots
 __all__ = ["Interrupted", "Run", "load_metrics"]
 
 _EVENTS_EVERY = 10  # batches; TensorBoard thins finer curves out anyway
-_RECORDS = 400  # of affinity and seconds, evenly spread over a run: a picture shows no more
+_RECORDS = 400  # of affinity and seconds at most, evenly spread: a picture shows no more
 _LINES = (
     *("metrics.jsonl", "affinity.jsonl", "seconds.jsonl", "conflicts.jsonl"),
     "evaluations.jsonl",  # the last one; Run.resume relies on it
@@ -49,7 +49,7 @@ class Run:
     """One training run in a folder of its own.
 
     The folder holds ``config.yaml``; ``metrics.jsonl``, a line per batch; ``affinity.jsonl`` and
-    ``seconds.jsonl``, the matrix and the time so far 400 times a run; ``conflicts.jsonl`` and
+    ``seconds.jsonl``, the matrix and the time so far up to 400 times a run; ``conflicts.jsonl`` and
     ``evaluations.jsonl`` where the recipe wants any on the way; ``checkpoint.pt``; TensorBoard
     events; and, at the end, ``summary.json`` and pictures. A run that was stopped, even by SIGKILL,
     goes on exactly from its last checkpoint.
@@ -147,13 +147,16 @@ class Run:
                 if self._evaluates_now() and self._evaluated < trainer.batch:
                     self._record_evaluation(board)
                     continue  # and look whether to stop
+                started = time.perf_counter()
                 conflicts = self.recipe.conflicts_every
                 if conflicts is not None and trainer.batch % conflicts == 0:
+                    trainer.peek()  # whose time is that of the training
+                    paused = time.perf_counter()
                     self._record_conflicts()
-                started = time.perf_counter()
+                    started += time.perf_counter() - paused
                 progress = trainer.step()
                 _write_line(metrics, progress)
-                recorded = trainer.batch % max(1, self.recipe.batches // _RECORDS) == 0
+                recorded = trainer.batch % -(-self.recipe.batches // _RECORDS) == 0
                 if recorded:
                     self._record_affinity()
                 if trainer.batch % _EVENTS_EVERY == 0:

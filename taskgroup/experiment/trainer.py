@@ -163,12 +163,12 @@ class Trainer:
 
     def _next(self) -> Any:
         """The next batch of the stream, on the device."""
-        batch, self._ahead = self._peek(), None
+        batch, self._ahead = self.peek(), None
         self._drawn += 1
         return batch
 
-    def _peek(self) -> Any:
-        """What :meth:`_next` gives next."""
+    def peek(self) -> Any:
+        """The batch to come, on the device."""
         if self._ahead is None:
             self._ahead = tree_map(
                 lambda tensor: tensor.to(self.device, non_blocking=True), next(self._stream)
@@ -271,7 +271,7 @@ class Trainer:
 
         Nothing of the training changes: it goes on as if nobody had looked.
         """
-        batch = self._peek()
+        batch = self.peek()
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with torch.random.fork_rng([self.device] if self._on_gpu else []), self._autocast():
             outputs = self.model(self.problem.inputs(batch))

@@ -133,11 +133,11 @@ def _check_available(name: str) -> None:
         raise ValueError(
             f"taskgroup has no backend {name!r} (TASKGROUP_BACKEND or use_backend asked for it). "
             + "; ".join([f"Available: {available}", *missing])
-            + "."
+            + ". Unset it, or ask for one of these."
         )
     raise RuntimeError(
         f"taskgroup cannot use its backend {name!r}: {_BACKENDS[name].problem}. "
-        f"Available: {available}."
+        f"Available: {available}." + (" Unset TASKGROUP_BACKEND." if name == _requested else "")
     )
 
 
@@ -192,7 +192,8 @@ def preferred(device: str, implemented: Collection[str]) -> str:
             if devices is not None and device not in devices:
                 raise RuntimeError(
                     f"taskgroup's backend {_requested!r} runs on {' and '.join(devices)}, and the "
-                    f"arguments are on {device}: move them, or choose another with use_backend."
+                    f"arguments are on {device}: move them, unset TASKGROUP_BACKEND, or choose "
+                    "another with use_backend."
                 )
             return _requested
     for name, backend in _BACKENDS.items():

@@ -27,6 +27,7 @@ __all__ = [
     "average_share",
     "changed_most",
     "check_pair",
+    "differences",
     "group_colours",
     "group_counts",
     "order_by_share",
@@ -61,6 +62,7 @@ _WORK = (
 _WAYS = (
     *("grouping", "affinity", "credit", "outside"),
     *("groups_per_batch", "observe_every", "regroup_every"),
+    *("warmup", "preference", "batches"),
 )
 # Runs that differ in these alone are averaged; the method and the tasks are looked at elsewhere.
 _INCIDENTAL = {
@@ -88,6 +90,8 @@ class RunData:
         affinities: ``[N, K, K]``, row i the effect of stepping task i.
         conflict_batches: ``[C]``, the batches before which conflicts were measured.
         conflicts: ``[C, K, K]``, cosines of the tasks' gradients on the shared parameters.
+        evaluation_batches: ``[E]``, the batches after which held-out data was evaluated on the way.
+        evaluations: ``[E, K]``; NaN of a task whose metric takes too long for that.
         metrics: ``{task: value}`` on held-out data; None of a run that is not finished.
         metric_names: ``{task: name}`` of the same, with an arrow towards what is better.
         delta_m: in percent, against the baseline of the run; None without one.
@@ -105,6 +109,8 @@ class RunData:
     affinities: NDArray[np.float32]
     conflict_batches: NDArray[np.int64]
     conflicts: NDArray[np.float32]
+    evaluation_batches: NDArray[np.int64]
+    evaluations: NDArray[np.float32]
     metrics: Mapping[str, float] | None
     metric_names: Mapping[str, str]
     delta_m: float | None
@@ -189,7 +195,7 @@ def seconds_per_batch(runs: Sequence[RunData]) -> tuple[list[Bar], list[str]]:
     if alone := [bar.label for bar in bars if bar.ratio is None]:
         notes.append(
             f"The time of {listed(alone)} is not relative to joint training: no joint run of the "
-            "same tasks, network and batches is finished."
+            "same tasks, network and batches is there."
         )
     return bars, notes
 
@@ -285,25 +291,28 @@ def group_colours(groups: NDArray[np.int16]) -> NDArray[np.int16]:
     """
     colours = np.full(groups.shape, -1, np.int16)
     last = np.full(groups.shape[1], -1)
-    used: dict[int, int] = {}  # colour: the time it was in use
+    used: list[int] = []  # the time when each colour was in use
     for n, labels in enumerate(groups):
-        members = [labels == g for g in range(labels.max() + 1)]
-        members = [group for group in members if group.sum() > 1]
-        common = np.array([[(last[g] == c).sum() for c in used] for g in members], int)
-        common = common.reshape(len(members), len(used))
-        found: dict[int, int] = {}
-        for g, c in zip(*linear_sum_assignment(common, maximize=True), strict=True):
-            if common[g, c]:
-                found[int(g)] = list(used)[c]
-        for g, group in enumerate(members):
-            if g not in found:
-                free = [c for c in used if c not in found.values()]
-                oldest = min(free, key=lambda c: used[c], default=None)
-                if oldest is None or used[oldest] >= n - 1:  # of the picture just before
+        sizes = np.bincount(labels)
+        common = np.zeros((len(sizes), 1 + len(used)), np.int64)
+        np.add.at(common, (labels, 1 + last), 1)
+        shared = np.flatnonzero(sizes > 1)
+        rows, found = linear_sum_assignment(common[shared, 1:], maximize=True)
+        colour_of = {
+            int(group): int(colour)
+            for group, colour in zip(shared[rows], found, strict=True)
+            if common[group, 1 + colour]
+        }
+        for group in shared.tolist():
+            if group not in colour_of:
+                free = set(range(len(used))) - set(colour_of.values())
+                oldest = min(free, key=used.__getitem__, default=len(used))
+                if oldest == len(used) or used[oldest] >= n - 1:  # of the picture just before
                     oldest = len(used)
-                found[g] = oldest
-            used[found[g]] = n
-            colours[n, group] = last[group] = found[g]
+                    used.append(n)
+                colour_of[group] = oldest
+            used[colour_of[group]] = n
+            colours[n, labels == group] = last[labels == group] = colour_of[group]
     return colours
 
 
@@ -377,6 +386,16 @@ def affinity_courses(runs: Sequence[RunData], pair: Pair) -> list[Course]:
     return courses
 
 
+def differences(runs: Sequence[RunData]) -> list[str]:
+    """The settings in which each of the runs may differ from the others, in words.
+
+    Left out are the method, the seed, and what changes nothing of a training.
+    """
+    names = list(dict.fromkeys(name for run in runs for name in run.settings))
+    differing = _differing(runs, [name for name in names if name not in _INCIDENTAL])
+    return [", ".join(_setting(name, run.settings.get(name)) for name in differing) for run in runs]
+
+
 def short(name: str) -> str:
     """A name of forty letters at most, the middle of a longer one left out."""
     return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 9]}…{name[-8:]}"
@@ -444,13 +463,10 @@ def _words(run: RunData, names: Iterable[str], runs: Iterable[RunData]) -> list[
     for name in names:
         usual = Counter(_values(other, [name]) for other in runs).most_common(1)[0][0]
         value = run.settings.get(name)
-        shown = f"{value:g}" if isinstance(value, float) else str(value)
-        if isinstance(value, list | tuple):
-            shown = "x".join(map(str, value))
         if name in _SPEAKING:
-            words.append(shown)
+            words.append(str(value))
         elif _values(run, [name]) != usual:
-            words.append(f"{name.replace('_', ' ')} {'all' if value is None else shown}")
+            words.append(_setting(name, value))
     return words
 
 
@@ -463,3 +479,13 @@ def _mean_sections(runs: Sequence[RunData]) -> dict[str, float]:
     names = [name for name in SECTIONS if any(name in s for s in seconds)]
     means = {name: float(np.mean([s.get(name, 0.0) for s in seconds])) for name in names}
     return {**means, "other": max(0.0, total - sum(means.values()))}
+
+
+def _setting(name: str, value: Any) -> str:
+    if value is None:
+        shown = "all" if name == "groups_per_batch" else "by default"
+    elif isinstance(value, list | tuple):
+        shown = "x".join(map(str, value))
+    else:
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{name.replace('_', ' ')} {shown}"

@@ -6,6 +6,7 @@ import html
 import os
 import textwrap
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -35,12 +36,17 @@ __all__ = ["write_report"]
 _FEW = 24  # tasks that have a picture each, and numbers in their matrices
 _ENTRIES = 500_000  # of all matrices of a slider: 3 MB
 _MATRICES = 200  # on a slider
-_COLUMNS = 400  # of a partition or losses over time
+_COLUMNS = 800  # of a partition
 _POINTS = 200  # of a line
+_SLIDER = 260  # pixels that it and its buttons take at least
 _LETTER = 6.7  # pixels, of a name
 _LABEL = 26  # letters of a line of a bar's label
 _LINES = colors.qualitative.D3
-_GROUPS = (*colors.qualitative.D3[:7], *colors.qualitative.D3[8:], *colors.qualitative.Dark24)
+_GROUPS = [
+    colour
+    for colour in (*colors.qualitative.D3, *colors.qualitative.Dark24)
+    if colour not in ("#7F7F7F", "#1CA71C")  # grey is for tasks that are alone, and one green twice
+]
 _DIVERGING = [(0, "#d6604d"), (0.5, "#ffffff"), (1, "#4393c3")]  # numbers in ink are legible
 _ALONE = "#dddddd"
 _INK = "#24292f"
@@ -55,12 +61,14 @@ class _Card(NamedTuple):
         figure: that is drawn when it comes into sight.
         width: the least that it can be read at, pixels; a narrower window scrolls it.
         widest: that it looks well at.
+        below: said under it; plain text.
     """
 
     title: str
     figure: go.Figure
     width: int
     widest: int | None = None
+    below: str = ""
 
 
 class _Section(NamedTuple):
@@ -81,7 +89,9 @@ class _Section(NamedTuple):
     lines: bool = False
 
 
-def write_report(runs: Sequence[RunData], path: str | os.PathLike[str]) -> list[str]:
+def write_report(
+    runs: Sequence[RunData], path: str | os.PathLike[str], notes: Sequence[str] = ()
+) -> list[str]:
     """Write a page on runs, finished or still training.
 
     It shows the affinity and the groups over time, the losses, the time of a batch, conflicts and
@@ -90,9 +100,10 @@ def write_report(runs: Sequence[RunData], path: str | os.PathLike[str]) -> list[
     Args:
         runs: those to show.
         path: of the HTML file, which is written whole or not at all.
+        notes: sentences on what was left out before.
 
     Returns:
-        Sentences on what was left out and why; the page has them too.
+        The notes, and what else was left out and why, as the page has them.
 
     Raises:
         ValueError: if there is no run, or none has trained on a batch yet.
@@ -104,7 +115,8 @@ def write_report(runs: Sequence[RunData], path: str | os.PathLike[str]) -> list[
             f"There is nothing to report: {listed([run.name for run in runs])} "
             "has trained on no batch yet."
         )
-    notes = [f"{run.name} has trained on no batch yet." for run in runs if run not in shown]
+    begun = [f"{run.name} has trained on no batch yet." for run in runs if run not in shown]
+    notes = [*notes, *begun]
     names = history.short_names(shown)
     order = {run.name: _order(run, shown) for run in shown}
     bars, left_out = history.seconds_per_batch(shown)
@@ -118,7 +130,7 @@ def write_report(runs: Sequence[RunData], path: str | os.PathLike[str]) -> list[
             [
                 _affinities(run, name, order[run.name])
                 for run, name in zip(shown, names, strict=True)
-                if run.affinities.any()
+                if run.affinities.any() and len(run.tasks) > 1
             ],
         ),
         _Section(
@@ -135,7 +147,8 @@ def write_report(runs: Sequence[RunData], path: str | os.PathLike[str]) -> list[
         *_losses(shown, names, order),
         _Section(
             "Time of a batch",
-            "Where the time of a batch goes. Of runs that differ in the seed the mean.",
+            "Where the time of a batch goes, warm-up included; of a run that is training, so far. "
+            "The mean of runs that differ in nothing that takes time.",
             [_times(bars)] if bars else [],
         ),
         _Section(
@@ -149,8 +162,14 @@ def write_report(runs: Sequence[RunData], path: str | os.PathLike[str]) -> list[
             ],
         ),
         _Section(
+            "Held-out data over time",
+            "Metrics of each task, evaluated on the way.",
+            _evaluations(shown, names),
+            lines=True,
+        ),
+        _Section(
             "Held-out data",
-            "↑ higher is better, ↓ lower; the best of each row is bold.",
+            "At the end. ↑ higher is better, ↓ lower; the best of each row is bold.",
             table=_metrics_table(shown, names),
         ),
     ]
@@ -159,7 +178,7 @@ def write_report(runs: Sequence[RunData], path: str | os.PathLike[str]) -> list[
             "No conflicts are shown: no run has measured any (taskgroup train --set "
             "conflicts_every=100 does)."
         )
-    notes += left_out if not bars else [note for note in left_out if "is without" in note]
+    notes += left_out
     page = _page([s for s in sections if s.cards or s.table], shown, names, notes)
     tg.checkpoint.write_atomically(Path(path), lambda file: file.write(page.encode()))
     return notes
@@ -183,25 +202,35 @@ def _order(run: RunData, runs: Sequence[RunData]) -> list[int]:
 
 def _affinities(run: RunData, name: str, order: list[int]) -> _Card:
     """Each column in units of its task's self-affinity; blank where it has none."""
-    chosen = _of_matrices(run.affinities)
+    chosen = _with_room(run.affinities)
     matrices = run.affinities[chosen]
     own = matrices.diagonal(axis1=1, axis2=2)[:, None, :]
     with np.errstate(divide="ignore", invalid="ignore"):
         matrices = np.where(own > 0, matrices / own, np.float32(np.nan))
     hover = "step on %{y}<br>effect on %{x}<br>affinity %{z:.3f}<extra></extra>"
-    return _matrices(run, name, order, run.affinity_batches[chosen], matrices, hover)
+    title = _of_matrices(name, run.affinity_batches, chosen)
+    return _matrices(run, title, order, run.affinity_batches[chosen], matrices, hover)
 
 
 def _conflicts(run: RunData, name: str, order: list[int]) -> _Card:
-    chosen = _of_matrices(run.conflicts)
+    chosen = _with_room(run.conflicts)
     hover = "%{y}<br>%{x}<br>cosine %{z:.3f}<extra></extra>"
-    return _matrices(run, name, order, run.conflict_batches[chosen], run.conflicts[chosen], hover)
+    title = _of_matrices(name, run.conflict_batches, chosen)
+    batches, matrices = run.conflict_batches[chosen], run.conflicts[chosen]
+    return _matrices(run, title, order, batches, matrices, hover)
 
 
-def _of_matrices(matrices: NDArray[np.float32]) -> NDArray[np.int64]:
+def _with_room(matrices: NDArray[np.float32]) -> NDArray[np.int64]:
     """Which of them a page has room for."""
     most = min(_MATRICES, _ENTRIES // matrices[0].size)
     return evenly(len(matrices), max(3, most))
+
+
+def _of_matrices(name: str, batches: NDArray[np.int64], chosen: NDArray[np.int64]) -> str:
+    if len(batches) == 1:
+        return f"{name}, batch {batches[0]}"
+    left_out = len(chosen) < len(batches)
+    return f"{name}; {len(chosen)} of {len(batches)} matrices" if left_out else name
 
 
 def _matrices(
@@ -217,7 +246,8 @@ def _matrices(
     tasks = [run.tasks[k] for k in order]
     cell = _cell(len(tasks))
     room = _room(tasks, cell)
-    side, least = round(cell * len(tasks)), round(min(cell, 25) * len(tasks))
+    side = max(_SLIDER, round(cell * len(tasks)))
+    least = max(_SLIDER, round(min(cell, 25) * len(tasks)))
     frames = [
         go.Frame(name=str(batch), data=[{"type": "heatmap", "z": matrix}])
         for batch, matrix in zip(batches, matrices, strict=True)
@@ -240,11 +270,11 @@ def _matrices(
             "colorbar": {"thickness": 12, "outlinewidth": 0, "tickvals": [-1, -0.5, 0, 0.5, 1]},
         },
         _layout(
-            side + room + 84,
+            round(cell * len(tasks)) + room + 84,
             margin={"l": room, "r": 56, "t": 84, "b": room},
             xaxis=_named_axis(tasks, cell, tickangle=-90),
             yaxis=_named_axis(tasks, cell, autorange="reversed"),
-            **_player([frame.name for frame in frames]),
+            **(_player([frame.name for frame in frames]) if len(frames) > 1 else {}),
         ),
         frames,
     )
@@ -323,7 +353,14 @@ def _partition(run: RunData, name: str, order: list[int]) -> _Card:
             shapes=_warmup(run),
         ),
     )
-    return _Card(name, figure, room + 260)
+    title = name
+    if (n_colours := int(colours.max()) + 1) > len(_GROUPS):
+        title += f"; {n_colours} groups have {len(_GROUPS)} colours, so some have the same"
+    now = [
+        ", ".join(run.tasks[k] for k in order if run.groups[-1, k] == group)
+        for group in dict.fromkeys(run.groups[-1, order].tolist())
+    ]
+    return _Card(title, figure, room + 260, below=f"Groups now: {'; '.join(now)}.")
 
 
 def _group_counts(runs: Sequence[RunData], names: Sequence[str]) -> list[_Card]:
@@ -334,15 +371,20 @@ def _group_counts(runs: Sequence[RunData], names: Sequence[str]) -> list[_Card]:
             yaxis={"title": {"text": "groups"}, "rangemode": "tozero"},
         )
     )
-    width = 0
+    width, most = 0, 0.0
     for n, (run, name) in enumerate(zip(runs, names, strict=True)):
         if run.method == "selective":
             points = thin(run.batches, run.groups.max(1) + 1, run.warmup, _POINTS)
             figure.add_traces(_line(points, name, n, "%{y:.3~g} groups"))
             width = max(width, points.width)
+            most = max(most, points.high.max())
     if not figure.data:
         return []
     figure.update_xaxes(title={"text": f"batch{_means(width)}"})
+    if most < 10:
+        figure.update_yaxes(dtick=1)
+    if width == 1:
+        figure.update_traces(line_shape="hv")
     return [_Card("", figure, 300)]
 
 
@@ -360,25 +402,49 @@ def _losses(
             "two: green has fallen, brown has risen."
         )
         return [_Section("Losses", words, cards)]
-    spread = [thin(run.batches, run.losses, points=_POINTS) for run in runs]  # of all tasks
+    spread = [thin(run.batches, run.losses, points=_POINTS) for run in runs]
+    words = f"Before the first step of a batch{_means(max(points.width for points in spread))}."
+    return [_Section("Losses", words, _of_tasks(tasks, runs, names, spread), lines=True)]
+
+
+def _evaluations(runs: Sequence[RunData], names: Sequence[str]) -> list[_Card]:
+    """A picture for each of a few tasks."""
+    spread = [thin(run.evaluation_batches, run.evaluations, points=_POINTS) for run in runs]
+    tasks = [
+        task
+        for task in dict.fromkeys(task for run in runs for task in run.tasks)
+        if any(
+            task in run.tasks and np.isfinite(run.evaluations[:, run.tasks.index(task)]).any()
+            for run in runs
+        )
+    ]
+    return _of_tasks(tasks, runs, names, spread) if len(tasks) <= _FEW else []
+
+
+def _of_tasks(
+    tasks: Sequence[str],
+    runs: Sequence[RunData],
+    names: Sequence[str],
+    spread: Sequence[Thinned],
+) -> list[_Card]:
+    """A picture for each task with a line for each run, of values ``[P, K]``."""
     cards = []
     for task in tasks:
         figure = go.Figure(layout=_layout(190, margin={"l": 46, "r": 8, "t": 6, "b": 28}))
         least = np.inf
         for n, (run, name) in enumerate(zip(runs, names, strict=True)):
-            if task in run.tasks:
+            if task in run.tasks and len(spread[n].batches):
                 points = spread[n].of(run.tasks.index(task))
                 figure.add_traces(_line(points, name, n, "%{y:.4~g}"))
                 least = np.nanmin(points.low, initial=least)
         if least > 0:
             figure.update_yaxes(type="log", nticks=5, tickformat="~g", minor={"nticks": 2})
         cards.append(_Card(task, figure, 250))
-    words = f"Before the first step of a batch{_means(max(points.width for points in spread))}."
-    return [_Section("Losses", words, cards, lines=True)]
+    return cards
 
 
 def _loss_map(run: RunData, name: str, order: list[int]) -> _Card:
-    points = thin(run.batches, run.losses[:, order], points=_COLUMNS // 2)
+    points = thin(run.batches, run.losses[:, order], points=_POINTS)
     mean = points.mean.T  # [K, P]
     known = np.isfinite(mean).argmax(1)
     start = mean[np.arange(len(mean)), known][:, None]
@@ -388,8 +454,9 @@ def _loss_map(run: RunData, name: str, order: list[int]) -> _Card:
     tasks = [run.tasks[k] for k in order]
     cell = _cell(len(tasks))
     room = _room(tasks, cell)
-    of = f"; means of {points.width} batches" if points.width > 1 else ""
-    powers = np.arange(-np.floor(largest), np.floor(largest) + 1)
+    of = f"; means of up to {points.width} batches" if points.width > 1 else ""
+    step = max(1, round(largest / 4)) if largest >= 1 else 0.25
+    powers = np.arange(-(largest // step), largest // step + 1) * step
     figure = go.Figure(
         {
             "type": "heatmap",
@@ -405,7 +472,7 @@ def _loss_map(run: RunData, name: str, order: list[int]) -> _Card:
                 "thickness": 12,
                 "outlinewidth": 0,
                 "tickvals": powers,
-                "ticktext": [f"{2.0**power:g}" for power in powers],
+                "ticktext": [f"{2.0**power:.3g}" for power in powers],
             },
         },
         _layout(
@@ -436,7 +503,7 @@ def _times(bars: Sequence[history.Bar]) -> _Card:
             showlegend=True,
             legend={"orientation": "h", "y": 1, "yanchor": "bottom", "traceorder": "normal"},
             xaxis={"title": {"text": f"{unit} per batch"}, "rangemode": "tozero"},
-            yaxis={"automargin": True, "showgrid": False},
+            yaxis={"showgrid": False, "tickvals": list(range(len(bars))), "ticktext": labels},
         )
     )
     for section, colour in history.SECTIONS.items():
@@ -445,16 +512,16 @@ def _times(bars: Sequence[history.Bar]) -> _Card:
                 orientation="h",
                 name=section,
                 x=[scale * bar.sections.get(section, 0.0) for bar in bars],
-                y=labels,
+                y=list(range(len(bars))),
                 marker={"color": colour},
                 hovertemplate=f"{section}: %{{x:.3~g}} {unit}<extra>%{{y}}</extra>",
             )
-    for bar, label in zip(bars, labels, strict=True):
+    for place, bar in enumerate(bars):
         total = sum(bar.sections.values())
         ratio = "" if bar.ratio is None else f", {bar.ratio:.2f}x joint"
         figure.add_annotation(
             x=scale * total,
-            y=label,
+            y=place,
             text=f"{scale * total:.3g} {unit}{ratio}",
             showarrow=False,
             xanchor="left",
@@ -543,7 +610,7 @@ def _warmup(run: RunData) -> list[dict[str, Any]]:
 
 
 def _means(width: int) -> str:
-    return f"; means of {width} batches, shaded from least to most" if width > 1 else ""
+    return f"; means of up to {width} batches, shaded from least to most" if width > 1 else ""
 
 
 def _escaped(name: str) -> str:
@@ -558,28 +625,30 @@ def _wrapped(label: str) -> str:
 
 
 def _runs_table(runs: Sequence[RunData], names: Sequence[str]) -> str:
+    header = ["run", "method", "seed", "batches", "state", "groups", "time of a batch", "Δm"]
+    header.append("what else differs")
     rows = []
-    for n, (run, name) in enumerate(zip(runs, names, strict=True)):
+    for n, (run, name, other) in enumerate(
+        zip(runs, names, history.differences(runs), strict=True)
+    ):
         batches, planned = int(run.batches[-1]), int(run.settings["batches"])
-        groups = int(run.groups[-1].max()) + 1
-        state = "finished" if run.metrics is not None else f"{100 * batches / planned:.0f} %"
-        method = run.method
-        if method == "selective":
-            method += f", {run.settings['grouping']}"
-        seconds = run.seconds["everything"] if run.seconds else None
+        selective = run.method == "selective"
+        against = history.short(str(run.settings["baseline"]))
         rows.append(
             [
                 f'<i style="background:{_LINES[n % len(_LINES)]}"></i>{html.escape(name)}',
-                html.escape(method),
+                html.escape(f"selective, {run.settings['grouping']}" if selective else run.method),
                 str(run.settings["seed"]),
                 f"{batches:,} of {planned:,}",
-                state,
-                str(groups) if run.method == "selective" else "",
-                "" if seconds is None else _duration(seconds),
-                "" if run.delta_m is None else f"{run.delta_m:+.2f} %",
+                "finished" if run.metrics is not None else f"{100 * batches // planned} %",
+                str(int(run.groups[-1].max()) + 1) if selective else "",
+                _duration(run.seconds["everything"]) if run.seconds else "",
+                ""
+                if run.delta_m is None
+                else html.escape(f"{run.delta_m:+.2f} % against {against}"),
+                html.escape(other),
             ]
         )
-    header = ["run", "method", "seed", "batches", "state", "groups", "time of a batch", "Δm"]
     keep = [0, *(c for c in range(1, len(header)) if any(row[c] for row in rows))]
     return _table([header[c] for c in keep], [[row[c] for c in keep] for row in rows])
 
@@ -590,17 +659,22 @@ def _duration(seconds: float) -> str:
 
 def _metrics_table(runs: Sequence[RunData], names: Sequence[str]) -> str:
     measured = [(run, name) for run, name in zip(runs, names, strict=True) if run.metrics]
+    found: dict[tuple[str, str, str], dict[int, float]] = {}  # of one data set, task and metric
+    for n, (run, _) in enumerate(measured):
+        for task, value in (run.metrics or {}).items():
+            key = str(run.settings["data"]), task, run.metric_names.get(task, "")
+            found.setdefault(key, {})[n] = value
     rows = []
-    for task in dict.fromkeys(task for run, _ in measured for task in run.metrics or {}):
-        values = [(run.metrics or {}).get(task) for run, _ in measured]
-        metric = next(run.metric_names[task] for run, _ in measured if task in run.metric_names)
-        best = (min if metric.endswith("↓") else max)(v for v in values if v is not None)
-        cells = ["" if value is None else f"{value:.4f}" for value in values]
-        if len(measured) > 1:
-            cells = [
-                f"<b>{cell}</b>" if value == best else cell
-                for cell, value in zip(cells, values, strict=True)
-            ]
+    for (_, task, metric), values in found.items():
+        finite = [value for value in values.values() if np.isfinite(value)]
+        best = (
+            (min if metric.endswith("↓") else max)(finite) if len(values) > 1 and finite else None
+        )
+        cells = ["" if n not in values else f"{values[n]:.4f}" for n in range(len(measured))]
+        cells = [
+            f"<b>{cell}</b>" if best is not None and values.get(n) == best else cell
+            for n, cell in enumerate(cells)
+        ]
         rows.append([html.escape(task), html.escape(metric), *cells])
     header = ["task", "metric", *(html.escape(name) for _, name in measured)]
     return _table(header, rows) if rows else ""
@@ -636,11 +710,12 @@ def _page(
         for card in section.cards:
             title = f"<h3>{html.escape(card.title)}</h3>" if card.title else ""
             size = f"height:{card.figure.layout.height:.0f}px;min-width:{card.width}px"
+            below = f"<p>{html.escape(card.below)}</p>" if card.below else ""
             widest = "" if card.widest is None else f' style="max-width:{card.widest}px"'
             body.append(
                 f'<div class="card"{widest}>{title}<div class="wide">'
                 f'<div class="plot" data-figure="figure-{len(figures)}" style="{size}"></div>'
-                "</div></div>"
+                f"</div>{below}</div>"
             )
             # A "<" may not end the script that holds it.
             text = to_json_plotly(card.figure).replace("<", "\\u003c")
@@ -655,6 +730,7 @@ def _page(
     return template.substitute(
         title=html.escape(", ".join(names[:3]) + (", ..." if len(names) > 3 else "")),
         version=tg.__version__,
+        made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         body="\n".join(part for part in body if part),
         figures="\n".join(figures),
         plotly=get_plotlyjs(),

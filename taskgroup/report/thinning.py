@@ -51,6 +51,9 @@ def thin(
         array([2., 5.])
     """
     width = max(1, -(-len(batches) // points))
+    if not len(batches):
+        none = np.empty(values.shape)
+        return Thinned(np.empty(0), none, none, none, width)
     learned = int(np.searchsorted(batches, border, "right"))
     starts = np.r_[np.arange(0, learned, width), np.arange(learned, len(batches), width)]
     sizes = np.diff(np.r_[starts, len(batches)])

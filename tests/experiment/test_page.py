@@ -13,12 +13,12 @@ from selenium.webdriver.support.wait import WebDriverWait
 from typer.testing import CliRunner
 
 from taskgroup.cli import app
-from taskgroup.experiment.history import load_run_data
+from taskgroup.experiment.history import load_run_data, load_runs
 from taskgroup.report import history
 from taskgroup.report.page import write_report
 from taskgroup.report.thinning import evenly, thin
 from tests.browser import chromium
-from tests.experiment.written_runs import write_run
+from tests.experiment.written_runs import put, write_run
 
 ALONE = [["a"], ["b"], ["c"]]
 PAIR = [["a", "c"], ["b"]]
@@ -169,6 +169,99 @@ def test_conflicts_and_metrics(tmp_path):
     assert "<td>b</td><td>RMSE ↓</td><td>0.2500</td><td><b>0.1250</b></td>" in page
 
 
+def test_metrics_of_other_data_are_no_rivals(tmp_path):
+    runs = [
+        write_run(tmp_path / "rooms", [ALL] * 2, metrics={"a": 0.5}, baseline="there", delta_m=1.5),
+        write_run(
+            tmp_path / "houses",
+            [ALL] * 2,
+            metrics={"a": 50.0},
+            lower_is_better=False,
+            data="taskonomy",
+            lr=0.5,
+        ),
+        write_run(tmp_path / "diverged", [ALL] * 2, metrics={"a": float("nan")}),
+    ]
+    page, _ = report(tmp_path / "page.html", *runs)
+    assert "<td>a</td><td>RMSE ↓</td><td><b>0.5000</b></td><td></td><td>nan</td>" in page
+    assert "<td>a</td><td>RMSE ↑</td><td></td><td>50.0000</td><td></td>" in page
+    assert "<td>+1.50 % against there</td>" in page
+    assert "<td>data taskonomy, lr 0.5</td>" in page
+    assert "<td>data nyud-v2, lr 0.001</td>" in page
+
+
+def test_metrics_over_time(tmp_path):
+    run = write_run(tmp_path / "run", [ALL] * 4)
+    lines = [{"batch": 2, "metrics": {"a": 0.5}}, {"batch": 4, "metrics": {"a": 0.25, "b": 1.0}}]
+    put(run / "evaluations.jsonl", lines)
+    cards = figures(report(tmp_path / "page.html", run)[0])["Held-out data over time"]
+    assert len(cards) == 2  # nobody has evaluated c
+    (line,), (other,) = (card["data"] for card in cards)
+    assert line["x"].tolist() == [2, 4]
+    assert line["y"].tolist() == [0.5, 0.25]
+    np.testing.assert_array_equal(other["y"], [np.nan, 1.0])
+
+
+def test_bars_of_one_name_stand_apart(tmp_path):
+    fours = [["a", "b", "c", "d"]], [["a", "b", "c", "e"]]
+    runs = [
+        write_run(tmp_path / f"{n}", [four], None, {"everything": 1.0 + n}, method="joint")
+        for n, four in enumerate(fours)
+    ]
+    (figure,) = figures(report(tmp_path / "page.html", *runs)[0])["Time of a batch"]
+    (trace,) = figure["data"]
+    assert trace["y"] == [0, 1]
+    assert sorted(trace["x"]) == [100.0, 200.0]
+
+
+def test_runs_that_take_different_time_are_not_averaged(tmp_path):
+    runs = [
+        write_run(tmp_path / f"{n}", [ALL], None, {"everything": 1.0 + n}, **settings)
+        for n, settings in enumerate([{}, {"seed": 1}, {"warmup": 9}, {"preference": -1.0}])
+    ]
+    bars, _ = history.seconds_per_batch([load_run_data(run) for run in runs])
+    assert sorted(bar.totals for bar in bars) == [[0.1, 0.2], [0.3], [0.4]]
+
+
+def test_more_groups_than_colours_are_told(tmp_path):
+    tasks = [f"t{k}" for k in range(100)]
+    pairs = [tasks[k : k + 2] for k in range(0, 100, 2)]
+    run = write_run(tmp_path / "run", [[[task] for task in tasks], *[pairs] * 3])
+    page, _ = report(tmp_path / "page.html", run)
+    assert re.search(r"50 groups have \d+ colours, so some have the same", page)
+    assert re.search(r"[ ;](t0, t1|t1, t0)[;.]", page)  # today's groups, to be copied
+
+
+def test_runs_that_cannot_be_read(tmp_path):
+    good = write_run(tmp_path / "good", [ALONE, PAIR])
+    old = write_run(tmp_path / "old", [ALL], metrics={"a": 1.0})
+    summary = json.loads((old / "summary.json").read_text())
+    (old / "summary.json").write_text(json.dumps({**summary, "metric": "error"}))
+    with pytest.raises(ValueError, match="old cannot be read, it may be of another version"):
+        load_run_data(old)
+    cut = write_run(tmp_path / "cut", [ALL], metrics={"a": 1.0})
+    (cut / "summary.json").write_text('{"batches": 1')
+    with pytest.raises(ValueError, match=r"cut/summary.json cannot be read; delete it"):
+        load_run_data(cut)
+    odd = write_run(tmp_path / "odd", [ALL], dimm=3)
+    runs, notes = load_runs([old, good, cut, odd, tmp_path / "none"])
+    assert [run.name for run in runs] == [str(good)]
+    assert len(notes) == 4
+    assert "odd/config.yaml: Unknown setting 'dimm'" in notes[2]
+    assert write_report(runs, tmp_path / "page.html", notes)[:4] == notes
+    with pytest.raises(ValueError, match="none is no run"):
+        load_runs([tmp_path / "none"])
+
+
+def test_before_the_first_batch_there_may_be_conflicts(tmp_path):
+    run = write_run(tmp_path / "run", groups_per_batch=1)
+    line = {"batch": 1, "tasks": ["a", "b"], "matrix": [[1, 0], [0, 1]]}
+    put(run / "conflicts.jsonl", [line])
+    data = load_run_data(run)
+    assert data.tasks == ("a", "b")
+    assert len(data.batches) == 0
+
+
 def test_many_batches_are_thinned_to_means_and_bounds():
     values = np.arange(40_000.0)
     values[7::8] = np.nan
@@ -316,12 +409,29 @@ def test_in_a_browser(tmp_path):
         WebDriverWait(browser, 20).until(lambda _: browser.execute_script(width) <= 0)
 
 
+def test_few_tasks_of_many_runs_in_a_browser(tmp_path):
+    three = [(batch, matrix(ab=0.1 * batch)) for batch in range(1, 31)]
+    runs = [write_run(tmp_path / f"{n}", [ALONE, *[PAIR] * 29], three) for n in range(4)]
+    runs.append(write_run(tmp_path / "one", [[["a"]]] * 3, [(1, [[1.0]])]))
+    report(tmp_path / "page.html", *runs)
+    with chromium(1000) as browser:
+        browser.get((tmp_path / "page.html").as_uri())
+        wait_for_plots(browser)
+        rails = browser.find_elements(By.CSS_SELECTOR, ".slider-rail-rect")
+        assert len(rails) == 4
+        assert all(rail.rect["width"] > 80 for rail in rails)
+        buttons = browser.find_elements(By.CSS_SELECTOR, ".modebar-btn")
+        titles = {button.get_attribute("data-title") or "" for button in buttons}
+        assert "Zoom in" in titles
+        assert not [title for title in titles if re.search("share|cloud|edit", title, re.I)]
+
+
 def test_a_hundred_tasks_and_many_batches_in_a_browser(tmp_path):
     run = many(tmp_path / "run", 100, 2000)
     page, _ = report(tmp_path / "page.html", run)
     (partition,) = figures(page)["Groups over time"]
-    assert len(partition["data"][0]["x"]) == 400
-    assert "400 of 2,000 are shown" in partition["layout"]["xaxis"]["title"]["text"]
+    assert len(partition["data"][0]["x"]) == 800
+    assert "800 of 2,000 are shown" in partition["layout"]["xaxis"]["title"]["text"]
     assert len(page) < 16_000_000
     with chromium() as browser:
         browser.get((tmp_path / "page.html").as_uri())

@@ -15,6 +15,8 @@ def write_run(
     conflicts=None,
     losses=None,
     metrics=None,
+    lower_is_better=True,
+    delta_m=None,
     **settings,
 ):
     """Write a run; with ``seconds`` or ``metrics`` it is finished. Returns its folder."""
@@ -44,8 +46,8 @@ def write_run(
             "seconds": seconds,
             "metrics": metrics or {},
             "metric": dict.fromkeys(metrics or {}, "RMSE"),
-            "lower_is_better": dict.fromkeys(metrics or {}, True),
-            "delta_m": None,
+            "lower_is_better": dict.fromkeys(metrics or {}, lower_is_better),
+            "delta_m": delta_m,
         }
         (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
     return folder
