@@ -353,13 +353,13 @@ def many(folder, n_tasks, n_batches):
     random = np.random.RandomState(0)
     recorded = [
         (batch, np.eye(n_tasks) + 0.3 * random.randn(n_tasks, n_tasks).round(3))
-        for batch in np.linspace(1, n_batches, 60).astype(int).tolist()
+        for batch in np.linspace(1, n_batches, 20).astype(int).tolist()
     ]
     return write_run(
         folder,
         [[[task] for task in tasks], *[fives] * (n_batches - 1)],
         recorded,
-        conflicts=[(batch, m / np.abs(m).max()) for batch, m in recorded[::20]],
+        conflicts=[(batch, m / np.abs(m).max()) for batch, m in recorded[::5]],
         batches=n_batches,
     )
 
