@@ -319,6 +319,8 @@ def _train(
         raise typer.Exit(130) from None
     console.print(summary_table(summary, titles))
     _say_where("Pictures and numbers", run.out)
+    page = f"As a page for a browser: taskgroup report {shlex.quote(str(run.out))}"
+    console.print(page, soft_wrap=True, markup=False, highlight=False)
 
 
 def _compare(

@@ -192,7 +192,8 @@ def seconds_per_batch(runs: Sequence[RunData]) -> tuple[list[Bar], list[str]]:
         ratio = sum(mean.values()) / sum(joint[0].values()) if joint else None
         totals = [run.seconds["everything"] for run in group if run.seconds]
         bars.append(Bar(", ".join(label), mean, totals, ratio))
-    if alone := [bar.label for bar in bars if bar.ratio is None]:
+    alone = [bar.label for bar in bars if bar.ratio is None]
+    if alone and len(bars) > 1:
         notes.append(
             f"The time of {listed(alone)} is not relative to joint training: no joint run of the "
             "same tasks, network and batches is there."
@@ -392,7 +393,8 @@ def differences(runs: Sequence[RunData]) -> list[str]:
     Left out are the method, the seed, and what changes nothing of a training.
     """
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
-    differing = _differing(runs, [name for name in names if name not in _INCIDENTAL])
+    shown_elsewhere = {*_INCIDENTAL, "batches"}
+    differing = _differing(runs, [name for name in names if name not in shown_elsewhere])
     return [", ".join(_setting(name, run.settings.get(name)) for name in differing) for run in runs]
 
 
