@@ -171,7 +171,9 @@ def test_conflicts_and_metrics(tmp_path):
 
 def test_metrics_of_other_data_are_no_rivals(tmp_path):
     runs = [
+        write_run(tmp_path / "diverged", [ALL] * 2, metrics={"a": float("nan")}),
         write_run(tmp_path / "rooms", [ALL] * 2, metrics={"a": 0.5}, baseline="there", delta_m=1.5),
+        write_run(tmp_path / "people", [ALL] * 2, metrics={"a": 0.1}, data="pascal-context"),
         write_run(
             tmp_path / "houses",
             [ALL] * 2,
@@ -180,11 +182,14 @@ def test_metrics_of_other_data_are_no_rivals(tmp_path):
             data="taskonomy",
             lr=0.5,
         ),
-        write_run(tmp_path / "diverged", [ALL] * 2, metrics={"a": float("nan")}),
     ]
     page, _ = report(tmp_path / "page.html", *runs)
-    assert "<td>a</td><td>RMSE ↓</td><td><b>0.5000</b></td><td></td><td>nan</td>" in page
-    assert "<td>a</td><td>RMSE ↑</td><td></td><td>50.0000</td><td></td>" in page
+    for metric, cells in (
+        ("↓", ["nan", "<b>0.5000</b>", "", ""]),
+        ("↓", ["", "", "0.1000", ""]),
+        ("↑", ["", "", "", "50.0000"]),
+    ):
+        assert f"<td>RMSE {metric}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) in page
     assert "<td>+1.50 % against there</td>" in page
     assert "<td>data taskonomy, lr 0.5</td>" in page
     assert "<td>data nyud-v2, lr 0.001</td>" in page
