@@ -4,6 +4,7 @@
 # make lint   linters and type checker
 # make docs   the documentation as a site, in build/docs                     (under a minute)
 # make links  the links to other hosts in it; needs network
+# make examples    the programs in examples/, one after the other               (under a minute)
 # make bench  benchmarks, printed as ratios                                  (about 5 minutes)
 #             ARGS="--save --full" for all sizes, kept in benchmarks/results
 # make dist   source distribution and wheel, in dist/; make check-dist proves that they install and
@@ -22,7 +23,7 @@ CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc
 BUILD := setup.py CMakeLists.txt pyproject.toml taskgroup/__init__.py $(shell find csrc -type f)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test full lint docs links bench dist check-dist gpu format clean
+.PHONY: demo test full lint docs links examples bench dist check-dist gpu format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/report.stamp
@@ -52,6 +53,14 @@ format: .venv/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+# They write into runs/, and go on with what they find there.
+examples: .venv/dev.stamp
+	$(BIN)/python examples/plain.py
+	$(BIN)/python examples/with_lightning.py
+	$(BIN)/accelerate launch --cpu --num_processes 1 examples/with_accelerate.py
+	$(BIN)/torchrun --nproc-per-node 2 examples/ddp.py
+	$(BIN)/python examples/tabular.py
 
 bench: .venv/dev.stamp
 	$(BIN)/python -m pytest benchmarks -s $(ARGS)
