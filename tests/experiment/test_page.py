@@ -335,7 +335,8 @@ def test_command_line(tmp_path, monkeypatch):
         assert result.exit_code == 2
         assert said in result.output
         assert "Traceback" not in result.output
-    monkeypatch.delitem(sys.modules, "taskgroup.report.page")
+    for module in ("page", "cards"):
+        monkeypatch.delitem(sys.modules, f"taskgroup.report.{module}")
     monkeypatch.setitem(sys.modules, "plotly", None)
     result = invoke(runs[0])
     assert result.exit_code == 2
