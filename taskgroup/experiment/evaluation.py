@@ -98,7 +98,9 @@ def read_settings(run: Path) -> Recipe:
         ValueError: if it is none.
     """
     if not (run / "config.yaml").is_file():
-        raise ValueError(f"{run} is no run: it has no config.yaml.")
+        raise ValueError(
+            f"{run} is no run: it has no config.yaml; name a folder that taskgroup train has made."
+        )
     try:
         return read_recipe(run / "config.yaml")
     except ValueError as error:
