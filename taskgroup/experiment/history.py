@@ -48,15 +48,15 @@ def load_runs(runs: Iterable[str | Path]) -> tuple[list[RunData], list[str]]:
     Raises:
         ValueError: if none can be read.
     """
-    found, notes = [], []
+    found, reasons = [], []
     for run in runs:
         try:
             found.append(load_run_data(run))
         except ValueError as error:
-            notes.append(f"Left out: {error}")
+            reasons.append(str(error))
     if not found:
-        raise ValueError(" ".join(notes).replace("Left out: ", ""))
-    return found, notes
+        raise ValueError(" ".join(reasons) or "There are no runs; name the folder of one at least.")
+    return found, [f"Left out: {reason}" for reason in reasons]
 
 
 def _load(run: Path) -> RunData:

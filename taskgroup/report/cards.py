@@ -253,7 +253,7 @@ def group_counts(runs: Sequence[RunData], names: Sequence[str]) -> list[Card]:
     width, most = 0, 0.0
     for n, (run, name) in enumerate(zip(runs, names, strict=True)):
         if run.method == "selective":
-            points = thin(run.batches, run.groups.max(1) + 1, run.warmup, _POINTS)
+            points = history.group_counts(run, _POINTS)
             figure.add_traces(_line(points, name, n, "%{y:.3~g} groups"))
             width = max(width, points.width)
             most = max(most, points.high.max())
@@ -397,8 +397,9 @@ def times(bars: Sequence[history.Bar]) -> Card:
                 name=section,
                 x=[scale * bar.sections.get(section, 0.0) for bar in bars],
                 y=list(range(len(bars))),
+                customdata=labels,
                 marker={"color": colour},
-                hovertemplate=f"{section}: %{{x:.3~g}} {unit}<extra>%{{y}}</extra>",
+                hovertemplate=f"{section}: %{{x:.3~g}} {unit}<extra>%{{customdata}}</extra>",
             )
     for place, bar in enumerate(bars):
         total = sum(bar.sections.values())

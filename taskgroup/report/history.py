@@ -266,9 +266,9 @@ def order_by_share(share: Floats) -> list[int]:
     return order if order[0] < order[-1] else order[::-1]
 
 
-def group_counts(run: RunData) -> Thinned:
-    """The number of groups over time, about sixty points of consecutive batches."""
-    return thin(run.batches, run.groups.max(1) + 1, run.warmup)
+def group_counts(run: RunData, points: int = 60) -> Thinned:
+    """The number of groups over time, in about so many points of consecutive batches."""
+    return thin(run.batches, run.groups.max(1) + 1, run.warmup, points)
 
 
 def group_colours(groups: NDArray[np.int16]) -> NDArray[np.int16]:

@@ -196,12 +196,15 @@ def test_metrics_of_other_data_are_no_rivals(tmp_path):
 
 
 def test_metrics_over_time(tmp_path):
-    run = write_run(tmp_path / "run", [ALL] * 4)
+    run, other_run = (write_run(tmp_path / name, [ALL] * 4) for name in ("run", "other"))
+    put(other_run / "evaluations.jsonl", [{"batch": 2, "metrics": {"b": 2.0}}])
     lines = [{"batch": 2, "metrics": {"a": 0.5}}, {"batch": 4, "metrics": {"a": 0.25, "b": 1.0}}]
     put(run / "evaluations.jsonl", lines)
-    cards = figures(report(tmp_path / "page.html", run)[0])["Held-out data over time"]
+    cards = figures(report(tmp_path / "page.html", run, other_run)[0])["Held-out data over time"]
     assert len(cards) == 2  # nobody has evaluated c
-    (line,), (other,) = (card["data"] for card in cards)
+    line, other = (card["data"][0] for card in cards)
+    np.testing.assert_array_equal(cards[0]["data"][1]["y"], [np.nan])
+    assert cards[1]["data"][1]["y"].tolist() == [2.0]
     assert line["x"].tolist() == [2, 4]
     assert line["y"].tolist() == [0.5, 0.25]
     np.testing.assert_array_equal(other["y"], [np.nan, 1.0])
@@ -216,6 +219,7 @@ def test_bars_of_one_name_stand_apart(tmp_path):
     (figure,) = figures(report(tmp_path / "page.html", *runs)[0])["Time of a batch"]
     (trace,) = figure["data"]
     assert trace["y"] == [0, 1]
+    assert trace["customdata"] == ["joint, 4 tasks"] * 2  # what the pointer is told
     assert sorted(trace["x"]) == [100.0, 200.0]
 
 
