@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "ops/affinity_update.h"
+
 namespace taskgroup {
 
 using torch::headeronly::ScalarType;
@@ -10,12 +12,8 @@ using torch::stable::Tensor;
 Gradients check_gram_affinity_update(const Tensor& matrix, const std::vector<Tensor>& gradients,
                                      const std::vector<int64_t>& slots,
                                      const std::vector<int64_t>& tasks, const Tensor& losses,
-                                     double decay) {
-  STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) == matrix.size(1),
-                  "matrix must have shape [K, K].");
-  STD_TORCH_CHECK(matrix.scalar_type() == ScalarType::Float, "matrix must be float32.");
-  STD_TORCH_CHECK(matrix.is_contiguous(), "matrix must be contiguous.");
-  const int64_t K = matrix.size(0);
+                                     double decay, const std::optional<Tensor>& observed) {
+  const int64_t K = check_affinity(matrix, observed);
   STD_TORCH_CHECK(losses.dim() == 1 && losses.size(0) == K,
                   "losses must have shape [K] with K = ", K, ", the rows of matrix.");
   STD_TORCH_CHECK(losses.is_contiguous(), "losses must be contiguous.");
@@ -40,5 +38,5 @@ Gradients check_gram_affinity_update(const Tensor& matrix, const std::vector<Ten
 STABLE_TORCH_LIBRARY_FRAGMENT(taskgroup, library) {
   library.def(
       "gram_affinity_update_(Tensor(a!) matrix, Tensor[] gradients, int[] slots, int[] tasks, "
-      "Tensor losses, float decay, float lr) -> ()");
+      "Tensor losses, float decay, float lr, Tensor(b!)? observed=None) -> ()");
 }

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "ops/gradient_list.h"
@@ -17,15 +18,18 @@ namespace taskgroup {
 //   losses            [K] float32 or float64, contiguous, on the device of the gradients
 //   decay             in (0, 1]
 //   lr                scales the observation lr * <g_i, g_k> / L_k
+//   observed          [K, K] int32, contiguous: how often each entry was observed; updated in place
 using GramAffinityUpdate = void(torch::stable::Tensor matrix,
                                 std::vector<torch::stable::Tensor> gradients,
                                 std::vector<int64_t> slots, std::vector<int64_t> tasks,
-                                torch::stable::Tensor losses, double decay, double lr);
+                                torch::stable::Tensor losses, double decay, double lr,
+                                std::optional<torch::stable::Tensor> observed);
 
 Gradients check_gram_affinity_update(const torch::stable::Tensor& matrix,
                                      const std::vector<torch::stable::Tensor>& gradients,
                                      const std::vector<int64_t>& slots,
                                      const std::vector<int64_t>& tasks,
-                                     const torch::stable::Tensor& losses, double decay);
+                                     const torch::stable::Tensor& losses, double decay,
+                                     const std::optional<torch::stable::Tensor>& observed);
 
 }  // namespace taskgroup

@@ -9,7 +9,12 @@ from taskgroup.ops import _backend
 
 
 def affinity_update_(
-    matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float
+    matrix: Tensor,
+    before: Tensor,
+    after: Tensor,
+    mask: Tensor,
+    decay: float,
+    observed: Tensor | None = None,
 ) -> Tensor:
     r"""Updates the affinity matrix, in place, by what the step of one group did to every task.
 
@@ -40,49 +45,87 @@ def affinity_update_(
     Args:
         matrix: Affinity :math:`A`, ``[K, K]``, float32, contiguous. Row i is the effect of
             stepping task i, column k the effect on task k.
-        before: Losses before the step, ``[K]``, any floating dtype.
+        before: Losses before the step, ``[K]``, float16, bfloat16, float32 or float64.
         after: Losses after the step, ``[K]``, of the same dtype.
         mask: The group :math:`S`, ``[K]``, bool.
         decay: Weight :math:`\beta` of the observation, in (0, 1].
+        observed: How often each entry of ``matrix`` was observed, ``[K, K]``, int32, contiguous, in
+            memory of its own. The count of every entry that this call updates grows by one, in
+            place. None: nobody counts.
 
     Returns:
         ``matrix``.
 
     Raises:
-        ValueError: If an argument has another shape, dtype, layout or device than these, or
-            ``matrix`` requires a gradient. Nothing is changed then.
+        ValueError: If an argument has another type, shape, dtype, layout or device than these,
+            ``matrix`` requires a gradient, or ``observed`` shares memory with it. Nothing is
+            changed then.
 
     Example:
         >>> matrix = torch.zeros(3, 3)
         >>> before, after = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.5, 1.0, 5.0])
         >>> group = torch.tensor([True, True, False])
-        >>> affinity_update_(matrix, before, after, group, decay=1.0)
+        >>> observed = torch.zeros(3, 3, dtype=torch.int32)
+        >>> affinity_update_(matrix, before, after, group, decay=1.0, observed=observed)
         tensor([[ 0.2500,  0.2500, -0.1250],
                 [ 0.2500,  0.2500, -0.1250],
                 [ 0.0000,  0.0000,  0.0000]])
+        >>> observed
+        tensor([[1, 1, 1],
+                [1, 1, 1],
+                [0, 0, 0]], dtype=torch.int32)
     """
-    before, after = _losses(before), _losses(after)
+    check_tensors(matrix=matrix, before=before, after=after, mask=mask)
+    check_affinity(matrix, observed)
+    before, after = contiguous_losses(before), contiguous_losses(after)
     _check(matrix, before, after, mask, decay)
-    update_checked_(matrix, before, after, mask.contiguous(), float(decay))
+    update_checked_(matrix, before, after, mask.contiguous(), float(decay), observed)
     return matrix
 
 
 def update_checked_(
-    matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float
+    matrix: Tensor,
+    before: Tensor,
+    after: Tensor,
+    mask: Tensor,
+    decay: float,
+    observed: Tensor | None = None,
 ) -> None:
     """The same for arguments that are known to be right, in float32 or float64, contiguous."""
     update = _backend.choose(
         matrix.device.type, cpp=_native, cuda=_native, triton=_triton, reference=_reference
     )
-    update(matrix, before, after, mask, decay)
+    update(matrix, before, after, mask, decay, observed)
 
 
-def _losses(losses: Tensor) -> Tensor:
+def check_tensors(**tensors: object) -> None:
+    """Raises a ValueError that names the first argument that is no dense tensor."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a Tensor, got {type(tensor).__name__}.")
+        if tensor.layout != torch.strided:
+            raise ValueError(
+                f"{name} must be dense, got layout {tensor.layout}: call .to_dense() on it."
+            )
+
+
+def contiguous_losses(losses: Tensor) -> Tensor:
+    """The losses as the kernels read them: without a graph, and not in 16 bits."""
     losses = losses.detach().contiguous()
     return losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses
 
 
-def _check(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float) -> None:
+def check_loss_dtype(name: str, losses: Tensor) -> None:
+    """Raises a ValueError unless :func:`contiguous_losses` gave a dtype that kernels read."""
+    if losses.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name} must have a floating dtype (float16, bfloat16, float32 or float64), got "
+            f"{losses.dtype}."
+        )
+
+
+def check_affinity(matrix: Tensor, observed: Tensor | None) -> None:
+    """Raises a ValueError unless an update may write to the affinity matrix and its counts."""
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"matrix must have shape [K, K], got {list(matrix.shape)}.")
     if matrix.dtype != torch.float32:
@@ -91,6 +134,34 @@ def _check(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: f
         raise ValueError("matrix must be contiguous: it is updated in place.")
     if matrix.requires_grad:
         raise ValueError("matrix must not require a gradient: it is updated in place.")
+    if observed is None:
+        return
+    check_tensors(observed=observed)
+    if observed.shape != matrix.shape:
+        raise ValueError(
+            f"observed must have the shape of matrix, {list(matrix.shape)}, got "
+            f"{list(observed.shape)}."
+        )
+    if observed.dtype != torch.int32:
+        raise ValueError(f"observed must be int32, got {observed.dtype}.")
+    if not observed.is_contiguous():
+        raise ValueError("observed must be contiguous: it is updated in place.")
+    if observed.device != matrix.device:
+        raise ValueError(
+            f"observed must be on the device of matrix, {matrix.device}, got {observed.device}."
+        )
+    # A compiler keeps views apart by itself, and cannot follow storages.
+    if not torch.compiler.is_compiling() and _overlap(matrix, observed):
+        raise ValueError("observed must not share memory with matrix: make a tensor of its own.")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors of equally many and equally wide elements share memory."""
+    same_storage = a.untyped_storage() is b.untyped_storage()
+    return same_storage and abs(a.storage_offset() - b.storage_offset()) < a.numel()
+
+
+def _check(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float) -> None:
     for name, vector in (("before", before), ("after", after), ("mask", mask)):
         if vector.dim() != 1 or vector.shape[0] != matrix.shape[0]:
             raise ValueError(
@@ -101,8 +172,7 @@ def _check(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: f
             raise ValueError(
                 f"{name} must be on the device of matrix, {matrix.device}, got {vector.device}."
             )
-    if before.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"before must have a floating dtype, got {before.dtype}.")
+    check_loss_dtype("before", before)
     if after.dtype != before.dtype:
         raise ValueError(f"after must have the dtype of before, {before.dtype}, got {after.dtype}.")
     if mask.dtype != torch.bool:
@@ -111,17 +181,38 @@ def _check(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: f
         raise ValueError(f"decay must be in (0, 1], got {decay}.")
 
 
-def _native(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float) -> None:
-    torch.ops.taskgroup.affinity_update_(matrix, before, after, mask, decay)
+def _native(
+    matrix: Tensor,
+    before: Tensor,
+    after: Tensor,
+    mask: Tensor,
+    decay: float,
+    observed: Tensor | None,
+) -> None:
+    torch.ops.taskgroup.affinity_update_(matrix, before, after, mask, decay, observed)
 
 
-def _triton(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float) -> None:
+def _triton(
+    matrix: Tensor,
+    before: Tensor,
+    after: Tensor,
+    mask: Tensor,
+    decay: float,
+    observed: Tensor | None,
+) -> None:
     from taskgroup.ops.triton import affinity_update as on_triton  # Triton is imported here
 
-    on_triton.affinity_update_(matrix, before, after, mask, decay)
+    on_triton.affinity_update_(matrix, before, after, mask, decay, observed)
 
 
-def _reference(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float) -> None:
+def _reference(
+    matrix: Tensor,
+    before: Tensor,
+    after: Tensor,
+    mask: Tensor,
+    decay: float,
+    observed: Tensor | None,
+) -> None:
     b, a = before.double(), after.double()
     valid = b.isfinite() & (b > 0) & a.isfinite()
     stepped = (valid & (a != b)).any()
@@ -133,13 +224,22 @@ def _reference(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, deca
     inside = torch.where(ri * rk < 0, -torch.maximum(ri, rk), rk + 0 * ri)  # NaN where either is
     itself = torch.eye(len(ratio), dtype=torch.bool, device=ratio.device)
     inside = torch.where(itself, torch.where(rk >= 0, rk, nothing), inside)
-    observed = torch.where(mask[None, :], inside, rk)  # [K, K]; rows outside the group are unused
-    updated = (1 - decay) * matrix.double() + decay * observed
-    matrix.copy_(torch.where(mask[:, None] & stepped & ~observed.isnan(), updated, matrix))
+    seen = torch.where(mask[None, :], inside, rk)  # [K, K]; rows outside the group are unused
+    moves = mask[:, None] & stepped & ~seen.isnan()
+    matrix.copy_(torch.where(moves, (1 - decay) * matrix.double() + decay * seen, matrix))
+    if observed is not None:
+        observed.add_(moves)
 
 
-def _fake(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float) -> None:
-    """The op writes to its argument and returns nothing: without data there is nothing to do."""
+def _fake(
+    matrix: Tensor,
+    before: Tensor,
+    after: Tensor,
+    mask: Tensor,
+    decay: float,
+    observed: Tensor | None = None,
+) -> None:
+    """The op writes to its arguments and returns nothing: without data there is nothing to do."""
 
 
 if _backend.native.host is not None:

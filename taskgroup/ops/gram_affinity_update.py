@@ -14,11 +14,22 @@ from taskgroup.ops._gradient_list import (
     reference_gram,
 )
 from taskgroup.ops._sharded import any_sharded, gram_over_ranks
+from taskgroup.ops.affinity_update import (
+    check_affinity,
+    check_loss_dtype,
+    check_tensors,
+    contiguous_losses,
+)
 from taskgroup.ops.task_gram import task_gram
 
 
 def gram_affinity_update_(
-    matrix: Tensor, gradients: Gradients, losses: Tensor, decay: float, lr: float = 1.0
+    matrix: Tensor,
+    gradients: Gradients,
+    losses: Tensor,
+    decay: float,
+    lr: float = 1.0,
+    observed: Tensor | None = None,
 ) -> Tensor:
     r"""Updates the affinity matrix, in place, by what a small step on each task would do.
 
@@ -42,36 +53,44 @@ def gram_affinity_update_(
             task i, column k the effect on task k.
         gradients: ``[K][T]`` tensors or None, as for :func:`taskgroup.task_gram`. A task whose
             gradients are all None is not measured.
-        losses: ``[K]``, any floating dtype, on the device of ``matrix``.
+        losses: ``[K]``, float16, bfloat16, float32 or float64, on the device of ``matrix``.
         decay: weight :math:`\beta` of the observation, in (0, 1].
         lr: step size :math:`\eta`. It cancels where the affinity is normalised for clustering.
+        observed: how often each entry of ``matrix`` was observed, ``[K, K]``, int32, contiguous, in
+            memory of its own. The count of every entry that this call updates grows by one, in
+            place. None: nobody counts.
 
     Returns:
         ``matrix``.
 
     Raises:
-        ValueError: if an argument has another shape, dtype, layout or device than these; the
-            sentence names it. Nothing is changed then.
+        ValueError: if an argument has another type, shape, dtype, layout or device than these, or
+            ``observed`` shares memory with ``matrix``; the sentence names it. Nothing is changed
+            then.
 
     Example:
         >>> gradients = [[torch.tensor([1.0, 0.0])], [torch.tensor([1.0, 1.0])], [None]]
         >>> losses = torch.tensor([1.0, 2.0, 1.0])
-        >>> gram_affinity_update_(torch.zeros(3, 3), gradients, losses, decay=1.0)
+        >>> matrix, observed = torch.zeros(3, 3), torch.zeros(3, 3, dtype=torch.int32)
+        >>> gram_affinity_update_(matrix, gradients, losses, decay=1.0, observed=observed)
         tensor([[1.0000, 0.5000, 0.0000],
                 [1.0000, 1.0000, 0.0000],
                 [0.0000, 0.0000, 0.0000]])
+        >>> observed
+        tensor([[1, 1, 0],
+                [1, 1, 0],
+                [0, 0, 0]], dtype=torch.int32)
     """
     listed = flatten(gradients)
-    losses = losses.detach().contiguous()
-    if losses.dtype in (torch.float16, torch.bfloat16):
-        losses = losses.float()
-    _check(matrix, listed, losses, decay)
+    check_tensors(matrix=matrix, losses=losses)
+    losses = contiguous_losses(losses)
+    _check(matrix, listed, losses, decay, observed)
     measured = sorted(set(listed.tasks()))
     if not measured:
         return matrix
     if any_sharded(listed.flat):
         gram = gram_over_ranks([gradients[k] for k in measured], task_gram)
-        _update(matrix, gram.double(), measured, losses, float(decay), float(lr))
+        _update(matrix, gram.double(), measured, losses, float(decay), float(lr), observed)
         return matrix
     if len(measured) < listed.n_tasks:  # the ops see the measured tasks alone
         place = {k: p for p, k in enumerate(measured)}
@@ -82,27 +101,27 @@ def gram_affinity_update_(
         matrix.device.type, cpp=_native, cuda=_native, triton=_triton, reference=_reference
     )
     with torch.no_grad():
-        update(matrix, listed, measured, losses, float(decay), float(lr))
+        update(matrix, listed, measured, losses, float(decay), float(lr), observed)
     return matrix
 
 
-def _check(matrix: Tensor, gradients: GradientList, losses: Tensor, decay: float) -> None:
+def _check(
+    matrix: Tensor,
+    gradients: GradientList,
+    losses: Tensor,
+    decay: float,
+    observed: Tensor | None,
+) -> None:
     n_tasks = gradients.n_tasks
     if matrix.shape != (n_tasks, n_tasks):
         raise ValueError(
             f"matrix must have shape [{n_tasks}, {n_tasks}], a row per task, got "
             f"{list(matrix.shape)}."
         )
-    if matrix.dtype != torch.float32:
-        raise ValueError(f"matrix must be float32, got {matrix.dtype}.")
-    if not matrix.is_contiguous():
-        raise ValueError("matrix must be contiguous: it is updated in place.")
-    if matrix.requires_grad:
-        raise ValueError("matrix must not require a gradient: it is updated in place.")
+    check_affinity(matrix, observed)
     if losses.shape != (n_tasks,):
         raise ValueError(f"losses must have shape [{n_tasks}], got {list(losses.shape)}.")
-    if losses.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"losses must have a floating dtype, got {losses.dtype}.")
+    check_loss_dtype("losses", losses)
     if losses.device != matrix.device:
         raise ValueError(
             f"losses must be on the device of matrix, {matrix.device}, got {losses.device}."
@@ -125,10 +144,13 @@ def _native(
     losses: Tensor,
     decay: float,
     lr: float,
+    observed: Tensor | None,
 ) -> None:
     flat, slots, _ = gradients
     try:
-        torch.ops.taskgroup.gram_affinity_update_(matrix, flat, slots, tasks, losses, decay, lr)
+        torch.ops.taskgroup.gram_affinity_update_(
+            matrix, flat, slots, tasks, losses, decay, lr, observed
+        )
     except (RuntimeError, TypeError):
         check(gradients)
         raise
@@ -141,12 +163,13 @@ def _triton(
     losses: Tensor,
     decay: float,
     lr: float,
+    observed: Tensor | None,
 ) -> None:
     from taskgroup.ops.triton import gram_affinity_update as on_triton  # Triton is imported here
 
     check(gradients)
     flat, slots, _ = gradients
-    on_triton.gram_affinity_update_(matrix, flat, slots, tasks, losses, decay, lr)
+    on_triton.gram_affinity_update_(matrix, flat, slots, tasks, losses, decay, lr, observed)
 
 
 def _reference(
@@ -156,20 +179,31 @@ def _reference(
     losses: Tensor,
     decay: float,
     lr: float,
+    observed: Tensor | None,
 ) -> None:
-    _update(matrix, reference_gram(gradients), tasks, losses, decay, lr)
+    _update(matrix, reference_gram(gradients), tasks, losses, decay, lr, observed)
 
 
 def _update(
-    matrix: Tensor, gram: Tensor, tasks: list[int], losses: Tensor, decay: float, lr: float
+    matrix: Tensor,
+    gram: Tensor,
+    tasks: list[int],
+    losses: Tensor,
+    decay: float,
+    lr: float,
+    observed: Tensor | None,
 ) -> None:
     """By the inner products, float64, of the measured tasks."""
-    index = torch.tensor(tasks).to(matrix.device, non_blocking=True)
+    index = torch.tensor(tasks, dtype=torch.int64, device="cpu")
+    index = index.to(matrix.device, non_blocking=True)
     own = losses.double()[index]
     valid = gram.isfinite() & own.isfinite() & (own > 0)
-    old = matrix[index[:, None], index]
+    entries = (index[:, None], index)
+    old = matrix[entries]
     new = ((1 - decay) * old.double() + decay * (lr * gram / own)).float()
-    matrix[index[:, None], index] = torch.where(valid, new, old)
+    matrix[entries] = torch.where(valid, new, old)
+    if observed is not None:
+        observed[entries] += valid
 
 
 def _fake(
@@ -180,8 +214,9 @@ def _fake(
     losses: Tensor,
     decay: float,
     lr: float,
+    observed: Tensor | None = None,
 ) -> None:
-    """The op writes to its argument and returns nothing: without data it can only be checked."""
+    """The op writes to its arguments and returns nothing: without data they can only be checked."""
     check(GradientList(gradients, slots, len(tasks)))
 
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "ops/affinity_update.h"
@@ -30,7 +31,8 @@ void update(float* matrix,           // [K, K]
             const scalar_t* before,  // [K]
             const scalar_t* after,   // [K]
             const bool* mask,        // [K]
-            int64_t K, double decay) {
+            int64_t K, double decay,
+            int32_t* observed) {  // [K, K] or null
   const auto group_size = static_cast<double>(std::count(mask, mask + K, true));
   std::vector<double> ratio(K, kNothing);
   bool stepped = false;
@@ -47,19 +49,22 @@ void update(float* matrix,           // [K, K]
     if (!mask[i]) continue;
     float* row = matrix + i * K;
     for (int64_t k = 0; k < K; ++k) {
-      const double observed = mask[k] ? observe_inside(ratio[i], ratio[k], i == k) : ratio[k];
-      if (std::isnan(observed)) continue;
-      row[k] = static_cast<float>((1.0 - decay) * static_cast<double>(row[k]) + decay * observed);
+      const double seen = mask[k] ? observe_inside(ratio[i], ratio[k], i == k) : ratio[k];
+      if (std::isnan(seen)) continue;
+      row[k] = static_cast<float>((1.0 - decay) * static_cast<double>(row[k]) + decay * seen);
+      if (observed != nullptr) ++observed[i * K + k];
     }
   }
 }
 
-void affinity_update_cpu(Tensor matrix, Tensor before, Tensor after, Tensor mask, double decay) {
-  const int64_t K = check_affinity_update(matrix, before, after, mask, decay);
+void affinity_update_cpu(Tensor matrix, Tensor before, Tensor after, Tensor mask, double decay,
+                         std::optional<Tensor> observed) {
+  const int64_t K = check_affinity_update(matrix, before, after, mask, decay, observed);
   const auto run = [&](auto zero) {
     using scalar_t = decltype(zero);
     update(matrix.mutable_data_ptr<float>(), before.const_data_ptr<scalar_t>(),
-           after.const_data_ptr<scalar_t>(), mask.const_data_ptr<bool>(), K, decay);
+           after.const_data_ptr<scalar_t>(), mask.const_data_ptr<bool>(), K, decay,
+           counts(observed));
   };
   if (before.scalar_type() == torch::headeronly::ScalarType::Double) {
     run(double{});

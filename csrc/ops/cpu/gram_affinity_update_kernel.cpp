@@ -1,7 +1,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <optional>
 
+#include "ops/affinity_update.h"
 #include "ops/cpu/gram.h"
 #include "ops/cpu/torch_parallel.h"
 #include "ops/gram_affinity_update.h"
@@ -17,13 +19,15 @@ template <typename scalar_t>
 void update(float* matrix,  // [K, K]
             const Gradients& gradients, const std::vector<int64_t>& tasks,
             const scalar_t* losses,  // [K]
-            int64_t K, double decay, double lr) {
+            int64_t K, double decay, double lr,
+            int32_t* observed) {  // [K, K] or null
   const auto observe = [&](int64_t i, int64_t k, double product) {
     const double loss = losses[k];
     if (!(std::isfinite(product) && std::isfinite(loss) && loss > 0.0)) return;
     float& entry = matrix[i * K + k];
     entry = static_cast<float>((1.0 - decay) * static_cast<double>(entry) +
                                decay * (lr * product / loss));
+    if (observed != nullptr) ++observed[i * K + k];
   };
   gram(gradients, gradient_loops(), torch_parallel_for, [&](int64_t i, int64_t k, double product) {
     observe(tasks[i], tasks[k], product);
@@ -32,13 +36,19 @@ void update(float* matrix,  // [K, K]
 }
 
 void gram_affinity_update_cpu(Tensor matrix, std::vector<Tensor> list, std::vector<int64_t> slots,
-                              std::vector<int64_t> tasks, Tensor losses, double decay, double lr) {
-  const Gradients gradients = check_gram_affinity_update(matrix, list, slots, tasks, losses, decay);
-  float* out = matrix.mutable_data_ptr<float>();
+                              std::vector<int64_t> tasks, Tensor losses, double decay, double lr,
+                              std::optional<Tensor> observed) {
+  const Gradients gradients =
+      check_gram_affinity_update(matrix, list, slots, tasks, losses, decay, observed);
+  const auto run = [&](auto zero) {
+    using scalar_t = decltype(zero);
+    update(matrix.mutable_data_ptr<float>(), gradients, tasks, losses.const_data_ptr<scalar_t>(),
+           matrix.size(0), decay, lr, counts(observed));
+  };
   if (losses.scalar_type() == ScalarType::Double) {
-    update(out, gradients, tasks, losses.const_data_ptr<double>(), matrix.size(0), decay, lr);
+    run(double{});
   } else {
-    update(out, gradients, tasks, losses.const_data_ptr<float>(), matrix.size(0), decay, lr);
+    run(float{});
   }
 }
 

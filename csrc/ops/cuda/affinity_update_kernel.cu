@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "ops/affinity_update.h"
 #include "ops/cuda/launch.h"
@@ -17,13 +18,14 @@ constexpr int64_t kMostTasks = 6144;  // 48 KB of ratios, what a block has witho
 
 template <typename scalar_t>
 __global__ void affinity_update(float* matrix, const scalar_t* before, const scalar_t* after,
-                                const bool* mask, int64_t K, double decay) {
+                                const bool* mask, int64_t K, double decay, int32_t* observed) {
   extern __shared__ double ratio[];  // [K]
-  affinity_update_block(matrix, before, after, mask, K, decay, ratio);
+  affinity_update_block(matrix, before, after, mask, K, decay, ratio, observed);
 }
 
-void affinity_update_cuda(Tensor matrix, Tensor before, Tensor after, Tensor mask, double decay) {
-  const int64_t K = check_affinity_update(matrix, before, after, mask, decay);
+void affinity_update_cuda(Tensor matrix, Tensor before, Tensor after, Tensor mask, double decay,
+                          std::optional<Tensor> observed) {
+  const int64_t K = check_affinity_update(matrix, before, after, mask, decay, observed);
   STD_TORCH_CHECK(K <= kMostTasks, "matrix must have at most ", kMostTasks, " rows on CUDA, got ",
                   K, ".");
   if (K == 0) return;
@@ -33,7 +35,7 @@ void affinity_update_cuda(Tensor matrix, Tensor before, Tensor after, Tensor mas
     const auto threads = static_cast<unsigned>(std::min<int64_t>((K + 31) / 32 * 32, 1024));
     affinity_update<<<1, threads, K * sizeof(double), launch.stream()>>>(
         matrix.mutable_data_ptr<float>(), before.const_data_ptr<scalar_t>(),
-        after.const_data_ptr<scalar_t>(), mask.const_data_ptr<bool>(), K, decay);
+        after.const_data_ptr<scalar_t>(), mask.const_data_ptr<bool>(), K, decay, counts(observed));
   };
   if (before.scalar_type() == torch::headeronly::ScalarType::Double) {
     run(double{});

@@ -4,10 +4,10 @@
 
 namespace taskgroup {
 
-// (1 - decay) old + decay observed, rounded as on the CPU.
-__device__ inline float blend(float old, double observed, double decay) {
+// (1 - decay) old + decay seen, rounded as on the CPU.
+__device__ inline float blend(float old, double seen, double decay) {
   return static_cast<float>(
-      add(multiply(1.0 - decay, static_cast<double>(old)), multiply(decay, observed)));
+      add(multiply(1.0 - decay, static_cast<double>(old)), multiply(decay, seen)));
 }
 
 // What the step of a group that holds task i says about its effect on task k of the same group;
@@ -25,7 +25,8 @@ __device__ void affinity_update_block(float* matrix,           // [K, K]
                                       const scalar_t* before,  // [K]
                                       const scalar_t* after,   // [K]
                                       const bool* mask,        // [K]
-                                      int64_t K, double decay, double* ratio) {
+                                      int64_t K, double decay, double* ratio,
+                                      int32_t* observed) {  // [K, K] or null
   int in_group = 0;
   bool stepped = false;
   // Every thread takes every turn, since all wait for all in it.
@@ -53,9 +54,10 @@ __device__ void affinity_update_block(float* matrix,           // [K, K]
   for (int64_t i = 0; i < K; ++i) {
     if (!mask[i]) continue;
     for (int64_t k = threadIdx.x; k < K; k += blockDim.x) {
-      const double observed = mask[k] ? observe_inside(ratio[i], ratio[k], i == k) : ratio[k];
-      if (isnan(observed)) continue;
-      matrix[i * K + k] = blend(matrix[i * K + k], observed, decay);
+      const double seen = mask[k] ? observe_inside(ratio[i], ratio[k], i == k) : ratio[k];
+      if (isnan(seen)) continue;
+      matrix[i * K + k] = blend(matrix[i * K + k], seen, decay);
+      if (observed != nullptr) ++observed[i * K + k];
     }
   }
 }

@@ -23,6 +23,7 @@ struct GramAffinity {
   const void* losses;  // [K] double if wide_losses, else float
   bool wide_losses;
   double decay, lr;
+  int32_t* observed;     // [K, K] or null: how often each entry was observed
   uint16_t tasks[1024];  // row and column of each measured task
 };
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "ops/affinity_update.h"
 #include "ops/cuda/contiguous.h"
 #include "ops/cuda/gram.h"
 #include "ops/cuda/launch.h"
@@ -17,8 +18,10 @@ using torch::stable::Tensor;
 namespace {
 
 void gram_affinity_update_cuda(Tensor matrix, std::vector<Tensor> list, std::vector<int64_t> slots,
-                               std::vector<int64_t> tasks, Tensor losses, double decay, double lr) {
-  Gradients gradients = check_gram_affinity_update(matrix, list, slots, tasks, losses, decay);
+                               std::vector<int64_t> tasks, Tensor losses, double decay, double lr,
+                               std::optional<Tensor> observed) {
+  Gradients gradients =
+      check_gram_affinity_update(matrix, list, slots, tasks, losses, decay, observed);
   STD_TORCH_CHECK(matrix.size(0) <= 65536, "matrix must have at most 65536 rows on CUDA.");
   const Launch launch(matrix);
   const std::vector<Tensor> copies = make_contiguous(gradients, list);
@@ -29,6 +32,7 @@ void gram_affinity_update_cuda(Tensor matrix, std::vector<Tensor> list, std::vec
   result.wide_losses = losses.scalar_type() == ScalarType::Double;
   result.decay = decay;
   result.lr = lr;
+  result.observed = counts(observed);
   std::copy(tasks.begin(), tasks.end(), result.tasks);
   std::optional<Tensor> scratch;
   const auto allocate = [&](int64_t n) {

@@ -19,6 +19,7 @@ __device__ inline void observe(const GramAffinity& to, int64_t i, int64_t k, dou
   if (!(isfinite(product) && isfinite(loss) && loss > 0.0)) return;
   float& entry = to.matrix[i * to.K + k];
   entry = blend(entry, to.lr * product / loss, to.decay);
+  if (to.observed != nullptr) ++to.observed[i * to.K + k];
 }
 
 __device__ inline void store(const GramAffinity& to, int64_t i, int64_t j, double product) {

@@ -30,6 +30,7 @@ def affinity_update_kernel(
     before_ptr,  # float32 or float64 [K]
     after_ptr,  # as before
     mask_ptr,  # uint8 [K]
+    observed_ptr,  # int32 [K, K], or None
     n_tasks,
     decay_bits,
     ROWS: tl.constexpr,
@@ -51,24 +52,33 @@ def affinity_update_kernel(
     ri, rk = ratio_i[:, None], ratio_k[None, :]
     inside = tl.where(ri * rk < 0, -tl.where(ri > rk, ri, rk), rk)  # [ROWS, K]
     other = i[:, None] != k[None, :]
-    observed = tl.where(in_group_k[None, :] & other, inside, rk)
+    seen = tl.where(in_group_k[None, :] & other, inside, rk)
     there = in_group_i[:, None] & valid_k[None, :]
     there = there & (valid_i[:, None] | (in_group_k[None, :] == 0)) & (other | (rk >= 0))
 
     decay = as_float64(decay_bits)
-    entry_ptr = matrix_ptr + i[:, None].to(tl.int64) * n_tasks + k[None, :]
-    old = tl.load(entry_ptr, mask=there, other=0).to(tl.float64)
-    new = (1 - decay) * old + decay * observed
-    tl.store(entry_ptr, new.to(tl.float32), mask=there)
+    entry = i[:, None].to(tl.int64) * n_tasks + k[None, :]
+    old = tl.load(matrix_ptr + entry, mask=there, other=0).to(tl.float64)
+    new = (1 - decay) * old + decay * seen
+    tl.store(matrix_ptr + entry, new.to(tl.float32), mask=there)
+    if observed_ptr is not None:
+        count = tl.load(observed_ptr + entry, mask=there, other=0)
+        tl.store(observed_ptr + entry, count + 1, mask=there)
 
 
 @torch.library.custom_op(
     "taskgroup_triton::affinity_update_",
-    mutates_args=("matrix",),
-    schema="(Tensor(a!) matrix, Tensor before, Tensor after, Tensor mask, float decay) -> ()",
+    mutates_args=("matrix", "observed"),
+    schema="(Tensor(a!) matrix, Tensor before, Tensor after, Tensor mask, float decay, "
+    "Tensor(b!)? observed=None) -> ()",
 )
 def affinity_update_(
-    matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float
+    matrix: Tensor,
+    before: Tensor,
+    after: Tensor,
+    mask: Tensor,
+    decay: float,
+    observed: Tensor | None = None,
 ) -> None:
     """One launch; every program works out the ratios of all tasks and updates some rows."""
     n_tasks = len(matrix)
@@ -81,6 +91,7 @@ def affinity_update_(
             before,
             after,
             mask.view(torch.uint8),
+            observed,
             n_tasks,
             bits(decay),
             ROWS=rows,
@@ -98,5 +109,12 @@ def settings(n_tasks: int) -> tuple[int, int, int]:
 
 
 @affinity_update_.register_fake
-def _(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float) -> None:
-    """The op writes to its argument and returns nothing."""
+def _(
+    matrix: Tensor,
+    before: Tensor,
+    after: Tensor,
+    mask: Tensor,
+    decay: float,
+    observed: Tensor | None = None,
+) -> None:
+    """The op writes to its arguments and returns nothing."""

@@ -13,15 +13,18 @@ from taskgroup.ops.triton.task_gram import partials, parts_at_once, plan, sum_of
 
 
 @triton.jit
-def _observe(matrix_ptr, losses_ptr, i, k, product, mask, n_tasks, decay, lr):
+def _observe(matrix_ptr, losses_ptr, observed_ptr, i, k, product, mask, n_tasks, decay, lr):
     """Moves entries to ``(1 - decay) A_ik + decay * lr * product / L_k`` where that is finite."""
     infinity = float("inf")
     loss = tl.load(losses_ptr + k, mask=mask, other=0).to(tl.float64)
     valid = mask & (tl.abs(product) < infinity) & (loss > 0) & (loss < infinity)
-    entry_ptr = matrix_ptr + i * n_tasks + k
-    old = tl.load(entry_ptr, mask=valid, other=0).to(tl.float64)
+    entry = i * n_tasks + k
+    old = tl.load(matrix_ptr + entry, mask=valid, other=0).to(tl.float64)
     new = (1 - decay) * old + decay * (lr * product / tl.where(valid, loss, 1))
-    tl.store(entry_ptr, new.to(tl.float32), mask=valid)
+    tl.store(matrix_ptr + entry, new.to(tl.float32), mask=valid)
+    if observed_ptr is not None:
+        count = tl.load(observed_ptr + entry, mask=valid, other=0)
+        tl.store(observed_ptr + entry, count + 1, mask=valid)
 
 
 @triton.jit(do_not_specialize=["n_tasks", "n_measured", "n_parts", "decay_bits", "lr_bits"])
@@ -30,6 +33,7 @@ def gram_affinity_update_kernel(
     matrix_ptr,  # float32 [K, K]
     tasks_ptr,  # int64 [M]: the measured tasks
     losses_ptr,  # float32 or float64 [K]
+    observed_ptr,  # int32 [K, K], or None
     n_tasks,
     n_measured,
     n_parts,
@@ -54,16 +58,16 @@ def gram_affinity_update_kernel(
     left = tl.where(upper, left, 0)
     decay = as_float64(decay_bits)
     lr = as_float64(lr_bits)
-    _observe(matrix_ptr, losses_ptr, left, right, products, upper, n_tasks, decay, lr)
+    _observe(matrix_ptr, losses_ptr, observed_ptr, left, right, products, upper, n_tasks, decay, lr)
     lower = upper & (j != i)  # every entry moves once
-    _observe(matrix_ptr, losses_ptr, right, left, products, lower, n_tasks, decay, lr)
+    _observe(matrix_ptr, losses_ptr, observed_ptr, right, left, products, lower, n_tasks, decay, lr)
 
 
 @torch.library.custom_op(
     "taskgroup_triton::gram_affinity_update_",
-    mutates_args=("matrix",),
+    mutates_args=("matrix", "observed"),
     schema="(Tensor(a!) matrix, Tensor[] gradients, int[] slots, int[] tasks, Tensor losses, "
-    "float decay, float lr) -> ()",
+    "float decay, float lr, Tensor(b!)? observed=None) -> ()",
     tags=(torch.Tag.cudagraph_unsafe,),  # see upload
 )
 def gram_affinity_update_(
@@ -74,6 +78,7 @@ def gram_affinity_update_(
     losses: Tensor,
     decay: float,
     lr: float,
+    observed: Tensor | None = None,
 ) -> None:
     """The first pass of the Gram matrix, and a second that writes the affinity."""
     made = plan(gradients, slots, len(tasks))
@@ -88,6 +93,7 @@ def gram_affinity_update_(
             matrix,
             index,
             losses,
+            observed,
             len(matrix),
             len(tasks),
             len(sums),
@@ -109,5 +115,6 @@ def _(
     losses: Tensor,
     decay: float,
     lr: float,
+    observed: Tensor | None = None,
 ) -> None:
     check(GradientList(gradients, slots, len(tasks)))
