@@ -6,9 +6,11 @@
 
 namespace taskgroup {
 
+// Updates the matrix and the counts, by the rules one by one.
 template <typename scalar_t>
-std::vector<float> expected(std::vector<float> matrix, const std::vector<scalar_t>& before,
-                            const std::vector<scalar_t>& after, const bool* mask, double decay) {
+void update(std::vector<float>& matrix, std::vector<int32_t>& observed,
+            const std::vector<scalar_t>& before, const std::vector<scalar_t>& after,
+            const bool* mask, double decay) {
   const size_t K = before.size();
   int size = 0;
   bool stepped = false;
@@ -22,18 +24,18 @@ std::vector<float> expected(std::vector<float> matrix, const std::vector<scalar_
   }
   for (size_t i = 0; stepped && i < K; ++i) {
     for (size_t k = 0; mask[i] && k < K; ++k) {
-      double observed = ratio[k];
+      double seen = ratio[k];
       if (mask[k] && i == k && !(ratio[i] >= 0)) continue;
       if (mask[k] && i != k) {
         if (std::isnan(ratio[i])) continue;
-        if (ratio[i] * ratio[k] < 0) observed = -std::fmax(ratio[i], ratio[k]);
+        if (ratio[i] * ratio[k] < 0) seen = -std::fmax(ratio[i], ratio[k]);
       }
-      if (std::isnan(observed)) continue;
+      if (std::isnan(seen)) continue;
       float& entry = matrix[i * K + k];
-      entry = static_cast<float>((1.0 - decay) * entry + decay * observed);
+      entry = static_cast<float>((1.0 - decay) * entry + decay * seen);
+      ++observed[i * K + k];
     }
   }
-  return matrix;
 }
 
 template <typename scalar_t>
@@ -41,9 +43,11 @@ void test(int64_t K, int threads, int kind) {
   std::mt19937 random(static_cast<unsigned>(K) + kind);
   std::uniform_real_distribution<double> uniform(0.1, 3.0);
   std::vector<float> matrix(K * K);
+  std::vector<int32_t> observed(K * K);
   std::vector<scalar_t> before(K), after(K);
   const auto mask = std::make_unique<bool[]>(K);
   for (float& entry : matrix) entry = static_cast<float>(uniform(random));
+  for (int32_t& count : observed) count = static_cast<int32_t>(random() % 5);
   for (int64_t k = 0; k < K; ++k) {
     before[k] = static_cast<scalar_t>(uniform(random));
     after[k] = kind == 1 ? before[k] : static_cast<scalar_t>(uniform(random));
@@ -54,12 +58,18 @@ void test(int64_t K, int threads, int kind) {
       if (random() % 4 == 0) after[k] = static_cast<scalar_t>(odd[random() % 4]);
     }
   }
-  const auto right = expected(matrix, before, after, mask.get(), 0.25);
-  shim::launch({1, 1}, threads, K * sizeof(double), [&](void* ratio) {
-    affinity_update_block(matrix.data(), before.data(), after.data(), mask.get(), K, 0.25,
-                          static_cast<double*>(ratio));
-  });
-  CHECK(matrix == right);  // to the bit
+  auto right = matrix;
+  auto counts = observed;
+  update(right, counts, before, after, mask.get(), 0.25);
+  for (const bool counted : {false, true}) {
+    auto got = matrix;
+    shim::launch({1, 1}, threads, K * sizeof(double), [&](void* ratio) {
+      affinity_update_block(got.data(), before.data(), after.data(), mask.get(), K, 0.25,
+                            static_cast<double*>(ratio), counted ? observed.data() : nullptr);
+    });
+    CHECK(got == right);  // to the bit
+  }
+  CHECK(observed == counts);
 }
 
 }  // namespace taskgroup

@@ -1,3 +1,4 @@
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -75,8 +76,10 @@ void test_affinity() {
   const std::vector<double> gram =
       gram_on_host<G>(random.gradients, Dtype::kFloat, fma_on_host<G, false>(0, 0, 1));
   CHECK(std::isinf(gram[3]));
-  for (const bool wide : {false, true}) {
+  for (const auto& [wide, counted] :
+       {std::pair(false, true), std::pair(true, true), std::pair(true, false)}) {
     std::vector<float> matrix(9, 2.0f);
+    std::vector<int32_t> observed(9, 7);
     const double wide_losses[] = {0.5, NAN, 4.0};
     const float losses[] = {0.5f, NAN, 4.0f};
     GramAffinity result = {};
@@ -86,6 +89,7 @@ void test_affinity() {
     result.wide_losses = wide;
     result.decay = 0.25;
     result.lr = 0.5;
+    result.observed = counted ? observed.data() : nullptr;
     result.tasks[0] = 0;
     result.tasks[1] = 2;
     finish_on_host(last_partial(), 2, result);
@@ -97,6 +101,7 @@ void test_affinity() {
                           : e == 2 ? expected(gram[1], 4.0)
                           : e == 6 ? expected(gram[1], 0.5)
                                    : 2.0f));
+      CHECK(observed[e] == (counted && (e == 0 || e == 2 || e == 6) ? 8 : 7));
     }
   }
 }

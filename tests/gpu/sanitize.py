@@ -21,13 +21,17 @@ def main():
                 gradients[1][0] = torch.randn(9002, device=GPU).to(dtype)[1:]
             losses = torch.rand(n_tasks, device=GPU) + 0.5
             matrix = torch.zeros(n_tasks, n_tasks, device=GPU)
+            observed = torch.zeros(n_tasks, n_tasks, dtype=torch.int32, device=GPU)
             mask = torch.rand(n_tasks, device=GPU) < 0.5
             gram = ops.task_gram(gradients)
             ops.combine(gradients, losses)
-            ops.gram_affinity_update_(matrix, gradients, losses, 0.5)
-            ops.affinity_update_(matrix, losses, losses * 0.9, mask, 0.5)
+            for counts in (None, observed):
+                ops.gram_affinity_update_(matrix, gradients, losses, 0.5, observed=counts)
+                ops.affinity_update_(matrix, losses, losses * 0.9, mask, 0.5, counts)
             assert gram.isfinite().all()
             assert matrix.isfinite().all()
+            # Every task was measured; then the rows of the group were observed again.
+            assert torch.equal(observed, 1 + mask.int()[:, None].expand_as(observed))
     torch.cuda.synchronize()
 
 

@@ -189,18 +189,25 @@ class TestAffinityUpdate:
         after = before * (1 + 0.1 * torch.randn(n_tasks, generator=generator, dtype=dtype))
         mask = torch.rand(n_tasks, generator=generator) < 0.3
         before[::7], after[1::9] = -1.0, math.nan
-        on_gpu = matrix.to(GPU)
+        observed = torch.zeros(n_tasks, n_tasks, dtype=torch.int32)
+        on_gpu, not_counted, counts = matrix.to(GPU), matrix.to(GPU), observed.to(GPU)
+        step = [tensor.to(GPU) for tensor in (before, after, mask)]
         for _ in range(3):
-            ops.affinity_update_(on_gpu, before.to(GPU), after.to(GPU), mask.to(GPU), decay=0.1)
+            ops.affinity_update_(on_gpu, *step, decay=0.1, observed=counts)
+            ops.affinity_update_(not_counted, *step, decay=0.1)
             with ops.use_backend(None):
-                ops.affinity_update_(matrix, before, after, mask, decay=0.1)
+                ops.affinity_update_(matrix, before, after, mask, decay=0.1, observed=observed)
         torch.testing.assert_close(on_gpu.cpu(), matrix, rtol=0, atol=1e-7)
+        assert torch.equal(on_gpu, not_counted)
+        assert torch.equal(counts.cpu(), observed)
 
-    def test_one_launch(self, native):
+    @pytest.mark.parametrize("counted", [False, True])
+    def test_one_launch(self, native, counted):
         tensors = [torch.rand(11, device=GPU) for _ in range(2)]
         mask = torch.ones(11, dtype=torch.bool, device=GPU)
         matrix = torch.zeros(11, 11, device=GPU)
-        assert launches(lambda: ops.affinity_update_(matrix, *tensors, mask, 0.1)) == 1
+        observed = torch.zeros(11, 11, dtype=torch.int32, device=GPU) if counted else None
+        assert launches(lambda: ops.affinity_update_(matrix, *tensors, mask, 0.1, observed)) == 1
 
 
 class TestGramAffinityUpdate:
@@ -210,26 +217,37 @@ class TestGramAffinityUpdate:
         losses = torch.rand(n_tasks) + 0.5
         losses[1] = -1.0
         matrix = torch.rand(n_tasks, n_tasks)
-        on_gpu = matrix.to(GPU)
+        observed = torch.zeros(n_tasks, n_tasks, dtype=torch.int32)
+        on_gpu, not_counted, counts = matrix.to(GPU), matrix.to(GPU), observed.to(GPU)
+        options = {"decay": 0.3, "lr": 0.1}
         host = [[None if g is None else g.cpu() for g in own] for own in gradients]
         for _ in range(2):
-            ops.gram_affinity_update_(on_gpu, gradients, losses.to(GPU), decay=0.3, lr=0.1)
+            on = losses.to(GPU)
+            ops.gram_affinity_update_(on_gpu, gradients, on, **options, observed=counts)
+            ops.gram_affinity_update_(not_counted, gradients, on, **options)
             with ops.use_backend(None):
-                ops.gram_affinity_update_(matrix, host, losses, decay=0.3, lr=0.1)
+                ops.gram_affinity_update_(matrix, host, losses, **options, observed=observed)
         scale = matrix.abs().max().item()
         torch.testing.assert_close(on_gpu.cpu(), matrix, rtol=1e-5, atol=2e-6 * scale)
+        assert torch.equal(on_gpu, not_counted)
+        assert torch.equal(counts.cpu(), observed)
 
     def test_no_more_launches_than_the_gram_matrix(self, native):
         gradients = random(11)
         losses, matrix = torch.ones(11, device=GPU), torch.zeros(11, 11, device=GPU)
-        own = launches(lambda: ops.gram_affinity_update_(matrix, gradients, losses, 0.1))
+        counts = torch.zeros(11, 11, dtype=torch.int32, device=GPU)
+        own = launches(
+            lambda: ops.gram_affinity_update_(matrix, gradients, losses, 0.1, observed=counts)
+        )
         assert own <= launches(lambda: ops.task_gram(gradients))
 
     def test_two_launches_where_the_gradients_fit_one_table(self):
         gradients = [[row] for row in torch.randn(11, 50_000, device=GPU)]
         losses, matrix = torch.ones(11, device=GPU), torch.zeros(11, 11, device=GPU)
+        counts = torch.zeros(11, 11, dtype=torch.int32, device=GPU)
+        arguments = (matrix, gradients, losses, 0.1)
         with ops.use_backend("cuda"):
-            assert launches(lambda: ops.gram_affinity_update_(matrix, gradients, losses, 0.1)) == 2
+            assert launches(lambda: ops.gram_affinity_update_(*arguments, observed=counts)) == 2
 
 
 def launches(run):
@@ -268,14 +286,15 @@ def test_captured_in_a_graph(n_tasks):
     weights, losses = torch.randn(n_tasks, device=GPU), torch.rand(n_tasks, device=GPU) + 0.5
     matrix = torch.zeros(n_tasks, n_tasks, device=GPU)
     affinity = torch.zeros(n_tasks, n_tasks, device=GPU)
+    counts = torch.zeros(n_tasks, n_tasks, dtype=torch.int32, device=GPU)
     mask = torch.rand(n_tasks, device=GPU) < 0.5
     out = [torch.zeros(100_003, device=GPU)]
 
     def run():
         gram = ops.task_gram(gradients)
         ops.combine(gradients, weights, out=out)
-        ops.gram_affinity_update_(matrix, gradients, losses, decay=1.0)
-        ops.affinity_update_(affinity, losses, losses * weights.abs(), mask, decay=1.0)
+        ops.gram_affinity_update_(matrix, gradients, losses, decay=1.0, observed=counts)
+        ops.affinity_update_(affinity, losses, losses * weights.abs(), mask, 1.0, counts)
         return gram
 
     with ops.use_backend("cuda"):
@@ -289,6 +308,10 @@ def test_captured_in_a_graph(n_tasks):
         graph.replay()
         replayed = [captured.clone(), out[0].clone(), matrix.clone(), affinity.clone()]
         gram = run()
+    # Run, replayed, run again: capturing alone runs nothing.
+    assert counts[~mask].eq(3).all()
+    assert counts[mask].ge(3).all()
+    assert counts[mask].gt(3).any() == mask.any()
     for a, b in zip(replayed, [gram, out[0], matrix, affinity], strict=True):
         assert torch.equal(a, b)
 

@@ -24,6 +24,7 @@ TENSOR_CORES = {80: r"\bmma\.sync", 90: r"\bwgmma\.mma_async", 100: r"\btcgen05\
 def compiled(kernel, capability, arguments, constants, num_warps, *, fp_fusion=False):
     """``arguments``: type by name, in the order of the kernel's parameters."""
     pointers = [n for n, name in enumerate(kernel.arg_names) if name.endswith("_ptr")]
+    pointers = [n for n in pointers if kernel.arg_names[n] not in constants]  # None
     source = ASTSource(
         kernel,
         signature={**arguments, **dict.fromkeys(constants, "constexpr")},
@@ -109,11 +110,13 @@ def test_second_passes(capability, size, assert_no_spills):
         _, cubin = compiled(task_gram.task_gram_kernel, capability, arguments, constants, 4)
         assert_no_spills(cubin)
     integers = dict.fromkeys(["n_tasks", "n_measured", "n_parts"], "i32")
-    for losses in ("*fp32", "*fp64"):
+    kernel = gram_affinity_update.gram_affinity_update_kernel
+    for losses, observed in (("*fp32", "*i32"), ("*fp64", "*i32"), ("*fp32", None)):
         arguments = {"partials_ptr": "*fp64", "matrix_ptr": "*fp32", "tasks_ptr": "*i64"}
         arguments |= {"losses_ptr": losses, **integers, "decay_bits": "i64", "lr_bits": "i64"}
-        kernel = gram_affinity_update.gram_affinity_update_kernel
-        _, cubin = compiled(kernel, capability, arguments, constants, 4)
+        own = {**constants}
+        (arguments if observed else own)["observed_ptr"] = observed
+        _, cubin = compiled(kernel, capability, arguments, own, 4)
         assert_no_spills(cubin)
 
 
@@ -142,15 +145,19 @@ def test_combine(capability, dtype, assert_no_spills):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("n_tasks", [11, 1024])
-@pytest.mark.parametrize("losses", ["*fp32", "*fp64"])
-def test_affinity_update(capability, n_tasks, losses, assert_no_spills):
+@pytest.mark.parametrize(
+    ("losses", "observed"), [("*fp32", "*i32"), ("*fp64", "*i32"), ("*fp32", None)]
+)
+def test_affinity_update(capability, n_tasks, losses, observed, assert_no_spills):
     rows, block, num_warps = affinity_update.settings(n_tasks)
-    vectors = {"before_ptr": losses, "after_ptr": losses, "mask_ptr": "*u8"}
+    pointers = {"matrix_ptr": "*fp32", "before_ptr": losses, "after_ptr": losses, "mask_ptr": "*u8"}
+    constants = {"ROWS": rows, "BLOCK": block}
+    (pointers if observed else constants)["observed_ptr"] = observed
     _, cubin = compiled(
         affinity_update.affinity_update_kernel,
         capability,
-        {"matrix_ptr": "*fp32", **vectors, "n_tasks": "i32", "decay_bits": "i64"},
-        {"ROWS": rows, "BLOCK": block},
+        {**pointers, "n_tasks": "i32", "decay_bits": "i64"},
+        constants,
         num_warps,
     )
     assert_no_spills(cubin)
