@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from taskgroup.arguments import whole_number
 from taskgroup.distributed import Ranks
+from taskgroup.generator import HostGenerator
 from taskgroup.gradients import gradients_through_grad, task_gradients
 from taskgroup.ops import gram_affinity_update_
 from taskgroup.ops._sharded import any_sharded, put_shards_back
 from taskgroup.ops.affinity_update import update_checked_
 
 __all__ = ["Affinity", "GradientAffinity", "ProximalAffinity"]
+
+# What task_gram takes in one call.
+_MOST_MEASURED = 1024
 
 
 class Affinity:
@@ -24,26 +32,52 @@ class Affinity:
         decay: the weight of a new observation, in (0, 1].
 
     Attributes:
-        matrix: float32 ``[K, K]``; row i is the effect of stepping task i, column k the effect on
-            task k. Zero at the start; on the device of the losses once they have been seen.
+        matrix: float32 ``[K, K]``, a copy; row i is the effect of stepping task i, column k the
+            effect on task k. Zero at the start; on the device of the losses once they have been
+            seen.
+        observed: int64 ``[K, K]``, a copy on the same device: how often each entry was observed;
+            0 where it never was.
+        decay: the weight of a new observation.
+        every: rounds of a task from one measurement of its gradient to the next; None for an
+            affinity that takes no gradients.
         reads_steps: True where :class:`taskgroup.TaskGroups` must show it what a step did,
             which takes two steps in a batch.
     """
 
     reads_steps = False
+    every: int | None = None
     _matrix: Tensor
+    _observed: Tensor  # int32 [K, K]
 
     def __init__(self, decay: float) -> None:
+        name = type(self).__name__
+        if isinstance(decay, bool) or not isinstance(decay, int | float | np.floating):
+            raise TypeError(f"{name} takes decay as a number in (0, 1], got {decay!r}.")
         if not 0.0 < decay <= 1.0:
             raise ValueError(f"decay must be in (0, 1], got {decay!r}.")
+        if 0.9 <= decay < 1.0:
+            warnings.warn(
+                f"{name}(decay={decay:g}) gives the newest observation a weight of {decay:g} and "
+                f"nearly forgets all others. To keep {decay:g} of the average at every "
+                f"observation, as in momentum={decay:g}, write decay={1 - decay:.4g}.",
+                stacklevel=3,
+            )
         self.decay = float(decay)
 
     @property
     def matrix(self) -> Tensor:  # noqa: D102 (documented by the class)
-        return self._matrix
+        return self._matrix.clone()
+
+    @property
+    def observed(self) -> Tensor:  # noqa: D102 (documented by the class)
+        return self._observed.long()
+
+    def known(self) -> Tensor:
+        """The matrix with NaN where nothing was observed, as groupings that take NaN read it."""
+        return torch.where(self._observed > 0, self.matrix, math.nan)
 
     def start(self, tasks: tuple[str, ...]) -> None:
-        """Follow these tasks from nothing; :class:`TaskGroups` calls it once.
+        """Begin with zeros for these tasks; :class:`TaskGroups` calls it once.
 
         Raises:
             RuntimeError: if another :class:`TaskGroups` uses this object already.
@@ -53,20 +87,30 @@ class Affinity:
                 f"This {type(self).__name__} already belongs to a TaskGroups; make a new one for "
                 "each."
             )
-        self._matrix = torch.zeros(len(tasks), len(tasks))
+        shape = (len(tasks), len(tasks))
+        self._matrix = torch.zeros(shape, dtype=torch.float32, device="cpu")
+        self._observed = torch.zeros(shape, dtype=torch.int32, device="cpu")
 
     def to(self, device: torch.device) -> None:
         """Move to ``device``, the one of the losses."""
         if self._matrix.device != device:
             self._matrix = self._matrix.to(device)
+            self._observed = self._observed.to(device)
 
-    def draw(self, round_: int) -> tuple[int, ...]:
-        """The tasks whose gradients are to be measured in this round, by position."""
-        return ()
+    def draw(self, present: Sequence[int]) -> tuple[int, ...]:
+        """Which of the tasks at these positions to measure by their gradients, now that it is due.
+
+        Called only where :attr:`every` is a number.
+        """
+        return tuple(present)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What :meth:`state_dict` copies, on the devices where it lies."""
+        return {"matrix": self._matrix, "observed": self._observed}
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to go on exactly: a copy of the matrix."""
-        return {"matrix": self._matrix.detach().to("cpu", copy=True)}
+        """What :meth:`load_state_dict` needs to go on exactly: copies, on the CPU."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self.tensors().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave, for the same number of tasks.
@@ -75,7 +119,7 @@ class Affinity:
             ValueError: if ``state`` is not of such an affinity, or of other tasks. Nothing has
                 changed then.
         """
-        kept = self.state_dict()
+        kept = self.tensors()
         for name, value in kept.items():
             other = state.get(name)
             if (
@@ -89,7 +133,12 @@ class Affinity:
                     f"{list(value.shape)}, got keys {sorted(state)}; load the checkpoint with the "
                     "affinity that wrote it."
                 )
-        self._matrix = state["matrix"].detach().to("cpu", copy=True)
+        self._load({name: value.detach().to("cpu", copy=True) for name, value in state.items()})
+
+    def _load(self, state: dict[str, Tensor]) -> None:
+        """Take over copies that have been checked."""
+        self._matrix = state["matrix"]
+        self._observed = state["observed"]
 
 
 class ProximalAffinity(Affinity):
@@ -140,7 +189,7 @@ class ProximalAffinity(Affinity):
             mask: bool ``[K]``, True for the tasks of the group that was stepped.
         """
         self.to(after.device)
-        update_checked_(self._matrix, before, after, mask, self.decay)
+        update_checked_(self._matrix, before, after, mask, self.decay, self._observed)
 
 
 class GradientAffinity(Affinity):
@@ -159,7 +208,9 @@ class GradientAffinity(Affinity):
     It needs no second step in a batch and tells the tasks of a group apart, at the price of a
     backward pass through the shared parameters for every measured task: in the first step of every
     ``every``-th round, for all tasks or a random ``sample`` of them, so that the price need not
-    grow with K. The losses of the measured tasks must then carry a graph: :class:`MultiTaskModel`
+    grow with K. Where batches have labels of some tasks only, every task is measured in every
+    ``every``-th of the rounds that begin with a label of it, so that data sets that take turns are
+    all measured. The losses of the measured tasks must then carry a graph: :class:`MultiTaskModel`
     keeps it for the tasks in ``group.graph``, a model called whole has it anyway. A compiled model
     needs ``torch._functorch.config.donated_buffer = False``.
 
@@ -172,11 +223,11 @@ class GradientAffinity(Affinity):
         shared: the parameters that the tasks share, or the module that holds them (the encoder).
         decay: the weight :math:`\beta` of a new observation, in (0, 1].
         every: rounds from one measurement to the next.
-        sample: how many tasks to measure at a time; None is all of them.
+        sample: how many tasks to measure at a time, 2 to 1024; None is all of them.
 
     Raises:
-        ValueError: if an argument is out of its range, or nothing is shared; in the loop, if no
-            task reaches what is.
+        ValueError: if an argument is out of its range, or nothing is shared; for more than 1024
+            tasks without ``sample``; in the loop, if no task reaches what is shared.
 
     Example:
         >>> x = torch.zeros(2, requires_grad=True)
@@ -202,42 +253,52 @@ class GradientAffinity(Affinity):
         self._shared = list(shared.parameters() if isinstance(shared, nn.Module) else shared)
         if not self._shared:
             raise ValueError("shared is empty: name the parameters that the tasks share.")
-        for name, value in (("every", every), ("sample", 2 if sample is None else sample)):
-            least = 1 if name == "every" else 2
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
-        self._every = every
-        self._sample = sample
+        for parameter in self._shared:
+            if not isinstance(parameter, Tensor):
+                raise TypeError(
+                    "shared takes a module or its parameters, model.encoder for instance; got a "
+                    f"{type(parameter).__name__} among them."
+                )
+        self.every = whole_number("every", every, at_least=1)
+        self._sample = None
+        if sample is not None:
+            self._sample = whole_number("sample", sample, at_least=2)
+            if self._sample > _MOST_MEASURED:
+                raise ValueError(f"sample must be at most {_MOST_MEASURED}, got {sample}.")
 
     def start(self, tasks: tuple[str, ...]) -> None:
-        """Follow these tasks from nothing; :class:`TaskGroups` calls it once."""
+        """Begin with zeros for these tasks; :class:`TaskGroups` calls it once."""
+        if self._sample is None and len(tasks) > _MOST_MEASURED:
+            raise ValueError(
+                f"GradientAffinity measures at most {_MOST_MEASURED} tasks at a time, and there "
+                f"are {len(tasks)}: pass sample=, the number of tasks to measure at a time, such "
+                "as GradientAffinity(shared, sample=8)."
+            )
         super().start(tasks)
         # How much of each entry has been observed: a pair is drawn less often than a task, and the
         # zero that the average starts from would pull it down further.
-        self._observed = torch.zeros_like(self._matrix)
-        self._generator = torch.Generator().manual_seed(0)  # the same on every rank
+        self._weight = torch.zeros_like(self._matrix)
+        self._generator = HostGenerator(seed=0)  # the same on every rank
 
     @property
     def matrix(self) -> Tensor:
-        """Float32 ``[K, K]``; the average over what was observed, 0 where nothing was."""
+        """Float32 ``[K, K]``, a copy; the average over what was observed, 0 where nothing was."""
         if self._sample is None:
-            return self._matrix
-        return self._matrix / self._observed.clamp(min=torch.finfo(torch.float32).tiny)
+            return super().matrix
+        # A sample of all tasks leaves no weight behind.
+        return self._matrix / torch.where(self._weight > 0, self._weight, 1.0)
 
     def to(self, device: torch.device) -> None:
         """Move to ``device``, the one of the losses."""
         super().to(device)
-        self._observed = self._observed.to(device)
+        self._weight = self._weight.to(device)
 
-    def draw(self, round_: int) -> tuple[int, ...]:
-        """The tasks whose gradients are to be measured in this round, by position."""
-        n_tasks = len(self._matrix)
-        if round_ % self._every:
-            return ()
-        if self._sample is None or self._sample >= n_tasks:
-            return tuple(range(n_tasks))
-        drawn = torch.randperm(n_tasks, generator=self._generator)[: self._sample]
-        return tuple(sorted(drawn.tolist()))
+    def draw(self, present: Sequence[int]) -> tuple[int, ...]:
+        """Which of the tasks at these positions to measure: all, or a random sample of them."""
+        if self._sample is None or self._sample >= len(present):
+            return tuple(present)
+        drawn = self._generator.permutation(len(present))[: self._sample]
+        return tuple(sorted(present[k] for k in drawn))
 
     def measure(
         self,
@@ -280,32 +341,37 @@ class GradientAffinity(Affinity):
             )
         if ranks.number > 1:
             ranks.mean_gradients(found, self._shared)
-        gradients: list[list[Tensor | None]] = [
-            [None] * len(self._shared) for _ in range(len(self._matrix))
-        ]
-        for k, own in zip(losses, found, strict=True):
-            gradients[k] = own
-        gram_affinity_update_(self._matrix, gradients, values, self.decay)
-        if self._sample is not None:
-            index = torch.tensor(list(losses)).to(values.device, non_blocking=True)
-            weight = self._observed[index[:, None], index]
-            self._observed[index[:, None], index] = weight + self.decay * (1 - weight)
+        self._take_in(list(losses), found, values)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to go on exactly."""
+    def _take_in(
+        self, measured: list[int], gradients: list[list[Tensor | None]], values: Tensor
+    ) -> None:
+        """The inner products of n tasks, at their places in the matrix."""
+        if len(measured) == len(self._matrix):
+            gram_affinity_update_(
+                self._matrix, gradients, values, self.decay, observed=self._observed
+            )
+            return
+        index = torch.tensor(measured, dtype=torch.int64, device="cpu")
+        index = index.to(values.device, non_blocking=True)
+        at = (index[:, None], index)
+        matrix, observed = self._matrix[at], self._observed[at]
+        gram_affinity_update_(matrix, gradients, values[index], self.decay, observed=observed)
+        if self._sample is not None:
+            weight = self._weight[at]
+            more = weight + self.decay * (1 - weight)
+            self._weight[at] = torch.where(observed > self._observed[at], more, weight)
+        self._matrix[at], self._observed[at] = matrix, observed
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What :meth:`state_dict` copies; the state of the generator is a copy already."""
         return {
-            **super().state_dict(),
-            "observed": self._observed.to("cpu", copy=True),
+            **super().tensors(),
+            "weight": self._weight,
             "generator": self._generator.get_state(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave, for the same number of tasks.
-
-        Raises:
-            ValueError: if ``state`` is not of such an affinity, or of other tasks. Nothing has
-                changed then.
-        """
-        super().load_state_dict(state)
-        self._observed = state["observed"].detach().to("cpu", copy=True)
-        self._generator.set_state(state["generator"].cpu())
+    def _load(self, state: dict[str, Tensor]) -> None:
+        self._generator.set_state(state["generator"])
+        super()._load(state)
+        self._weight = state["weight"]

@@ -6,7 +6,11 @@ keeps a group of its own. For the others the affinity is made comparable over ta
 .. math::
     X_{ik} = A_{ik} / A_{kk}, \qquad X \leftarrow (X + X^\top) / 2
 
-so that 1 is a task's effect on itself; an entry that is not finite counts as not measured, as 0.
+so that 1 is a task's effect on itself. A pair of which neither entry is finite was never observed
+(:class:`TaskGroups` passes NaN for such entries) and is no reason to share a group: it counts as
+the least of the known similarities, or as -1 if that is lower, and a task without any known pair
+keeps a group of its own. Where one entry of a pair is finite, the other counts as 0.
+
 What the classes differ in is what they make of :math:`X`.
 """
 
@@ -23,6 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from taskgroup.arguments import whole_number
 from taskgroup.grouping import Grouping
 from taskgroup.ops.affinity_propagation import propagate
 from taskgroup.ops.normalised_affinity import normalised_affinity
@@ -38,28 +43,45 @@ __all__ = [
 
 _Floats = npt.NDArray[np.float64]
 _Integers = npt.NDArray[np.intp]
+_Mask = npt.NDArray[np.bool_]
 
 
 class _Clustering(Grouping):
-    """Sets tasks without a self-affinity apart, and clusters the others by the normalised one."""
+    """Sets the tasks apart of which nothing is known, and clusters the others."""
+
+    takes_nan = True
 
     def __call__(self, matrix: Tensor) -> Tensor | None:
         """Labels 0 to M-1, int64 ``[K]``, for an affinity ``[K, K]``; None keeps the partition."""
         affinity = matrix.detach().cpu().contiguous()
         if affinity.dtype not in (torch.float32, torch.float64):
             affinity = affinity.double()  # of bfloat16, say, which NumPy does not have
-        known, similarity = normalised_affinity(affinity.numpy())
-        if len(known) < 2:
-            return torch.arange(len(affinity))
-        clusters = self._cluster(similarity)
-        if clusters is None or len(known) == len(affinity):
-            return None if clusters is None else torch.from_numpy(clusters)
+        tasks, similarity = normalised_affinity(affinity.numpy())
+        finite = np.isfinite(affinity.numpy()[np.ix_(tasks, tasks)])
+        known = finite | finite.T
+        connected = known.sum(1) > 1  # with another task than itself
+        if not connected.all():
+            tasks, known = tasks[connected], known[np.ix_(connected, connected)]
+            similarity = similarity[np.ix_(connected, connected)]
         labels = np.arange(len(affinity))
-        labels[known] = len(labels) + clusters  # apart from the labels of the rest
+        if len(tasks) > 1:
+            if not known.all():
+                similarity = np.where(known, similarity, min(-1.0, similarity[known].min()))
+            clusters = self._cluster(similarity, known)
+            if clusters is None:
+                return None
+            if len(tasks) == len(affinity):
+                return torch.from_numpy(clusters)
+            labels[tasks] = len(labels) + clusters  # apart from the labels of the rest
         return torch.from_numpy(np.unique(labels, return_inverse=True)[1])
 
-    def _cluster(self, similarity: _Floats) -> npt.NDArray[Any] | None:
-        """Labels 0 to M-1, int64 ``[n]``, for a normalised affinity ``[n, n]``, n > 1; or None."""
+    def _cluster(self, similarity: _Floats, known: _Mask) -> npt.NDArray[Any] | None:
+        """Labels 0 to M-1, int64 ``[n]``, of n > 1 tasks; None keeps the partition.
+
+        Args:
+            similarity: ``[n, n]``, the normalised affinity.
+            known: ``[n, n]``, symmetric: the pairs that were observed, and the diagonal.
+        """
         raise NotImplementedError
 
 
@@ -72,6 +94,9 @@ class AffinityPropagation(_Clustering):
     Dueck, Science 2007) with the median of :math:`X` as preference. Up to three tasks, where the
     median says nothing, the preference is 0: tasks join where their affinity is positive. Where it
     does not converge the partition is kept.
+
+    Tasks that were never observed together, as in data sets that have no task in common, are
+    clustered apart: of the parts that no known pair connects, each for itself.
 
     Args:
         preference: self-similarity of every task; more gives more groups. None is the rule above.
@@ -99,22 +124,30 @@ class AffinityPropagation(_Clustering):
             raise ValueError(f"preference must be finite, got {preference!r}.")
         if not 0.5 <= damping < 1.0:
             raise ValueError(f"damping must be in [0.5, 1), got {damping!r}.")
-        if max_iter < 1 or convergence_iter < 1:
-            raise ValueError(
-                "max_iter and convergence_iter must be at least 1, "
-                f"got {max_iter!r} and {convergence_iter!r}."
-            )
         self.preference = preference
         self.damping = damping
-        self.max_iter = max_iter
-        self.convergence_iter = convergence_iter
+        self.max_iter = whole_number("max_iter", max_iter, at_least=1)
+        self.convergence_iter = whole_number("convergence_iter", convergence_iter, at_least=1)
 
-    def _cluster(self, similarity: _Floats) -> npt.NDArray[Any] | None:
+    def _cluster(self, similarity: _Floats, known: _Mask) -> npt.NDArray[Any] | None:
+        if known.all():
+            return self._propagate(similarity, known)
+        labels = np.zeros(len(similarity), dtype=np.int64)
+        for part in _parts(known):
+            found = self._propagate(similarity[np.ix_(part, part)], known[np.ix_(part, part)])
+            if found is None:
+                return None
+            labels[part] = found + (labels.max() + 1)
+        return np.unique(labels, return_inverse=True)[1]
+
+    def _propagate(self, similarity: _Floats, known: _Mask) -> npt.NDArray[Any] | None:
+        """Labels 0 to M-1 for tasks that known pairs connect."""
         n, preference = len(similarity), self.preference
         if preference is None and n <= 3:
-            # The least number above 0: an affinity of exactly 0, not measured yet, is no reason
-            # to join.
+            # The least number above 0: an affinity of exactly 0 is no reason to join.
             preference = np.finfo(np.float64).tiny
+        elif preference is None and not known.all():
+            preference = float(np.median(similarity[known]))
         preferences = None if preference is None else np.full(n, preference)
         return propagate(
             similarity, preferences, self.damping, self.max_iter, self.convergence_iter
@@ -122,6 +155,17 @@ class AffinityPropagation(_Clustering):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(preference={self.preference}, damping={self.damping})"
+
+
+def _parts(known: _Mask) -> list[_Integers]:
+    """The connected parts of the graph whose edges are the known pairs, as positions."""
+    part = np.arange(len(known))
+    for _ in range(len(known)):  # each takes the lowest number among its neighbours
+        lowest = np.where(known, part, len(known)).min(1)
+        if np.array_equal(lowest, part):
+            break
+        part = lowest
+    return [np.flatnonzero(part == number) for number in np.unique(part)]
 
 
 class Heterogeneous(AffinityPropagation):
@@ -136,8 +180,8 @@ class Heterogeneous(AffinityPropagation):
         tensor([0, 1, 0])
     """
 
-    def _cluster(self, similarity: _Floats) -> npt.NDArray[Any] | None:
-        clusters = super()._cluster(similarity)
+    def _propagate(self, similarity: _Floats, known: _Mask) -> npt.NDArray[Any] | None:
+        clusters = super()._propagate(similarity, known)
         if clusters is None:
             return None
         groups = np.empty_like(clusters)
@@ -151,8 +195,7 @@ class GraphColoring(_Clustering):
     Tasks i and k conflict where their normalised affinity :math:`X_{ik}` is below ``threshold``.
     The colouring is greedy (Welsh & Powell, The Computer Journal 10, 1967): tasks in the order of
     their number of conflicts, most first, ties by position, each in the first group that holds
-    none of its conflicts. A pair that was not measured, of affinity 0, does not conflict at the
-    threshold of 0.
+    none of its conflicts. A pair that was never observed conflicts, so that it is kept apart.
 
     SON-GOKU steps on such a colouring of averaged gradients, one colour a batch. That schedule is
     a :class:`GradientAffinity`, whose affinity has the signs of the cosines between gradients, and
@@ -192,8 +235,8 @@ class GraphColoring(_Clustering):
             raise ValueError(f"threshold must be a finite number, got {threshold!r}.")
         self.threshold = threshold
 
-    def _cluster(self, similarity: _Floats) -> npt.NDArray[Any]:
-        conflict = similarity < self.threshold
+    def _cluster(self, similarity: _Floats, known: _Mask) -> npt.NDArray[Any]:
+        conflict = (similarity < self.threshold) | ~known
         colours = np.full(len(conflict), -1)
         for task in np.argsort(-conflict.sum(1), kind="stable"):
             taken = set(colours[conflict[task]].tolist())
@@ -240,9 +283,7 @@ class Exhaustive(_Clustering):
     _most_tasks = 14  # 2.4 million pairs
 
     def __init__(self, max_groups: int) -> None:
-        if max_groups < 1:
-            raise ValueError(f"Exhaustive needs at least one group, got max_groups={max_groups!r}.")
-        self.max_groups = max_groups
+        self.max_groups = whole_number("max_groups of Exhaustive", max_groups, at_least=1)
 
     def start(self, tasks: tuple[str, ...]) -> None:
         """Check that the tasks are not too many to try all partitions."""
@@ -255,7 +296,7 @@ class Exhaustive(_Clustering):
                 f"{n_tasks}; take AffinityPropagation() or another clustering for so many."
             )
 
-    def _cluster(self, similarity: _Floats) -> npt.NDArray[Any]:
+    def _cluster(self, similarity: _Floats, known: _Mask) -> npt.NDArray[Any]:
         n_tasks = len(similarity)
         self._check(n_tasks)
         subsets = _subsets(n_tasks)
@@ -326,19 +367,17 @@ class _ScikitLearn(_Clustering):
 
     def __init__(self, m: int, seed: int = 0) -> None:
         name = type(self).__name__
-        if m < 1:
-            raise ValueError(f"{name} needs at least one group, got m={m!r}.")
+        self.m = whole_number(f"m of {name}", m, at_least=1)
         try:
             import sklearn.cluster
         except ImportError as error:
             raise ImportError(
                 f"{name} needs scikit-learn; install it with: pip install 'taskgroup[compare]'"
             ) from error
-        self.m = m
         self.seed = seed
         self._library = sklearn.cluster
 
-    def _cluster(self, similarity: _Floats) -> npt.NDArray[Any]:
+    def _cluster(self, similarity: _Floats, known: _Mask) -> npt.NDArray[Any]:
         if self.m >= len(similarity):
             return np.arange(len(similarity))
         with warnings.catch_warnings():

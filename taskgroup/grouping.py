@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taskgroup.arguments import whole_number
+from taskgroup.generator import HostGenerator
 from taskgroup.sentences import listed
 
 __all__ = [
@@ -31,9 +33,12 @@ class Grouping:
     Attributes:
         reads_affinity: False for a grouping that does not look at the matrix. Such a grouping
             holds from the first batch, without warm-up, and never adds a step to a batch.
+        takes_nan: True for a grouping that wants NaN for entries that were never observed; others
+            are given 0 there.
     """
 
     reads_affinity: bool = True
+    takes_nan: bool = False
 
     def start(self, tasks: tuple[str, ...]) -> None:
         """Learn the names of the tasks; raise where they do not fit."""
@@ -66,7 +71,7 @@ class Singletons(Grouping):
 
     def __call__(self, matrix: Tensor) -> Tensor:
         """Labels 0 to K-1."""
-        return torch.arange(len(matrix))
+        return torch.arange(len(matrix), dtype=torch.int64, device="cpu")
 
 
 class Together(Grouping):
@@ -76,7 +81,7 @@ class Together(Grouping):
 
     def __call__(self, matrix: Tensor) -> Tensor:
         """Labels all 0."""
-        return torch.zeros(len(matrix), dtype=torch.int64)
+        return torch.zeros(len(matrix), dtype=torch.int64, device="cpu")
 
 
 class Fixed(Grouping):
@@ -124,14 +129,15 @@ class Fixed(Grouping):
                 raise ValueError(f"Fixed has no group for task {task!r}; put it in one.")
         if unknown := given - set(tasks):
             raise ValueError(
-                f"Fixed has unknown tasks {sorted(unknown)}; the tasks are {listed(tasks)}."
+                f"Fixed has unknown tasks {sorted(unknown, key=repr)}; the tasks are "
+                f"{listed(tasks)}."
             )
         group_of = {task: label for label, group in enumerate(self._partition) for task in group}
-        self._labels = torch.tensor([group_of[task] for task in tasks])
+        self._labels = [group_of[task] for task in tasks]
 
     def __call__(self, matrix: Tensor) -> Tensor:
         """The label of each task: the place of its group in the partition."""
-        return self._labels
+        return torch.tensor(self._labels, dtype=torch.int64, device="cpu")
 
 
 class RandomGroups(Grouping):
@@ -148,10 +154,8 @@ class RandomGroups(Grouping):
     reads_affinity = False
 
     def __init__(self, m: int, seed: int = 0) -> None:
-        if m < 1:
-            raise ValueError(f"RandomGroups needs at least one group, got m={m!r}.")
-        self.m = m
-        self._generator = torch.Generator().manual_seed(seed)
+        self.m = whole_number("m of RandomGroups", m, at_least=1)
+        self._generator = HostGenerator(seed)
 
     def start(self, tasks: tuple[str, ...]) -> None:
         """Check that there are tasks enough for ``m`` groups."""
@@ -164,11 +168,11 @@ class RandomGroups(Grouping):
     def __call__(self, matrix: Tensor) -> Tensor:
         """Random labels 0 to m-1, each at least once."""
         tasks = len(matrix)
-        labels = torch.empty(tasks, dtype=torch.int64)
-        order = torch.randperm(tasks, generator=self._generator)
-        labels[order[: self.m]] = torch.arange(self.m)
+        order = self._generator.permutation(tasks)
+        labels = torch.empty(tasks, dtype=torch.int64, device="cpu")
+        labels[order[: self.m]] = torch.arange(self.m, dtype=torch.int64, device="cpu")
         labels[order[self.m :]] = torch.randint(
-            self.m, (tasks - self.m,), generator=self._generator
+            self.m, (tasks - self.m,), generator=self._generator, device="cpu"
         )
         return labels
 

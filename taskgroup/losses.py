@@ -29,6 +29,8 @@ ZERO_LOSS = (
     "(error * mask).sum() / mask.sum().clamp(min=1)."
 )
 
+_STILL = 20  # steps without a change of any loss, after which it is no accident
+
 # More groups than recur in a run; those of K = 1000 singletons fit.
 _GROUPS_KEPT = 4096
 
@@ -76,7 +78,7 @@ class LossReader:
         return tuple(self.tasks[k] for k in members)
 
     def forget_device(self) -> None:
-        """Let the next losses decide the device again."""
+        """Forget the device; the next call to :meth:`read` sets it."""
         self.device = None
         self._kept.clear()
 
@@ -86,13 +88,13 @@ class LossReader:
         if kept is None:
             if len(self._kept) >= _GROUPS_KEPT:
                 self._kept.clear()
-            index = torch.tensor(members, dtype=torch.int64)
-            mask = torch.zeros(len(self.tasks), dtype=torch.bool)
+            index = torch.tensor(members, dtype=torch.int64, device="cpu")
+            mask = torch.zeros(len(self.tasks), dtype=torch.bool, device="cpu")
             mask[index] = True
             weights = None
             if self.weights is not None:
                 own = [self.weights[k] for k in members]
-                weights = self._send(torch.tensor(own, dtype=torch.float64))
+                weights = self._send(torch.tensor(own, dtype=torch.float64, device="cpu"))
             kept = GroupTensors(self._send(mask), self._send(index), weights)
             self._kept[members] = kept
         return kept
@@ -211,9 +213,12 @@ class LossReader:
                     f"group.observed, {listed(self.names(needed))}."
                 )
             if not isinstance(value, Tensor) or value.dim() != 0 or not value.is_floating_point():
+                cure = "reduce it, with .mean() for instance"
+                if isinstance(value, int | float):
+                    cure = "hand over the tensor itself, without .item() or float()"
                 raise ValueError(
                     f"The loss of task {self.tasks[k]!r} must be a floating-point scalar tensor, "
-                    f"got {_described(value)}; reduce it, with .mean() for instance."
+                    f"got {_described(value)}; {cure}."
                 )
             first = losses[self.tasks[needed[0]]]
             if value.device != first.device:
@@ -258,7 +263,8 @@ class LossReader:
         # By index: a mask would have to be read on the host, and 0 * NaN is NaN.
         if given == self.everyone:
             return losses.index_select(0, self.group(wanted).index)
-        index = torch.tensor([bisect_left(given, k) for k in wanted])
+        places = [bisect_left(given, k) for k in wanted]
+        index = torch.tensor(places, dtype=torch.int64, device="cpu")
         return losses.index_select(0, self._send(index))
 
     def _settle_on(self, device: torch.device) -> None:
@@ -274,22 +280,44 @@ class LossReader:
 
 
 class LossWatch:
-    """Warns once per task of a loss from which no relative gain can be measured."""
+    """Warns of losses from which no affinity can be measured, once per task and kind."""
 
     def __init__(self, tasks: tuple[str, ...]) -> None:
         self._tasks = tasks
         self._warned: set[int] = set()
+        self._last: list[float] = []
+        self._still = 0  # consecutive steps that changed no loss
 
     def look(
-        self, values: list[float], members: Members, absent: frozenset[int] = frozenset()
+        self,
+        values: list[float],
+        members: Members,
+        absent: frozenset[int] = frozenset(),
+        follows: bool = False,
     ) -> None:
         """Warn of the first NaN, infinite, zero or negative loss of each task.
+
+        Also of many steps in a row that changed no loss.
 
         Args:
             values: the losses.
             members: whose they are.
             absent: the tasks without a label, whose losses are zero.
+            follows: whether there was a step since the losses before these, of the same tasks.
         """
+        if follows and self._still <= _STILL:
+            self._still = self._still + 1 if values == self._last else 0
+            if self._still == _STILL:
+                self._still += 1  # said once
+                warnings.warn(
+                    f"The last {_STILL} steps changed no loss by a bit, so no affinity can be "
+                    "observed: run the forward pass inside the loop over the groups, call "
+                    "optimizer.step() for every group, and look whether the optimizer holds the "
+                    "parameters of the model and its learning rate is above zero. This is said "
+                    "once.",
+                    stacklevel=5,  # the loop's call of group.loss
+                )
+        self._last = values
         if values and min(values) > 0.0 and sum(values) < math.inf:  # false where one is NaN
             return
         for k, value in zip(members, values, strict=True):

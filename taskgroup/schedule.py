@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from taskgroup.affinity import Affinity, GradientAffinity, ProximalAffinity
+from taskgroup.arguments import whole_number
 from taskgroup.clustering import AffinityPropagation
 from taskgroup.distributed import Ranks
-from taskgroup.heads import Heads, Outside, head_parameters, prepare_gradients
+from taskgroup.generator import HostGenerator
+from taskgroup.heads import Attachment, Heads, Outside, unwrapped
 from taskgroup.host import HostCopy
 from taskgroup.losses import ZERO_LOSS, Losses, LossReader, LossWatch, Members, send_like
+from taskgroup.partial_labels import Meetings, Turns
 from taskgroup.replay import RandomState
 from taskgroup.sentences import listed
-from taskgroup.trainers import refuse_accumulation
+from taskgroup.trainers import in_signal_handler, refuse_accumulation
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # which not every build of torch has
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Group", "TaskGroups"]
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _SHARES_TOLERANCE = 1e-6  # ten shares of 0.1 add up to 1, up to rounding
 _LEFT_EARLY = 20  # batches in a row, after which it is no accident
 
@@ -88,10 +92,10 @@ class Group:
 
     @property
     def mask(self) -> Tensor:
-        """Bool ``[K]``, True for the tasks of the group; on the device of the losses."""
-        return self._groups._reader.group(self._members).mask
+        """Bool ``[K]``, True for the tasks of the group; a copy on the device of the losses."""
+        return self._groups._reader.group(self._members).mask.clone()
 
-    def loss(self, losses: Losses, share: float = 1.0) -> Tensor:
+    def loss(self, losses: Losses, share: float = 1.0, again: bool = False) -> Tensor:
         """The loss to step on: the weighted sum (or mean) over the tasks of the group.
 
         Also hands the losses to the affinity, without a synchronisation. Over several ranks, whose
@@ -103,6 +107,9 @@ class Group:
                 task order, of these tasks or of all K. Those of the group's own carry a graph.
             share: the part of the step that this micro-batch is, for gradient accumulation; the
                 shares of a step add up to 1.
+            again: True where a step takes several passes over its losses, in the second pass of
+                SAM and the closure of L-BFGS: once the shares add up to 1, further losses are not
+                observed. Those of the tasks of the group alone will do then.
 
         Returns:
             ``share`` times the loss, a scalar with a graph.
@@ -112,7 +119,7 @@ class Group:
                 graph, or if the shares exceed 1. Nothing has changed then.
             RuntimeError: if the group was skipped, or the ranks step on different groups.
         """
-        return self._groups._loss(self, losses, share)
+        return self._groups._loss(self, losses, share, again)
 
     def skip(self) -> None:
         """Pass over this group: no step is taken on it in this batch."""
@@ -147,12 +154,46 @@ class _Batch:
         self.factors = factors
         self.ran: dict[int, int] = {}  # by the id of the module, the place of its first group
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "ran": {}}  # the modules of a copy have ids of their own
+
 
 class _Step(NamedTuple):
     """A step taken on this batch, whose effect shows in the next losses."""
 
     mask: Tensor  # bool [K]
     losses: Tensor  # [K], before the step
+
+
+@dataclass
+class _State:
+    """What :meth:`TaskGroups.state_dict` saves."""
+
+    partition: list[Members]
+    queue: list[Members]
+    rounds: int
+    batches: int
+    turns: list[int]
+    unconverged: int
+    generator: Tensor
+    affinity: dict[str, Tensor]  # those that are in use, not copies
+    grouping: dict[str, Any]
+
+    def saved(self, tasks: tuple[str, ...]) -> dict[str, Any]:
+        """Copies, of types that load under ``weights_only=True``."""
+        return {
+            "version": _STATE_VERSION,
+            "tasks": list(tasks),
+            "partition": [list(members) for members in self.partition],
+            "queue": [list(members) for members in self.queue],
+            "rounds": self.rounds,
+            "batches": self.batches,
+            "turns": self.turns,
+            "unconverged": self.unconverged,
+            "generator": self.generator,
+            "affinity": {name: t.to("cpu", copy=True) for name, t in self.affinity.items()},
+            "grouping": self.grouping,
+        }
 
 
 class TaskGroups:
@@ -182,14 +223,16 @@ class TaskGroups:
     Args:
         tasks: names of the K tasks, in the order of stacked losses.
         weights: of the losses, ``{task: weight}`` or one per task; 1 by default.
-        affinity: what follows the effect of the steps; ``ProximalAffinity()`` by default.
+        affinity: estimates how each task's step changes every loss; ``ProximalAffinity()`` by
+            default.
         grouping: from affinity to partition; ``AffinityPropagation()`` by default. Any callable
             that takes the matrix ``[K, K]`` and returns labels ``[K]``, or None for "keep".
-        warmup: rounds before the first regrouping.
+        warmup: rounds that step on every task alone, before the first regrouping.
         regroup_every: rounds from one regrouping to the next, of which the first ends the warm-up.
         groups_per_batch: groups dealt to one batch; None is the whole partition.
-        observe_every: batches from one that observes the affinity to the next. Between them a step
-            needs the losses of its own tasks only, so the other heads need not run.
+        observe_every: batches from one that observes the affinity to the next; where batches have
+            labels of some tasks only, every task is observed in every n-th of its own. Between
+            them a step needs the losses of its own tasks only, so the other heads need not run.
         reduction: ``"sum"`` or ``"mean"`` over the losses of the group.
         replay_rng: start every forward of a batch from the same random state, so that dropout
             draws the same masks and a change of loss shows the step, not the draw.
@@ -198,12 +241,14 @@ class TaskGroups:
         seed: of the order of the groups; the same on every rank.
 
     Attributes:
-        affinity: what follows the effect of the steps; ``groups.affinity.matrix`` is ``[K, K]``.
+        affinity: estimates how each task's step changes every loss. ``groups.affinity.matrix`` is
+            ``[K, K]``, ``groups.affinity.observed`` how often each entry was observed.
         unconverged: how often the grouping found no partition and the old one was kept.
 
     Raises:
         ValueError: for an empty or duplicate task, an unknown, missing or negative weight, or a
             setting out of range; the sentence names it.
+        TypeError: for an affinity or grouping that is none.
         RuntimeError: at the first batch, if the ranks' settings or states differ.
 
     Example:
@@ -237,21 +282,19 @@ class TaskGroups:
         self._tasks = _checked_tasks(tasks)
         self._reader = LossReader(self._tasks, weights, reduction)
         self._watch = LossWatch(self._tasks)
-        _check_at_least(0, warmup=warmup)
-        _check_at_least(1, regroup_every=regroup_every, observe_every=observe_every)
+        self._warmup = whole_number("warmup", warmup, at_least=0)
+        self._regroup_every = whole_number("regroup_every", regroup_every, at_least=1)
+        self._groups_per_batch = None
         if groups_per_batch is not None:
-            _check_at_least(1, groups_per_batch=groups_per_batch)
-        self._warmup = warmup
-        self._regroup_every = regroup_every
-        self._groups_per_batch = groups_per_batch
-        self._observe_every = observe_every
+            self._groups_per_batch = whole_number("groups_per_batch", groups_per_batch, at_least=1)
+        self._observe_every = whole_number("observe_every", observe_every, at_least=1)
         self._replay_rng = replay_rng
         self._ranks = Ranks(process_group)
         self._alike = False  # the ranks have been compared
-        self._grouping = AffinityPropagation() if grouping is None else grouping
+        self._grouping = AffinityPropagation() if grouping is None else _checked_grouping(grouping)
         # With one task there is nothing to learn.
         self._learns = len(self._tasks) > 1 and getattr(self._grouping, "reads_affinity", True)
-        self.affinity = ProximalAffinity() if affinity is None else affinity
+        self.affinity = ProximalAffinity() if affinity is None else _checked_affinity(affinity)
         if hasattr(self._grouping, "start"):
             self._grouping.start(self._tasks)
         self.affinity.start(self._tasks)
@@ -260,18 +303,24 @@ class TaskGroups:
         self._partition: list[Members] = [(k,) for k in range(len(self._tasks))]
         self._queue: list[Members] = []  # groups of this round not dealt yet
         self._rounds = 0  # begun
-        self._to_measure: Members = ()  # in the first step of the batch that began a round
         self._batches = 0  # begun
-        self._generator = torch.Generator().manual_seed(seed)
+        self._turns = Turns(len(self._tasks), self.affinity.every or self._observe_every)
+        self._generator = HostGenerator(seed)
         self.unconverged = 0
 
         # Of the batch at hand, if any.
         self._batch: _Batch | None = None
         self._group: Group | None = None  # handed out last
         self._before: _Step | None = None
+        self._whole: _State | None = None  # of the last whole batch, while one is open
+        self._given: weakref.ref[Tensor] | None = None  # the first loss that this group was given
 
-        self._left_early = 0  # of the batches of several steps, so many in a row
+        # Of tasks that are never labelled in one batch; None where that is not to be told of.
+        self._meetings = Meetings(self._tasks) if self._learns else None
+        self._left_early = 0  # consecutive batches of several steps that were left before the last
         self._stepping: Group | None = None  # whose loss was asked for last
+        self._asked = 0  # how often a loss was asked for
+        self._told_of_one_forward = False
         self._copy: HostCopy | None = None  # of the affinity as it is, and what was not read
         # On the GPU, and what is to look at them on the host.
         self._unread: list[tuple[Tensor, Callable[[list[float]], None]]] = []
@@ -309,11 +358,18 @@ class TaskGroups:
 
         Raises:
             ValueError: if a task is unknown.
+            TypeError: if ``present`` is a string or a mapping.
         """
         if isinstance(present, str):
             raise TypeError(f"batch() takes a collection of tasks, got {present!r}; put it in [].")
+        if isinstance(present, Mapping):
+            raise TypeError(
+                "batch() takes the names of the labelled tasks, got a mapping, whose values it "
+                "would not look at: write groups.batch([task for task, mask in masks.items() if "
+                "mask.any()]), or groups.batch(labels.keys()) if every task in it is labelled."
+            )
         present = set(present)
-        if unknown := sorted(present.difference(self._tasks)):
+        if unknown := sorted(present.difference(self._tasks), key=repr):
             raise ValueError(
                 f"batch() got unknown tasks {listed(unknown)}; they are {listed(self._tasks)}."
             )
@@ -322,75 +378,91 @@ class TaskGroups:
 
     def attach(
         self, optimizer: Optimizer, heads: Heads | None = None, outside: Outside = "hold"
-    ) -> RemovableHandle:
+    ) -> Attachment:
         """Decide what a step does to the heads of the tasks outside the group.
 
-        Before every ``optimizer.step()`` their gradients are set to None (``"hold"``: they do not
-        move at all) or to zero (``"coast"``: momentum and weight decay go on moving them, as in
-        the published runs). Without this call they hold, unless the losses are stacked, the model
-        is compiled whole or ``zero_grad(set_to_none=False)`` is called: then they coast.
+        In every ``optimizer.step()`` they have no gradient (``"hold"``: they do not move at all) or
+        a gradient of zero (``"coast"``: momentum and weight decay go on moving them, as in the
+        published runs), also where the step is given a closure that makes the gradients. Without
+        this call they hold, unless the losses are stacked, the model is compiled whole or
+        ``zero_grad(set_to_none=False)`` is called: then they coast. After the step the gradients
+        that were held back are in their place again.
+
+        One layer for the heads of all tasks, ``nn.Linear(d, K)``, is named by its rows::
+
+            rows = {t: [head.weight[k], head.bias[k]] for k, t in enumerate(tasks)}
+            groups.attach(optimizer, rows)
+
+        The rows outside the group are put back after the step, with the optimizer's state of them;
+        that costs a copy of the layer a step, and the count of steps in the state (Adam's, for its
+        bias correction) stays one for all rows.
+
+        A copy of the groups or of the optimizer is not attached: call this again for it.
 
         Args:
-            optimizer: whose steps are prepared; one that a trainer has wrapped will do.
+            optimizer: whose steps are prepared; one that a trainer has wrapped will do. Not LBFGS.
             heads: the parameters of each task alone, ``{task: module or parameters}``, an empty
-                list for a task without any. Not needed where a :class:`MultiTaskModel` is called
-                with ``group=group``. A parameter that a task of the group also has is left alone.
+                list for a task without any; for a parameter of several tasks, its rows. Not needed
+                where a :class:`MultiTaskModel` is called with ``group=group``.
             outside: ``"hold"`` or ``"coast"``.
 
         Returns:
-            A handle whose ``remove()`` takes the call back.
+            An object whose ``remove()`` takes the call back.
 
         Raises:
-            ValueError: if a task is unknown or missing, or ``outside`` is neither of the two.
+            ValueError: if a task is unknown or missing, a parameter belongs to two tasks or is not
+                in the optimizer, the optimizer is LBFGS, or ``outside`` is neither of the two.
+            TypeError: if ``optimizer`` is none, or ``heads`` no mapping.
         """
         if outside not in ("hold", "coast"):
             raise ValueError(f"outside must be 'hold' or 'coast', got {outside!r}.")
-        parameters = None if heads is None else head_parameters(heads, self._tasks)
-        latest = heads
+        return Attachment(unwrapped(optimizer), self._tasks, heads, outside, self._about_to_step)
 
-        def prepare(*_: object) -> None:
-            nonlocal parameters, latest
-            group = self._stepping
-            if group is None:
-                return
-            if heads is None and group.model is not None and group.model.heads is not latest:
-                latest = group.model.heads
-                parameters = head_parameters(latest, self._tasks)
-            if parameters is None:
-                raise RuntimeError(
-                    "attach() does not know the heads: call the MultiTaskModel with group=group, "
-                    "or write groups.attach(optimizer, {task: head, ...})."
-                )
-            prepare_gradients(parameters, group.tasks, outside)
+    def _about_to_step(self, prepared: int) -> tuple[frozenset[int] | None, Heads | None, int]:
+        """The members of the group whose step is about to be taken, and its model's heads.
 
-        while isinstance(wrapped := getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = wrapped
-        return optimizer.register_step_pre_hook(prepare)
+        Args:
+            prepared: the number that this gave at the last step.
+        """
+        group, asked = self._stepping, self._asked
+        in_loop = self._batch is not None and group is self._group
+        if group is None or (asked == prepared and not in_loop):
+            return None, None, prepared  # a step of other losses, after the loop
+        heads = None if group.model is None else group.model.heads
+        return frozenset(group._members), heads, asked
 
     def state_dict(self) -> dict[str, Any]:
         """Everything an exact resume needs; it loads under ``weights_only=True``.
 
+        In the handler of a signal, where a trainer saves at whatever line the loop is (Lightning
+        on SLURM), it is the state of the last whole batch.
+
         Raises:
             RuntimeError: inside a batch, whose open step would be lost.
         """
-        if self._batch is not None:
+        if self._batch is None:
+            return self._state().saved(self._tasks)
+        if not in_signal_handler():
             raise RuntimeError(
                 "state_dict() inside a batch would lose its open step; call it after the loop "
                 "over the groups."
             )
+        assert self._whole is not None
+        return self._whole.saved(self._tasks)
+
+    def _state(self) -> _State:
         grouping = self._grouping
-        return {
-            "version": _STATE_VERSION,
-            "tasks": list(self._tasks),
-            "partition": [list(members) for members in self._partition],
-            "queue": [list(members) for members in self._queue],
-            "rounds": self._rounds,
-            "batches": self._batches,
-            "unconverged": self.unconverged,
-            "generator": self._generator.get_state(),
-            "affinity": self.affinity.state_dict(),
-            "grouping": grouping.state_dict() if hasattr(grouping, "state_dict") else {},
-        }
+        return _State(
+            partition=[*self._partition],
+            queue=[*self._queue],
+            rounds=self._rounds,
+            batches=self._batches,
+            turns=self._turns.state(),
+            unconverged=self.unconverged,
+            generator=self._generator.get_state(),
+            affinity=self.affinity.tensors(),
+            grouping=grouping.state_dict() if hasattr(grouping, "state_dict") else {},
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where :meth:`state_dict` was taken.
@@ -426,6 +498,8 @@ class TaskGroups:
             raise ValueError("The partition in the state does not hold every task once.")
         if not set(queue) <= set(partition):
             raise ValueError("The state deals out groups that are not in its partition.")
+        if len(state["turns"]) != len(self._tasks):
+            raise ValueError("The turns in the state are not one number for every task.")
         self.affinity.load_state_dict(state["affinity"])
         try:
             if hasattr(self._grouping, "load_state_dict"):
@@ -438,12 +512,29 @@ class TaskGroups:
         self._queue = queue
         self._rounds = state["rounds"]
         self._batches = state["batches"]
+        self._turns.load(state["turns"])
         self.unconverged = state["unconverged"]
         self._stepping = self._copy = None
         self._alike = False
         self._unread.clear()
         self._copied = 0
         self._reader.forget_device()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy stands between two batches, and what was on its way to the host is not copied."""
+        return {
+            **self.__dict__,
+            "_batch": None,
+            "_group": None,
+            "_before": None,
+            "_whole": None,
+            "_given": None,
+            "_stepping": None,
+            "_copy": None,
+            "_unread": [],
+            "_copied": 0,
+            "_alike": False,
+        }
 
     def __repr__(self) -> str:
         return f"TaskGroups({len(self._tasks)} tasks in {len(self._partition)} groups)"
@@ -476,16 +567,16 @@ class TaskGroups:
         # Of several ranks each must find out at the same place that they differ.
         if self._copy is not None and (several or self._copy.ready()):
             self._read_copy(self._copy)
+        if self._meetings is not None:
+            self._tell_of_strangers(batch.present)
+        whole = self._whole = self._state()
         self._batch = batch
-        self._group = self._before = None
+        self._group = self._before = self._given = None
         try:
-            observes = self.affinity.reads_steps and self._batches % self._observe_every == 0
             self._batches += 1
-            steps = self._plan(batch.present, observes)
-            observes = observes and len(steps) > 1
-            to_measure: Members = ()
-            if self._to_measure:
-                to_measure, self._to_measure = _cut(self._to_measure, frozenset(batch.present)), ()
+            steps, observes, to_measure = self._plan(batch.present)
+            if observes or to_measure:
+                whole.affinity = {name: t.clone() for name, t in whole.affinity.items()}
             replay = self._replay_rng and len(steps) > 1
             random_state = RandomState(self._reader.device) if replay else None
             self._left_early += len(steps) > 1
@@ -517,7 +608,7 @@ class TaskGroups:
                 self._close(group)
         finally:
             if self._batch is batch:  # the group outlives it, until the next batch begins
-                self._batch = self._before = None
+                self._batch = self._before = self._whole = None
 
     def _decisive(self) -> dict[str, object]:
         """What the decisions follow from, by the name a user knows it by."""
@@ -551,8 +642,38 @@ class TaskGroups:
             factors[k] = self._ranks.number / counts[k]
         return _Batch(present, frozenset(present) - mine, factors)
 
-    def _plan(self, present: Members, observes: bool) -> list[Members]:
-        """The groups of one batch, cut down to the present tasks; at least one."""
+    def _tell_of_strangers(self, present: Members) -> None:
+        assert self._meetings is not None
+        if present != self._reader.everyone:
+            told = self._meetings.note(present)
+            if told is not None:
+                warnings.warn(told, stacklevel=3)
+            elif not self._meetings.all_met():
+                return
+        self._meetings = None
+
+    def _plan(self, present: Members) -> tuple[list[Members], bool, Members]:
+        """What to do in one batch.
+
+        Returns:
+            The groups, cut down to the present tasks, at least one; whether they are observed; the
+            tasks whose gradients to measure in the first step.
+        """
+        # One task alone has nothing to be compared with.
+        due = len(present) > 1 and self.affinity.reads_steps and self._turns.due(present)
+        rounds = self._rounds
+        steps = self._dealt(present, again=due and self._learns)
+        observes = due and len(steps) > 1
+        to_measure: Members = ()
+        if self.affinity.every is not None and self._rounds > rounds and len(present) > 1:
+            due = self._turns.due(present)
+            to_measure = self.affinity.draw(present) if due else ()
+        if observes or to_measure:
+            self._turns.taken(present)
+        return steps, observes, to_measure
+
+    def _dealt(self, present: Members, again: bool) -> list[Members]:
+        """The groups of one batch, two at least if one must be stepped on ``again``."""
         here = None if present == self._reader.everyone else frozenset(present)
         steps: list[Members] = []
         while not steps:  # twice at most: a whole round holds every present task
@@ -561,7 +682,7 @@ class TaskGroups:
             while self._queue and len(steps) != self._groups_per_batch:
                 if members := _cut(self._queue.pop(0), here):
                     steps.append(members)
-        if observes and self._learns and len(steps) == 1:
+        if again and len(steps) == 1:
             steps.append(self._another(steps[0], here))
         return steps
 
@@ -574,23 +695,24 @@ class TaskGroups:
         others = [members for members in others if members and members != dealt]
         if not others:
             return dealt
-        return others[int(torch.randint(len(others), (), generator=self._generator))]
+        return others[self._generator.below(len(others))]
 
     def _begin_round(self) -> None:
         """Regroup where it is time, and shuffle the partition."""
-        first = self._warmup + 1 if self._learns else self._regroup_every
+        first = self._warmup if self._learns else self._regroup_every
         if self._rounds >= first and (self._rounds - first) % self._regroup_every == 0:
             self._regroup()
-        self._to_measure = self.affinity.draw(self._rounds)
         self._rounds += 1
-        order = torch.randperm(len(self._partition), generator=self._generator)
-        self._queue = [self._partition[i] for i in order.tolist()]
+        order = self._generator.permutation(len(self._partition))
+        self._queue = [self._partition[i] for i in order]
 
     def _regroup(self) -> None:
         if self._copy is not None:
             matrix = self._read_copy(self._copy)
         else:
-            matrix = self.affinity.matrix.detach().to("cpu", copy=True)
+            matrix = self.affinity.known().to("cpu")
+        if not getattr(self._grouping, "takes_nan", False):
+            matrix = matrix.nan_to_num(nan=0.0)
         labels = self._grouping(matrix)
         if labels is None:
             self.unconverged += 1
@@ -610,7 +732,7 @@ class TaskGroups:
             members.setdefault(label, []).append(k)
         self._partition = [tuple(group) for group in members.values()]
 
-    def _loss(self, group: Group, losses: Losses, share: float) -> Tensor:
+    def _loss(self, group: Group, losses: Losses, share: float, again: bool) -> Tensor:
         """See :meth:`Group.loss`."""
         if group._skipped:
             raise RuntimeError(
@@ -618,16 +740,27 @@ class TaskGroups:
             )
         if not 0.0 < share <= 1.0:
             raise ValueError(f"share must be in (0, 1], got {share!r}.")
-        shares = group._shares + share
+        again = again and group._shares > 1 - _SHARES_TOLERANCE
+        shares = group._shares + (0.0 if again else share)
         if shares > 1 + _SHARES_TOLERANCE:
             raise ValueError(
                 f"The shares of the group {listed(group.tasks)} would add up to {shares:g}: call "
-                "group.loss(losses) once per step, or with share=1/n in each of n micro-batches."
+                "group.loss(losses) once per step, or with share=1/n in each of n micro-batches. "
+                "Where one step takes several passes over its losses, in the second pass of SAM "
+                "or the closure of L-BFGS, write group.loss(losses, again=True)."
             )
         batch = group._batch
+        needed = group._needed
+        if again and isinstance(losses, Mapping):
+            needed = group._members
         if batch.absent and isinstance(losses, Mapping):
-            self._check_absent(losses, group)
-        value, measured = self._reader.read(losses, group._members, group._needed, batch.factors)
+            self._check_absent(losses, group, needed)
+        value, measured = self._reader.read(losses, group._members, needed, batch.factors)
+        self._stepping = group
+        self._asked += 1
+        if again:
+            return value * share
+        self._tell_of_one_forward(group, losses)
         if group._measures and group._measured is None and group is self._group:
             self._measure_gradients(group, losses, measured)
         if share != 1.0:
@@ -636,14 +769,29 @@ class TaskGroups:
             measured += group._measured
         group._measured = measured
         group._shares = shares
-        self._stepping = group
         if shares > 1 - _SHARES_TOLERANCE and group is self._group:
             self._measure(group, measured)
         return value
 
-    def _check_absent(self, losses: Mapping[str, Tensor], group: Group) -> None:
+    def _tell_of_one_forward(self, group: Group, losses: Losses) -> None:
+        """Warn, once, where a group is given the very losses of the group before it."""
+        if group._shares > 0 or self._told_of_one_forward:
+            return
+        first = losses if isinstance(losses, Tensor) else next(iter(losses.values()))
+        if self._given is not None and self._given() is first and first.grad_fn is not None:
+            self._told_of_one_forward = True
+            warnings.warn(
+                "group.loss() was given the same losses as for the group before, so no forward "
+                "pass was run in between: move it into the loop over the groups. Otherwise every "
+                "step after the first follows gradients from before it, and no affinity can be "
+                "observed. This is said once.",
+                stacklevel=4,  # the loop's call of group.loss
+            )
+        self._given = weakref.ref(first)
+
+    def _check_absent(self, losses: Mapping[str, Tensor], group: Group, needed: Members) -> None:
         """The losses of the tasks that other ranks have labels of hang on the outputs."""
-        for k in sorted(group._batch.absent.intersection(group._needed)):
+        for k in sorted(group._batch.absent.intersection(needed)):
             task = self._tasks[k]
             if task not in losses:
                 wrong = "is missing"
@@ -660,10 +808,13 @@ class TaskGroups:
         """Take in the losses from before a step: they show what the last step did."""
         needed, absent = group._needed, group._batch.absent
         later = self._reader.later
+        follows = group.observes and not group.first
         if later:
-            self._unread.append((measured, lambda seen: self._watch.look(seen, needed, absent)))
+            self._unread.append(
+                (measured, lambda seen: self._watch.look(seen, needed, absent, follows))
+            )
         else:
-            self._watch.look(measured.tolist(), needed, absent)
+            self._watch.look(measured.tolist(), needed, absent, follows)
         if group.observes or self._ranks.number > 1:  # over ranks, to know that all step alike
             losses = self._mean_over_ranks(group, measured)
             if group.observes:
@@ -682,7 +833,7 @@ class TaskGroups:
     def _copy_to_host(self, device: torch.device) -> None:
         """Send the affinity and all that was not read on their way, without waiting for them."""
         self.affinity.to(device)  # where it is not before it has observed
-        self._copy = HostCopy([self.affinity.matrix, *(values for values, _ in self._unread)])
+        self._copy = HostCopy([self.affinity.known(), *(values for values, _ in self._unread)])
         self._copied = len(self._unread)
 
     def _mean_over_ranks(self, group: Group, measured: Tensor) -> Tensor:
@@ -771,15 +922,41 @@ def _checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     names = tuple(tasks)
     if not names:
         raise ValueError("tasks is empty; name at least one.")
+    seen: set[str] = set()
     for k, task in enumerate(names):
         if not isinstance(task, str) or not task:
             raise ValueError(f"Task {k} must be a non-empty string, got {task!r}.")
-        if task in names[:k]:
+        if task in seen:
             raise ValueError(f"Task {task!r} is named twice; give every task a name of its own.")
-    return names
+        seen.add(task)
+    # Plain strings, whatever kind they are of: NumPy's would not load under weights_only=True.
+    return tuple(str.__str__(task) for task in names)
 
 
-def _check_at_least(least: int, **settings: int) -> None:
-    for name, value in settings.items():
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+def _checked_affinity(affinity: object) -> Affinity:
+    if isinstance(affinity, type):
+        raise TypeError(
+            f"affinity takes an object, got the class {affinity.__name__}; call it, as in "
+            "tg.ProximalAffinity()."
+        )
+    if not isinstance(affinity, Affinity):
+        raise TypeError(
+            "affinity takes an object, such as tg.ProximalAffinity() or "
+            f"tg.GradientAffinity(model.encoder), got {affinity!r}."
+        )
+    return affinity
+
+
+def _checked_grouping(grouping: object) -> Callable[[Tensor], Tensor | None]:
+    if isinstance(grouping, type):
+        raise TypeError(
+            f"grouping takes an object, got the class {grouping.__name__}; call it, as in "
+            "tg.AffinityPropagation() or tg.KMeans(m)."
+        )
+    if not callable(grouping):
+        raise TypeError(
+            "grouping takes an object such as tg.AffinityPropagation(), tg.KMeans(m) or "
+            "tg.Fixed(partition), or a function from the affinity [K, K] to labels [K]; got "
+            f"{grouping!r}."
+        )
+    return grouping

@@ -1,10 +1,39 @@
-"""What a trainer around the loop may not do: hold back the step of a group."""
+"""What a trainer around the loop does: hold steps back, which it may not, and save at any line."""
 
 from __future__ import annotations
 
+import functools
+import signal
 import sys
+from types import CodeType
 
-__all__ = ["refuse_accumulation"]
+__all__ = ["in_signal_handler", "refuse_accumulation"]
+
+
+def in_signal_handler() -> bool:
+    """Whether the handler of a signal is running, at whatever line of the loop it came in."""
+    handlers = {
+        code
+        for number in signal.valid_signals()
+        if (code := _code(signal.getsignal(number))) is not None
+    }
+    frame = sys._getframe(1) if handlers else None
+    while frame is not None:
+        if frame.f_code in handlers:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _code(handler: object) -> CodeType | None:
+    """The code that runs when the handler is called; None for one that is not of Python's."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    for function in (handler, getattr(handler, "__func__", None), type(handler).__call__):
+        code = getattr(function, "__code__", None)
+        if isinstance(code, CodeType):
+            return code
+    return None
 
 
 def refuse_accumulation() -> None:

@@ -148,7 +148,7 @@ class TestSchedule:
     def test_adds_no_second_step(self, x):
         """All tasks agree: one group, and one step a batch."""
         groups = tg.TaskGroups(TASKS, affinity=tg.GradientAffinity([x], decay=0.5), warmup=2)
-        assert [len(steps) for steps in batches(groups, 6, quadratic(x))] == [3, 3, 3, 1, 1, 1]
+        assert [len(steps) for steps in batches(groups, 6, quadratic(x))] == [3, 3, 1, 1, 1, 1]
 
     def test_rounds_over_several_batches(self, x):
         affinity = tg.GradientAffinity([x], every=1)

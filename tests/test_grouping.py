@@ -107,13 +107,13 @@ def test_any_dtype(name, dtype):
         (lambda: tg.Fixed([["a"], []]), ValueError, "an empty group"),
         (lambda: tg.Fixed([["a", "b"], ["b"]]), ValueError, "'b' twice"),
         (lambda: tg.Fixed(["a", "b"]), TypeError, r"write \['a'\]"),
-        (lambda: tg.RandomGroups(0), ValueError, "at least one group, got m=0"),
+        (lambda: tg.RandomGroups(0), ValueError, "m of RandomGroups must be an integer"),
         (lambda: tg.AffinityPropagation(damping=0.4), ValueError, r"damping must be in \[0.5, 1\)"),
         (lambda: tg.AffinityPropagation(max_iter=0), ValueError, "at least 1"),
         (lambda: tg.GraphColoring(float("nan")), ValueError, "threshold must be a finite number"),
-        (lambda: tg.Exhaustive(0), ValueError, "at least one group, got max_groups=0"),
-        (lambda: tg.KMeans(0), ValueError, "KMeans needs at least one group, got m=0"),
-        (lambda: tg.Spectral(0), ValueError, "Spectral needs at least one group, got m=0"),
+        (lambda: tg.Exhaustive(0), ValueError, "max_groups of Exhaustive must be an integer"),
+        (lambda: tg.KMeans(0), ValueError, "m of KMeans must be an integer"),
+        (lambda: tg.Spectral(0), ValueError, "m of Spectral must be an integer"),
     ],
 )
 def test_bad_groupings(make, error, said):

@@ -82,7 +82,7 @@ def test_resumed_run_is_the_uninterrupted_one(setting, stop):
 def test_count_of_failures_is_saved():
     run = Run("not-converging")
     run.train(range(8))
-    assert run.groups.unconverged == 5
+    assert run.groups.unconverged == 6
     other = Run("not-converging")
     other.load(run.save())
     assert other.groups.unconverged == 5

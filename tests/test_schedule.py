@@ -146,8 +146,8 @@ def test_warmup_and_regroup_every_count_rounds():
     toy = Toy()
     for batch in range(15):
         run(groups, toy)
-    # Rounds passed before batch n are n: more than 3, for the first time, and every fifth from it.
-    assert calls == [4, 9, 14]
+    # Three rounds of warm-up, the next one begins with learned groups, and every fifth from it.
+    assert calls == [3, 8, 13]
     assert groups.partition == [("a", "b", "c", "d")]
 
 
@@ -182,8 +182,8 @@ def test_warmup_rounds_last_longer_with_fewer_groups_per_batch():
     for batch in range(8):
         for _ in walk(groups):
             pass
-    assert calls == [4, 6]  # two batches are a round
-    assert groups.unconverged == 2
+    assert calls == [2, 4, 6]  # two batches are a round
+    assert groups.unconverged == 3
 
 
 def test_observing_batch_takes_a_second_step():
@@ -472,7 +472,7 @@ def test_two_batches_at_once_are_refused():
     ],
 )
 def test_bad_labels_of_a_grouping(labels, said):
-    groups = tg.TaskGroups(TASKS, grouping=lambda matrix: labels, warmup=0)
+    groups = tg.TaskGroups(TASKS, grouping=lambda matrix: labels, warmup=1)
     run(groups, Toy())
     with pytest.raises(ValueError, match=said):
         run(groups, Toy())

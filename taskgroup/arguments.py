@@ -1,0 +1,33 @@
+"""Checks of arguments that several parts share."""
+
+from __future__ import annotations
+
+import operator
+
+__all__ = ["whole_number"]
+
+
+def whole_number(name: str, value: object, at_least: int) -> int:
+    """The argument as a plain int.
+
+    Args:
+        name: of the argument, for the message.
+        value: an integer of Python, NumPy or torch; no bool.
+        at_least: the smallest number allowed.
+
+    Raises:
+        ValueError: if it is no integer, or too small.
+
+    Example:
+        >>> import numpy as np
+        >>> whole_number("warmup", np.int64(5), at_least=0)
+        5
+    """
+    try:
+        # True is an integer to Python, and never the number that was meant.
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < at_least:
+        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}.")
+    return number
