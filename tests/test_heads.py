@@ -231,26 +231,6 @@ def test_heads_are_known_from_the_model_that_ran():
         train(model, plain, groups, optimizer, stacked=False)
 
 
-def test_parameter_of_two_heads_moves_with_either():
-    model = make_model()
-    shared = nn.Parameter(torch.ones(2))
-    heads = {task: [*model.heads[task].parameters()] for task in TASKS}
-    heads["b"].append(shared)
-    heads["c"].append(shared)
-    groups = fixed_groups()
-    optimizer = torch.optim.SGD([*model.parameters(), shared], lr=0.1)
-    groups.attach(optimizer, heads)
-    x, target = data(0)
-    for group in groups:
-        losses = losses_of(model(x), target)
-        losses = {t: v * shared.sum() if t != "a" else v for t, v in losses.items()}
-        before = shared.detach().clone()
-        optimizer.zero_grad()
-        group.loss(losses).backward()
-        optimizer.step()
-        assert not torch.equal(shared, before)  # b is in one group, c in the other
-
-
 def test_removed_handle_and_steps_outside_the_loop():
     model = make_model()
     groups = fixed_groups()
@@ -261,6 +241,12 @@ def test_removed_handle_and_steps_outside_the_loop():
     before = snapshot(model)
     optimizer.step()  # no group has been asked for yet
     assert moved(model, before) == set(TASKS)
+    train(model, plain, groups, optimizer, stacked=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    seen = snapshot(model)
+    optimizer.step()  # of other losses, after the loop: the last group does not hold it back
+    assert moved(model, seen) == set(TASKS)
     handle.remove()
     train(model, plain, groups, optimizer, stacked=True)
     seen = snapshot(model)
@@ -275,6 +261,11 @@ def test_removed_handle_and_steps_outside_the_loop():
         ({"a": [], "b": [], "c": [], "d": []}, "hold", r"\['d'\] are missing or unknown"),
         ({"a": [], "b": ["weight"], "c": []}, "hold", "head of task 'b'.*str"),
         ({"a": [], "b": [], "c": []}, "freeze", "'hold' or 'coast', got 'freeze'"),
+        ({"a": [], "b": 3, "c": []}, "hold", "head of task 'b' must be a module.*int"),
+        ({"a": [], "b": nn.Linear(2, 2), "c": []}, "hold", "'b'.*'weight'.*not in the optimizer"),
+        ({"a": [torch.zeros(2)], "b": [], "c": []}, "hold", "'a'.*not in the optimizer"),
+        ({"a": [nn.Linear(2, 2).weight * 2], "b": [], "c": []}, "hold", "'a'.*computed from"),
+        ({0: [], 1: [], 2: []}, "hold", r"missing or unknown"),
     ],
 )
 def test_bad_attach(heads, outside, said):
@@ -310,3 +301,266 @@ def test_every_pair_of_paths_gives_the_same_losses():
     for one, other in itertools.combinations(finals.values(), 2):
         torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(one[1], other[1], rtol=1e-4, atol=1e-6)
+
+
+class Closure:
+    """The ways to take a step: the gradients are made before it, or within."""
+
+    @staticmethod
+    def none(optimizer, run):
+        run()
+        optimizer.step()
+
+    @staticmethod
+    def positional(optimizer, run):
+        optimizer.step(run)
+
+    @staticmethod
+    def keyword(optimizer, run):
+        optimizer.step(closure=run)
+
+
+@pytest.mark.parametrize("outside", ["hold", "coast"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_closure_makes_no_difference(outside, kind, stacked):
+    finals = {}
+    for way in ("none", "positional", "keyword"):
+        model = make_model()
+        optimizer = OPTIMIZERS[kind](model.parameters())
+        groups = fixed_groups()
+        groups.attach(optimizer, model.heads, outside=outside)
+        for n in range(4):
+            x, target = data(n)
+            for group in groups:
+
+                def run(model=model, optimizer=optimizer, group=group, x=x, target=target):
+                    optimizer.zero_grad()
+                    losses = losses_of(model(x), target)
+                    loss = group.loss(torch.stack([*losses.values()]) if stacked else losses)
+                    loss.backward()
+                    return loss
+
+                before = snapshot(model)
+                getattr(Closure, way)(optimizer, run)
+                if outside == "hold":
+                    assert moved(model, before) == set(group.tasks)
+        finals[way] = snapshot(model)
+    for way in ("positional", "keyword"):
+        for name, value in finals["none"].items():
+            assert torch.equal(finals[way][name], value), (way, name)
+
+
+def test_an_optimizer_that_calls_its_closure_twice_holds_in_both():
+    """A step of extragradient: the second pass is of the same step, and is not observed."""
+
+    class Twice(torch.optim.SGD):
+        def step(self, closure):
+            with torch.enable_grad():
+                closure()
+            super().step()
+            with torch.enable_grad():
+                closure()
+            super().step()
+
+    model = make_model()
+    optimizer = Twice(model.parameters(), lr=0.01, momentum=0.9)
+    groups = tg.TaskGroups(TASKS, warmup=1000)
+    groups.attach(optimizer, model.heads)
+    for n in range(4):
+        x, target = data(n)
+        for group in groups:
+
+            def run(group=group, x=x, target=target):
+                optimizer.zero_grad()
+                losses = losses_of(model(x), target)
+                loss = group.loss(torch.stack([*losses.values()]), again=True)
+                loss.backward()
+                return loss
+
+            before = snapshot(model)
+            optimizer.step(run)
+            assert moved(model, before) == set(group.tasks)
+    assert groups.affinity.observed.sum() <= 4 * 2 * 3  # two of three steps a batch, three entries
+
+
+@pytest.mark.parametrize("outside", ["hold", "coast"])
+def test_gradients_that_are_held_back_keep_their_identity(outside):
+    model = make_model()
+    optimizer = OPTIMIZERS["adam"](model.parameters())
+    groups = fixed_groups()
+    groups.attach(optimizer, model.heads, outside=outside)
+    x, target = data(0)
+    for group in groups:
+        optimizer.zero_grad(set_to_none=False)
+        group.loss(torch.stack([*losses_of(model(x), target).values()])).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is gradients[name]
+
+
+class Wrapper:
+    """What a trainer puts around an optimizer."""
+
+    def __init__(self, name, optimizer):
+        setattr(self, name, optimizer)
+
+
+def test_wrappers_are_looked_into_or_named():
+    model, groups = make_model(), fixed_groups()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    for name in ("optimizer", "base_optimizer"):
+        handle = groups.attach(Wrapper("optimizer", Wrapper(name, inner)).optimizer, model.heads)
+        x, target = data(0)
+        group = next(iter(groups))
+        group.loss(torch.stack([*losses_of(model(x), target).values()])).backward()
+        before = snapshot(model)
+        inner.step()
+        assert moved(model, before) == set(group.tasks)
+        handle.remove()
+    for bad in (Wrapper("inner", inner), [inner], None):
+        with pytest.raises(TypeError, match=r"takes a torch\.optim\.Optimizer"):
+            groups.attach(bad, model.heads)
+    with pytest.raises(ValueError, match="LBFGS"):
+        groups.attach(torch.optim.LBFGS(model.parameters()), model.heads)
+    with pytest.raises(TypeError, match=r"task: module or parameters.*ModuleList"):
+        groups.attach(inner, nn.ModuleList(model.heads.values()))
+
+
+def test_a_head_in_another_optimizer_is_another_attachment():
+    model, groups = make_model(), fixed_groups()
+    optimizers = {t: torch.optim.SGD(model.heads[t].parameters(), lr=0.1) for t in TASKS}
+    for task, optimizer in optimizers.items():
+        groups.attach(optimizer, {t: model.heads[t] if t == task else [] for t in TASKS})
+    x, target = data(0)
+    for group in groups:
+        before = snapshot(model)
+        group.loss(torch.stack([*losses_of(model(x), target).values()])).backward()
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+        assert moved(model, before) == set(group.tasks)
+    encoders = torch.optim.SGD(model.encoder.parameters(), lr=0.1)
+    groups.attach(encoders)
+    with pytest.raises(ValueError, match="holds none of the heads"):
+        train(model, with_group, groups, encoders, stacked=False)
+
+
+class TestRows:
+    """One linear layer is the head of all tasks, a row each."""
+
+    def make(self, kind, rows=True):
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Linear(5, 8), nn.Tanh())
+        head = nn.Linear(8, 3)
+        heads = {t: nn.Linear(8, 1) for t in TASKS}
+        for k, own in enumerate(heads.values()):
+            own.weight.data.copy_(head.weight.data[k : k + 1])
+            own.bias.data.copy_(head.bias.data[k : k + 1])
+        modules = [encoder, head] if rows else [encoder, *heads.values()]
+        optimizer = OPTIMIZERS[kind]([p for m in modules for p in m.parameters()])
+        return encoder, head, heads, optimizer
+
+    def named(self, head):
+        return {t: [head.weight[k], head.bias[k]] for k, t in enumerate(TASKS)}
+
+    @pytest.mark.parametrize("outside", ["hold", "coast"])
+    def test_rows_are_as_heads_of_their_own(self, outside):
+        finals = []
+        for rows in (True, False):
+            encoder, head, heads, optimizer = self.make("sgd", rows)
+            groups = fixed_groups()
+            groups.attach(optimizer, self.named(head) if rows else heads, outside=outside)
+            for n in range(6):
+                x, target = data(n)
+                for group in groups:
+                    features = encoder(x)
+                    out = head(features).T if rows else [h(features)[:, 0] for h in heads.values()]
+                    losses = [
+                        (o - y[:, 0]).square().mean() for o, y in zip(out, target, strict=True)
+                    ]
+                    optimizer.zero_grad()
+                    group.loss(torch.stack(losses)).backward()
+                    optimizer.step()
+            own = torch.cat([torch.cat([h.weight[0], h.bias]) for h in heads.values()])
+            shared = torch.cat([torch.cat([w, b[None]]) for w, b in zip(head.weight, head.bias)])  # noqa: B905
+            finals.append(shared if rows else own)
+        torch.testing.assert_close(*finals, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("kind", [*OPTIMIZERS, "coupled"])
+    def test_rows_outside_hold_with_their_state(self, kind, monkeypatch):
+        monkeypatch.setitem(
+            OPTIMIZERS, "coupled", lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1)
+        )
+        encoder, head, _, optimizer = self.make(kind)
+        groups = fixed_groups()
+        groups.attach(optimizer, self.named(head))
+        for n in range(4):
+            x, target = data(n)
+            for group in groups:
+                losses = (head(encoder(x)) - target[:, :, 0].T).square().mean(0)
+                optimizer.zero_grad()
+                group.loss(losses).backward()
+                before = [p.detach().clone() for p in head.parameters()]
+                states = [
+                    {name: s.clone() for name, s in optimizer.state[p].items()}
+                    for p in head.parameters()
+                ]
+                optimizer.step()
+                for p, old, state in zip(head.parameters(), before, states, strict=True):
+                    for k, task in enumerate(TASKS):
+                        inside = task in group.tasks
+                        assert torch.equal(p[k], old[k]) != inside
+                        for name, value in optimizer.state[p].items():
+                            if value.shape != p.shape or inside:
+                                continue
+                            kept = state[name][k] if name in state else torch.zeros_like(value[k])
+                            assert torch.equal(value[k], kept), (name, task)
+
+    def test_slices_views_and_unnamed_rows(self):
+        """Blocks of a transposed convolution's channels-last weight; the last one is nobody's."""
+        torch.manual_seed(0)
+        layer = nn.Conv2d(2, 7, 3).to(memory_format=torch.channels_last)
+        named = {t: [layer.weight[2 * k : 2 * k + 2], layer.bias[2 * k : 2 * k + 2]]
+                 for k, t in enumerate(TASKS)}  # fmt: skip
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        groups = tg.TaskGroups(TASKS, grouping=tg.Singletons())
+        groups.attach(optimizer, named)
+        x = torch.randn(2, 2, 5, 5)
+        for group in groups:
+            out = layer(x)
+            losses = torch.stack([out[:, 2 * k : 2 * k + 2].square().mean() for k in range(3)])
+            optimizer.zero_grad()
+            (group.loss(losses) + out[:, 6].sum()).backward()
+            before = layer.weight.detach().clone()
+            optimizer.step()
+            changed = (layer.weight != before).flatten(1).any(1)
+            k = TASKS.index(group.tasks[0])
+            assert changed.tolist() == [j // 2 == k or j == 6 for j in range(7)]
+
+    def test_what_cannot_be_held_is_refused(self):
+        _, head, _, optimizer = self.make("sgd")
+        groups = fixed_groups()
+        for heads, said in (
+            (dict.fromkeys(TASKS, head), "'a' and 'b' share the parameter 'weight'.*head.weight"),
+            ({t: [head.weight] for t in TASKS}, "'a' and 'b' share.*a part of the encoder"),
+            ({t: [head.weight[0]] for t in TASKS}, "'a' and 'b' share"),
+            ({"a": [head.weight[:2]], "b": [head.weight[1:]], "c": []}, "'a' and 'b' share"),
+            ({"a": [head.weight], "b": [head.weight[1]], "c": []}, "'a' and 'b' share"),
+            ({t: [head.weight.data[k]] for k, t in enumerate(TASKS)}, "not in the optimizer"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                groups.attach(optimizer, heads)
+        groups.attach(optimizer, {"a": [head.weight, head.weight[0]], "b": [], "c": []})
+
+    def test_an_optimizer_that_mixes_rows_is_named(self):
+        encoder, head, _, _ = self.make("sgd")
+        optimizer = torch.optim.Adafactor([*encoder.parameters(), *head.parameters()])
+        groups = fixed_groups()
+        groups.attach(optimizer, self.named(head))
+        x, target = data(0)
+        group = next(iter(groups))
+        group.loss((head(encoder(x)) - target[:, :, 0].T).square().mean(0)).backward()
+        with pytest.raises(RuntimeError, match=r"Adafactor keeps.*element by element"):
+            optimizer.step()
