@@ -368,14 +368,13 @@ class _ScikitLearn(_Clustering):
     def __init__(self, m: int, seed: int = 0) -> None:
         name = type(self).__name__
         self.m = whole_number(f"m of {name}", m, at_least=1)
-        try:
-            import sklearn.cluster
+        try:  # here, where the user is told at once; not kept, since modules cannot be pickled
+            import sklearn.cluster  # noqa: F401
         except ImportError as error:
             raise ImportError(
                 f"{name} needs scikit-learn; install it with: pip install 'taskgroup[compare]'"
             ) from error
         self.seed = seed
-        self._library = sklearn.cluster
 
     def _cluster(self, similarity: _Floats, known: _Mask) -> npt.NDArray[Any]:
         if self.m >= len(similarity):
@@ -417,7 +416,9 @@ class KMeans(_ScikitLearn):
     """
 
     def _fit(self, similarity: _Floats) -> npt.NDArray[Any]:
-        model = self._library.KMeans(self.m, n_init=10, random_state=self.seed)
+        from sklearn.cluster import KMeans as Model
+
+        model = Model(self.m, n_init=10, random_state=self.seed)
         labels: npt.NDArray[Any] = model.fit_predict(similarity)
         return labels
 
@@ -446,7 +447,9 @@ class Spectral(_ScikitLearn):
     """
 
     def _fit(self, similarity: _Floats) -> npt.NDArray[Any]:
-        model = self._library.SpectralClustering(
+        from sklearn.cluster import SpectralClustering
+
+        model = SpectralClustering(
             self.m, affinity="precomputed", n_init=10, random_state=self.seed
         )
         labels: npt.NDArray[Any] = model.fit_predict((similarity.clip(-1, 1) + 1) / 2)

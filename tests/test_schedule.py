@@ -1,8 +1,11 @@
 """The batch: which groups, in what order, what they need, what is observed."""
 
+import enum
 import itertools
 import math
+import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -497,6 +500,9 @@ def test_bad_labels_of_a_grouping(labels, said):
         ({"grouping": tg.Fixed([["a"], ["b"]])}, "no group for task 'c'"),
         ({"grouping": tg.Fixed([["a", "b"], ["c", "d", "e"]])}, "unknown tasks .'e'"),
         ({"grouping": tg.RandomGroups(5)}, "cannot fill 5 groups with 4 tasks"),
+        ({"warmup": True}, "warmup must be an integer of at least 0, got True"),
+        ({"warmup": 5.0}, "warmup must be an integer of at least 0, got 5.0"),
+        ({"regroup_every": True}, "regroup_every must be an integer"),
     ],
 )
 def test_bad_settings_are_named(arguments, said):
@@ -518,3 +524,171 @@ def test_bad_arguments_that_are_easy_to_write():
     tg.TaskGroups(TASKS, affinity=affinity)
     with pytest.raises(RuntimeError, match="already belongs"):
         tg.TaskGroups(TASKS, affinity=affinity)
+
+
+def groups_with(**settings):
+    return tg.TaskGroups(TASKS, **settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: tg.TaskGroups(TASKS, affinity="proximal"),
+            r"tg\.ProximalAffinity\(\).*'proximal'",
+        ),
+        (
+            lambda: groups_with(affinity=tg.ProximalAffinity),
+            "class ProximalAffinity; call",
+        ),
+        (lambda: groups_with(grouping="kmeans"), r"tg\.KMeans\(m\).*'kmeans'"),
+        (lambda: groups_with(grouping=tg.KMeans), "class KMeans; call it"),
+        (
+            lambda: groups_with(grouping=[["a", "b"], ["c", "d"]]),
+            r"tg\.Fixed\(partition\)",
+        ),
+        (lambda: tg.ProximalAffinity(decay=True), "decay as a number"),
+        (lambda: tg.ProximalAffinity(decay="fast"), "decay as a number"),
+        (lambda: tg.GradientAffinity([3.0]), "shared takes a module or its parameters"),
+        (
+            lambda: tg.TaskGroups(TASKS).batch(
+                {"a": torch.tensor([True]), "b": torch.tensor([False])}
+            ),
+            r"\[task for task, mask in masks.items\(\) if mask.any\(\)\]",
+        ),
+    ],
+)
+def test_arguments_of_the_wrong_kind_say_what_was_meant(make, said):
+    with pytest.raises(TypeError, match=said):
+        make()
+
+
+def test_a_decay_that_is_a_momentum_is_told_of():
+    with pytest.warns(UserWarning, match=r"write decay=0\.001\."):
+        tg.ProximalAffinity(decay=0.999)
+    with pytest.warns(UserWarning, match=r"write decay=0\.01\."):
+        tg.GradientAffinity([torch.zeros(1, requires_grad=True)], decay=0.99)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    groups = tg.TaskGroups(
+        TASKS, warmup=np.int64(2), groups_per_batch=torch.tensor(2), observe_every=np.int32(1)
+    )
+    groups.load_state_dict(groups.state_dict())
+    assert len(list(walk(groups))) == 2
+    assert type(groups._warmup) is int
+    tg.ProximalAffinity(decay=np.float32(0.1))
+
+
+def test_tasks_are_plain_strings():
+    class Name(str, enum.Enum):
+        A = "a"
+
+    groups = tg.TaskGroups([Name.A, *np.array(["b", "c"])])
+    assert groups.tasks == ("a", "b", "c")
+    assert {type(task) for task in groups.tasks} == {str}
+    assert {type(task) for task in groups.state_dict()["tasks"]} == {str}
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 5])
+def test_warmup_is_exactly_that_many_rounds(warmup):
+    groups = tg.TaskGroups(TASKS, grouping=lambda matrix: torch.zeros(4).long(), warmup=warmup)
+    toy = Toy()
+    alone = [len({*batch}) == 4 for (batch,) in (run(groups, toy) for _ in range(8))]
+    assert alone == [n < warmup for n in range(8)]
+
+
+def test_item_losses_are_told_what_to_leave_out():
+    groups = tg.TaskGroups(TASKS)
+    group = next(iter(groups))
+    with pytest.raises(ValueError, match=r"got float; hand over the tensor itself, without .item"):
+        group.loss(dict.fromkeys(TASKS, 1.0))
+
+
+class TestFurtherPasses:
+    """SAM and L-BFGS take several passes over the losses of one step."""
+
+    def test_again_is_the_same_loss_and_is_not_observed(self):
+        finals = []
+        for passes in (1, 3):
+            groups = tg.TaskGroups(TASKS, weights=[1, 2, 3, 4], reduction="mean", warmup=1000)
+            toy = Toy()
+            for _ in range(4):
+                for group in groups:
+                    first = group.loss(toy.losses(), again=True)
+                    for _ in range(passes - 1):
+                        again = group.loss({t: toy.losses()[t] for t in group.tasks}, again=True)
+                        assert torch.equal(again, first)
+                    (gradient,) = torch.autograd.grad(first, toy.x)
+                    toy.x.data -= 0.01 * gradient
+            finals.append((toy.x.detach(), groups.affinity.matrix, groups.affinity.observed))
+        for one, other in zip(*finals, strict=True):
+            assert torch.equal(one, other)
+
+    def test_micro_batches_of_a_further_pass(self):
+        groups = tg.TaskGroups(TASKS, grouping=tg.Together())
+        toy = Toy()
+        for group in groups:
+            for _ in range(2):
+                parts = [group.loss(toy.losses(), share=0.25, again=True) for _ in range(4)]
+                torch.testing.assert_close(sum(parts), sum(toy.losses().values()))
+
+    def test_without_a_word_a_second_loss_is_refused(self):
+        groups = tg.TaskGroups(TASKS)
+        toy = Toy()
+        group = next(iter(groups))
+        group.loss(toy.losses())
+        with pytest.raises(ValueError, match=r"closure of L-BFGS, write .*again=True"):
+            group.loss(toy.losses())
+
+
+class TestNothingMoves:
+    """Loops in which nothing can be observed are told of."""
+
+    @pytest.mark.parametrize("stacked", [True, False])
+    def test_one_forward_for_all_groups(self, stacked):
+        groups = tg.TaskGroups(TASKS)
+        losses = Toy().losses()
+        given = torch.stack([*losses.values()]) if stacked else losses
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for group in groups:
+                group.loss(given)
+        (warning,) = told
+        assert "move it into the loop over the groups" in str(warning.message)
+        assert warning.filename == __file__
+
+    def test_the_same_loss_in_other_batches_or_micro_batches_is_nobodys_business(self):
+        groups = tg.TaskGroups(TASKS, grouping=tg.Together())
+        losses = Toy().losses()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(3):
+                for group in groups:
+                    group.loss(losses, share=0.5)
+                    group.loss(losses, share=0.5)
+
+    def test_steps_that_change_no_loss(self):
+        groups = tg.TaskGroups(TASKS)
+        toy = Toy()
+        told = []
+        for _ in range(30):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for group in groups:
+                    group.loss(toy.losses())
+            told.append([str(warning.message) for warning in caught])
+        (said,) = [message for messages in told for message in messages]
+        assert "changed no loss by a bit" in said
+        assert told[6] == [said]  # after 20 of 3 a batch
+
+    def test_a_step_now_and_then_is_enough(self):
+        groups = tg.TaskGroups(TASKS)
+        toy = Toy()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for n in range(30):
+                for group in groups:
+                    loss = group.loss(toy.losses())
+                    if n % 4 == 0 and group.first:
+                        toy.x.data -= 0.01 * torch.autograd.grad(loss, toy.x)[0]
