@@ -157,8 +157,8 @@ def check_affinity(matrix: Tensor, observed: Tensor | None) -> None:
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two contiguous tensors of equally many and equally wide elements share memory."""
-    same_storage = a.untyped_storage() is b.untyped_storage()
-    return same_storage and abs(int(a.storage_offset() - b.storage_offset())) < a.numel()
+    apart = int(a.storage_offset()) - int(b.storage_offset())
+    return a.untyped_storage() is b.untyped_storage() and abs(apart) < a.numel()
 
 
 def _check(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float) -> None:

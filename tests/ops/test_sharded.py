@@ -47,11 +47,15 @@ def everything(rank, world):
         assert [type(g) for g in combined] == [type(g) for g in gradients[0]]
         assert all(a is b for a, b in zip(returned, out, strict=True))
         losses = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+        matrix, observed = torch.ones(3, 3), torch.zeros(3, 3, dtype=torch.int32)
         found[name] = {
             "gram": tg.task_gram(gradients),
             "combined": [full(g) for g in combined],
             "out": [full(g) for g in out],
-            "affinity": tg.gram_affinity_update_(torch.ones(3, 3), gradients, losses, 0.25),
+            "affinity": tg.gram_affinity_update_(
+                matrix, gradients, losses, 0.25, observed=observed
+            ),
+            "observed": observed,
         }
     # A sum over ranks that is still to be carried out, beside one that is.
     partial = DTensor.from_local(torch.full((2,), float(rank + 1)), mesh, [Partial()])
@@ -78,6 +82,7 @@ def test_shards_give_what_the_whole_gives(world):
         for name in ("all", "mixed"):
             torch.testing.assert_close(found[name]["gram"], gram, rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(found[name]["affinity"], affinity, rtol=1e-6, atol=0)
+            assert found[name]["observed"].eq(1).all()
             for key in ("combined", "out"):
                 torch.testing.assert_close(found[name][key], combined, rtol=1e-12, atol=0)
         total = sum(range(1, world + 1))
