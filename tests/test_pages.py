@@ -179,7 +179,14 @@ def small_training():
 
 
 # Those that take more than a small training as known; every other page is run with one.
-RUN_ABOVE = ("training.md", "trainers.md", "reproduce.md", "cost.md", "your-model.md")
+RUN_ABOVE = (
+    "cost.md",
+    "reproduce.md",
+    "several-data-sets.md",  # in test_several_data_sets.py
+    "trainers.md",
+    "training.md",
+    "your-model.md",
+)
 
 
 @pytest.mark.parametrize(
