@@ -54,7 +54,7 @@ napoleon_custom_sections = [("Attributes", "params_style")]
 TREES: dict[str, dict[str, list[str]]] = {
     "index": {
         "Begin": ["quickstart", "how-it-works", "your-model", "choosing"],
-        "Training": ["training", "trainers", "report", "examples", "faq"],
+        "Training": ["training", "several-data-sets", "trainers", "report", "examples", "faq"],
         "Cost": ["cost", "kernels", "benchmarks"],
         "Results": ["Results <results/README>", "reproduce", "migration"],
         "Reference": ["api/index", "changelog", "contributing"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,16 +19,16 @@ Outside = Literal["hold", "coast"]
 
 
 class Attachment:
-    """Prepares the steps of an optimizer; ``remove()`` takes it back.
+    """Prepares the steps of optimizers; ``remove()`` takes it back.
 
     Args:
-        optimizer: whose steps are prepared, without what wraps it.
+        optimizers: whose steps are prepared, without what wraps them.
         tasks: the K task names.
         heads: the parameters of each task alone; None where a model tells them in the loop.
         outside: ``"hold"`` or ``"coast"``.
-        stepping: gives the group whose step is about to be taken and the heads of the model that
-            ran for it, both None where no step of a group is. Its argument is the number it gave
-            at the last step that was prepared, 0 at first; it gives the present one as well.
+        stepping: gives the members of the group whose step is about to be taken and the heads of
+            the model that ran for it, both None where no step of a group is. Its argument is the
+            number that it gave at the last step, 0 at first; it gives the present one as well.
 
     Raises:
         ValueError: if ``heads`` cannot be held apart; the sentence names the task and parameter.
@@ -36,42 +36,69 @@ class Attachment:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         tasks: tuple[str, ...],
         heads: Heads | None,
         outside: Outside,
         stepping: Callable[[int], tuple[frozenset[int] | None, Heads | None, int]],
     ) -> None:
-        self._optimizer = optimizer
-        self._tasks = tasks
-        self._outside = outside
-        self._stepping = stepping
-        self._prepared = 0
+        self.tasks = tasks
+        self.outside = outside
+        self.stepping = stepping
         self._given = heads is not None
-        self._latest: Heads | None = None
-        self._whole: list[tuple[Tensor, int]] = []
-        self._shared: list[_SharedRows] = []
+        self._heads: Heads | None = None
+        self._optimizers = list(optimizers)
+        self.whole: list[tuple[Tensor, int]] = []
+        self.shared: list[_SharedRows] = []
         if heads is not None:
             self._settle_on(heads)
-        # Gradients that are kept out of the step that is being taken.
+        self._steps = [_Steps(self, optimizer) for optimizer in optimizers]
+
+    def remove(self) -> None:
+        """Prepare no further steps."""
+        for steps in self._steps:
+            steps.remove()
+
+    def look_at(self, heads: Heads | None) -> None:
+        """Take the heads of the model that ran, where none were given.
+
+        Raises:
+            RuntimeError: if there are none.
+        """
+        if not self._given and heads is not None and heads is not self._heads:
+            self._settle_on(heads)
+        if self._heads is None:
+            raise RuntimeError(
+                "attach() does not know the heads: call the MultiTaskModel with group=group, "
+                "or write groups.attach(optimizer, {task: head, ...})."
+            )
+
+    def _settle_on(self, heads: Heads) -> None:
+        self.whole, self.shared = _parts(heads, self.tasks, self._optimizers, self._given)
+        self._heads = heads
+
+
+class _Steps:
+    """Those of one optimizer."""
+
+    def __init__(self, attachment: Attachment, optimizer: Optimizer) -> None:
+        self._attachment = attachment
+        self._optimizer = optimizer
+        self._number = 0  # of the step that was prepared last
+        # What is kept out of the step that is being taken.
         self._set_aside: list[tuple[Tensor, Tensor]] = []
-        self._to_restore: list[_SharedRows] = []
+        self._left_out: list[_SharedRows] = []
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         )
 
     def remove(self) -> None:
-        """Prepare no further steps."""
         for handle in self._handles:
             handle.remove()
 
-    def _settle_on(self, heads: Heads) -> None:
-        self._whole, self._shared = _parts(heads, self._tasks, self._optimizer, self._given)
-        self._latest = heads
-
     def _before_step(
-        self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._after_step()  # of a step that raised
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -92,35 +119,32 @@ class Attachment:
 
     @torch.no_grad()
     def _prepare(self) -> None:
-        inside, heads, self._prepared = self._stepping(self._prepared)
+        attachment = self._attachment
+        inside, heads, self._number = attachment.stepping(self._number)
         if inside is None:
             return
-        if not self._given and heads is not None and heads is not self._latest:
-            self._settle_on(heads)
-        if self._latest is None:
-            raise RuntimeError(
-                "attach() does not know the heads: call the MultiTaskModel with group=group, "
-                "or write groups.attach(optimizer, {task: head, ...})."
-            )
-        for parameter, task in self._whole:
-            if task in inside:
+        attachment.look_at(heads)
+        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        hold = attachment.outside == "hold"
+        for parameter, task in attachment.whole:
+            if task in inside or id(parameter) not in held:
                 continue
-            if self._outside == "coast":
+            if not hold:
                 _zero_gradient(parameter)
             elif parameter.grad is not None:
                 self._set_aside.append((parameter, parameter.grad))
                 parameter.grad = None
-        for rows in self._shared:
-            if rows.leave_out(inside, self._optimizer, hold=self._outside == "hold"):
-                self._to_restore.append(rows)
+        for rows in attachment.shared:
+            if id(rows.parameter) in held and rows.leave_out(inside, self._optimizer, hold):
+                self._left_out.append(rows)
 
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
         for parameter, gradient in self._set_aside:
             parameter.grad = gradient  # the very tensor that was there
         self._set_aside.clear()
-        restore, self._to_restore = self._to_restore, []
-        for rows in restore:
+        left_out, self._left_out = self._left_out, []
+        for rows in left_out:
             rows.restore(self._optimizer)
 
 
@@ -213,13 +237,15 @@ def _check_heads(heads: object, tasks: tuple[str, ...]) -> None:
         )
 
 
-def unwrapped(optimizer: object) -> Optimizer:
-    """The optimizer that takes the steps, from within what a trainer has wrapped around it.
+def unwrapped(optimizer: object) -> list[Optimizer]:
+    """The optimizers that take the steps, from within what a trainer has wrapped around them.
 
     Raises:
         TypeError: if there is none in it.
         ValueError: if it is one that heads cannot be held apart under.
     """
+    if isinstance(optimizer, list | tuple) and optimizer:
+        return [one for wrapped in optimizer for one in unwrapped(wrapped)]
     found = optimizer
     while True:
         # Accelerate and Lightning call it "optimizer", SAM's implementations "base_optimizer".
@@ -230,8 +256,8 @@ def unwrapped(optimizer: object) -> Optimizer:
         found = following
     if not isinstance(found, Optimizer):
         raise TypeError(
-            f"attach() takes a torch.optim.Optimizer, or a wrapper whose .optimizer is one, got a "
-            f"{type(found).__name__}; pass the optimizer that takes the steps."
+            "attach() takes a torch.optim.Optimizer, a wrapper whose .optimizer is one, or a list "
+            f"of these, got a {type(found).__name__}; pass the optimizer that takes the steps."
         )
     if isinstance(found, LBFGS):
         raise ValueError(
@@ -239,23 +265,23 @@ def unwrapped(optimizer: object) -> Optimizer:
             "direction that remembers the steps of other groups: take another optimizer for the "
             "heads, and LBFGS for the encoder at most."
         )
-    return found
+    return [found]
 
 
 def _parts(
-    heads: Heads, tasks: tuple[str, ...], optimizer: Optimizer, given: bool
+    heads: Heads, tasks: tuple[str, ...], optimizers: Sequence[Optimizer], given: bool
 ) -> tuple[list[tuple[Tensor, int]], list[_SharedRows]]:
     """The parameters that belong to one task, with its position, and those of several.
 
     Args:
         heads: parameters, or rows of some, by task.
         tasks: the K task names.
-        optimizer: that holds them.
-        given: whether the user has named the heads for this optimizer. Otherwise the model has, and
-            other optimizers may hold some.
+        optimizers: that hold them.
+        given: whether the user has named the heads for these. Otherwise the model has, and other
+            optimizers may hold some.
     """
     _check_heads(heads, tasks)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
     # By the id of a parameter, which of its elements belong to which task; None is all of them.
     claims: dict[int, tuple[Tensor, str, dict[int, Tensor | None]]] = {}
     for k, task in enumerate(tasks):
@@ -274,8 +300,7 @@ def _parts(
                 raise ValueError(
                     f"The head of task {task!r} has {name} of shape {list(parameter.shape)}, which "
                     "is not in the optimizer, so attach() cannot hold it: add it to the optimizer "
-                    "first, or give each optimizer the heads that it holds, with an empty list for "
-                    "the other tasks."
+                    "first, or name all optimizers, groups.attach([one, other], heads)."
                 )
             own = claims.setdefault(id(parameter), (parameter, name, {}))[2]
             if parameter is tensor:
@@ -287,7 +312,7 @@ def _parts(
     if not given and not claims:
         raise ValueError(
             "The optimizer that attach() was given holds none of the heads of the MultiTaskModel: "
-            "attach to the one that holds them."
+            "pass the one that holds them."
         )
     whole: list[tuple[Tensor, int]] = []
     shared: list[_SharedRows] = []

@@ -377,7 +377,10 @@ class TaskGroups:
         return self._deal(here, everywhere=False)
 
     def attach(
-        self, optimizer: Optimizer, heads: Heads | None = None, outside: Outside = "hold"
+        self,
+        optimizer: Optimizer | Sequence[Optimizer],
+        heads: Heads | None = None,
+        outside: Outside = "hold",
     ) -> Attachment:
         """Decide what a step does to the heads of the tasks outside the group.
 
@@ -400,7 +403,8 @@ class TaskGroups:
         A copy of the groups or of the optimizer is not attached: call this again for it.
 
         Args:
-            optimizer: whose steps are prepared; one that a trainer has wrapped will do. Not LBFGS.
+            optimizer: whose steps are prepared, one or a list of those that hold the heads; what a
+                trainer has wrapped will do. Not LBFGS.
             heads: the parameters of each task alone, ``{task: module or parameters}``, an empty
                 list for a task without any; for a parameter of several tasks, its rows. Not needed
                 where a :class:`MultiTaskModel` is called with ``group=group``.

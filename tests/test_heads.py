@@ -419,7 +419,7 @@ def test_wrappers_are_looked_into_or_named():
         inner.step()
         assert moved(model, before) == set(group.tasks)
         handle.remove()
-    for bad in (Wrapper("inner", inner), [inner], None):
+    for bad in (Wrapper("inner", inner), [inner, None], [], None):
         with pytest.raises(TypeError, match=r"takes a torch\.optim\.Optimizer"):
             groups.attach(bad, model.heads)
     with pytest.raises(ValueError, match="LBFGS"):
@@ -428,11 +428,15 @@ def test_wrappers_are_looked_into_or_named():
         groups.attach(inner, nn.ModuleList(model.heads.values()))
 
 
-def test_a_head_in_another_optimizer_is_another_attachment():
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_heads_in_several_optimizers(one_by_one):
     model, groups = make_model(), fixed_groups()
     optimizers = {t: torch.optim.SGD(model.heads[t].parameters(), lr=0.1) for t in TASKS}
-    for task, optimizer in optimizers.items():
-        groups.attach(optimizer, {t: model.heads[t] if t == task else [] for t in TASKS})
+    if one_by_one:
+        for task, optimizer in optimizers.items():
+            groups.attach(optimizer, {t: model.heads[t] if t == task else [] for t in TASKS})
+    else:
+        groups.attach([*optimizers.values()], model.heads)
     x, target = data(0)
     for group in groups:
         before = snapshot(model)

@@ -59,7 +59,7 @@ def test_each_loss_is_looked_at_once_and_by_its_name(late, monkeypatch):
     groups = tg.TaskGroups(TASKS, observe_every=2)
     x = torch.ones(3, requires_grad=True)
     looked = []
-    monkeypatch.setattr(groups._watch, "look", lambda values, members, _: looked.append(members))
+    monkeypatch.setattr(groups._watch, "look", lambda values, members, *_: looked.append(members))
     expected = []
     for n in range(8):
         for group in groups:

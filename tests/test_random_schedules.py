@@ -214,7 +214,8 @@ class Reference:
         self.affinity = torch.zeros(schedule.n_tasks, schedule.n_tasks, dtype=torch.float64)
         self.generator = torch.Generator().manual_seed(schedule.seed)
         self.queue = []
-        self.rounds = self.batches = self.done = 0
+        self.rounds = self.done = 0
+        self.since = dict.fromkeys(self.everyone, schedule.observe_every - 1)
         if schedule.grouping == "together":
             self.partition = [self.everyone]
         elif schedule.grouping in ("learned", "singletons"):
@@ -247,7 +248,7 @@ class Reference:
         dealt = []
         while not dealt:
             if not self.queue:
-                late = self.rounds - self.schedule.warmup - 1
+                late = self.rounds - self.schedule.warmup
                 if self.learns and late >= 0 and late % self.schedule.regroup_every == 0:
                     given = next(self.seen)
                     torch.testing.assert_close(given.double(), self.affinity, rtol=1e-4, atol=1e-6)
@@ -276,10 +277,14 @@ class Reference:
 
     def batch(self, n, here):
         schedule = self.schedule
-        observes = self.batches % schedule.observe_every == 0
-        self.batches += 1
+        observes = False
+        if len(here) > 1:  # every task is due in every so many of its own batches
+            self.since = {k: self.since[k] + (k in here) for k in self.everyone}
+            observes = any(self.since[k] >= schedule.observe_every for k in here)
         dealt = self.deal(here, observes)
         observes = observes and len(dealt) > 1
+        if observes:
+            self.since |= dict.fromkeys(here, 0)
         state = torch.get_rng_state()
         before = None  # the group stepped on last, and the losses before
         for place, group in enumerate(dealt):
