@@ -16,7 +16,7 @@ from torch import nn
 
 import taskgroup as tg
 from benchmarks.published import PublishedTaskAffinity
-from benchmarks.test_scaling import DECAY, planted_affinity
+from benchmarks.test_scaling import DECAY, know, planted_affinity
 from taskgroup.vision.models import ViTFeatures
 
 INSIDE = "without what is outside"
@@ -93,8 +93,7 @@ def learned_groups(tasks, **options):
     affinity = tg.ProximalAffinity(decay=DECAY)
     options["regroup_every"] = REGROUP_EVERY[n_tasks]
     groups = tg.TaskGroups(tasks, warmup=0, affinity=affinity, **options)
-    affinity.matrix.copy_(planted_affinity(n_tasks, GROUPS[n_tasks])[0])
-    groups.load_state_dict({**groups.state_dict(), "rounds": 1})
+    know(groups, planted_affinity(n_tasks, GROUPS[n_tasks])[0])
     for group in groups:  # learned at the head of this round
         group.skip()
     assert GROUPS[n_tasks] <= len(groups.partition) <= 2 * GROUPS[n_tasks]
