@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -200,6 +201,43 @@ class TestSchedule:
         with pytest.warns(UserWarning, match="task 'b'"):
             [group.loss(losses) for group in groups]
         assert (affinity.matrix != 0).tolist() == [[True, False, True]] * 3
+
+    def test_invalid_losses_do_not_weigh_on_the_average_of_a_sample(self, x):
+        """Only what was observed counts: the average is over as much as there is."""
+        affinity = tg.GradientAffinity([x], sample=2, decay=0.5)
+        groups = tg.TaskGroups(TASKS, affinity=affinity, grouping=tg.Together())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the loss of b, which is negative now and then
+            for n in range(40):
+                losses = quadratic(x)()
+                losses["b"] = losses["b"] - 100 * (n % 3 > 0)
+                for group in groups:
+                    group.loss(losses)
+        expected = torch.tensor([[4.0 * i / k for k in (1, 2, 3)] for i in (1, 2, 3)])
+        assert (affinity.observed > 0).all()
+        torch.testing.assert_close(affinity.matrix, expected, rtol=1e-5, atol=1e-5)
+
+    def test_more_tasks_than_one_gram_matrix_holds(self):
+        tasks = [f"t{k}" for k in range(1310)]
+        generator = torch.Generator().manual_seed(0)
+        targets = torch.randn(len(tasks), 4, generator=generator)
+        x = torch.zeros(4, requires_grad=True)
+        with pytest.raises(ValueError, match=r"1024 tasks at a time, and there are 1310.*sample="):
+            tg.TaskGroups(tasks, affinity=tg.GradientAffinity([x]))
+        with pytest.raises(ValueError, match="sample must be at most 1024"):
+            tg.GradientAffinity([x], sample=1025)
+        affinity = tg.GradientAffinity([x], sample=8, decay=0.5)
+        groups = tg.TaskGroups(tasks, affinity=affinity, grouping=tg.Together())
+        for _ in range(3):
+            for group in groups:
+                group.loss((x - targets).square().sum(1))
+        observed = affinity.observed > 0
+        assert 3 * 8**2 - 60 <= observed.sum() <= 3 * 8**2  # three samples of 8, few in common
+        # <g_i, g_k> / L_k with g = -2 y and L = |y|^2
+        expected = 4 * targets @ targets.T / targets.square().sum(1)
+        torch.testing.assert_close(
+            affinity.matrix[observed], expected[observed], rtol=1e-4, atol=1e-4
+        )
 
     def test_resume_is_exact(self, x):
         def make():
