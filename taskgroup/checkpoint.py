@@ -16,7 +16,7 @@ import re
 import socket
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any
@@ -188,7 +188,7 @@ class _Check:
     """One walk over a state: would :func:`load` give all of it back?"""
 
     def __init__(self) -> None:
-        self._path: list[_Step] = []  # from the state to the value at hand
+        self._path: list[_Step] = []  # to the value at hand
         # By id, while the state keeps them: the containers and tensors met so far, and those that
         # the path goes through.
         self._met: set[int] = set()
@@ -198,7 +198,7 @@ class _Check:
 
     def check(self, state: dict[Any, Any]) -> None:
         """Raise if it would not; warn of small views of large tensors."""
-        self._look(state)
+        self._look(state, "state", None)
         for tensor, path, used in self._storages.values():
             whole = tensor.untyped_storage().nbytes()
             if whole > 2 * used and whole - used > _MOST_UNUSED:
@@ -209,51 +209,30 @@ class _Check:
                     stacklevel=3,  # the call of save()
                 )
 
-    def _look(self, value: Any) -> None:
+    def _look(self, value: Any, form: str, of: object) -> None:
         kind = type(value)
         if kind in _PLAIN:
             return
+        self._path.append((form, of))
         if kind in _MAPPINGS or kind in _SEQUENCES or kind in _TENSORS:
-            self._enter(value)
-            return
-        # Empty bytes do not load either.
-        small = kind is int and value.bit_length() <= _LONGEST_INT
-        if not (small or (kind is bytes and value) or _loads(value)):
-            raise TypeError(
-                f"{_written(self._path)} is of type {_named(value)} and does not load under "
-                f"weights_only=True: {_advice(value)}. Nothing was saved."
-            )
-
-    def _enter(self, value: Any) -> None:
-        kind = type(value)
-        if id(value) in self._met:
-            if id(value) in self._open and kind is not list and kind not in _MAPPINGS:
+            if id(value) not in self._met:
+                self._met.add(id(value))
+                self._open.add(id(value))
+                if kind in _TENSORS:
+                    self._look_at_tensor(value)
+                for part in _parts(value):
+                    self._look(*part)
+                self._open.discard(id(value))
+            elif id(value) in self._open and kind is not list and kind not in _MAPPINGS:
                 raise ValueError(
                     f"{_written(self._path)} is a {kind.__name__} that holds itself, which does "
                     "not load; only a list or a dict may. Nothing was saved."
                 )
-            return
-        self._met.add(id(value))
-        self._open.add(id(value))
-        if kind in _MAPPINGS:
-            for key, item in value.items():
-                if type(key) is not str:
-                    self._follow((", key {}", key), key)
-                if type(item) not in _PLAIN:  # most are, and need no path
-                    self._follow(("[{}]", key), item)
-        elif kind in _TENSORS:
-            self._look_at_tensor(value)
-        else:
-            for place, item in enumerate(value):
-                if type(item) not in _PLAIN:
-                    self._follow((", element {}", item) if kind is set else ("[{}]", place), item)
-        for name, item in getattr(value, "__dict__", {}).items():
-            self._follow((f".{name}", None), item)
-        self._open.discard(id(value))
-
-    def _follow(self, step: _Step, value: Any) -> None:
-        self._path.append(step)
-        self._look(value)
+        elif not _is_small(value) and not _loads(value):
+            raise TypeError(
+                f"{_written(self._path)} is of type {_named(value)} and does not load under "
+                f"weights_only=True: {_advice(value)}. Nothing was saved."
+            )
         self._path.pop()
 
     def _look_at_tensor(self, tensor: Tensor) -> None:
@@ -282,6 +261,30 @@ class _Check:
         self._storages[storage] = other, path, others + used
 
 
+def _parts(value: Any) -> Iterator[tuple[Any, str, object]]:
+    """What a container or a tensor holds, and how the path to each part goes on."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if type(key) is not str:
+                yield key, ", key {}", key
+            if type(item) not in _PLAIN:  # most are
+                yield item, "[{}]", key
+    elif not isinstance(value, Tensor):
+        for place, item in enumerate(value):
+            if type(item) not in _PLAIN:
+                yield (item, ", element {}", item) if type(value) is set else (item, "[{}]", place)
+    for name, item in getattr(value, "__dict__", {}).items():
+        yield item, f".{name}", None
+
+
+def _is_small(value: Any) -> bool:
+    """Whether it is an integer or bytes, of a size that loads; empty bytes do not."""
+    kind = type(value)
+    return (kind is int and value.bit_length() <= _LONGEST_INT) or (
+        kind is bytes and len(value) > 0
+    )
+
+
 def _loads(value: object) -> bool:
     """Whether the value, written to memory and read from there, is of its type again."""
     file = io.BytesIO()
@@ -304,7 +307,7 @@ def _loaded(file: Path | io.BytesIO) -> Any:
 
 def _written(path: Iterable[_Step]) -> str:
     """The path as in Python: ``state["optimizer"]["best"]``."""
-    return "state" + "".join(form.format(_quoted(of)) for form, of in path)
+    return "".join(form.format(_quoted(of)) for form, of in path)
 
 
 def _quoted(value: object) -> str:

@@ -308,11 +308,17 @@ def test_containers_that_hold_themselves(tmp_path):
     assert refusal({"t": tensor}, tmp_path).startswith('state["t"].me[0] is a Tensor that holds')
 
 
-def test_a_chain_too_long_for_pickle(tmp_path):
+def nested(times):
     chain = []
-    for _ in range(100_000):
+    for _ in range(times):
         chain = [chain]
+    return chain
+
+
+def test_a_chain_too_long_for_pickle(tmp_path):
+    chain = nested(100_000)
     assert "nested too deeply" in refusal({"chain": chain}, tmp_path)
+    assert check(tmp_path, {"chain": nested(400)}, "")
     while chain:  # or the interpreter goes down the chain as well
         chain = chain.pop()
 
