@@ -279,10 +279,9 @@ def _parts(value: Any) -> Iterator[tuple[Any, str, object]]:
 
 def _is_small(value: Any) -> bool:
     """Whether it is an integer or bytes, of a size that loads; empty bytes do not."""
-    kind = type(value)
-    return (kind is int and value.bit_length() <= _LONGEST_INT) or (
-        kind is bytes and len(value) > 0
-    )
+    if type(value) is int:
+        return value.bit_length() <= _LONGEST_INT
+    return type(value) is bytes and len(value) > 0
 
 
 def _loads(value: object) -> bool:
