@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all, and read with a sentence where they cannot be.
+"""Checkpoints that are written whole or not at all, and that can be read once they are written.
 
 A training run that may be killed at any moment writes one now and then, and goes on from it::
 
@@ -8,32 +8,50 @@ A training run that may be killed at any moment writes one now and then, and goe
 
 from __future__ import annotations
 
+import enum
+import io
+import json
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from taskgroup.sentences import listed
 
 __all__ = ["load", "save", "write_atomically"]
 
 
-def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Write a checkpoint with ``torch.save``; a crash on the way leaves the one before.
 
-    Over several ranks one of them writes, of states that are the same on all; those of random
-    generators are not, and are gathered first (``torch.distributed.gather_object``).
+    What :func:`load` would not give back is refused before anything is written. Over several ranks
+    one of them writes, of states that are the same on all; those of random generators are not, and
+    are gathered first (``torch.distributed.gather_object``).
 
     Args:
         path: of the file; its folder is made where it is missing.
         state: what to save; what loads under ``weights_only=True``: tensors, numbers, strings and
-            None, in any nesting of dicts, lists and tuples, as ``state_dict()`` gives them.
+            None, in any nesting of dicts, lists, tuples and sets, as ``state_dict()`` gives them.
 
     Raises:
+        TypeError: if a value is of a type that does not load; the sentence names the key and says
+            what to write in its place.
+        ValueError: if a value does not load although its type does, such as two tensors that view
+            the same memory as different dtypes.
         OSError: if it cannot be written; the sentence says why. What was there is kept.
+
+    Warns:
+        UserWarning: if a tensor is a small view of a large one, which is written whole.
 
     Example:
         >>> import tempfile
@@ -41,8 +59,24 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         >>> save(path, {"batch": 7})
         >>> load(path)
         {'batch': 7}
+        >>> save(path, {"best": {"score": np.float64(0.5)}})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        TypeError: state["best"]["score"] is of type numpy.float64 and ... write float(x) in its ...
     """
-    write_atomically(Path(path), lambda file: torch.save(dict(state), file))
+    if type(state) not in _MAPPINGS:
+        raise TypeError(
+            f"A checkpoint is a dict, got a {_named(state)}: write "
+            f"{'dict(state)' if isinstance(state, Mapping) else '{name: state}'}. Nothing was "
+            "saved."
+        )
+    try:
+        _Check().check(state)
+        write_atomically(Path(path), lambda file: torch.save(state, file))
+    except RecursionError:
+        raise ValueError(
+            "The state is nested too deeply to be saved: leave out the chain of containers in it. "
+            "Nothing was saved."
+        ) from None
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -54,10 +88,17 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _loaded(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no checkpoint {path}; start without one.") from None
     except Exception as error:  # whatever torch, zipfile or pickle make of a damaged file
+        if unsafe := _unsafe_globals(path):
+            raise ValueError(
+                f"{path} cannot be read as a checkpoint (it holds {listed(unsafe)}, which "
+                "weights_only=True refuses); go on from another one. Where you trust this one, "
+                "read it with torch.load(path, weights_only=False) and write it again with "
+                "tg.checkpoint.save(), which says what to change."
+            ) from error
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({_short(error)}); go on from another one, or "
             "start again."
@@ -95,7 +136,7 @@ def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         # A full disk is a RuntimeError where torch.save writes.
-        if not isinstance(error, OSError | RuntimeError):
+        if not isinstance(error, OSError | RuntimeError) or isinstance(error, RecursionError):
             raise
         raise OSError(
             f"{path} could not be written ({_short(error)}); what was there before is kept. Make "
@@ -126,3 +167,209 @@ def _remove_abandoned(path: Path) -> None:
 def _short(error: BaseException) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch writes some of it in bold
     return " ".join(text.split())[:200] or type(error).__name__
+
+
+# Types of which torch.load(weights_only=True) reads every value. A value of another type is written
+# to memory and read from there, to find out.
+_PLAIN = {type(None), bool, float, complex, str, bytearray, torch.dtype, torch.device, torch.Size}
+_MAPPINGS = (dict, OrderedDict)
+_SEQUENCES = (list, tuple, set)
+_TENSORS = (Tensor, nn.Parameter)
+_DEVICES = {"cpu", "cuda", "mps", "xpu", "meta"}  # of tensors that are written as they are
+_INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
+_LONGEST_INT = 2000  # bits; what is longer than 255 bytes does not load
+_LONGEST_NAME = 60  # characters of a key
+_MOST_UNUSED = 2**20  # bytes that are written although no tensor in the state has them
+
+_Step = tuple[str, object]  # of a path: how it is written, and what
+
+
+class _Check:
+    """One walk over a state: would :func:`load` give all of it back?"""
+
+    def __init__(self) -> None:
+        self._path: list[_Step] = []  # to the value at hand
+        # By id, while the state keeps them: the containers and tensors met so far, and those that
+        # the path goes through.
+        self._met: set[int] = set()
+        self._open: set[int] = set()
+        # By the address of a storage: a tensor on it, the path to that tensor, the bytes in use.
+        self._storages: dict[int, tuple[Tensor, tuple[_Step, ...], int]] = {}
+
+    def check(self, state: dict[Any, Any]) -> None:
+        """Raise if it would not; warn of small views of large tensors."""
+        self._look(state, "state", None)
+        for tensor, path, used in self._storages.values():
+            whole = tensor.untyped_storage().nbytes()
+            if whole > 2 * used and whole - used > _MOST_UNUSED:
+                place = _written(path)
+                warnings.warn(
+                    f"{place} views {used:,} bytes of a larger tensor, and all {whole:,} bytes of "
+                    f"that tensor are written; save {place}.clone() instead.",
+                    stacklevel=3,  # the call of save()
+                )
+
+    def _look(self, value: Any, form: str, of: object) -> None:
+        kind = type(value)
+        if kind in _PLAIN:
+            return
+        self._path.append((form, of))
+        if kind in _MAPPINGS or kind in _SEQUENCES or kind in _TENSORS:
+            if id(value) not in self._met:
+                self._met.add(id(value))
+                self._open.add(id(value))
+                if kind in _TENSORS:
+                    self._look_at_tensor(value)
+                for part in _parts(value):
+                    self._look(*part)
+                self._open.discard(id(value))
+            elif id(value) in self._open and kind is not list and kind not in _MAPPINGS:
+                raise ValueError(
+                    f"{_written(self._path)} is a {kind.__name__} that holds itself, which does "
+                    "not load; only a list or a dict may. Nothing was saved."
+                )
+        elif not _is_small(value) and not _loads(value):
+            raise TypeError(
+                f"{_written(self._path)} is of type {_named(value)} and does not load under "
+                f"weights_only=True: {_advice(value)}. Nothing was saved."
+            )
+        self._path.pop()
+
+    def _look_at_tensor(self, tensor: Tensor) -> None:
+        dtype = tensor.dtype
+        usual = dtype.is_floating_point or dtype.is_complex or dtype in _INTEGERS
+        usual = usual or dtype is torch.bool
+        if not usual or tensor.layout is not torch.strided or tensor.device.type not in _DEVICES:
+            if not _loads(tensor):
+                raise ValueError(
+                    f"{_written(self._path)} is a tensor of {dtype} and {tensor.layout} on "
+                    f"{tensor.device}, which does not load: write a dense one of another dtype in "
+                    "its place. Nothing was saved."
+                )
+            return
+        storage = tensor.untyped_storage().data_ptr()
+        if storage == 0:  # empty, or on meta
+            return
+        used = tensor.numel() * tensor.itemsize
+        other, path, others = self._storages.get(storage, (tensor, tuple(self._path), 0))
+        if other.dtype != dtype and not _loads([other, tensor]):
+            raise ValueError(
+                f"{_written(path)} and {_written(self._path)} view the same memory as "
+                f"{other.dtype} and {dtype}, which torch.save does not write: save one of them, or "
+                "a .clone() of one. Nothing was saved."
+            )
+        self._storages[storage] = other, path, others + used
+
+
+def _parts(value: Any) -> Iterator[tuple[Any, str, object]]:
+    """What a container or a tensor holds, and how the path to each part goes on."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if type(key) is not str:
+                yield key, ", key {}", key
+            if type(item) not in _PLAIN:  # most are
+                yield item, "[{}]", key
+    elif not isinstance(value, Tensor):
+        for place, item in enumerate(value):
+            if type(item) not in _PLAIN:
+                yield (item, ", element {}", item) if type(value) is set else (item, "[{}]", place)
+    for name, item in getattr(value, "__dict__", {}).items():
+        yield item, f".{name}", None
+
+
+def _is_small(value: Any) -> bool:
+    """Whether it is an integer or bytes, of a size that loads; empty bytes do not."""
+    if type(value) is int:
+        return value.bit_length() <= _LONGEST_INT
+    return type(value) is bytes and len(value) > 0
+
+
+def _loads(value: object) -> bool:
+    """Whether the value, written to memory and read from there, is of its type again."""
+    file = io.BytesIO()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # save() itself gives them
+            torch.save(value, file)
+            file.seek(0)
+            return type(_loaded(file)) is type(value)
+    except RecursionError:
+        raise
+    except Exception:  # whatever the type's own code raises
+        return False
+
+
+def _loaded(file: Path | io.BytesIO) -> Any:
+    with torch.device("cpu"):  # or sparse tensors are made on the default device
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _written(path: Iterable[_Step]) -> str:
+    """The path as in Python: ``state["optimizer"]["best"]``."""
+    return "".join(form.format(_quoted(of)) for form, of in path)
+
+
+def _quoted(value: object) -> str:
+    """A key or an element, in one line."""
+    if type(value) is str:
+        return json.dumps(value, ensure_ascii=False)
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # whatever the type's own code raises
+        text = ""
+    return text if 0 < len(text) <= _LONGEST_NAME else f"of type {_named(value)}"
+
+
+def _named(value: object) -> str:
+    kind = type(value)
+    module = "" if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}."
+    return f"{module}{kind.__qualname__}"
+
+
+_METHODS = ("state_dict", "get_state", "full_tensor", "isoformat", "_asdict")
+_CONVERSIONS: tuple[tuple[str, tuple[type, ...]], ...] = (
+    ("int", (int,)),
+    ("float", (float,)),
+    ("complex", (complex,)),
+    ("str", (str, PurePath)),
+    ("bytearray", (bytes,)),
+    ("dict", (Mapping,)),
+    ("set", (Set,)),
+    ("tuple", (tuple,)),
+    ("list", (Sequence, deque)),
+)
+
+
+def _advice(value: Any) -> str:
+    """What to do about a value x that does not load."""
+    if is_lazy(value):
+        return "run the module on one batch first, which gives it a shape"
+    if isinstance(value, np.ndarray | np.generic):
+        if isinstance(value, np.generic) and type(value.item()) in {*_PLAIN, int}:
+            return f"write {type(value.item()).__name__}(x) in its place"
+        numeric = value.dtype.kind in "biufc"
+        return f"write {'torch.from_numpy(x)' if numeric else 'x.tolist()'} in its place"
+    if isinstance(value, enum.Enum):
+        return "write x.name in its place"
+    if type(value) is int:
+        return "write str(x) in its place"
+    if not isinstance(value, type):
+        for method in _METHODS:
+            if callable(getattr(value, method, None)):
+                return f"write x.{method}() in its place"
+        for conversion, kinds in _CONVERSIONS:
+            if isinstance(value, kinds):
+                return f"write {conversion}(x) in its place"
+        if isinstance(value, Tensor):
+            return "write x.as_subclass(torch.Tensor) in its place"
+        if getattr(value, "__dict__", None) and not callable(value):
+            return "write vars(x) in its place"
+    return "leave it out, or save tensors, numbers and strings that it can be made from"
+
+
+def _unsafe_globals(path: Path) -> list[str]:
+    """What the file names and ``weights_only=True`` refuses; nothing if the file is damaged."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # whatever torch, zipfile or pickle make of it
+        return []

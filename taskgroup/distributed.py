@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -29,6 +31,8 @@ class Ranks:
     exchange of which batch they are: ranks that are at different places of the loop find out
     instead of adding up what does not belong together.
 
+    A copy is of the same ranks; what is unpickled finds those of its own process.
+
     Args:
         process_group: the ranks; None is all of them.
 
@@ -41,6 +45,22 @@ class Ranks:
         self._joined = False
         self._process_group = process_group
         self._length = 2 * _PARTS
+        self._joins = _Joins()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        other = Ranks(self._process_group)  # which cannot be copied
+        other.number, other._joined, other._length = self.number, self._joined, self._length
+        other._joins = self._joins
+        return other
+
+    def __reduce__(self) -> tuple[type[Ranks], tuple[None]]:
+        if self._process_group is not None:
+            raise TypeError(
+                "TaskGroups with a process_group cannot be pickled, because the group belongs to "
+                "this process: make the TaskGroups in the process that uses it, and load "
+                "state_dict() there."
+            )
+        return Ranks, (None,)
 
     def changed(self) -> bool:
         """Whether torch has joined processes, or parted them, since :meth:`join`."""
@@ -71,9 +91,10 @@ class Ranks:
             n_tasks: the number of tasks.
 
         Raises:
-            RuntimeError: naming the parts.
+            RuntimeError: naming the parts; or inside of ``DistributedDataParallel.join()``.
         """
         assert len(parts) == _PARTS
+        self._joins.find()
         # Sums tell whether all are the same: of n numbers that are, and of no others, n times the
         # sum of squares is the square of the sum. In float64 that is exact for 8,000 ranks.
         checksums = [zlib.crc32(repr(_plain(part)).encode()) >> 12 for part in parts.values()]
@@ -153,7 +174,7 @@ class Ranks:
             parts = [torch.zeros_like(params[t]) if own[t] is None else own[t] for t in active]
             flat = torch.cat([part.flatten() for part in parts if part is not None])
             flat /= self.number
-            dist.all_reduce(flat, group=self._process_group)
+            self._all_reduce(flat)
             means = flat.split([params[t].numel() for t in active])
             for t, mean in zip(active, means, strict=True):
                 own[t] = mean.view(params[t].shape).to(params[t].dtype)
@@ -178,8 +199,25 @@ class Ranks:
         padding = values.new_zeros(self._length - len(values))
         end = end.to(values.device, non_blocking=True)
         values = torch.cat([values, padding, end])
-        dist.all_reduce(values, group=self._process_group)
+        self._all_reduce(values)
         return values
+
+    def _all_reduce(self, values: Tensor) -> None:
+        """Sum over the ranks, in place.
+
+        Raises:
+            RuntimeError: if another rank does not take part, as far as the backend tells, or inside
+                of ``join()``, where it need not.
+        """
+        self._joins.refuse()
+        try:
+            dist.all_reduce(values, group=self._process_group)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RuntimeError(
+                f"Rank {dist.get_rank()} waited for another rank in vain ({reason}): that one has "
+                f"ended, has failed or has fewer batches. {_EVEN}"
+            ) from error
 
     def _check_place(self, place: list[float]) -> None:
         *kinds, batch, squared = place
@@ -197,6 +235,57 @@ _LOOP_ALIKE = (
     "Loop over the same TaskGroups on every rank: call iter() or batch() equally often, load a "
     "checkpoint on all ranks or on none, and so skip a group or leave a batch early."
 )
+_EVEN = (
+    "Give every rank as many batches: take a DistributedSampler, with drop_last=True in it and in "
+    "the DataLoader, or leave the loop on all ranks once one of them has no batch left."
+)
+
+
+class _Joins:
+    """Notices ``DistributedDataParallel.join()``, for data that end earlier on some ranks.
+
+    A rank without data then repeats the exchanges of DDP, and of nobody else. One of them would
+    meet an exchange of ours, of another size: gloo aborts the process, NCCL may hang or add up what
+    does not belong together.
+    """
+
+    def __init__(self) -> None:
+        self._joinables: WeakSet[Any] = WeakSet()
+        self._left: list[object] = []  # settings of the contexts that have been left
+
+    def find(self) -> None:
+        """Find the models that ``join()`` can be called on. That takes a while."""
+        from torch.distributed.algorithms.join import Joinable  # which not every build of torch has
+
+        self._joinables.update(_alive(Joinable))
+
+    def refuse(self) -> None:
+        """Raise inside of ``join()``.
+
+        Raises:
+            RuntimeError: saying what to do instead.
+        """
+        for joinable in self._joinables:
+            settings = joinable._join_config
+            if not settings.enable or any(settings is left for left in self._left):
+                continue
+            # They stay when the context is left; the context itself does not.
+            from torch.distributed.algorithms.join import Join
+
+            if any(joinable in context._joinables for context in _alive(Join)):
+                raise RuntimeError(
+                    "join() cannot work with TaskGroups: a rank that has joined takes part in the "
+                    "exchanges of DistributedDataParallel, but not in those of the losses. Leave "
+                    f"join() out. {_EVEN}"
+                )
+            self._left.append(settings)
+
+
+def _alive(kind: type) -> list[Any]:
+    """All objects of that class, of which torch keeps no list."""
+    objects = gc.get_objects()
+    kinds = {found for found in set(map(type, objects)) if kind in found.__mro__}
+    return [found for found in objects if type(found) in kinds]
 
 
 def _plain(part: object) -> object:

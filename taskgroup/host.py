@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,24 +19,29 @@ class HostCopy:
     """A copy of some tensors on its way from the GPU to pinned memory.
 
     Queued on the current stream at once; :meth:`wait` blocks until that point of the stream is
-    reached, so the wait hides behind whatever was queued after.
+    reached, so the wait hides behind whatever was queued after. Copying and pickling wait as well.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._shapes = [tensor.shape for tensor in tensors]
         # One tensor, one transfer. float32 survives the way through float64 bitwise.
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        self._flat = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+        self._flat = torch.empty(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=True)
         self._flat.copy_(flat, non_blocking=True)
-        self._event = torch.cuda.Event()
+        self._event: torch.cuda.Event | None = torch.cuda.Event()
         self._event.record(torch.cuda.current_stream(flat.device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.wait()
+        return {**self.__dict__, "_event": None}  # which cannot be copied
 
     def ready(self) -> bool:
         """Whether the copy has arrived."""
-        return bool(self._event.query())
+        return self._event is None or bool(self._event.query())
 
     def wait(self) -> list[Tensor]:
         """The tensors on the host, in the order they were given."""
-        self._event.synchronize()
+        if self._event is not None:
+            self._event.synchronize()
         parts = self._flat.split([shape.numel() for shape in self._shapes])
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]

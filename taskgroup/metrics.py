@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
+from typing import Any
 
 __all__ = ["delta_m"]
 
@@ -19,22 +21,34 @@ def delta_m(
 
     with :math:`l_k = 1` where a lower value is better (Maninis et al., CVPR 2019).
 
+    The gain is relative to the baseline, so it needs metrics that have a zero and lie above it: an
+    error, an accuracy, a mIoU. Below zero, as for a log-likelihood, :math:`R^2` or a correlation,
+    the formula would turn the sign of the gain, and shifting the metric changes its size.
+
     Args:
-        results: the metric :math:`M_k` of each task.
-        baseline: the metric :math:`M_{b,k}` of each task, usually of single-task models.
+        results: the metric :math:`M_k` of each task, a number or a tensor of one.
+        baseline: the metric :math:`M_{b,k}` of each task, usually of single-task models; positive.
         lower_is_better: the tasks whose metric is an error, or ``{task: bool}`` for all of them.
 
     Returns:
         Percent, averaged over the tasks; NaN where a metric is NaN.
 
     Raises:
-        ValueError: if the tasks differ, if there are none, or if a baseline is zero.
+        ValueError: if the tasks differ, if there are none, or if a baseline is zero, negative or
+            infinite; the sentence names the task.
+        TypeError: if a metric is no number.
 
     Example:
         >>> round(delta_m({"depth": 0.9, "segment": 55.0}, {"depth": 1.0, "segment": 50.0},
         ...               lower_is_better={"depth"}), 6)
         10.0
     """
+    for name, metrics in (("results", results), ("baseline", baseline)):
+        if not isinstance(metrics, Mapping):
+            raise TypeError(
+                f"{name} must be {{task: metric}}, got {type(metrics).__name__}; name the task of "
+                "each metric."
+            )
     if not results:
         raise ValueError("delta_m needs at least one task; results is empty.")
     differing = sorted(set(results) ^ set(baseline))
@@ -55,12 +69,33 @@ def delta_m(
             f"these are not in all of them: {', '.join(map(repr, differing))}."
         )
     total = 0.0
-    for task, value in results.items():
-        if baseline[task] == 0:
+    for task in results:
+        value = _number(results[task], f"The metric of task {task!r}")
+        against = _number(baseline[task], f"The baseline of task {task!r}")
+        if against == 0:
             raise ValueError(
                 f"The baseline of task {task!r} is zero, so a relative gain is undefined; "
                 "leave the task out or use another metric."
             )
-        gain = (value - baseline[task]) / baseline[task]
+        if against < 0 or math.isinf(against):
+            raise ValueError(
+                f"The baseline of task {task!r} is {against:g}, and a gain relative to it says "
+                "nothing; leave the task out or use a metric that is finite and above zero, an "
+                "error for instance."
+            )
+        gain = (value - against) / against
         total += -gain if task in lower else gain
     return 100.0 * total / len(results)
+
+
+def _number(value: Any, what: str) -> float:
+    """One number as a float, whether Python's, NumPy's or a tensor's."""
+    got = type(value).__name__
+    try:
+        if callable(item := getattr(value, "item", None)):
+            value = item()
+        if not isinstance(value, str | bytes | bytearray):  # float() would parse them
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):  # of several numbers, say
+        pass
+    raise TypeError(f"{what} must be one number, got {value!r} of type {got}.")

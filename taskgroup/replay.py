@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 __all__ = ["RandomState"]
 
 
 class RandomState:
-    """The state of the generators a forward draws from: the CPU's and one GPU's.
+    """The state of the generators a forward draws from: the CPU's and one accelerator's.
 
     Args:
-        device: of the losses; None where it is not known yet, then the current GPU's, if any.
+        device: of the losses; None where it is not known yet, then the current accelerator, if this
+            process uses one.
     """
 
     def __init__(self, device: torch.device | None) -> None:
         self._cpu = torch.get_rng_state()
-        self._device: torch.device | int | None = None
-        if device is not None and device.type == "cuda":
-            self._device = device
-        elif device is None and torch.cuda.is_initialized():
-            self._device = torch.cuda.current_device()
-        if self._device is not None:
-            self._gpu = torch.cuda.get_rng_state(self._device)
+        self._device = _in_use() if device is None else device
+        module = _random_of(self._device)
+        self._state = None if module is None else module.get_rng_state(self._device)
 
     def replay(self) -> None:
         """Go back to the state as it was."""
         torch.set_rng_state(self._cpu)
-        if self._device is not None:
-            torch.cuda.set_rng_state(self._gpu, self._device)
+        if self._state is not None:
+            _random_of(self._device).set_rng_state(self._state, self._device)
+
+
+def _random_of(device: torch.device | None) -> Any:
+    """Such as ``torch.cuda``; None where the device has no generator of its own."""
+    if device is None or device.type in ("cpu", "meta"):
+        return None
+    module = torch.get_device_module(device)
+    return module if hasattr(module, "get_rng_state") else None
+
+
+def _in_use() -> torch.device | None:
+    """The current accelerator; None if there is none, or if this process has not started it."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return None
+    started = getattr(torch.get_device_module(accelerator), "is_initialized", None)
+    if started is not None and not started():
+        return None
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())

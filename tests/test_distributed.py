@@ -1,8 +1,10 @@
 """Several ranks train as one process would, and say so where they cannot."""
 
+import copy
+import pickle
 import re
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import pytest
 import torch
@@ -604,3 +606,128 @@ def test_a_process_group_of_some_of_the_ranks():
     assert torch.equal(matrices[2], matrices[3])
     assert matrices[0][3, 3] == 0 < matrices[0][2, 2]
     assert matrices[2][2, 2] == 0 < matrices[2][3, 3]
+
+
+def joined(rank, batches, how):
+    """Data that end earlier on one rank, under DDP's join()."""
+    data, model = Regression(), make_model()
+    ddp = wrapped(model, "ddp")
+    groups = tg.TaskGroups(TASKS)
+
+    def loop(number, calls=ddp):
+        for n in range(number):
+            x, y = data.part(n, rank, 2)
+            for group in groups.batch(TASKS):
+                model.zero_grad()
+                group.loss(losses_of(calls(x, group=group), y)).backward()
+
+    found = {}
+    if how == "later":  # the groups have met without join()
+        loop(1)
+    with counted(exchanges := []):
+        with suppress(RuntimeError), ddp.join():
+            found["inside"] = said(loop, batches[rank])
+            if found["inside"] is not None:
+                raise RuntimeError  # as it would have left the context
+        found["exchanges"] = len(exchanges)
+    if how == "leaves":
+        return found
+    found["after"] = said(loop, 2)
+    with ddp.join(enable=False):
+        found["disabled"] = said(loop, 2)
+    with suppress(RuntimeError), ddp.join():
+        found["again"] = said(loop, 2)
+        raise RuntimeError
+    return found
+
+
+@pytest.mark.parametrize("how", ["first", "later"])
+def test_join_is_refused_on_every_rank(how):
+    """Before an exchange meets one of DDP's, which ends the process in C++."""
+    for found in on_ranks(joined, (2, 4), how):
+        assert "join() cannot work with TaskGroups" in found["inside"]
+        assert "Give every rank as many batches" in found["inside"]
+        assert found["exchanges"] == 0
+        assert (
+            found["after"] is found["disabled"] is None
+        )  # though DDP's settings stay as in join()
+        assert found["again"] == found["inside"]
+
+
+def test_join_where_a_rank_has_no_data_at_all():
+    """That one waits in join() for the other, whose end it is told of."""
+    first, second = on_ranks(joined, (0, 2), "leaves")
+    assert first["inside"] is None
+    assert "join() cannot work" in second["inside"]
+
+
+def uneven(rank, present):
+    """One rank has a batch less, and ends."""
+    data, model = Regression(), make_model()
+    groups = tg.TaskGroups(TASKS)
+
+    def loop():
+        for n in range(2 + rank):
+            x, y = data.part(n, rank, 2)
+            for group in groups if present is None else groups.batch(present):
+                group.loss(losses_of(model(x, group=group), y)).backward()
+
+    return said(loop)
+
+
+@pytest.mark.parametrize("present", [None, TASKS])
+def test_a_rank_that_ends_early_is_told_of(present):
+    ended, other = on_ranks(uneven, present)
+    assert ended is None
+    assert "Rank 1 waited for another rank in vain (" in other
+    assert "has fewer batches. Give every rank as many batches" in other
+
+
+def test_ranks_are_copied_with_their_process_group(monkeypatch):
+    class ProcessGroup:
+        def __reduce__(self):
+            raise TypeError("cannot pickle")
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
+    ranks = Ranks(ProcessGroup())
+    ranks.join()
+    copied = copy.deepcopy(ranks)
+    assert copied._process_group is ranks._process_group
+    assert copied.number == 3
+    assert not copied.changed()
+    with pytest.raises(TypeError, match="make the TaskGroups in the process that uses it"):
+        pickle.dumps(ranks)
+
+
+def test_unpickled_ranks_find_those_of_their_process(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
+    ranks = Ranks(None)
+    ranks.join()
+    other = pickle.loads(pickle.dumps(ranks))
+    assert other.changed()
+    other.join()
+    assert other.number == 3
+
+
+def copied_while_training(rank):
+    """A copy goes on as the original does, on the same ranks."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    groups = tg.TaskGroups(TASKS, process_group=pairs[rank // 2], warmup=1)
+
+    def steps(groups):
+        x = torch.zeros(1, requires_grad=True)
+        for _ in range(2):
+            for group in groups.batch(TASKS):
+                group.loss({t: (x + rank + k).square().sum() for k, t in enumerate(TASKS, 1)})
+                x.data.sub_(0.01)
+        return groups.affinity.matrix
+
+    steps(groups)
+    other = copy.deepcopy(groups)
+    return torch.equal(steps(groups), steps(other))
+
+
+def test_copies_while_several_ranks_train():
+    assert all(on_ranks(copied_while_training, world=4))

@@ -1,8 +1,11 @@
 """The one number of a multi-task model."""
 
 import math
+from decimal import Decimal
 
+import numpy as np
 import pytest
+import torch
 
 import taskgroup as tg
 
@@ -36,6 +39,9 @@ def test_signs():
         ({"a": 1.0}, {"a": 1.0}, ["b"], "'b'"),
         ({"a": 1.0}, {"a": 1.0}, {"b": True}, "'a', 'b'"),
         ({"a": 1.0}, {"a": 0.0}, ["a"], "baseline of task 'a' is zero"),
+        ({"a": 1.0}, {"a": -0.5}, ["a"], "baseline of task 'a' is -0.5.*above zero"),
+        ({"a": 1.0}, {"a": math.inf}, ["a"], "baseline of task 'a' is inf"),
+        ({"a": 1.0}, {"a": -math.inf}, [], "baseline of task 'a' is -inf"),
     ],
 )
 def test_bad_input(results, baseline, lower, said):
@@ -46,3 +52,43 @@ def test_bad_input(results, baseline, lower, said):
 def test_string_is_no_collection_of_tasks():
     with pytest.raises(TypeError, match="got the string 'depth'"):
         tg.delta_m({"depth": 1.0}, {"depth": 1.0}, "depth")
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        1.5,
+        Decimal("1.5"),
+        np.float32(1.5),
+        np.array([1.5]),
+        torch.tensor(1.5, dtype=torch.float16),
+        torch.tensor([1.5]),
+        torch.tensor(1.5, requires_grad=True),
+    ],
+)
+def test_a_number_of_any_kind(number):
+    gains = [tg.delta_m({"a": number}, {"a": 1.0}, []), tg.delta_m({"a": 3.0}, {"a": number}, [])]
+    assert gains == [50.0, 100.0]
+    assert {type(gain) for gain in gains} == {float}
+
+
+@pytest.mark.parametrize(
+    "value", ["0.5", b"0.5", np.str_("0.5"), None, [0.5], 1j, np.zeros(2), torch.zeros(2)]
+)
+def test_what_is_no_number_is_named(value):
+    with pytest.raises(TypeError, match="metric of task 'b' must be one number, got "):
+        tg.delta_m({"a": 1.0, "b": value}, {"a": 1.0, "b": 1.0}, [])
+    with pytest.raises(TypeError, match="baseline of task 'b' must be one number, got "):
+        tg.delta_m({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": value}, [])
+
+
+def test_metrics_come_with_the_names_of_their_tasks():
+    with pytest.raises(TypeError, match=r"results must be \{task: metric\}, got list"):
+        tg.delta_m([0.5], {"a": 1.0}, [])
+    with pytest.raises(TypeError, match=r"baseline must be \{task: metric\}, got float"):
+        tg.delta_m({"a": 0.5}, 1.0, [])
+
+
+def test_metrics_that_are_not_finite():
+    assert tg.delta_m({"a": math.inf}, {"a": 1.0}, ["a"]) == -math.inf
+    assert math.isnan(tg.delta_m({"a": 1.0}, {"a": math.nan}, []))

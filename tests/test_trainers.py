@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -194,6 +195,102 @@ def test_a_trainer_that_steps_once_per_batch_is_told_of(tmp_path):
         UserWarning, match=r"last 20 batches of several.*automatic_optimization = False"
     ):
         trainer.fit(Wrong(), data)
+
+
+def block_of_the_page(start):
+    """The code in docs/trainers.md that begins so."""
+    page = (EXAMPLES.parent / "docs" / "trainers.md").read_text("utf-8")
+    (block,) = re.findall(rf"^```python\n({re.escape(start)}.*?)^```$", page, re.M | re.S)
+    return block
+
+
+def with_unlabelled_batches():
+    """The data of the examples, of which two batches of four samples have no label at all."""
+    import weather
+
+    x, y = (part.clone() for part in weather.make_loader().dataset.tensors)
+    y[4:8] = y[20:24] = torch.nan
+    return [(x[n : n + 4], y[n : n + 4]) for n in range(0, 40, 4)]
+
+
+def test_lightning_sees_batches_without_labels(monkeypatch, tmp_path):
+    """Lightning-AI/pytorch-lightning#9052: a StopIteration would end the epoch."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import lightning
+    import weather
+
+    names = {"tg": tg, "torch": torch, "LightningModule": lightning.LightningModule}
+    names |= {name: getattr(weather, name) for name in dir(weather)}
+    exec(block_of_the_page("class AutomaticForecast"), names)
+    seen, moved = [], []
+
+    class Module(names["AutomaticForecast"]):
+        def training_step(self, batch, number):
+            self.before = [parameter.detach().clone() for parameter in self.parameters()]
+            loss = super().training_step(batch, number)
+            seen.append(loss is not None)
+            return loss
+
+        def on_train_batch_end(self, *_):
+            moved.append(not all(map(torch.equal, self.before, self.parameters())))
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        **quiet,
+    )
+    loader = torch.utils.data.DataLoader(with_unlabelled_batches(), batch_size=None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*returned `None`")
+        trainer.fit(Module(), loader)
+    assert seen == moved == [n not in (1, 5) for n in range(10)]
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    other = Module.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert_same(other.groups.state_dict(), trainer.model.groups.state_dict())
+
+
+def test_hugging_face_sees_batches_without_labels(monkeypatch, tmp_path, accelerate):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import transformers
+    import weather
+
+    model = weather.make_model()
+    names = {"tg": tg, "torch": torch, "transformers": transformers, "model": model}
+    names |= {name: getattr(weather, name) for name in dir(weather)}
+    exec(block_of_the_page("class GroupTrainer"), names)
+    losses = []
+
+    class Trainer(names["GroupTrainer"]):
+        def compute_loss(self, model, inputs, return_outputs=False, **options):
+            loss = super().compute_loss(model, inputs, return_outputs, **options)
+            losses.append((loss[0] if return_outputs else loss).item())
+            return loss
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        num_train_epochs=1,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        remove_unused_columns=False,
+        label_names=["y"],
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    data = [{"x": x[k], "y": y[k]} for x, y in with_unlabelled_batches() for k in range(4)]
+    trainer = Trainer(
+        model, arguments, train_dataset=data, eval_dataset=data[:4], groups=names["groups"]
+    )
+    monkeypatch.setattr(trainer, "_get_train_sampler", lambda *_: range(40))
+    trainer.train()
+    assert len(losses) == 10
+    assert [loss == 0 for loss in losses] == [n in (1, 5) for n in range(10)]
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert trainer.evaluate()["eval_loss"] > 0
 
 
 def test_one_step_per_batch_with_gradient_affinity_is_a_batch():
