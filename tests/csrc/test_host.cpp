@@ -123,7 +123,7 @@ void test_by_eye(InstructionSet isa) {
   CHECK(labels(3, Matrix(9, 1.0), {2, 2, 2}) == (Found{0, 1, 2}));
   CHECK(labels(3, Matrix(9, 1.0), {}) == (Found{0, 0, 0}));
   // Tasks 0 and 1 agree, 2 does not.
-  const Matrix three = {1.0, 0.8, -0.3, 0.8, 1.0, -0.4, -0.3, -0.4, 1.0};
+  const Matrix three = {1.0, 0.8, -0.3, 0.7, 1.0, -0.4, -0.3, -0.4, 1.0};
   CHECK(labels(3, three, {0, 0, 0}) == (Found{0, 0, 1}));
   // Clusters i % 3, near 1 inside and near 0 between them, over several vectors and a tail.
   for (const int64_t K : {9, 16, 37}) {
@@ -143,10 +143,10 @@ void test_by_eye(InstructionSet isa) {
   }
 }
 
-void test_messages(InstructionSet isa) {
+void test_messages() {
   std::mt19937 random(2);
   int converged = 0, tested = 0;
-  for (const int64_t K : {2, 3, 7, 8, 9, 16, 25, 40}) {
+  for (const int64_t K : {2, 3, 7, 8, 9, 16, 25}) {
     for (int repeat = 0; repeat < 6; ++repeat) {
       Problem p{K, normal(random, K), {}};
       if (repeat % 3 == 1) p.preference = std::vector<double>(K, -1.5);
@@ -158,9 +158,11 @@ void test_messages(InstructionSet isa) {
         for (double& s : p.similarity) s = std::round(s);  // ties
       }
       const Matrix noise = normal(random, K);
-      const Labels labels = cluster(p, isa, noise);
-      CHECK(labels == message_by_message(p, noise));
-      converged += labels.has_value();
+      const Labels expected = message_by_message(p, noise);
+      for (const InstructionSet isa : kInstructionSets) {
+        if (isa <= best_instruction_set()) CHECK(cluster(p, isa, noise) == expected);
+      }
+      converged += expected.has_value();
       ++tested;
     }
   }
@@ -200,9 +202,9 @@ int main() {
   for (const InstructionSet isa : kInstructionSets) {
     if (isa > best_instruction_set()) continue;
     test_by_eye(isa);
-    test_messages(isa);
     std::printf("ran on %s\n", name_of(isa));
   }
+  test_messages();
   test_normalise<float>();
   test_normalise<double>();
 }
