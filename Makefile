@@ -23,6 +23,8 @@ GPU_PYTHON ?= python3
 BIN := .venv/bin
 CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 BUILD := setup.py CMakeLists.txt pyproject.toml taskgroup/__init__.py $(shell find csrc -type f)
+# The wanted torch is part of the name, so that another TORCH installs another one.
+TORCH_STAMP := .venv/$(subst /,-,$(subst $(eval ) ,-,$(TORCH))).stamp
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test full lint docs links examples bench dist check-dist aarch64 gpu format clean
@@ -81,7 +83,7 @@ check-dist: .venv/dev.stamp
 
 # The tests are C++ and need no torch of that processor; the tensor ops are compiled with the headers
 # of the torch that is here.
-aarch64: .venv/dev.stamp
+aarch64: $(TORCH_STAMP)
 	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool > /dev/null || { \
 	  echo "make aarch64 needs $$tool: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
 	$(BIN)/cmake -S tests/csrc -B build/csrc-tests/aarch64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
@@ -102,8 +104,6 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "taskgroup needs Python 3.10 or later, this is " + sys.version.split()[0] + "; name another with make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 
-# The wanted torch is part of the name, so that another TORCH installs another one.
-TORCH_STAMP := .venv/$(subst /,-,$(subst $(eval ) ,-,$(TORCH))).stamp
 $(TORCH_STAMP): .venv/bin/python
 	$(BIN)/pip install --quiet $(TORCH) numpy
 	$(BIN)/pip install --quiet "setuptools>=77" "cmake>=3.22" ninja "pybind11>=2.13"
