@@ -9,6 +9,8 @@
 #             ARGS="--save --full" for all sizes, kept in benchmarks/results
 # make dist   source distribution and wheel, in dist/; make check-dist proves that they install and
 #             run where they should                                          (about 5 minutes)
+# make aarch64  the native code for 64-bit ARM: compiled here, its tests run in an emulator
+#                                                                             (about 2 minutes)
 # make gpu    build, tests, sanitizers and benchmarks on a GPU               (under 9 minutes)
 #
 # Everything lives in .venv, made on first use. Nothing is installed or built again before a file it
@@ -21,9 +23,11 @@ GPU_PYTHON ?= python3
 BIN := .venv/bin
 CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 BUILD := setup.py CMakeLists.txt pyproject.toml taskgroup/__init__.py $(shell find csrc -type f)
+# The wanted torch is part of the name, so that another TORCH installs another one.
+TORCH_STAMP := .venv/$(subst /,-,$(subst $(eval ) ,-,$(TORCH))).stamp
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test full lint docs links examples bench dist check-dist gpu format clean
+.PHONY: demo test full lint docs links examples bench dist check-dist aarch64 gpu format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/report.stamp
@@ -77,6 +81,19 @@ dist: .venv/dev.stamp
 check-dist: .venv/dev.stamp
 	$(BIN)/python -m pytest tests/check_dist.py $(ARGS)
 
+# The tests are C++ and need no torch of that processor; the tensor ops are compiled with the headers
+# of the torch that is here.
+aarch64: $(TORCH_STAMP)
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool > /dev/null || { \
+	  echo "make aarch64 needs $$tool: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
+	$(BIN)/cmake -S tests/csrc -B build/csrc-tests/aarch64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	  "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-cpu;cortex-a53;-L;/usr/aarch64-linux-gnu" \
+	  "-DTORCH_INCLUDE_DIRS=$$($(BIN)/python -c 'from torch.utils.cpp_extension import include_paths; print(*include_paths(), sep=";")')"
+	$(BIN)/cmake --build build/csrc-tests/aarch64
+	$(BIN)/ctest --test-dir build/csrc-tests/aarch64 --output-on-failure --timeout 300
+
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py
 
@@ -87,8 +104,6 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "taskgroup needs Python 3.10 or later, this is " + sys.version.split()[0] + "; name another with make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 
-# The wanted torch is part of the name, so that another TORCH installs another one.
-TORCH_STAMP := .venv/$(subst /,-,$(subst $(eval ) ,-,$(TORCH))).stamp
 $(TORCH_STAMP): .venv/bin/python
 	$(BIN)/pip install --quiet $(TORCH) numpy
 	$(BIN)/pip install --quiet "setuptools>=77" "cmake>=3.22" ninja "pybind11>=2.13"

@@ -104,7 +104,9 @@ def _hardware(broken: list[str]) -> list[tuple[str, str]]:
     if native:
         names = {"avx512": "AVX-512", "avx2": "AVX2", "portable": "portable vectors"}
         used = torch.ops.taskgroup.cpu_instruction_set()
-        rows.append(("CPU", f"gradients are read with {names[used]}"))
+        asked = os.environ.get("TASKGROUP_CPU_ISA")
+        chosen = f", because TASKGROUP_CPU_ISA={asked}; unset it to have the best" if asked else ""
+        rows.append(("CPU", f"gradients are read with {names[used]}{chosen}"))
     compiled = torch.ops.taskgroup.cuda_architectures() if native else []
     for index, device in enumerate(_gpus()):
         major, minor = torch.cuda.get_device_capability(device)

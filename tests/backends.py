@@ -6,11 +6,25 @@ The Triton kernels run in Triton's interpreter, which must be asked for before T
 
 import importlib
 import os
+from pathlib import Path
 
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["cpp", "reference", *(["triton"] if INTERPRETED else [])]
+
+
+def instruction_sets() -> list[str]:
+    """Those that the C++ code must find here, by what the operating system says."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    has = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    found = ["portable"]
+    for name, flags in (("avx2", {"avx2", "fma"}), ("avx512", {"avx2", "fma", "avx512f"})):
+        if flags <= has:
+            found.append(name)
+    return found
+
 
 WITH_OPS = [backend for backend in BACKENDS if backend != "reference"]
 

@@ -155,6 +155,23 @@ def test_installation_without_native_code(copied):
     assert "affinity_propagation reference on cpu" in text
 
 
+def test_instruction_set_that_is_asked_for(copied):
+    _, run = copied
+    status, text = run(TASKGROUP_CPU_ISA="portable")
+    assert status == 0
+    assert "read with portable vectors, because TASKGROUP_CPU_ISA=portable; unset it" in text
+
+
+def test_instruction_set_that_there_is_not(copied):
+    _, run = copied
+    status, text = run(TASKGROUP_CPU_ISA="sse9")
+    assert status == 1
+    assert "cpp broken: see the end" in text
+    assert "task_gram broken on cpu" in text
+    assert text.count("Broken: ") == 1
+    assert "Broken: taskgroup: TASKGROUP_CPU_ISA=sse9 names no instruction set" in text
+
+
 @pytest.mark.parametrize("name", ["_ops", "_host"])
 def test_library_that_does_not_load(copied, name):
     package, run = copied

@@ -4,13 +4,9 @@
 #include <limits>
 #include <numeric>
 
-// One build serves every x86-64 machine and uses AVX2 where there is one. Needs GCC and the
-// indirect functions of glibc; elsewhere the compiler's baseline runs.
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
-#define TASKGROUP_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
-#else
-#define TASKGROUP_CLONES
-#endif
+// The messages are compiled once for each instruction set, which needs every part of them in one
+// function.
+#define TASKGROUP_INLINE inline __attribute__((always_inline))
 
 namespace taskgroup {
 
@@ -21,8 +17,8 @@ namespace {
 constexpr int64_t kLanes = 8;
 constexpr double kLowest = -std::numeric_limits<double>::infinity();
 
-inline double max(double a, double b) { return a > b ? a : b; }
-inline double min(double a, double b) { return a < b ? a : b; }
+TASKGROUP_INLINE double max(double a, double b) { return a > b ? a : b; }
+TASKGROUP_INLINE double min(double a, double b) { return a < b ? a : b; }
 
 struct Messages {
   int64_t K, width;
@@ -44,7 +40,7 @@ struct TopTwo {
 };
 
 // sum[j] = a[j] + s[j] and its two largest entries (equal ones count apart).
-inline TopTwo add_top_two(const double* a, const double* s, double* sum, int64_t width) {
+TASKGROUP_INLINE TopTwo add_top_two(const double* a, const double* s, double* sum, int64_t width) {
   double first[kLanes], second[kLanes];
   std::fill_n(first, kLanes, kLowest);
   std::fill_n(second, kLanes, kLowest);
@@ -66,13 +62,13 @@ inline TopTwo add_top_two(const double* a, const double* s, double* sum, int64_t
 }
 
 // A[i, i] <- damped sum over j != i of max(R[j, i], 0).
-inline double self_availability(const Messages& m, int64_t i, double damping) {
+TASKGROUP_INLINE double self_availability(const Messages& m, int64_t i, double damping) {
   const int64_t diagonal = i * m.width + i;
   return m.A[diagonal] * damping - (m.R[diagonal] - m.support[i]) * (1.0 - damping);
 }
 
 // A[i, k] <- damped min(0, R[k, k] + sum over j not in {i, k} of max(R[j, k], 0)).
-inline void update_availabilities(Messages& m, int64_t i, double damping) {
+TASKGROUP_INLINE void update_availabilities(Messages& m, int64_t i, double damping) {
   const double* __restrict r = &m.R[i * m.width];
   const double* __restrict support = m.support.data();
   double* __restrict a = &m.A[i * m.width];
@@ -85,8 +81,9 @@ inline void update_availabilities(Messages& m, int64_t i, double damping) {
 }
 
 // R[i, k] <- damped S[i, k] - max over j != k of (A + S)[i, j]; adds the row to `next_support`.
-inline void update_responsibilities(Messages& m, int64_t i, double damping, double* __restrict sum,
-                                    double* __restrict next_support) {
+TASKGROUP_INLINE void update_responsibilities(Messages& m, int64_t i, double damping,
+                                              double* __restrict sum,
+                                              double* __restrict next_support) {
   const double* __restrict s = &m.S[i * m.width];
   double* __restrict r = &m.R[i * m.width];
   const TopTwo top = add_top_two(&m.A[i * m.width], s, sum, m.width);
@@ -103,8 +100,8 @@ inline void update_responsibilities(Messages& m, int64_t i, double damping, doub
 
 // One iteration in one pass over memory: the availabilities that the last iteration ended with are
 // computed here, row by row, just before they are needed. The zeros of the start stay zeros.
-TASKGROUP_CLONES
-void pass_messages(Messages& m, double damping, double* scratch, double* next_support) {
+TASKGROUP_INLINE void pass_messages(Messages& m, double damping, double* scratch,
+                                    double* next_support) {
   std::fill_n(next_support, m.width, 0.0);
   for (int64_t i = 0; i < m.K; ++i) {
     update_availabilities(m, i, damping);
@@ -112,14 +109,29 @@ void pass_messages(Messages& m, double damping, double* scratch, double* next_su
   }
 }
 
+void pass_messages_portable(Messages& m, double damping, double* scratch, double* next_support) {
+  pass_messages(m, damping, scratch, next_support);
+}
+
+// Without FMA, so that both round alike.
+#if defined(__x86_64__)
+__attribute__((target("avx2"))) void pass_messages_avx2(Messages& m, double damping,
+                                                        double* scratch, double* next_support) {
+  pass_messages(m, damping, scratch, next_support);
+}
+#else
+constexpr auto pass_messages_avx2 = pass_messages_portable;
+#endif
+
 // Passes messages until the exemplars hold still; the exemplars, or none without convergence.
 std::vector<int64_t> find_exemplars(Messages& m, double damping, int64_t max_iter,
-                                    int64_t convergence_iter) {
+                                    int64_t convergence_iter, InstructionSet isa) {
+  const auto pass = isa >= InstructionSet::kAvx2 ? pass_messages_avx2 : pass_messages_portable;
   std::vector<double> scratch(m.width), next_support(m.width);
   std::vector<int64_t> exemplars, previous;
   int64_t held = 0;  // iterations that the exemplars have been what they are
   for (int64_t iteration = 0; iteration < max_iter; ++iteration) {
-    pass_messages(m, damping, scratch.data(), next_support.data());
+    pass(m, damping, scratch.data(), next_support.data());
     m.support.swap(next_support);
     previous.swap(exemplars);
     exemplars.clear();
@@ -191,11 +203,9 @@ bool all_equal(const double* similarity, const std::vector<double>& preference, 
 
 }  // namespace
 
-std::optional<std::vector<int64_t>> affinity_propagation(const double* similarity,
-                                                         const double* preference,
-                                                         const double* noise, int64_t K,
-                                                         double damping, int64_t max_iter,
-                                                         int64_t convergence_iter) {
+std::optional<std::vector<int64_t>> affinity_propagation(
+    const double* similarity, const double* preference, const double* noise, int64_t K,
+    double damping, int64_t max_iter, int64_t convergence_iter, InstructionSet isa) {
   const std::vector<double> preferences =
       preference != nullptr
           ? std::vector<double>(preference, preference + K)
@@ -218,7 +228,7 @@ std::optional<std::vector<int64_t>> affinity_propagation(const double* similarit
     }
   }
 
-  std::vector<int64_t> exemplars = find_exemplars(m, damping, max_iter, convergence_iter);
+  std::vector<int64_t> exemplars = find_exemplars(m, damping, max_iter, convergence_iter, isa);
   if (exemplars.empty()) return std::nullopt;
   exemplars = refine(m, std::move(exemplars));
 

@@ -8,6 +8,7 @@
 
 #include "host/affinity_propagation.h"
 #include "host/normalised_affinity.h"
+#include "instruction_set.h"
 
 namespace py = pybind11;
 
@@ -61,6 +62,7 @@ py::tuple normalised_affinity(const py::array_t<scalar_t, py::array::c_style>& a
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Decisions that taskgroup makes on the host, in C++.";
+  m.def("cpu_instruction_set", [] { return taskgroup::name_of(taskgroup::instruction_set()); });
   m.def("affinity_propagation", &affinity_propagation, py::arg("similarity"), py::arg("preference"),
         py::arg("noise"), py::arg("damping"), py::arg("max_iter"), py::arg("convergence_iter"));
   m.def("normalised_affinity", &normalised_affinity<float>, py::arg("affinity").noconvert());

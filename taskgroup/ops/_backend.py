@@ -52,8 +52,9 @@ def _load_native() -> _Native:
                 raise ImportError(f"{name} is missing for this Python")
             if name == "_ops":
                 torch.ops.load_library(spec.origin)
-        return _Native(host=importlib.import_module(f"{_PACKAGE}._host"))
-    except (ImportError, OSError, RuntimeError) as error:
+        host = importlib.import_module(f"{_PACKAGE}._host")
+        instruction_sets = host.cpu_instruction_set, torch.ops.taskgroup.cpu_instruction_set
+    except (AttributeError, ImportError, OSError, RuntimeError) as error:
         # Kept, and told at the first use: importing the package never fails because of its
         # extension, and whoever wants the reference alone is not disturbed.
         return _Native(
@@ -66,6 +67,13 @@ def _load_native() -> _Native:
                 f"(TASKGROUP_BACKEND=reference)"
             ),
         )
+    try:
+        # Both libraries read TASKGROUP_CPU_ISA now, so that no later change can set them apart.
+        for instruction_set in instruction_sets:
+            instruction_set()
+    except RuntimeError as error:
+        return _Native(broken=True, problem=str(error).rstrip("."))
+    return _Native(host=host)
 
 
 native = _load_native()

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from torch.utils import cpp_extension
 
+from tests.backends import instruction_sets
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUDGET = HERE / "cuda_budget.json"
@@ -42,7 +44,10 @@ def test_cpp(sanitizer):
     cmake = tool("cmake")
     run(cmake, "-S", HERE, "-B", directory, "-G", "Ninja", f"-DSANITIZE={sanitizer}")
     run(cmake, "--build", directory, "--parallel", os.environ.get("MAX_JOBS", "2"))
-    run(tool("ctest"), "--test-dir", directory, "--output-on-failure", "--timeout", 120)
+    told = run(tool("ctest"), "--test-dir", directory, "--verbose", "--timeout", 120)
+    # Two tests run on every instruction set that this processor has: none may be left out.
+    ran = sorted(re.findall(r"ran on (\w+)", told))
+    assert ran == sorted(instruction_sets() * 2)
 
 
 def compile_kernels(nvcc, architecture, directory):

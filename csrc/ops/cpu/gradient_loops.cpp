@@ -1,28 +1,20 @@
 #include "ops/cpu/gradient_loops.h"
 
-#include <cstring>
-#include <initializer_list>
-
 namespace taskgroup {
 
-const GradientLoops* gradient_loops(const char* isa) {
+const GradientLoops& gradient_loops(InstructionSet isa) {
+  switch (isa) {
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f");
-  if (!std::strcmp(isa, "avx512")) return avx512 ? &kAvx512Loops : nullptr;
-  if (!std::strcmp(isa, "avx2")) return avx2 ? &kAvx2Loops : nullptr;
+    case InstructionSet::kAvx512:
+      return kAvx512Loops;
+    case InstructionSet::kAvx2:
+      return kAvx2Loops;
 #endif
-  return std::strcmp(isa, "portable") ? nullptr : &kPortableLoops;
+    default:
+      return kPortableLoops;
+  }
 }
 
-const GradientLoops& gradient_loops() {
-  static const GradientLoops& best = [&]() -> const GradientLoops& {
-    for (const char* isa : {"avx512", "avx2"}) {
-      if (const GradientLoops* loops = gradient_loops(isa)) return *loops;
-    }
-    return kPortableLoops;
-  }();
-  return best;
-}
+const GradientLoops& gradient_loops() { return gradient_loops(instruction_set()); }
 
 }  // namespace taskgroup

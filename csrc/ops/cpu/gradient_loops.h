@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "instruction_set.h"
+
 // The innermost loops over gradients, once per instruction set; which set is chosen at run time.
 
 namespace taskgroup {
@@ -15,7 +17,6 @@ struct GramRows {
 };
 
 struct GradientLoops {
-  const char* isa;
   int64_t lanes;         // floats in a vector; the n of what follows are multiples of it
   int64_t double_lanes;  // doubles in a vector
 
@@ -46,12 +47,9 @@ struct GradientLoops {
 // kChain / 2 * 2^-24 relative to |g_i| |g_j|, that holds for every input.
 constexpr int64_t kChain = 32;
 
-// Of the best instruction set this processor has.
+// Of an instruction set that this processor has: of instruction_set(), unless told otherwise.
 const GradientLoops& gradient_loops();
-
-// Of one instruction set: "avx512", "avx2" or "portable" (the vectors every processor of the
-// architecture has: SSE2, NEON). Null where this processor or build lacks it.
-const GradientLoops* gradient_loops(const char* isa);
+const GradientLoops& gradient_loops(InstructionSet isa);
 
 #if defined(__x86_64__)
 extern const GradientLoops kAvx512Loops;

@@ -1,6 +1,5 @@
 // CMake compiles this file for avx2; it is called only where the processor has it.
 #if defined(__x86_64__)
-#define TASKGROUP_ISA "avx2"
 #define TASKGROUP_LOOPS kAvx2Loops
 #define TASKGROUP_VECTOR_BYTES 32
 #define TASKGROUP_TILE 3

@@ -1,6 +1,5 @@
 // CMake compiles this file for avx512; it is called only where the processor has it.
 #if defined(__x86_64__)
-#define TASKGROUP_ISA "avx512"
 #define TASKGROUP_LOOPS kAvx512Loops
 #define TASKGROUP_VECTOR_BYTES 64
 #define TASKGROUP_TILE 4

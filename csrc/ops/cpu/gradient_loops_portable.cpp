@@ -1,5 +1,4 @@
 // The vectors that every processor of the architecture has: SSE2 on x86-64, NEON on ARM.
-#define TASKGROUP_ISA "portable"
 #define TASKGROUP_LOOPS kPortableLoops
 #define TASKGROUP_VECTOR_BYTES 16
 #if defined(__aarch64__)

@@ -1,14 +1,14 @@
+#include "instruction_set.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <string>
-
-#include "ops/cpu/gradient_loops.h"
 
 namespace taskgroup {
 namespace {
 
 // "avx512", "avx2" or "portable": what the loops over gradients run on here.
-std::string cpu_instruction_set() { return gradient_loops().isa; }
+std::string cpu_instruction_set() { return name_of(instruction_set()); }
 
 }  // namespace
 }  // namespace taskgroup
