@@ -63,19 +63,23 @@ class NashMTL(GramMethod):
         optim_niter: int = 20,
     ) -> None:
         super().__init__(shared, tasks)
+        self._options = max_norm, update_weights_every, optim_niter
+        self._make()
+        self._found = False  # whether any problem was ever solved
+        self.unsolved = 0
+
+    def _make(self) -> None:
         from torchjd.aggregation import NashMTL as Aggregator
 
         # TorchJD gives the weighting no public name, makes its problem when step is 0, and swallows
         # what the solver says: so the problem is made here, watched, and the steps are counted from
         # one whole period, which changes nothing else.
         n_tasks = len(self._tasks)
-        aggregator = Aggregator(n_tasks, max_norm, update_weights_every, optim_niter)
+        aggregator = Aggregator(n_tasks, *self._options)
         self._nash = cast(Any, aggregator.weighting)
         self._nash.prvs_alpha = np.ones(n_tasks)
         self._nash._init_optim_problem()
-        self._nash.step = update_weights_every
-        self._found = False  # whether any problem was ever solved
-        self.unsolved = 0
+        _, self._nash.step, _ = self._options
         self._problem = self._nash.prob = _Watched(self._nash.prob)
 
     def _weigh(self, gram: Tensor) -> Tensor:
@@ -94,10 +98,21 @@ class NashMTL(GramMethod):
         self.unsolved += self._problem.tried > 0 and not self._problem.solved
         return weights
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy gets a problem of its own: copies of cvxpy's share what is solved for.
+        made = ("_nash", "_problem")
+        return {k: v for k, v in vars(self).items() if k not in made} | {"state": self._state()}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        state = kept.pop("state")
+        vars(self).update(kept)
+        self._make()
+        self._load(state)
+
     def _state(self) -> dict[str, Any]:
         return {
-            "alpha": torch.tensor(self._nash.prvs_alpha, dtype=torch.float64),
-            "normalization": torch.tensor(self._nash.normalization_factor, dtype=torch.float64),
+            "alpha": _float64(self._nash.prvs_alpha),
+            "normalization": _float64(self._nash.normalization_factor),
             "step": int(self._nash.step),
             "found": self._found,
             "unsolved": self.unsolved,
@@ -109,6 +124,10 @@ class NashMTL(GramMethod):
         self._nash.step = state["step"]
         self._found = state["found"]
         self.unsolved = state["unsolved"]
+
+
+def _float64(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 class _Watched:

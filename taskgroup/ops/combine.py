@@ -109,7 +109,8 @@ def _combine_shards(
 
 def _weights(weights: Tensor | Sequence[float], n_tasks: int, device: torch.device) -> Tensor:
     if not isinstance(weights, Tensor):
-        weights = torch.tensor(weights, dtype=torch.float32).to(device, non_blocking=True)
+        weights = torch.tensor(weights, dtype=torch.float32, device="cpu")
+        weights = weights.to(device, non_blocking=True)
     if weights.shape != (n_tasks,) or not weights.is_floating_point():
         raise ValueError(
             f"weights must be floating point [{n_tasks}], one per task, got {weights.dtype} "
