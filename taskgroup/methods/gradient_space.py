@@ -222,7 +222,7 @@ class _Column:
             combination = torch.view_as_complex(combination)
         if self._index is not None:
             combination = torch.sparse_coo_tensor(
-                self._index, combination, self._shape, is_coalesced=True
+                self._index, combination, self._shape, is_coalesced=True, check_invariants=False
             )
         return combination
 

@@ -14,6 +14,9 @@ from taskgroup.methods.gradient_space import GramMethod
 
 __all__ = ["NashMTL"]
 
+_MADE = ("_nash", "_problem")
+_REMEMBERED = ("prvs_alpha", "normalization_factor", "step")  # by TorchJD
+
 
 class NashMTL(GramMethod):
     r"""Nash-MTL: the Nash bargaining solution, at which all gain the same relative to their weight.
@@ -99,15 +102,16 @@ class NashMTL(GramMethod):
         return weights
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy gets a problem of its own: copies of cvxpy's share what is solved for.
-        made = ("_nash", "_problem")
-        return {k: v for k, v in vars(self).items() if k not in made} | {"state": self._state()}
+        # A copy makes a problem of its own: copies of cvxpy's do not survive. No tensor is made
+        # here: one that is gone before a spawned process reads it would take its file with it.
+        kept = {key: value for key, value in vars(self).items() if key not in _MADE}
+        return kept | {name: getattr(self._nash, name) for name in _REMEMBERED}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        state = kept.pop("state")
-        vars(self).update(kept)
+        vars(self).update({key: value for key, value in kept.items() if key not in _REMEMBERED})
         self._make()
-        self._load(state)
+        for name in _REMEMBERED:
+            setattr(self._nash, name, kept[name])
 
     def _state(self) -> dict[str, Any]:
         return {
