@@ -61,10 +61,10 @@ def task_gradients(
         ValueError: if there is no loss or parameter, a parameter is listed twice, or a loss is not
             a scalar with a graph; the sentence names the task. If ``batched`` is asked for and
             parameters are sharded.
-        RuntimeError: if the backward pass can run only once (a compiled model), or can only write
-            to ``.grad`` (reentrant checkpointing); the sentence names the setting. With ``batched``,
-            if torch cannot vectorise the backward pass, or the gradient of a parameter does not
-            vanish where that of the losses does (a constant): take the gradients one by one then.
+        RuntimeError: if the backward pass can run only once (a compiled model), or only writes to
+            ``.grad`` (reentrant checkpointing); the sentence names the setting. With ``batched``,
+            if torch cannot vectorise the backward pass, or a part of a gradient does not depend on
+            the losses: take the gradients one by one then.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -80,8 +80,8 @@ def task_gradients(
     for t, parameter in enumerate(params):
         if (first := seen.setdefault(parameter, t)) != t:
             raise ValueError(
-                f"params lists one parameter twice, as entries {first} and {t}: its gradients would "
-                "count twice. Pass list(dict.fromkeys(params))."
+                f"params lists one parameter twice, as entries {first} and {t}: its gradients "
+                "would count twice. Pass list(dict.fromkeys(params))."
             )
     active = [parameter for parameter in params if parameter.requires_grad]
     if not active:
@@ -317,7 +317,7 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def forward(gradient: Tensor, collect: Callable[[Tensor], None]) -> Tensor:
-        raise _NotVectorised(_CONSTANT)  # a gradient without the dimension of the tasks
+        raise _constant()  # a gradient without the dimension of the tasks
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -350,7 +350,7 @@ def _is_constant(gradient: Tensor) -> Tensor:
 
 def _check_vanishing(flags: list[Tensor]) -> None:
     if any(flags):
-        raise _NotVectorised(_CONSTANT)
+        raise _constant()
 
 
 def _check_batched(node: Any, found: tuple[Any, ...], given: tuple[Any, ...]) -> None:
@@ -358,7 +358,7 @@ def _check_batched(node: Any, found: tuple[Any, ...], given: tuple[Any, ...]) ->
     if any(g is not None and batched(g) for g in given) and not all(
         g is None or batched(g) or g.numel() == 0 for g in found
     ):
-        raise _NotVectorised(f"{_CONSTANT} ({node.name()})")
+        raise _constant(node.name())
 
 
 def conflicts(gram: Tensor) -> Tensor:
@@ -518,10 +518,6 @@ _CURES = {
         f"An operation of the model has no vectorised backward pass: {_ONE_BY_ONE}."
     ),
 }
-_CONSTANT = (
-    "The vectorised backward pass gives a gradient that does not depend on the loss, or that torch "
-    f"gets wrong: {_ONE_BY_ONE}."
-)
 # Errors of any backward pass, whether it is vectorised or not.
 _OF_ANY_PASS = (
     "a second time",
@@ -531,8 +527,16 @@ _OF_ANY_PASS = (
 )
 
 
-class _NotVectorised(RuntimeError):
+class _NotVectorisedError(RuntimeError):
     """A vectorised backward pass whose result would be wrong; it says what to do."""
+
+
+def _constant(node: str = "") -> _NotVectorisedError:
+    where = f" of {node}" if node else ""
+    return _NotVectorisedError(
+        f"The vectorised backward pass{where} gives a gradient that does not depend on the loss, "
+        f"or that torch gets wrong: {_ONE_BY_ONE}."
+    )
 
 
 @contextmanager
@@ -540,7 +544,7 @@ def _explained(*, vectorised: bool = False) -> Iterator[None]:
     """Says what to do about the backward passes that torch refuses."""
     try:
         yield
-    except (_NotVectorised, torch.OutOfMemoryError):
+    except (_NotVectorisedError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # under vmap each operation has its own
         said = " ".join(f"{error}".split())
@@ -583,9 +587,7 @@ def _laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
 
 def _strides(tensor: Tensor) -> list[int]:
     """Those that matter."""
-    return [
-        step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
-    ]
+    return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def _check_square(gram: Tensor) -> None:

@@ -329,7 +329,7 @@ class TestVectorised:
     def test_a_nonzero_constant_is_refused(self, way, weight, x):
         y = x @ weight
         losses = [y.sum(), PlusConstant.apply(y).sum()]
-        with pytest.raises(RuntimeError, match="does not depend on the loss.*one by one"):
+        with pytest.raises(RuntimeError, match=r"does not depend on the loss.*one by one"):
             VECTORISED[way](losses, [weight])
 
     def test_anomaly_mode_is_named(self, way, weight, x):

@@ -213,7 +213,8 @@ class _Column:
         compact = []
         for gradient, rows in zip(gradients, where.split([len(e) for e in entries]), strict=True):
             values = gradient.values()
-            compact.append(values.new_zeros(len(union), *values.shape[1:]).index_copy_(0, rows, values))
+            zeros = values.new_zeros(len(union), *values.shape[1:])
+            compact.append(zeros.index_copy_(0, rows, values))
         return compact
 
     def restored(self, combination: Tensor) -> Tensor:

@@ -158,8 +158,8 @@ def _check_out(out: list[Tensor | None], first: list[Tensor | None]) -> None:
             )
         if tensor.layout != torch.strided:
             raise ValueError(
-                f"out must hold dense tensors: tensor {t} has layout {tensor.layout}; give one like "
-                "the parameter, such as torch.zeros_like(parameter)."
+                f"out must hold dense tensors: tensor {t} has layout {tensor.layout}; give one "
+                "like the parameter, such as torch.zeros_like(parameter)."
             )
         if any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride())):  # noqa: B905
             raise ValueError(
