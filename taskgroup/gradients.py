@@ -345,7 +345,7 @@ def _cotangents(stacked: Tensor) -> Tensor:
 
 def _is_constant(gradient: Tensor) -> Tensor:
     """Whether the gradient of the row of zeros is something else: a flag on its device."""
-    return (gradient.isfinite() & (gradient != 0)).any()  # NaN is 0 * inf, and shows by itself
+    return gradient.nan_to_num(0.0, 0.0, 0.0).any()  # NaN is 0 * inf, and shows by itself
 
 
 def _check_vanishing(flags: list[Tensor]) -> None:
@@ -578,6 +578,8 @@ def _laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
     if gradient is None or gradient.layout != torch.strided:
         return gradient
     gradient = gradient.resolve_conj().resolve_neg()
+    if gradient.is_contiguous() and parameter.is_contiguous():  # nearly always
+        return gradient
     if _strides(gradient) == _strides(parameter) and 0 not in _strides(gradient):
         return gradient
     # Where the parameter is not dense itself, torch chooses.

@@ -427,6 +427,10 @@ class TestUnusualParameters:
                 tg.task_gradients(model(x), shared, batched=batched)
         found = tg.streaming_task_gram(model(x), shared)
         torch.testing.assert_close(found, tg.streaming_task_gram(model(x), model.shared))
+        features = model.first(x)
+        losses = [features.sum(), features.square().sum()]
+        expected = tg.streaming_task_gram(losses, [features], retain_graph=True)
+        torch.testing.assert_close(tg.streaming_task_gram(losses, [features] * 2), expected)
 
     def test_too_many_tasks_are_counted_first(self):
         x = nn.Parameter(torch.ones(1))
@@ -461,11 +465,16 @@ class TestUnusualParameters:
     def test_gradients_have_the_strides_of_the_parameter(self):
         image = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
         wide = torch.randn(1, 3).expand(4, 3).detach().requires_grad_()
-        ((a, b),) = tg.task_gradients([image.sum() + wide.sum()], [image, wide])
+        part = torch.randn(3, requires_grad=True)
+        negated = torch.complex(torch.zeros(3), part).conj().imag
+        loss = image.sum() + wide.sum() + negated.sum()
+        ((a, b, c),) = tg.task_gradients([loss], [image, wide, part])
         assert a.stride() == image.stride()
         assert b.is_contiguous()
+        assert not c.is_neg()  # which lies in memory with the other sign
         assert a.eq(1).all()
         assert b.eq(1).all()
+        assert c.eq(-1).all()
 
     def test_reentrant_checkpoints_are_named(self):
         weight = nn.Parameter(torch.randn(4, 4))
