@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from taskgroup.ops import task_gram
+from taskgroup.ops._gradient_list import check_number_of_tasks
 from taskgroup.ops._sharded import any_sharded
 
 __all__ = ["conflicts", "pareto_stationarity", "streaming_task_gram", "task_gradients"]
@@ -30,7 +32,9 @@ def task_gradients(
 
     One backward pass per task. ``.grad`` is neither read nor written. The graph is freed with the
     last pass, unless it is to be kept. In data-parallel training these are the gradients of this
-    rank's samples.
+    rank's samples. Strides are those of the parameter, as in ``.grad``: fused optimizers read past
+    other ones. The gradient of an embedding with ``sparse=True`` is a sparse tensor; the ops take
+    dense ones.
 
     Parameters that are sharded (FSDP2's DTensors) are not in the graph of a loss: FSDP itself puts
     their gradients into ``.grad``, sharded and averaged over the ranks. Each task's is taken from
@@ -40,12 +44,13 @@ def task_gradients(
 
     Args:
         losses: K scalars: ``{task: loss}``, a sequence, or one tensor ``[K]``.
-        params: T parameters, those the tasks share as a rule. Frozen ones are passed over.
+        params: T parameters, those the tasks share as a rule; each once. Frozen ones are passed
+            over.
         retain_graph: keep the graph for a backward pass that comes after.
         batched: all tasks in one vectorised backward pass (``torch.vmap``). It is faster where the
-            model is small, takes the memory of K passes at once, runs every head's backward pass
-            for every task, and needs an operation with a batching rule for each of the model. A
-            parameter that only some of the tasks reach gets zeros instead of None for the rest.
+            model is small, takes the memory of K + 1 passes at once, runs every head's backward
+            pass for every task, and needs an operation with a batching rule for each of the model.
+            A parameter that only some of the tasks reach gets zeros instead of None for the rest.
 
     Returns:
         ``[K][T]`` gradients, in the order of the losses and the parameters; None where a task does
@@ -53,10 +58,13 @@ def task_gradients(
         reaches: zeros stand there for the others.
 
     Raises:
-        ValueError: if there is no loss or parameter, or a loss is not a scalar with a graph; the
-            sentence names the task. If ``batched`` is asked for and parameters are sharded.
-        RuntimeError: if the model was compiled so that its backward pass can run only once; the
-            sentence names the setting.
+        ValueError: if there is no loss or parameter, a parameter is listed twice, or a loss is not
+            a scalar with a graph; the sentence names the task. If ``batched`` is asked for and
+            parameters are sharded.
+        RuntimeError: if the backward pass can run only once (a compiled model), or only writes to
+            ``.grad`` (reentrant checkpointing); the sentence names the setting. With ``batched``,
+            if torch cannot vectorise the backward pass, or a part of a gradient does not depend on
+            the losses: take the gradients one by one then.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -68,6 +76,13 @@ def task_gradients(
     params = list(params)
     if not params:
         raise ValueError("params is empty: name at least one parameter that the tasks share.")
+    seen: dict[Tensor, int] = {}
+    for t, parameter in enumerate(params):
+        if (first := seen.setdefault(parameter, t)) != t:
+            raise ValueError(
+                f"params lists one parameter twice, as entries {first} and {t}: its gradients "
+                "would count twice. Pass list(dict.fromkeys(params))."
+            )
     active = [parameter for parameter in params if parameter.requires_grad]
     if not active:
         return [[None] * len(params) for _ in scalars]
@@ -87,16 +102,16 @@ def task_gradients(
         return found
     if batched:
         stacked = torch.stack(scalars)
-        eye = torch.eye(len(scalars), dtype=stacked.dtype, device=stacked.device)
-        with _explained():
+        with _explained(vectorised=True):
             rows = torch.autograd.grad(
                 stacked,
                 active,
-                eye,
+                _cotangents(stacked),
                 retain_graph=retain_graph,
                 allow_unused=True,
                 is_grads_batched=True,
             )
+        _check_vanishing([_is_constant(r[-1]) for r in rows if r is not None])
         found = [[None if r is None else r[k] for r in rows] for k in range(len(scalars))]
     else:
         found = []
@@ -106,6 +121,7 @@ def task_gradients(
             with _explained():
                 own = torch.autograd.grad(scalar, active, retain_graph=keep, allow_unused=True)
             found.append(list(own))
+    found = [[_laid_out(g, p) for g, p in zip(own, active, strict=True)] for own in found]
     if len(active) == len(params):
         return found
     result = []
@@ -124,6 +140,8 @@ def gradients_through_grad(
 ) -> list[list[Tensor | None]]:
     """The same by way of ``.grad``, where FSDP puts the gradients of sharded parameters.
 
+    Hooks of ``register_post_accumulate_grad_hook``, such as an optimizer's step, do not run.
+
     Args:
         losses: K scalars.
         params: T parameters.
@@ -133,16 +151,77 @@ def gradients_through_grad(
     kept = [(parameter, parameter.grad) for parameter in (*params, *others)]
     found: list[list[Tensor | None]] = []
     try:
-        for k, loss in enumerate(losses):
-            for parameter, _ in kept:
-                parameter.grad = None
-            with _explained():
-                loss.backward(retain_graph=retain_graph or k < len(losses) - 1)
-            found.append([parameter.grad for parameter in params])
+        with hooks_held(losses, [parameter for parameter, _ in kept]):
+            for k, loss in enumerate(losses):
+                for parameter, _ in kept:
+                    parameter.grad = None
+                with _explained():
+                    loss.backward(retain_graph=retain_graph or k < len(losses) - 1)
+                found.append([parameter.grad for parameter in params])
     finally:
         for parameter, gradient in kept:
             parameter.grad = gradient
     return found
+
+
+@contextmanager
+def hooks_held(
+    losses: Iterable[Tensor], params: Iterable[Tensor], *, search: bool = False
+) -> Iterator[Callable[[], None]]:
+    """Holds the hooks of ``register_post_accumulate_grad_hook`` while gradients are incomplete.
+
+    An optimizer in such a hook would step on the gradient of every single task.
+
+    Args:
+        losses: with a graph. Where a parameter has such hooks, those of all leaves of the graph are
+            held: it takes a search, which takes time.
+        params: whose hooks are held.
+        search: search the graph in any case.
+
+    Yields:
+        What runs the hooks, once each, for the tensors that a gradient came to within the block;
+        to be called after it, when ``.grad`` is complete.
+    """
+    leaves = [parameter for parameter in params if _hooks(parameter)]
+    if leaves or search:
+        found = (n.variable for n in _nodes(losses) if type(n).__name__ == "AccumulateGrad")
+        leaves += [leaf for leaf in found if _hooks(leaf)]
+    # Emptied in place, for the handles that remove hooks know the dictionary.
+    live = {leaf: _hooks(leaf) for leaf in leaves}
+    held = {leaf: dict(hooks) for leaf, hooks in live.items()}
+    reached: dict[Tensor, None] = {}
+
+    def run() -> None:
+        for leaf in reached:
+            for hook in held[leaf].values():
+                hook(leaf)
+
+    try:
+        for hooks in live.values():
+            hooks.clear()
+            hooks["held"] = reached.setdefault
+        yield run
+    finally:
+        for leaf, hooks in live.items():
+            hooks.clear()
+            hooks.update(held[leaf])
+
+
+def _hooks(tensor: Tensor) -> dict[Any, Callable[[Tensor], Any]]:
+    # FSDP reads the same attribute (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py).
+    return getattr(tensor, "_post_accumulate_grad_hooks", None) or {}
+
+
+def _nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """The nodes of a graph, each once."""
+    waiting: list[Any] = [torch.autograd.graph.get_gradient_edge(t).node for t in tensors]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(child for child, _ in node.next_functions)
+            yield node
 
 
 def streaming_task_gram(
@@ -155,22 +234,23 @@ def streaming_task_gram(
 
     One vectorised backward pass (``torch.vmap``) for all tasks; as soon as the K gradients on one
     parameter are there their inner products are added up and they are dropped. Besides what the
-    backward pass itself needs, K times the largest parameter is held, where
+    backward pass itself needs, K + 1 times the largest parameter is held, where
     ``task_gram(task_gradients(losses, params))`` holds K times all of them. The price: every head's
     backward pass runs for every task, and every operation of the model needs a batching rule.
 
     Args:
-        losses: K scalars: ``{task: loss}``, a sequence, or one tensor ``[K]``.
-        params: the parameters, those the tasks share as a rule. Frozen ones are passed over.
+        losses: K scalars: ``{task: loss}``, a sequence, or one tensor ``[K]``; K from 1 to 1024.
+        params: the parameters, those the tasks share as a rule; one that is listed twice counts
+            once. Frozen ones are passed over.
         retain_graph: keep the graph for a backward pass that comes after.
 
     Returns:
-        ``[K, K]``, row i column j :math:`\langle g_i, g_j \rangle`; of the dtype that
-        :func:`taskgroup.task_gram` gives.
+        ``[K, K]``, row i column j :math:`\langle g_i, g_j \rangle` (its real part, where parameters
+        are complex); of the dtype that :func:`taskgroup.task_gram` gives.
 
     Raises:
         ValueError: if a loss is not a scalar with a graph, or no parameter is reached.
-        RuntimeError: as for :func:`task_gradients`.
+        RuntimeError: as for :func:`task_gradients` with ``batched``.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -179,11 +259,22 @@ def streaming_task_gram(
                 [ 6.,  2.]])
     """
     scalars = _scalars(losses)
-    active = [parameter for parameter in params if parameter.requires_grad]
+    n_tasks = len(scalars)
+    check_number_of_tasks(n_tasks)
+    active = list(dict.fromkeys(parameter for parameter in params if parameter.requires_grad))
+    if any_sharded(active):
+        raise ValueError(
+            "Sharded parameters have no vectorised backward pass: call "
+            "task_gram(task_gradients(losses, params))."
+        )
     grams: list[Tensor] = []
+    constant: list[Tensor] = []
 
     def collect(rows: Tensor) -> None:
-        gram = task_gram([[row] for row in rows.unbind()])
+        if rows.is_complex():
+            rows = torch.view_as_real(rows.resolve_conj())
+        constant.append(_is_constant(rows[-1]))
+        gram = task_gram([[row] for row in rows[:-1].unbind()])
         if not grams:
             grams.append(gram.double())
         else:
@@ -192,13 +283,16 @@ def streaming_task_gram(
 
     dtypes: set[torch.dtype] = set()
 
-    def hook(rows: Tensor) -> Tensor:
+    def hook(rows: Tensor, keep: bool) -> Tensor:
         nothing: Tensor = _Collect.apply(rows, collect)  # type: ignore[no-untyped-call]
-        return nothing
+        return rows if keep else nothing
 
-    hooks = [parameter.register_hook(hook) for parameter in active]
+    # What is computed passes its gradient on to what it was computed from.
+    hooks = [p.register_hook(partial(hook, keep=not p.is_leaf)) for p in active]
     try:
         stacked = torch.stack(scalars)
+        # Torch's own rule for cdist drops the batch dimension (functorch), without a word.
+        hooks += [node.register_hook(partial(_check_batched, node)) for node in _nodes([stacked])]
 
         def backward(cotangent: Tensor) -> Tensor:
             torch.autograd.grad(
@@ -206,15 +300,15 @@ def streaming_task_gram(
             )
             return cotangent
 
-        eye = torch.eye(len(scalars), dtype=stacked.dtype, device=stacked.device)
         if active:
-            with _explained():
-                torch.func.vmap(backward)(eye)
+            with _explained(vectorised=True):
+                torch.func.vmap(backward)(_cotangents(stacked))
     finally:
         for handle in hooks:
             handle.remove()
     if not grams:
         raise ValueError("No loss reaches any of the parameters: name those the tasks share.")
+    _check_vanishing(constant)
     return grams[0].to(torch.float64 if torch.float64 in dtypes else torch.float32)
 
 
@@ -223,7 +317,7 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def forward(gradient: Tensor, collect: Callable[[Tensor], None]) -> Tensor:
-        raise NotImplementedError("gradients are collected under vmap alone")
+        raise _constant()  # a gradient without the dimension of the tasks
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -236,6 +330,35 @@ class _Collect(torch.autograd.Function):
         collect(gradient.movedim(in_dims[0], 0))
         # Autograd wants a gradient back: one of the right shape that holds a single number.
         return gradient.new_zeros(()).expand(gradient.shape), in_dims[0]
+
+
+def _cotangents(stacked: Tensor) -> Tensor:
+    """``[K + 1, K]``: a row for every task, and one of zeros.
+
+    A backward pass is linear, so the gradient of the last row is zero. Where it is not, something
+    in it does not depend on the losses, and the other rows hold it even for tasks that do not
+    reach it.
+    """
+    n_tasks = len(stacked)
+    return torch.eye(n_tasks + 1, n_tasks, dtype=stacked.dtype, device=stacked.device)
+
+
+def _is_constant(gradient: Tensor) -> Tensor:
+    """Whether the gradient of the row of zeros is something else: a flag on its device."""
+    return gradient.nan_to_num(0.0, 0.0, 0.0).any()  # NaN is 0 * inf, and shows by itself
+
+
+def _check_vanishing(flags: list[Tensor]) -> None:
+    if any(flags):
+        raise _constant()
+
+
+def _check_batched(node: Any, found: tuple[Any, ...], given: tuple[Any, ...]) -> None:
+    batched = torch._C._functorch.is_batchedtensor
+    if any(g is not None and batched(g) for g in given) and not all(
+        g is None or batched(g) or g.numel() == 0 for g in found
+    ):
+        raise _constant(node.name())
 
 
 def conflicts(gram: Tensor) -> Tensor:
@@ -374,6 +497,8 @@ def _scalars(losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> list[T
     return list(named.values())
 
 
+_ONE_BY_ONE = "take the gradients one by one, with task_gradients(losses, params)"
+
 # What torch says, and what to do about it.
 _CURES = {
     "donated buffer": (
@@ -381,27 +506,90 @@ _CURES = {
         "tasks need one pass each: set torch._functorch.config.donated_buffer = False before the "
         "model is compiled."
     ),
+    "use_reentrant": (
+        "Activation checkpointing with use_reentrant=True writes gradients to .grad alone, where "
+        "those of single tasks are not: checkpoint with use_reentrant=False."
+    ),
     "compiled backward function within vmap": (
-        "A compiled model has no vectorised backward pass: take the gradients one by one, with "
-        "task_gradients(losses, params), or leave the model uncompiled."
+        f"A compiled model has no vectorised backward pass: {_ONE_BY_ONE}, or leave the model "
+        "uncompiled."
     ),
     "Batching rule not implemented": (
-        "An operation of the model has no vectorised backward pass: take the gradients one by one, "
-        "with task_gradients(losses, params)."
+        f"An operation of the model has no vectorised backward pass: {_ONE_BY_ONE}."
     ),
 }
+# Errors of any backward pass, whether it is vectorised or not.
+_OF_ANY_PASS = (
+    "a second time",
+    "modified by an inplace operation",
+    "returned nan values",
+    "can't allocate memory",
+)
+
+
+class _NotVectorisedError(RuntimeError):
+    """A vectorised backward pass whose result would be wrong; it says what to do."""
+
+
+def _constant(node: str = "") -> _NotVectorisedError:
+    where = f" of {node}" if node else ""
+    return _NotVectorisedError(
+        f"The vectorised backward pass{where} gives a gradient that does not depend on the loss, "
+        f"or that torch gets wrong: {_ONE_BY_ONE}."
+    )
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explained(*, vectorised: bool = False) -> Iterator[None]:
     """Says what to do about the backward passes that torch refuses."""
     try:
         yield
-    except RuntimeError as error:
-        for said, cure in _CURES.items():
-            if said in str(error):
-                raise RuntimeError(cure) from error
+    except (_NotVectorisedError, torch.OutOfMemoryError):
         raise
+    except Exception as error:  # under vmap each operation has its own
+        said = " ".join(f"{error}".split())
+        of_any_pass = any(part in said for part in _OF_ANY_PASS)
+        if vectorised and torch.is_anomaly_enabled() and not of_any_pass:
+            raise RuntimeError(
+                "Anomaly mode (torch.autograd.set_detect_anomaly) has no vectorised backward pass: "
+                f"leave the mode, or {_ONE_BY_ONE}."
+            ) from error
+        for part, cure in _CURES.items():
+            if part in said:
+                raise RuntimeError(cure) from error
+        if not vectorised or of_any_pass:
+            raise
+        if "sparse" in said.lower():
+            raise RuntimeError(
+                "Sparse gradients have no vectorised backward pass: build the embedding with "
+                f"sparse=False, or {_ONE_BY_ONE}, and call .to_dense() on the sparse ones."
+            ) from error
+        raise RuntimeError(
+            f"The model has no vectorised backward pass: {_ONE_BY_ONE}. Torch says: {said[:300]}"
+        ) from error
+
+
+def _laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """The gradient as ``.grad`` holds it, with the strides of the parameter.
+
+    Autograd may hand out one that is transposed or expanded, or that is to be negated when read.
+    Fused optimizers on the CPU, which read memory in order, would step along other numbers.
+    """
+    if gradient is None or gradient.layout != torch.strided:
+        return gradient
+    gradient = gradient.resolve_conj().resolve_neg()
+    if gradient.is_contiguous() and parameter.is_contiguous():  # nearly always
+        return gradient
+    if _strides(gradient) == _strides(parameter) and 0 not in _strides(gradient):
+        return gradient
+    # Where the parameter is not dense itself, torch chooses.
+    like = torch.empty_like(parameter.detach(), dtype=gradient.dtype, device=gradient.device)
+    return gradient if _strides(gradient) == _strides(like) else like.copy_(gradient)
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Those that matter."""
+    return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def _check_square(gram: Tensor) -> None:

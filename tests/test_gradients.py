@@ -1,3 +1,5 @@
+import re
+import warnings
 import weakref
 
 import pytest
@@ -6,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import taskgroup as tg
+from taskgroup.gradients import gradients_through_grad
 
 # Of torch's own making, when it imports its compiler.
 COMPILER_WARNINGS = pytest.mark.filterwarnings(
@@ -210,6 +214,298 @@ class TestStreamingTaskGram:
         tg.streaming_task_gram(losses, model.shared)
         with pytest.raises(RuntimeError, match="second time"):
             losses[0].backward()
+
+
+class ToNumPy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.from_numpy(gradient.numpy() * 1.0)
+
+
+class ToItem(ToNumPy):
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (1.0 if gradient.sum().item() > 0 else 2.0)
+
+
+class PlusConstant(torch.autograd.Function):
+    """Adds to the gradient what does not depend on it, such as that of a regulariser."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient + 0.5
+
+
+class Constant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, value):
+        ctx.save_for_backward(weight)
+        ctx.value = value
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, torch.full_like(ctx.saved_tensors[0], ctx.value), None
+
+
+def dropped(x):
+    return checkpoint(lambda y: nn.functional.dropout(y, 0.5), x, use_reentrant=False)
+
+
+def shrunk(x):
+    return checkpoint(torch.tanh, x, use_reentrant=True)
+
+
+VECTORISED = {
+    "batched": lambda losses, params: tg.task_gram(tg.task_gradients(losses, params, batched=True)),
+    "streaming": tg.streaming_task_gram,
+}
+
+
+@pytest.mark.parametrize("way", VECTORISED)
+class TestVectorised:
+    """Of pytorch/functorch#1049, TorchJD#220, #154: the result of the loop, or what to do."""
+
+    @pytest.fixture
+    def weight(self):
+        return nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
+
+    @pytest.fixture
+    def x(self):
+        return torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+
+    @pytest.mark.parametrize("op", [ToNumPy.apply, ToItem.apply, dropped])
+    @pytest.mark.parametrize("where", ["all", "one"])
+    def test_what_torch_refuses_is_explained(self, way, weight, x, op, where):
+        """An op in the encoder, or in the head of task 1; where it works, the result is right."""
+        y = x @ weight
+        first, second = (op(y), op(y)) if where == "all" else (y, op(y))
+        losses = [first.tanh().sum(), second.square().sum()]
+        expected = tg.task_gram(tg.task_gradients(losses, [weight], retain_graph=True))
+        try:
+            found = VECTORISED[way](losses, [weight])
+        except RuntimeError as error:
+            assert re.search(r"one by one, with task_gradients\(losses, params\)", str(error))  # noqa: PT017
+        else:
+            torch.testing.assert_close(found, expected)
+
+    @pytest.mark.parametrize("task", [0, 1])
+    @pytest.mark.parametrize(
+        "op",
+        [
+            PlusConstant.apply,
+            lambda y, w: Constant.apply(y, w, 0.5),
+            lambda y, w: Constant.apply(y, w, 0.0),
+            torch.cdist,
+        ],
+        ids=["plus constant", "constant", "zero", "cdist"],
+    )
+    def test_gradients_that_do_not_depend_on_the_loss(self, way, weight, x, op, task):
+        """In the head of one task, where the others must not see them.
+
+        functorch's backward pass of cdist drops the batch dimension and takes the first row's.
+        """
+        y = x @ weight
+        losses = [y.tanh().sum(), y.tanh().sum()]
+        head = op(y) if op == PlusConstant.apply else op(y, weight)
+        losses[task] = head.square().sum()
+        expected = tg.task_gram(tg.task_gradients(losses, [weight], retain_graph=True))
+        try:
+            found = VECTORISED[way](losses, [weight])
+        except RuntimeError as error:
+            assert "does not depend on the loss" in str(error)  # noqa: PT017
+            assert "one by one" in str(error)  # noqa: PT017
+        else:
+            torch.testing.assert_close(found, expected)
+
+    def test_a_nonzero_constant_is_refused(self, way, weight, x):
+        y = x @ weight
+        losses = [y.sum(), PlusConstant.apply(y).sum()]
+        with pytest.raises(RuntimeError, match=r"does not depend on the loss.*one by one"):
+            VECTORISED[way](losses, [weight])
+
+    def test_anomaly_mode_is_named(self, way, weight, x):
+        losses = (x @ weight).square().mean(0)[:2]
+        expected = tg.task_gram(tg.task_gradients(losses, [weight], retain_graph=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.autograd.set_detect_anomaly(True):
+                try:
+                    found = VECTORISED[way](losses, [weight])
+                except RuntimeError as error:
+                    assert "set_detect_anomaly" in str(error)  # noqa: PT017
+                    assert "one by one" in str(error)  # noqa: PT017
+                else:
+                    torch.testing.assert_close(found, expected)
+
+    def test_sparse_gradients_are_named(self, way):
+        embedding = nn.EmbeddingBag(9, 4, sparse=True)
+        y = embedding(torch.tensor([[1, 2]]))
+        with pytest.raises(RuntimeError, match=r"sparse=False, or .*one by one.*\.to_dense\(\)"):
+            VECTORISED[way]([y.sum(), y.square().sum()], embedding.parameters())
+
+    def test_what_is_wrong_in_any_pass_is_left_as_it_is(self, way, weight, x):
+        losses = [(x @ weight).square().sum()]
+        losses[0].backward()
+        with pytest.raises(RuntimeError, match="a second time"):
+            VECTORISED[way](losses, [weight])
+
+    def test_nan_shows(self, way, weight, x):
+        """It is 0 times infinity, no constant."""
+        y = x @ weight
+        losses = [y.sum(), (y * torch.inf).sum()]
+        assert VECTORISED[way](losses, [weight]).isnan().any()
+
+    def test_infinite_derivatives_of_one_task(self, way, weight, x):
+        y = x @ weight
+        losses = [y.sum(), y[0, 0] * torch.inf]
+        assert not VECTORISED[way](losses, [weight])[1, 1].isfinite()
+
+    def test_complex_parameters(self, way, x):
+        weight = nn.Parameter(torch.randn(4, 4, dtype=torch.complex64))
+        y = x.to(torch.complex64) @ weight
+        losses = [y.abs().sum(), y.real.square().sum(), y.imag.sum()]
+        own = tg.task_gradients(losses, [weight], retain_graph=True)
+        assert own[0][0].dtype == torch.complex64
+        rows = torch.stack([torch.view_as_real(g[0]).flatten() for g in own])
+        if way == "streaming":
+            found = tg.streaming_task_gram(losses, [weight])
+            torch.testing.assert_close(found, rows @ rows.T, rtol=1e-4, atol=1e-4)
+        else:
+            with pytest.raises(ValueError, match=r"must be real: call torch.view_as_real\(\)"):
+                VECTORISED[way](losses, [weight])
+
+    @pytest.mark.parametrize("first", ["features", "weight"])
+    def test_parameters_that_are_computed(self, way, weight, x, first):
+        """Their gradients go on to what they were computed from."""
+        features = (x @ weight).tanh()
+        params = [features, weight] if first == "features" else [weight, features]
+        losses = [features.sum(), features.square().sum()]
+        expected = tg.task_gram(tg.task_gradients(losses, params, retain_graph=True))
+        torch.testing.assert_close(VECTORISED[way](losses, params), expected)
+
+    def test_empty_parameters_and_numbers(self, way, weight, x):
+        number = nn.Parameter(torch.tensor(2.0))
+        empty = nn.Parameter(torch.zeros(0, 4))
+        y = torch.cat([empty, x @ weight]) * number
+        losses = [y.sum(), y.square().sum()]
+        params = [empty, number, weight]
+        expected = tg.task_gram(tg.task_gradients(losses, params, retain_graph=True))
+        torch.testing.assert_close(VECTORISED[way](losses, params), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_the_defaults_of_torch_change_nothing(self, way, weight, x, dtype, device):
+        losses = torch.stack([(x @ weight).sum(), (x @ weight).square().sum()])
+        expected = VECTORISED[way](losses, [weight])
+        losses = torch.stack([(x @ weight).sum(), (x @ weight).square().sum()])
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                found = VECTORISED[way](losses, [weight])
+                more = tg.conflicts(found), tg.pareto_stationarity(found)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        torch.testing.assert_close(more[0], tg.conflicts(expected), rtol=0, atol=0)
+        torch.testing.assert_close(more[1], tg.pareto_stationarity(expected), rtol=0, atol=0)
+
+
+class TestUnusualParameters:
+    def test_one_that_is_listed_twice(self, model, x):
+        shared = [*model.shared, model.second.weight]
+        for batched in (False, True):
+            with pytest.raises(ValueError, match=r"twice, as entries 2 and 6.*dict\.fromkeys"):
+                tg.task_gradients(model(x), shared, batched=batched)
+        found = tg.streaming_task_gram(model(x), shared)
+        torch.testing.assert_close(found, tg.streaming_task_gram(model(x), model.shared))
+        features = model.first(x)
+        losses = [features.sum(), features.square().sum()]
+        expected = tg.streaming_task_gram(losses, [features], retain_graph=True)
+        torch.testing.assert_close(tg.streaming_task_gram(losses, [features] * 2), expected)
+
+    def test_too_many_tasks_are_counted_first(self):
+        x = nn.Parameter(torch.ones(1))
+        with pytest.raises(ValueError, match="1 to 1024 of them, got 1025"):
+            tg.streaming_task_gram(x.expand(1025) * 1.0, [x])
+
+    @pytest.mark.parametrize("batched", [False, True])
+    @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+    def test_fused_optimizers_take_the_combination(self, kind, batched):
+        """They read .grad in the order of memory, whatever its strides."""
+        found = []
+        for fused in (False, True):
+            generator = torch.Generator().manual_seed(0)
+            sizes = {"transposed": (3, 4), "expanded": (2, 3), "negated": (4,), "row": (1, 4)}
+            p = {n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in sizes.items()}
+            x = torch.randn(5, 4, generator=generator)
+            imaginary = torch.complex(torch.zeros(4), p["negated"]).conj().imag
+            losses = [
+                ((x @ p["transposed"].t()).square().sum() + p["expanded"].sum()),
+                (x @ p["transposed"].t()).sum() + (imaginary * x).sum() + (p["row"] * x).sum(),
+            ]
+            gradients = tg.task_gradients(losses, p.values(), batched=batched)
+            for parameter, gradient in zip(
+                p.values(), tg.combine(gradients, [0.5, 2.0]), strict=True
+            ):
+                parameter.grad = gradient
+            optimizer = kind(p.values(), lr=0.1, foreach=False, fused=fused)
+            optimizer.step()
+            found.append(list(p.values()))
+        torch.testing.assert_close(*found)
+
+    def test_gradients_have_the_strides_of_the_parameter(self):
+        image = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
+        wide = torch.randn(1, 3).expand(4, 3).detach().requires_grad_()
+        part = torch.randn(3, requires_grad=True)
+        negated = torch.complex(torch.zeros(3), part).conj().imag
+        loss = image.sum() + wide.sum() + negated.sum()
+        ((a, b, c),) = tg.task_gradients([loss], [image, wide, part])
+        assert a.stride() == image.stride()
+        assert b.is_contiguous()
+        assert not c.is_neg()  # which lies in memory with the other sign
+        assert a.eq(1).all()
+        assert b.eq(1).all()
+        assert c.eq(-1).all()
+
+    def test_reentrant_checkpoints_are_named(self):
+        weight = nn.Parameter(torch.randn(4, 4))
+        for batched in (False, True):
+            y = shrunk(torch.ones(2, 4) @ weight)
+            with pytest.raises(RuntimeError, match="checkpoint with use_reentrant=False"):
+                tg.task_gradients([y.sum()], [weight], batched=batched)
+
+    def test_running_out_of_memory_is_left_as_it_is(self):
+        x = nn.Parameter(torch.ones(2))
+
+        def refuse(gradient):
+            raise torch.OutOfMemoryError("out of memory")
+
+        y = x * 2
+        y.register_hook(refuse)
+        with pytest.raises(torch.OutOfMemoryError):
+            tg.task_gradients([y.sum()], [x], batched=True)
+
+    def test_hooks_do_not_run_on_borrowed_gradients(self):
+        """By way of .grad, where those of sharded parameters are."""
+        x, head = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+        calls = []
+        for parameter in (x, head):
+            parameter.register_post_accumulate_grad_hook(calls.append)
+        losses = [(x * head).sum(), (x * x * head).sum()]
+        found = gradients_through_grad(losses, [x], retain_graph=True)
+        assert [own[0].tolist() for own in found] == [[1, 1], [2, 2]]
+        assert not calls
+        losses[0].backward()
+        assert len(calls) == 2
 
 
 class TestConflicts:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from taskgroup.methods.loss_space import LossMethod
 
@@ -24,13 +25,15 @@ class DTP(LossMethod):
 
     with a score :math:`s_k` in (0, 1), better higher; the average starts from the first one. From
     "Dynamic Task Prioritization for Multitask Learning" (Guo et al., ECCV 2018). Scores are read on
-    the host, which waits for the device.
+    the host, which waits for the device. With a ``GradScaler``, losses that are not finite are not
+    scored: the average stays, and all weights are 1 if there is none yet.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them.
         tasks: the K task names.
         score: from the detached losses of a batch, ``{task: loss}``, to ``{task: score}``. It may
-            look elsewhere: the accuracy on this batch, say.
+            look elsewhere: the accuracy on this batch, say. To pickle the method, let it be a
+            function of a module, not a lambda.
         gamma: how much more the unsolved tasks count; 0 or more. The paper leaves it to the user.
         decay: the weight :math:`\beta` of a new score, in (0, 1]; likewise.
 
@@ -67,9 +70,17 @@ class DTP(LossMethod):
         self._score = score
         self._gamma = gamma
         self._decay = decay
-        self._average = torch.full((len(self._tasks),), torch.nan, dtype=torch.float64)
+        self._average = torch.full(
+            (len(self._tasks),), torch.nan, dtype=torch.float64, device="cpu"
+        )
 
-    def _weigh(self, values: Tensor) -> Tensor:
+    def _weigh(self, values: Tensor, scaler: GradScaler | None) -> Tensor:
+        if scaler is None or values.isfinite().all():
+            self._take_in(values)
+        weights = -((1 - self._average) ** self._gamma) * self._average.log()
+        return weights.nan_to_num(nan=1.0).float()
+
+    def _take_in(self, values: Tensor) -> None:
         scores = self._score(dict(zip(self._tasks, values.unbind(), strict=True)))
         if not isinstance(scores, Mapping) or set(scores) != set(self._tasks):
             raise ValueError(
@@ -83,10 +94,9 @@ class DTP(LossMethod):
                     f"The score of task {task!r} is {score}, and must be in (0, 1); where it can "
                     "reach the ends, clamp it."
                 )
-        new = torch.tensor(found, dtype=torch.float64)
+        new = torch.tensor(found, dtype=torch.float64, device="cpu")
         first = self._average.isnan()
         self._average = torch.where(first, new, self._average.lerp(new, self._decay))
-        return (-((1 - self._average) ** self._gamma) * self._average.log()).float()
 
     def _state(self) -> dict[str, Any]:
         return {"average": self._average.clone()}

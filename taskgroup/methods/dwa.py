@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from taskgroup.methods.loss_space import ScalarizerMethod
 
@@ -21,7 +22,7 @@ class DWA(ScalarizerMethod):
 
     with :math:`\bar L_k(t)` the mean loss of epoch :math:`t`; all weights are 1 in the first two
     epochs. From "End-to-End Multi-Task Learning with Attention" (Liu et al., CVPR 2019), by
-    TorchJD.
+    TorchJD. With a ``GradScaler``, a batch whose losses are not finite does not count.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them.
@@ -63,8 +64,11 @@ class DWA(ScalarizerMethod):
         self._scalarizer: Average = Average(temperature)
         self._epoch = epoch
 
-    def _weigh(self, values: Tensor) -> Tensor:
-        weights = super()._weigh(values)
+    def _weigh(self, values: Tensor, scaler: GradScaler | None) -> Tensor:
+        kept = self._scalarizer._loss_sum, self._scalarizer._n_batches
+        weights = super()._weigh(values, scaler)
+        if scaler is not None and not values.isfinite().all():
+            self._scalarizer._loss_sum, self._scalarizer._n_batches = kept
         if self._scalarizer._n_batches >= self._epoch:
             self._scalarizer.step()
         return weights
@@ -72,10 +76,11 @@ class DWA(ScalarizerMethod):
     # TorchJD keeps its history in private attributes that are None or short at first.
     def _state(self) -> dict[str, Any]:
         average = self._scalarizer
-        total = torch.zeros(len(self._tasks))
+        n_tasks = len(self._tasks)
+        total = torch.zeros(n_tasks, dtype=torch.float32, device="cpu")
         if average._loss_sum is not None:
             total.copy_(average._loss_sum)
-        averages = torch.zeros(2, len(self._tasks))
+        averages = torch.zeros(2, n_tasks, dtype=torch.float32, device="cpu")
         for row, known in zip(averages, average._previous_averages):  # noqa: B905 (0 to 2 known)
             row.copy_(known)
         return {

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from taskgroup.methods.loss_space import ScalarizerMethod
-from taskgroup.methods.method import values_of
+from taskgroup.methods.method import enabled, torch_as_it_comes, values_of
 
 __all__ = ["FAMO"]
 
@@ -29,6 +31,9 @@ class FAMO(ScalarizerMethod):
         optimizer.step()
         with torch.no_grad():
             method.observe(losses(batch))
+
+    A step that changes no loss at all, such as one that a ``GradScaler`` skips, leaves the logits
+    as they are. Losses are looked at on the host, which waits for the device.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them.
@@ -66,47 +71,74 @@ class FAMO(ScalarizerMethod):
                 raise ValueError(f"{name} must not be negative, got {value!r}.")
         from torchjd.scalarization import FAMO as Scalarizer  # noqa: N811
 
-        self._scalarizer: Scalarizer = Scalarizer(
-            len(self._tasks), lr=lr, weight_decay=weight_decay
-        ).to(self._device)
+        with torch_as_it_comes():
+            self._scalarizer: Scalarizer = Scalarizer(
+                len(self._tasks), lr=lr, weight_decay=weight_decay
+            ).to(self._device, torch.float32)
         self._open = False  # whether a step is to be observed
         # TorchJD makes Adam and its moments on first use: made now, for a state that has the same
         # keys from the start.
         self._logits = self._scalarizer._w
         adam = torch.optim.Adam([self._logits], lr=lr, weight_decay=weight_decay)
         self._adam = adam.state[self._logits] = {
-            "step": torch.zeros(()),
+            "step": torch.zeros((), dtype=torch.float32, device="cpu"),
             "exp_avg": torch.zeros_like(self._logits, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(self._logits, requires_grad=False),
         }
         self._scalarizer._optimizer = adam
         self._scalarizer._prev_losses = torch.zeros_like(self._logits, requires_grad=False)
 
-    def backward(self, losses: Mapping[str, Tensor] | Tensor) -> Tensor:
+    def backward(
+        self, losses: Mapping[str, Tensor] | Tensor, scaler: GradScaler | None = None
+    ) -> Tensor:
         """As for every method, once per step.
 
         Raises:
             RuntimeError: if the step before has not been observed.
+            ValueError: as for every method, and if a loss is negative.
+            FloatingPointError: if a loss is not finite and there is no scaler. Nothing has changed
+                then.
         """
         if self._open:
             raise RuntimeError(
                 "FAMO has not seen what the last step did: after optimizer.step() call "
                 "observe(losses) with the losses on the same batch, computed anew."
             )
-        weights = super().backward(losses)
+        for task, value in zip(self._tasks, values_of(self._read(losses)).tolist(), strict=True):
+            if value < 0:
+                raise ValueError(
+                    f"The loss of task {task!r} is {value}, and FAMO takes its logarithm: losses "
+                    "must be positive. Add a constant to it, or clamp it."
+                )
+            if not math.isfinite(value) and enabled(scaler) is None:
+                raise FloatingPointError(
+                    f"The loss of task {task!r} is {value}: skip this batch, and look at the loss."
+                )
+        weights = super().backward(losses, scaler)
         self._open = True
         return weights
 
     def observe(self, losses: Mapping[str, Tensor] | Tensor) -> None:
         """Learn from the losses on the same batch after the step; they need no graph.
 
+        Args:
+            losses: as for :meth:`backward`, not scaled. Nothing is learned where one is not finite
+                or negative, or one before the step was not finite.
+
         Raises:
             RuntimeError: if there is no step to observe.
         """
         if not self._open:
             raise RuntimeError("There is no step to observe: call backward(losses) before it.")
-        values = values_of(self._read(losses, with_graph=False))
-        self._scalarizer.update(values.to(self._device))
+        scalars = self._read(losses, with_graph=False)
+        with torch.inference_mode(False), torch_as_it_comes():
+            after = values_of(scalars).to(self._device)
+            before = self._scalarizer._prev_losses
+            assert before is not None
+            both = torch.stack([before, after])
+            # The logarithm of anything else would stay in the logits for ever.
+            if (both.isfinite() & (both >= 0)).all() and not torch.equal(before, after):
+                self._scalarizer.update(after)
         self._open = False
 
     def _kept(self) -> dict[str, Tensor]:

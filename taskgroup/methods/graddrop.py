@@ -47,10 +47,10 @@ class GradDrop(GradientMethod):
 
         self._aggregate = Aggregator()
 
-    def _merge(self, gradients: Gradients) -> Tensor:
+    def _merge(self, gradients: Gradients, scale: float | None) -> Tensor:
         # Parameter by parameter: no more than one parameter's gradients are ever stacked.
         for target, column in zip(targets(gradients), zip(*gradients, strict=True), strict=True):
             if target is not None:
                 rows = [g.flatten().float() for g in column if g is not None]
                 target.copy_(self._aggregate(torch.stack(rows)).view_as(target))
-        return torch.ones(len(gradients))
+        return torch.ones(len(gradients), dtype=torch.float32, device="cpu")

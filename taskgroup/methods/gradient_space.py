@@ -8,8 +8,10 @@ from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
-from taskgroup.methods.method import JointMethod
+from taskgroup.gradients import hooks_held
+from taskgroup.methods.method import JointMethod, enabled, torch_as_it_comes
 from taskgroup.ops import combine, task_gram
 
 __all__ = ["GradientMethod", "Gradients", "GramMethod", "targets"]
@@ -30,7 +32,9 @@ class GradientMethod(JointMethod):
 
     _requires: ClassVar[tuple[str, ...]] = ("torchjd",)
 
-    def backward(self, losses: Mapping[str, Tensor] | Tensor) -> Tensor:
+    def backward(
+        self, losses: Mapping[str, Tensor] | Tensor, scaler: GradScaler | None = None
+    ) -> Tensor:
         """Add to the gradients of the shared parameters and the heads, as the method says.
 
         The gradients of the shared parameters stay as they were if anything fails; the heads' may
@@ -38,34 +42,48 @@ class GradientMethod(JointMethod):
 
         Args:
             losses: as for every method.
+            scaler: likewise.
 
         Returns:
             The weights ``[K]`` of the tasks, without a graph, on the device of the losses; ones if
-            all gradients on the shared parameters are zero.
+            all gradients on the shared parameters are zero, NaN if a scaler is to skip the batch.
 
         Raises:
             ValueError: if a task is unknown or missing, or its loss is not a scalar with a graph.
-            FloatingPointError: if a task's gradient is not finite.
+            FloatingPointError: if a task's gradient is not finite and there is no scaler, which
+                would skip the batch.
             NoWeightsError: if a solver finds no weights; the batch can be skipped.
             RuntimeError: if the model was compiled so that its backward pass can run only once.
         """
+        scaler = enabled(scaler)
         scalars = self._read(losses)
-        gradients = self._passes(scalars)
+        # Through a stacked tensor every pass comes to all heads: their hooks are to wait as well.
+        with hooks_held(scalars, self._shared, search=isinstance(losses, Tensor)) as run_hooks:
+            scaled = scalars if scaler is None else list(scaler.scale(scalars))
+            found = self._passes(scaled)
         with torch.no_grad():
-            reached = any(g is not None for own in gradients for g in own)
-            weights = self._merge(gradients) if reached else torch.ones(len(scalars))
+            columns = [_Column(own) for own in zip(*found, strict=True)]
+            gradients = _apart([list(own) for own in zip(*(c.plain for c in columns), strict=True)])
+            if any(g is not None for own in gradients for g in own):
+                weights = self._merge(gradients, None if scaler is None else scaler.get_scale())
+            else:
+                weights = _ones(len(scalars))
             # The combination lies where _merge was told to write it.
-            for parameter, found in zip(self._shared, targets(gradients), strict=True):
-                if found is None:
-                    continue
-                if parameter.grad is None:
-                    parameter.grad = found
-                else:
-                    parameter.grad += found
+            for parameter, column, target in zip(
+                self._shared, columns, targets(gradients), strict=True
+            ):
+                if target is not None:
+                    _add(column.restored(target), parameter)
+        run_hooks()
         return weights.to(scalars[0].device)
 
-    def _merge(self, gradients: Gradients) -> Tensor:
-        """Write the combination over :func:`targets` of the gradients; the weights ``[K]``."""
+    def _merge(self, gradients: Gradients, scale: float | None) -> Tensor:
+        """Write the combination over :func:`targets` of the gradients; the weights ``[K]``.
+
+        Args:
+            gradients: ``[K][T]``, dense and real.
+            scale: what they are multiplied by; None without a scaler.
+        """
         raise NotImplementedError
 
     def _passes(self, scalars: Sequence[Tensor]) -> Gradients:
@@ -92,7 +110,7 @@ class GradientMethod(JointMethod):
         finally:
             for parameter, gradient in zip(self._shared, before, strict=True):
                 parameter.grad = gradient
-        return _apart(gradients)
+        return gradients
 
 
 class GramMethod(GradientMethod):
@@ -104,27 +122,38 @@ class GramMethod(GradientMethod):
 
     _weighting: Callable[[Tensor], Tensor]
 
-    def _merge(self, gradients: Gradients) -> Tensor:
+    def _merge(self, gradients: Gradients, scale: float | None) -> Tensor:
         gram = task_gram(gradients)
         host = gram.cpu()
+        if scale is not None:
+            # Not every method weighs scaled gradients as it does plain ones.
+            host = (host.double() / scale / scale).to(host.dtype)
         finite = host.diagonal().isfinite()
-        if not finite.all():
+        if finite.all():
+            weights = self._checked(host)
+        elif scale is not None:
+            # The squares may overflow where the gradients do not: NaN is seen by the scaler, and
+            # what a method remembers is left alone.
+            weights = torch.full((len(host),), torch.nan, dtype=host.dtype, device="cpu")
+        else:
             names = [task for task, good in zip(self._tasks, finite, strict=True) if not good]
             raise FloatingPointError(
                 f"The gradient of {', '.join(map(repr, names))} on the shared parameters is not "
-                "finite, or its square overflows: skip this batch, and look at the loss."
+                "finite, or its square overflows: skip this batch, and look at the loss. With a "
+                "GradScaler call backward(losses, scaler=scaler), which lets it skip the batch."
             )
-        weights = self._checked(host).to(gram.dtype).to(gram.device, non_blocking=True)
+        weights = weights.to(gram.dtype).to(gram.device, non_blocking=True)
         combine(gradients, weights, out=targets(gradients))
         return weights
 
     def _checked(self, gram: Tensor) -> Tensor:
         """The weights, or an error: never a silent fallback to equal ones."""
         if not gram.any():
-            return torch.ones(len(gram))  # nothing to weigh, and solvers divide by zero
+            return _ones(len(gram))  # nothing to weigh, and solvers divide by zero
         name = type(self).__name__
         try:
-            weights = self._weigh(gram)
+            with torch_as_it_comes():
+                weights = self._weigh(gram)
         except Exception as error:  # each solver has its own
             raise NoWeightsError(
                 f"{name} found no weights for these gradients ({error}): skip this batch, or try "
@@ -148,6 +177,57 @@ def targets(gradients: Gradients) -> list[Tensor | None]:
     return [next((g for g in column if g is not None), None) for column in columns]
 
 
+class _Column:
+    """The gradients of K tasks on one parameter as dense, real tensors, and the way back.
+
+    Of sparse gradients (COO) the plain ones hold the entries that any of the tasks has.
+    """
+
+    def __init__(self, gradients: Sequence[Tensor | None]) -> None:
+        self._complex = False
+        self._index: Tensor | None = None
+        self.plain: list[Tensor | None] = list(gradients)
+        there = [gradient for gradient in gradients if gradient is not None]
+        if any(gradient.layout == torch.sparse_coo for gradient in there):
+            if all(gradient.layout == torch.sparse_coo for gradient in there):
+                there = self._compact([gradient.coalesce() for gradient in there])
+            else:  # a weight that is an embedding for one task and a matrix for another
+                there = [gradient.to_dense() for gradient in there]
+        if any(gradient.is_complex() for gradient in there):
+            self._complex = True
+            there = [torch.view_as_real(gradient.resolve_conj()) for gradient in there]
+        filled = iter(there)
+        self.plain = [None if gradient is None else next(filled) for gradient in gradients]
+
+    def _compact(self, gradients: list[Tensor]) -> list[Tensor]:
+        self._shape = gradients[0].shape
+        sizes = self._shape[: gradients[0].sparse_dim()]
+        entries = []  # of each gradient, counted in row-major order
+        for gradient in gradients:
+            entry = torch.zeros_like(gradient.indices()[0])
+            for index, size in zip(gradient.indices(), sizes, strict=True):
+                entry = entry * size + index
+            entries.append(entry)
+        union, where = torch.unique(torch.cat(entries), return_inverse=True)
+        self._index = torch.stack(torch.unravel_index(union, sizes))
+        compact = []
+        for gradient, rows in zip(gradients, where.split([len(e) for e in entries]), strict=True):
+            values = gradient.values()
+            zeros = values.new_zeros(len(union), *values.shape[1:])
+            compact.append(zeros.index_copy_(0, rows, values))
+        return compact
+
+    def restored(self, combination: Tensor) -> Tensor:
+        """The combination of the plain gradients as the parameter's gradient."""
+        if self._complex:
+            combination = torch.view_as_complex(combination)
+        if self._index is not None:
+            combination = torch.sparse_coo_tensor(
+                self._index, combination, self._shape, is_coalesced=True, check_invariants=False
+            )
+        return combination
+
+
 def _apart(gradients: Gradients) -> Gradients:
     """The same gradients, of which those to be written over share their memory with no other.
 
@@ -161,3 +241,16 @@ def _apart(gradients: Gradients) -> Gradients:
             k = next(k for k, own in enumerate(gradients) if own[t] is target)
             gradients[k][t] = target.clone()
     return gradients
+
+
+def _add(gradient: Tensor, parameter: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = gradient
+    elif parameter.grad.is_sparse and not gradient.is_sparse:
+        parameter.grad = gradient + parameter.grad  # torch adds no dense tensor to a sparse one
+    else:
+        parameter.grad += gradient
+
+
+def _ones(n_tasks: int) -> Tensor:
+    return torch.ones(n_tasks, dtype=torch.float32, device="cpu")

@@ -50,7 +50,8 @@ class GradVac(GramMethod):
         from torchjd.aggregation import GradVacWeighting
 
         self._weighting: Any = GradVacWeighting(beta)
-        self._set(torch.zeros(len(self._tasks), len(self._tasks), dtype=torch.float64))
+        n_tasks = len(self._tasks)
+        self._set(torch.zeros(n_tasks, n_tasks, dtype=torch.float64, device="cpu"))
 
     def _set(self, phi: Tensor) -> None:
         # TorchJD makes its averages on first use: made now, for a state that is whole from the

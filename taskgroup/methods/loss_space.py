@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
-from taskgroup.methods.method import JointMethod, values_of
+from taskgroup.methods.method import JointMethod, enabled, torch_as_it_comes, values_of
 
 if TYPE_CHECKING:
     from torchjd.scalarization import Scalarizer
@@ -24,15 +25,22 @@ _FORGOTTEN = 100
 class LossMethod(JointMethod):
     """A method that needs the values of the losses alone: base of those in loss space."""
 
-    def backward(self, losses: Mapping[str, Tensor] | Tensor) -> Tensor:  # noqa: D102 (inherited)
+    def backward(  # noqa: D102 (inherited)
+        self, losses: Mapping[str, Tensor] | Tensor, scaler: GradScaler | None = None
+    ) -> Tensor:
+        scaler = enabled(scaler)
         scalars = self._read(losses)
-        weights = self._weigh(values_of(scalars)).to(scalars[0].device)
-        cotangents = [w.to(loss.dtype) for w, loss in zip(weights, scalars, strict=True)]
-        torch.autograd.backward(scalars, cotangents)
+        scaled = scalars if scaler is None else list(scaler.scale(scalars))
+        weights = self._weigh(values_of(scalars), scaler).to(scalars[0].device)
+        cotangents = [w.to(loss.dtype) for w, loss in zip(weights, scaled, strict=True)]
+        torch.autograd.backward(scaled, cotangents)
         return weights
 
-    def _weigh(self, values: Tensor) -> Tensor:
-        """From the losses ``[K]``, float32 without a graph, to their weights ``[K]``."""
+    def _weigh(self, values: Tensor, scaler: GradScaler | None) -> Tensor:
+        """From the losses ``[K]``, float32 without a graph, to their weights ``[K]``.
+
+        With a scaler, what is remembered must not take in losses that are not finite.
+        """
         raise NotImplementedError
 
 
@@ -57,7 +65,7 @@ class GD(LossMethod):
         tensor([3., 3.])
     """
 
-    def _weigh(self, values: Tensor) -> Tensor:
+    def _weigh(self, values: Tensor, scaler: GradScaler | None) -> Tensor:
         return torch.ones_like(values)
 
 
@@ -71,12 +79,16 @@ class ScalarizerMethod(LossMethod):
         super().__init__(shared, tasks)
         self._device = self._shared[0].device  # of what the method remembers
 
-    def _weigh(self, values: Tensor) -> Tensor:
+    def _weigh(self, values: Tensor, scaler: GradScaler | None) -> Tensor:
         values = values.to(self._device).requires_grad_()
-        # The same pass fills the gradients of what the scalarizer itself learns.
-        self._scalarizer(values).backward()
-        assert values.grad is not None
-        return values.grad
+        with torch_as_it_comes():
+            total = self._scalarizer(values)
+            (weights,) = torch.autograd.grad(total, values, retain_graph=True)
+            self._learn(total, scaler)
+        return weights
+
+    def _learn(self, total: Tensor, scaler: GradScaler | None) -> None:
+        """Add to the gradients of what the scalarizer itself learns."""
 
 
 class _LearnedMethod(ScalarizerMethod):
@@ -87,15 +99,18 @@ class _LearnedMethod(ScalarizerMethod):
 
     def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
         super().__init__(shared, tasks)
-        self._scalarizer = self._made().to(self._device)
+        with torch_as_it_comes():
+            self._scalarizer = self._made().to(self._device, torch.float32)
         (self._learned,) = self._scalarizer.parameters()
         self._start = self._learned.detach().clone()
 
     def _made(self) -> Scalarizer:
         raise NotImplementedError
 
-    def backward(self, losses: Mapping[str, Tensor] | Tensor) -> Tensor:
-        weights = super().backward(losses)
+    def backward(
+        self, losses: Mapping[str, Tensor] | Tensor, scaler: GradScaler | None = None
+    ) -> Tensor:
+        weights = super().backward(losses, scaler)
         self._passes += 1
         # Looked at once, since it waits for the device. (Fused optimizers do not count versions.)
         if self._passes == _FORGOTTEN and torch.equal(self._learned, self._start):
@@ -109,6 +124,11 @@ class _LearnedMethod(ScalarizerMethod):
 
     def parameters(self) -> list[nn.Parameter]:
         return [self._learned]
+
+    def _learn(self, total: Tensor, scaler: GradScaler | None) -> None:
+        if scaler is not None:
+            total = scaler.scale(total)
+        total.backward(inputs=[self._learned])
 
     def _state(self) -> dict[str, Any]:
         return {"learned": self._learned.detach().to("cpu", copy=True)}

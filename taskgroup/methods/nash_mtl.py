@@ -14,6 +14,9 @@ from taskgroup.methods.gradient_space import GramMethod
 
 __all__ = ["NashMTL"]
 
+_MADE = ("_nash", "_problem")
+_REMEMBERED = ("prvs_alpha", "normalization_factor", "step")  # by TorchJD
+
 
 class NashMTL(GramMethod):
     r"""Nash-MTL: the Nash bargaining solution, at which all gain the same relative to their weight.
@@ -63,19 +66,23 @@ class NashMTL(GramMethod):
         optim_niter: int = 20,
     ) -> None:
         super().__init__(shared, tasks)
+        self._options = max_norm, update_weights_every, optim_niter
+        self._make()
+        self._found = False  # whether any problem was ever solved
+        self.unsolved = 0
+
+    def _make(self) -> None:
         from torchjd.aggregation import NashMTL as Aggregator
 
         # TorchJD gives the weighting no public name, makes its problem when step is 0, and swallows
         # what the solver says: so the problem is made here, watched, and the steps are counted from
         # one whole period, which changes nothing else.
         n_tasks = len(self._tasks)
-        aggregator = Aggregator(n_tasks, max_norm, update_weights_every, optim_niter)
+        aggregator = Aggregator(n_tasks, *self._options)
         self._nash = cast(Any, aggregator.weighting)
         self._nash.prvs_alpha = np.ones(n_tasks)
         self._nash._init_optim_problem()
-        self._nash.step = update_weights_every
-        self._found = False  # whether any problem was ever solved
-        self.unsolved = 0
+        _, self._nash.step, _ = self._options
         self._problem = self._nash.prob = _Watched(self._nash.prob)
 
     def _weigh(self, gram: Tensor) -> Tensor:
@@ -94,10 +101,22 @@ class NashMTL(GramMethod):
         self.unsolved += self._problem.tried > 0 and not self._problem.solved
         return weights
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes a problem of its own: copies of cvxpy's do not survive. No tensor is made
+        # here: one that is gone before a spawned process reads it would take its file with it.
+        kept = {key: value for key, value in vars(self).items() if key not in _MADE}
+        return kept | {name: getattr(self._nash, name) for name in _REMEMBERED}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        vars(self).update({key: value for key, value in kept.items() if key not in _REMEMBERED})
+        self._make()
+        for name in _REMEMBERED:
+            setattr(self._nash, name, kept[name])
+
     def _state(self) -> dict[str, Any]:
         return {
-            "alpha": torch.tensor(self._nash.prvs_alpha, dtype=torch.float64),
-            "normalization": torch.tensor(self._nash.normalization_factor, dtype=torch.float64),
+            "alpha": _float64(self._nash.prvs_alpha),
+            "normalization": _float64(self._nash.normalization_factor),
             "step": int(self._nash.step),
             "found": self._found,
             "unsolved": self.unsolved,
@@ -109,6 +128,10 @@ class NashMTL(GramMethod):
         self._nash.step = state["step"]
         self._found = state["found"]
         self.unsolved = state["unsolved"]
+
+
+def _float64(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 class _Watched:

@@ -41,10 +41,7 @@ def flatten(gradients: Gradients) -> GradientList:
             or more than 1024.
     """
     n_tasks = len(gradients)
-    if not 1 <= n_tasks <= MOST_TASKS:
-        raise ValueError(
-            f"gradients must hold one list per task, 1 to {MOST_TASKS} of them, got {n_tasks}."
-        )
+    check_number_of_tasks(n_tasks)
     n_parameters = len(gradients[0])
     for k, own in enumerate(gradients):
         if len(own) != n_parameters:
@@ -67,6 +64,18 @@ def flatten(gradients: Gradients) -> GradientList:
     return GradientList(flat, [] if len(flat) == slot else slots, n_tasks)
 
 
+def check_number_of_tasks(n_tasks: int) -> None:
+    """Raises if the ops do not take the gradients of so many tasks.
+
+    Raises:
+        ValueError: with the number they take.
+    """
+    if not 1 <= n_tasks <= MOST_TASKS:
+        raise ValueError(
+            f"gradients must hold one list per task, 1 to {MOST_TASKS} of them, got {n_tasks}."
+        )
+
+
 def check(gradients: GradientList) -> None:
     """Raises with a sentence on the first gradient that an op cannot take.
 
@@ -84,6 +93,11 @@ def check(gradients: GradientList) -> None:
             raise ValueError(
                 f"{name} has layout {gradient.layout}: call .to_dense() on it, or build the "
                 "embedding with sparse=False."
+            )
+        if gradient.is_complex():
+            raise ValueError(
+                f"{name} is {gradient.dtype}, and gradients must be real: call "
+                "torch.view_as_real() on it."
             )
         if gradient.dtype not in DTYPES:
             raise ValueError(
@@ -128,7 +142,8 @@ def reference_gram(gradients: GradientList) -> Tensor:
         while end < len(parameters) and parameters[end] == parameters[begin]:
             end += 1
         rows = torch.stack([gradient.flatten().double() for gradient in gradients.flat[begin:end]])
-        index = torch.tensor(tasks[begin:end]).to(first.device, non_blocking=True)
+        index = torch.tensor(tasks[begin:end], dtype=torch.int64, device="cpu")
+        index = index.to(first.device, non_blocking=True)
         gram.index_put_((index[:, None], index[None, :]), rows @ rows.t(), accumulate=True)
         begin = end
     return gram.triu() + gram.triu(1).t()  # a matrix product need not be symmetric to the bit

@@ -32,8 +32,8 @@ def combine(
         gradients: ``[K][T]`` tensors or None, as for :func:`taskgroup.task_gram`.
         weights: ``[K]``, any floating dtype, on the device of the gradients; or K numbers.
         out: ``[T]``, where to write: tensors of the shape, dtype and device of the gradients, the
-            ``.grad`` of the parameters for instance. One may be a gradient itself. Where no task
-            reaches the parameter a tensor is set to zero, and may be None.
+            ``.grad`` of the parameters for instance, dense and not expanded. One may be a gradient
+            itself. Where no task reaches the parameter a tensor is set to zero, and may be None.
 
     Returns:
         ``[T]``: ``out``, or new tensors; None for a parameter that no task reaches.
@@ -60,11 +60,20 @@ def combine(
     else:
         result = list(out)
         _check_out(result, first)
-        for gradient, untouched in zip(first, result, strict=True):
-            if gradient is None and untouched is not None:
-                untouched.detach().zero_()
-    if not listed.flat:
-        return result
+    if listed.flat:
+        _run(listed, weights, first, result)
+    for gradient, untouched in zip(first, result, strict=True):
+        if gradient is None and untouched is not None:
+            untouched.detach().zero_()
+    return result
+
+
+def _run(
+    listed: GradientList,
+    weights: Tensor | Sequence[float],
+    first: list[Tensor | None],
+    result: list[Tensor | None],
+) -> None:
     device = listed.flat[0].device
     weights = _weights(weights, listed.n_tasks, device)
     reached = [t for t, gradient in enumerate(first) if gradient is not None]
@@ -80,7 +89,6 @@ def combine(
     )
     with torch.no_grad():
         run(listed, weights, [result[t].detach() for t in reached])  # type: ignore[union-attr]
-    return result
 
 
 def _combine_shards(
@@ -109,7 +117,8 @@ def _combine_shards(
 
 def _weights(weights: Tensor | Sequence[float], n_tasks: int, device: torch.device) -> Tensor:
     if not isinstance(weights, Tensor):
-        weights = torch.tensor(weights, dtype=torch.float32).to(device, non_blocking=True)
+        weights = torch.tensor(weights, dtype=torch.float32, device="cpu")
+        weights = weights.to(device, non_blocking=True)
     if weights.shape != (n_tasks,) or not weights.is_floating_point():
         raise ValueError(
             f"weights must be floating point [{n_tasks}], one per task, got {weights.dtype} "
@@ -146,6 +155,16 @@ def _check_out(out: list[Tensor | None], first: list[Tensor | None]) -> None:
                 f"out must have the shape, dtype and device of the gradients: tensor {t} is "
                 f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}, its gradient "
                 f"{gradient.dtype} {list(gradient.shape)} on {gradient.device}."
+            )
+        if tensor.layout != torch.strided:
+            raise ValueError(
+                f"out must hold dense tensors: tensor {t} has layout {tensor.layout}; give one "
+                "like the parameter, such as torch.zeros_like(parameter)."
+            )
+        if any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride())):  # noqa: B905
+            raise ValueError(
+                f"out must not be expanded: elements of tensor {t} share their memory; give one "
+                "like the parameter, such as torch.zeros_like(parameter)."
             )
 
 

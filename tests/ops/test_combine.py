@@ -172,11 +172,39 @@ class TestCombine:
             ([torch.ones(3)], r"tensor 0 is torch.float32 \[3\] on cpu, its gradient"),
             ([torch.ones(2).double()], "tensor 0 is torch.float64"),
             ([torch.ones(2, device="meta")], "on meta"),
+            ([torch.ones(2).to_sparse()], r"tensor 0 has layout torch.sparse_coo"),
+            ([torch.ones(1).expand(2)], r"must not be expanded: elements of tensor 0 share"),
         ],
     )
     def test_bad_out_is_named(self, out, message):
         with pytest.raises(ValueError, match=message):
             combine([[torch.ones(2)], [torch.ones(2)]], [1.0, 1.0], out=out)
+
+    def test_nothing_is_written_where_an_argument_is_bad(self):
+        out = [torch.ones(2), torch.ones(2)]
+        for gradients, weights in (
+            ([[torch.ones(2), None]], [1.0, 2.0]),
+            ([[torch.ones(2), None], [torch.ones(3), None]], [1.0, 2.0]),
+        ):
+            with pytest.raises(ValueError, match=r"weights must|has shape"):
+                combine(gradients, weights, out=out)
+            assert all(tensor.eq(1).all() for tensor in out)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_the_defaults_of_torch_change_nothing(self, dtype, device):
+        gradients = random_gradients.make(
+            3, [(40,), (2, 5)], [torch.float32, torch.bfloat16], ["contiguous"], {(1, 0)}, 0
+        )
+        weights = [0.1, 0.7, -0.4]
+        expected = combine(gradients, weights), ops.task_gram(gradients)
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                found = combine(gradients, weights), ops.task_gram(gradients)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
     def test_bad_gradient_is_named(self):
         with pytest.raises(ValueError, match="task 1 on tensor 0 is on meta"):

@@ -119,7 +119,7 @@ def upload(lists: list[list[int]], device: torch.device) -> list[Tensor]:
             "addresses of the gradients to the device in every call. Call this op outside of the "
             "capture."
         )
-    host = torch.tensor(joined, dtype=torch.int64, pin_memory=on_cuda)
+    host = torch.tensor(joined, dtype=torch.int64, device="cpu", pin_memory=on_cuda)
     on_device = host.to(device, non_blocking=True)
     return list(on_device.split([len(entries) for entries in lists]))
 
