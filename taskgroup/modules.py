@@ -32,9 +32,9 @@ class MultiTaskModel(nn.Module):
 
     Where the inputs hang on a tensor that requires a gradient and is no parameter (coordinates of a
     physics-informed loss, positions for forces, a gradient penalty), derivatives of the outputs are
-    taken: all observed heads then run with a graph. Heads outside the group still get no gradient
-    from :meth:`Group.loss`, unless the losses are stacked; :meth:`TaskGroups.attach` holds them
-    there. A model that takes derivatives of anything else is called whole, ``model(x)``.
+    taken: all observed heads then run with a graph, which leaves out the parameters of those
+    outside the group. To take derivatives with respect to anything else, call the model whole,
+    ``model(x)``.
 
     ``DistributedDataParallel`` wants ``find_unused_parameters=True``: the heads that a step leaves
     out have no gradient to wait for.
@@ -43,7 +43,7 @@ class MultiTaskModel(nn.Module):
         encoder: any module; its output may be any nesting of tuples, lists and dicts of tensors.
         heads: ``{task: module}``, a dict or ``nn.ModuleDict`` with tasks named by strings; each
             takes the output of the encoder. Many small ones run faster as :class:`BatchedHeads`.
-            The first layers of two tasks may be shared; they move with either.
+            A layer that two heads share moves with either task.
 
     Attributes:
         encoder: the encoder.
@@ -111,6 +111,7 @@ class MultiTaskModel(nn.Module):
 
         One graph for the encoder and two per head, with and without gradients, then serve every
         sequence of groups: at most 1 + 2K for inputs of one shape; heads of one kind share theirs.
+        A copy of the model, or one that was pickled, is not compiled; compile it again.
         """
         codes: dict[str, CodeType] = {}
         heads = () if isinstance(self.heads, BatchedHeads) else self.heads.values()
@@ -135,15 +136,21 @@ def _compile(module: nn.Module, codes: dict[str, CodeType], *args: Any, **kwargs
     def forward(*inputs: Any, **named: Any) -> Any:
         return type(module).forward(module, *inputs, **named)
 
+    # What is set on the object instead of its class, as Accelerate does, is compiled in its place.
+    patch = vars(module).get("forward")
     forward.__code__ = codes.setdefault(kind_of(module), forward.__code__.replace())
-    compiled = torch.compile(forward, *args, **kwargs)
+    compiled = torch.compile(forward if patch is None else patch, *args, **kwargs)
 
     def call(*inputs: Any, **named: Any) -> Any:
-        module.__dict__["forward"] = compiled  # for this call: a copy of the module has its own
+        if vars(module).get("forward") not in (patch, compiled):  # set since then
+            return module._call_impl(*inputs, **named)
+        vars(module)["forward"] = compiled  # for this call: a copy of the module has its own
         try:
             return module._call_impl(*inputs, **named)
         finally:
-            del module.__dict__["forward"]
+            vars(module).pop("forward", None)
+            if patch is not None:
+                vars(module)["forward"] = patch
 
     module._compiled_call_impl = call
 

@@ -74,8 +74,8 @@ class TaskHeads(nn.Module, Mapping[str, nn.Module]):
             features: of the encoder, any nesting of tensors.
             group: the heads of ``group.graph`` run with a graph, the other observed ones without,
                 on detached features, and the rest not at all; None runs all with a graph.
-            graph_for_all: run the other observed heads with a graph as well, so that derivatives of
-                their outputs can be taken.
+            graph_for_all: run the other observed heads with a graph as well, which leads to the
+                features but not to their parameters, so that derivatives can be taken.
 
         Returns:
             ``{task: output}``.
@@ -91,8 +91,8 @@ class TaskHeads(nn.Module, Mapping[str, nn.Module]):
     def run_group(self, features: Any, group: Group, graph_for_all: bool) -> dict[str, Any]:
         """The outputs of the heads that a step needs, with a graph and without."""
         outputs = {}
-        observed = set(group.observed)
-        graph = observed if graph_for_all else set(group.graph)
+        learned, observed = set(group.graph), set(group.observed)
+        graph = observed if graph_for_all else learned
         detached = _detached(features) if observed > graph else None
         # In the order of the heads, whatever the group: replayed dropout then draws the same masks.
         wanted = (task for task in self if task in graph or task in observed)
@@ -102,7 +102,8 @@ class TaskHeads(nn.Module, Mapping[str, nn.Module]):
                 head = self[task]
                 how = nullcontext() if inside else _without_graph([task])
                 with how, statistics_once(head, group):
-                    outputs[task] = head(given)
+                    held = inside and task not in learned
+                    outputs[task] = (_held(head) if held else head)(given)
         return outputs
 
 
@@ -205,14 +206,16 @@ class BatchedHeads(TaskHeads):
         setting = kind[0], *_setting(next(iter(own.values())), features)
         dtypes = self._sorted.dtypes.get(setting)
         if dtypes is None:
-            pair = {task: self[task] for task in (kind[0], kind[-1])}
-            dtypes = self._sorted.dtypes[setting] = _compare(pair, features)
+            with _aside():
+                dtypes = _compare(kind, first, self[kind[-1]], features)
+            self._sorted.dtypes[setting] = dtypes
         try:
             run = _as_one(first, list(own.values()), features, dtypes, hold=hold)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:
-            first(features)  # an error of the head's own is raised as it is
+        except (RuntimeError, TypeError, ValueError) as error:
+            with _aside():
+                first(features)  # an error of the head's own is raised as it is
             raise _cannot_run(own, error) from error
         return dict(zip(own, run.outputs, strict=True))
 
@@ -300,7 +303,7 @@ class _Seen:
                     or now["_forward_pre_hooks"]
                     or now["_backward_hooks"]
                     or now["_backward_pre_hooks"]
-                    or now["_buffers"]
+                    or any(buffer is not None for buffer in now["_buffers"].values())
                 ):
                     return None
             except (RuntimeError, ValueError):  # of new attributes with no equality to speak of
@@ -318,7 +321,7 @@ def _obstacle(head: nn.Module) -> str | None:
     """What keeps a head from running as one with others, and why."""
     for path, part in head.named_modules():
         name = f"{type(part).__name__}{f' at {path!r}' if path else ''}"
-        for buffer in part._buffers:
+        for buffer in (own for own, tensor in part._buffers.items() if tensor is not None):
             whole = f"{path}.{buffer}" if path else buffer
             return f"the buffer {whole!r}, which would not be updated where heads run as one;"
         if (
@@ -441,8 +444,14 @@ def _reached(leaves: list[Tensor], start: Any, features: Any) -> list[set[int]]:
     return reached
 
 
-def _compare(heads: dict[str, nn.Module], features: Any) -> _Dtypes:
+def _compare(tasks: list[str], first: nn.Module, last: nn.Module, features: Any) -> _Dtypes:
     """Run two heads of a kind alone and as one, forth and back.
+
+    Args:
+        tasks: of the kind.
+        first: a head of it.
+        last: another one.
+        features: for both.
 
     Returns:
         The dtypes of the tensors in the output of a single head.
@@ -450,13 +459,13 @@ def _compare(heads: dict[str, nn.Module], features: Any) -> _Dtypes:
     Raises:
         RuntimeError: if they cannot run as one, or that gives something else.
     """
-    seen = [_Seen(head) for head in heads.values()]
-    alone = [head(features) for head in heads.values()]
+    seen = [_Seen(first), _Seen(last)]
+    alone = [first(features), last(features)]
     try:
-        own = [parameters for part in seen if (parameters := part.parameters()) is not None]
+        own = [parameters for head in seen if (parameters := head.parameters()) is not None]
         if len(own) < len(seen):
             raise RuntimeError("the forward changes attributes of the head")
-        run = _as_one(next(iter(heads.values())), own, features, None)
+        run = _as_one(first, own, features, None)
         for one, other in zip(alone, run.outputs, strict=True):
             _check_close(one, other)
         learned = [stack for stack in run.stacks if stack.requires_grad]
@@ -468,8 +477,16 @@ def _compare(heads: dict[str, nn.Module], features: Any) -> _Dtypes:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise _cannot_run(heads, error) from error
+        raise _cannot_run(tasks, error) from error
     return [leaf.dtype for leaf in tree_leaves(alone[0]) if isinstance(leaf, Tensor)]
+
+
+def _aside() -> AbstractContextManager[None]:
+    """Around what is run besides the forward: it is none of an outer activation checkpoint's.
+
+    That counts the tensors that are saved, which are no more when it runs the forward again.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
 
 
 def _check_close(one: Any, other: Any) -> None:
@@ -628,7 +645,19 @@ def _twin(
             name: None if part is None else _twin(part, tensors, made)
             for name, part in module._modules.items()
         }
+        vars(twin).pop("_compiled_call_impl", None)  # it calls the module
+        if isinstance(module, nn.RNNBase):  # which lists its parameters once more
+            weights = module._flat_weights
+            vars(twin)["_flat_weights"] = [tensors.get(id(own), own) for own in weights]
     return twin
+
+
+def _held(head: nn.Module) -> nn.Module:
+    """The same head with its parameters kept out of the graph."""
+    parameters = [*head.parameters()]
+    if any(map(is_sharded, parameters)):  # FSDP gathers them when the head itself is called
+        return head
+    return _twin(head, {id(own): own.detach() for own in parameters}, {})
 
 
 def _detached(features: Any) -> Any:
