@@ -61,9 +61,7 @@ class MultiTaskModel(nn.Module):
         {'depth': (2, 1), 'edge': (2, 4)}
     """
 
-    def __init__(
-        self, encoder: nn.Module, heads: Mapping[str, nn.Module] | nn.ModuleDict
-    ) -> None:
+    def __init__(self, encoder: nn.Module, heads: Mapping[str, nn.Module] | nn.ModuleDict) -> None:
         super().__init__()
         if not isinstance(encoder, nn.Module):
             raise TypeError(

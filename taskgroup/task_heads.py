@@ -159,7 +159,7 @@ class BatchedHeads(TaskHeads):
         self._sorted = _Sorted(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_sorted": None}
+        return {**super().__getstate__(), "_sorted": None}  # type: ignore[no-untyped-call]
 
     def run(self, tasks: Collection[str], features: Any, hold: bool = False) -> dict[str, Any]:
         """The outputs of the heads of ``tasks``, those of one kind in one run.
@@ -431,7 +431,7 @@ def _reached(leaves: list[Tensor], start: Any, features: Any) -> list[set[int]]:
     ends = {leaf.grad_fn for leaf in tree_leaves(features) if isinstance(leaf, Tensor)}
     for place, leaf in enumerate(leaves):
         seen = {None, start, *ends}
-        todo = [leaf.grad_fn]
+        todo: list[Any] = [leaf.grad_fn]
         while todo:
             node = todo.pop()
             if node in seen:

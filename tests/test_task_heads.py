@@ -1,6 +1,7 @@
 """Heads that run as one do what they do one by one, or say why they cannot."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -430,7 +431,7 @@ def assert_alike(models, run, rtol=1e-5, atol=1e-6):
         assert list(before) == list(after)
         assert all(after[name] is before[name] for name in before)
         found.append((values, {name: p.grad for name, p in after.items()}))
-    for (value, gradients), (other, others) in zip(found[:1], found[1:], strict=True):
+    for (value, gradients), (other, others) in itertools.pairwise(found):
         for one, same in zip(tree_leaves(value), tree_leaves(other), strict=True):
             if isinstance(one, torch.Tensor):
                 torch.testing.assert_close(one, same, rtol=rtol, atol=atol)
@@ -527,25 +528,25 @@ def test_what_cannot_be_mapped_names_the_cure(run):
     assert all(p is before[name] for name, p in model.named_parameters())
 
 
+SCALES = {}
+
+
 class Hidden(nn.Module):
     """What sets two heads apart is nowhere in them."""
-
-    scales = {}
 
     def __init__(self, scale):
         super().__init__()
         self.out = nn.Linear(4, 2)
-        self.scales[id(self.out.weight)] = scale
-        self.scales[self.out.weight.data_ptr()] = scale
+        SCALES[id(self.out.weight)] = scale
 
     def forward(self, x):
-        return self.out(x) * self.scales.get(id(self.out.weight), 1)
+        return self.out(x) * SCALES.get(id(self.out.weight), 1)
 
 
 def test_other_outputs_are_never_passed_on():
     torch.manual_seed(0)
     heads = tg.BatchedHeads({"a": Hidden(2), "b": Hidden(3)})
-    with pytest.raises(RuntimeError, match="not those of the single heads.*plain dict"):
+    with pytest.raises(RuntimeError, match=r"not those of the single heads.*plain dict"):
         heads(torch.randn(5, 4))
 
 
@@ -636,7 +637,7 @@ def test_a_hook_added_afterwards_is_refused():
     _, model = pair(lambda: nn.Linear(4, 2))
     model(torch.randn(5, 3))
     handle = model.heads["keys"].register_forward_pre_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="'keys' has hooks on Linear.*plain dict"):
+    with pytest.raises(ValueError, match=r"'keys' has hooks on Linear.*plain dict"):
         model(torch.randn(5, 3))
     handle.remove()
     model(torch.randn(5, 3))
