@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -62,11 +62,15 @@ def statistics_once(module: nn.Module, group: Group) -> AbstractContextManager[N
 
 @contextmanager
 def _hold(module: nn.Module, group: Group) -> Iterator[None]:
-    held = [layer for layer in _layers_of(module) if layer.training and layer.track_running_stats]
+    held = [
+        layer
+        for layer in _layers_of(module)
+        if layer.training and layer.track_running_stats and not _is_held(layer)
+    ]
     if not held or group.runs_first(module):
         yield
         return
-    kept = [dict(layer._buffers) for layer in held]
+    kept = [_Kept(layer) for layer in held]
     # Other tensors stand in the place of the statistics: nothing is copied, and for a compiled
     # module, which takes buffers as inputs, nothing has changed.
     for layer in held:
@@ -74,11 +78,48 @@ def _hold(module: nn.Module, group: Group) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, buffers in zip(held, kept, strict=True):
-            layer._buffers.update({name: buffers[name] for name in _NAMES if name in buffers})
+        for own in kept:
+            own.put_back()
 
 
+class _Kept:
+    """The statistics of a layer that writes to others for the time being.
+
+    Whoever copies, pickles or saves the layer meanwhile (a checkpoint at a signal, an average of
+    the weights) gets the kept ones.
+    """
+
+    def __init__(self, layer: _NormBase) -> None:
+        self._layer = layer
+        self._statistics = {name: layer._buffers[name] for name in _NAMES if name in layer._buffers}
+        # Set on the layer itself, which hides what its class has. The buffers stay a plain dict,
+        # since the compiler would compile anew for another.
+        vars(layer).update(zip(_OVERRIDDEN, (self._state, self._save), strict=True))
+
+    def put_back(self) -> None:
+        for name in _OVERRIDDEN:
+            del vars(self._layer)[name]
+        self._layer._buffers.update(self._statistics)
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = type(self._layer).__getstate__(self._layer)
+        buffers = {**state["_buffers"], **self._statistics}
+        own = {name: value for name, value in state.items() if name not in _OVERRIDDEN}
+        return {**own, "_buffers": buffers}
+
+    def _save(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        type(self._layer)._save_to_state_dict(self._layer, destination, prefix, keep_vars)
+        for name, tensor in self._statistics.items():
+            if tensor is not None and prefix + name in destination:
+                destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+
+_OVERRIDDEN = ("__getstate__", "_save_to_state_dict")
 _NAMES = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _is_held(layer: _NormBase) -> bool:
+    return "__getstate__" in vars(layer)
 
 
 def _layers_of(module: nn.Module) -> WeakSet[_NormBase]:

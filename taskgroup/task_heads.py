@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.func import vmap
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from taskgroup.ops._sharded import is_sharded
 from taskgroup.sentences import listed
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchedHeads", "TaskHeads", "kind_of"]
 
+_CURE = "give MultiTaskModel the heads in a plain dict."
+
 
 class TaskHeads(nn.Module, Mapping[str, nn.Module]):
     """A mapping from task to head that is a module; task names may hold dots.
@@ -30,27 +34,23 @@ class TaskHeads(nn.Module, Mapping[str, nn.Module]):
 
     Raises:
         ValueError: if there are none, or two names differ only in ``.`` and ``/``.
-        TypeError: if a head is no module.
+        TypeError: if ``heads`` is no mapping, a task is not named by a string or a head is no
+            module.
     """
 
     __eq__ = object.__eq__  # a module is itself, whatever its contents
     __hash__ = object.__hash__
 
-    def __init__(self, heads: Mapping[str, nn.Module]) -> None:
+    def __init__(self, heads: Mapping[str, nn.Module] | nn.ModuleDict) -> None:
         super().__init__()
-        if not heads:
-            raise ValueError("MultiTaskModel needs at least one head, got none.")
+        checked = _checked_heads(heads)
         # Module names may hold no dot: it separates them in the keys of a state_dict.
-        self._module_name = {task: task.replace(".", "/") for task in heads}
-        if len(set(self._module_name.values())) < len(heads):
+        self._module_name = {task: task.replace(".", "/") for task in checked}
+        if len(set(self._module_name.values())) < len(checked):
             raise ValueError(
-                f"Two of the tasks {list(heads)} differ only in '.' and '/'; rename one."
+                f"Two of the tasks {listed(checked)} differ only in '.' and '/'; rename one."
             )
-        for task, head in heads.items():
-            if not isinstance(head, nn.Module):
-                raise TypeError(
-                    f"The head of task {task!r} must be a module, got {type(head).__name__}."
-                )
+        for task, head in checked.items():
             # Not by add_module(), which refuses a task called "keys" or "type".
             self._modules[self._module_name[task]] = head
 
@@ -65,37 +65,45 @@ class TaskHeads(nn.Module, Mapping[str, nn.Module]):
     def __len__(self) -> int:
         return len(self._module_name)
 
-    def forward(self, features: Any, group: Group | None = None) -> dict[str, Any]:
+    def forward(
+        self, features: Any, group: Group | None = None, graph_for_all: bool = False
+    ) -> dict[str, Any]:
         """The outputs of the heads.
 
         Args:
             features: of the encoder, any nesting of tensors.
             group: the heads of ``group.graph`` run with a graph, the other observed ones without,
                 on detached features, and the rest not at all; None runs all with a graph.
+            graph_for_all: run the other observed heads with a graph as well, which leads to the
+                features but not to their parameters, so that derivatives can be taken.
 
         Returns:
             ``{task: output}``.
         """
-        return self.run(self, features) if group is None else self.run_group(features, group)
+        if group is None:
+            return self.run(self, features)
+        return self.run_group(features, group, graph_for_all)
 
     def run(self, tasks: Collection[str], features: Any) -> dict[str, Any]:
         """The outputs of the heads of ``tasks``, in their order."""
         return {task: self[task](features) for task in tasks}
 
-    def run_group(self, features: Any, group: Group) -> dict[str, Any]:
+    def run_group(self, features: Any, group: Group, graph_for_all: bool) -> dict[str, Any]:
         """The outputs of the heads that a step needs, with a graph and without."""
         outputs = {}
-        graph, observed = set(group.graph), set(group.observed)
+        learned, observed = set(group.graph), set(group.observed)
+        graph = observed if graph_for_all else learned
         detached = _detached(features) if observed > graph else None
         # In the order of the heads, whatever the group: replayed dropout then draws the same masks.
         wanted = (task for task in self if task in graph or task in observed)
         for inside, tasks in itertools.groupby(wanted, graph.__contains__):
-            with nullcontext() if inside else torch.no_grad():
-                given = features if inside else detached
-                for task in tasks:
-                    head = self[task]
-                    with statistics_once(head, group):
-                        outputs[task] = head(given)
+            given = features if inside else detached
+            for task in tasks:
+                head = self[task]
+                how = nullcontext() if inside else _without_graph([task])
+                with how, statistics_once(head, group):
+                    held = inside and task not in learned
+                    outputs[task] = (_held(head) if held else head)(given)
         return outputs
 
 
@@ -107,7 +115,8 @@ class BatchedHeads(TaskHeads):
     mapped over them (``torch.func.vmap``). Every head keeps parameters of its own: optimizers,
     checkpoints and :meth:`TaskGroups.attach` see no difference, and a head whose output a step does
     not use gets no gradient, so it stays where it is. Outputs are those of the single heads to
-    rounding; under autocast they may be float32 where a single head gives bfloat16.
+    rounding, in their dtypes, under autocast as well. The first forward of a kind runs two heads
+    one by one and as one, and raises if the outputs differ.
 
     Losses that are computed one by one would cost as much again: join the outputs, which come in
     the order of ``group.observed``, and give :meth:`Group.loss` one tensor.
@@ -118,13 +127,17 @@ class BatchedHeads(TaskHeads):
     sharded as one: ``fully_shard(model.heads)``.
 
     Args:
-        heads: ``{task: module}``, of one or several kinds. Without buffers (running statistics
-            would not move) and, in training, without dropout (masks would depend on the group).
-            The first of a kind speaks for all: what is set on single heads afterwards (other
-            layers, hooks, ``eval()``) is not seen.
+        heads: ``{task: module}``, of one or several kinds; a head that is the only one of its kind
+            runs by itself. Heads may be edited, frozen or switched to ``eval()`` one by one; they
+            are then sorted by kind again. They may not have buffers (running statistics would not
+            move), dropout (masks would depend on the group), recurrent layers, sparse embeddings,
+            hooks, parametrizations, uninitialized parameters or compiled parts, nor take what
+            ``vmap`` cannot map.
 
     Raises:
-        ValueError: if a head has buffers.
+        ValueError: if a head has one of these. The sentence names the head. What is added later is
+            refused by the next forward.
+        RuntimeError: in a forward, if the heads cannot run as one, with the reason.
 
     Example:
         >>> import taskgroup as tg
@@ -138,149 +151,592 @@ class BatchedHeads(TaskHeads):
         ...     group.loss(errors.square().mean((1, 2))).backward()
     """
 
-    def __init__(self, heads: Mapping[str, nn.Module]) -> None:
-        super().__init__(heads)
-        kinds: dict[str, list[str]] = {}
-        for task, head in self.items():
-            if names := [name for name, _ in head.named_buffers()]:
-                raise ValueError(
-                    f"The head of task {task!r} has the buffer {names[0]!r}, which would not be "
-                    "updated where heads run as one; give MultiTaskModel the heads in a plain dict."
-                )
-            kinds.setdefault(kind_of(head), []).append(task)
-        self._kinds = [*kinds.values()]
+    # What __init__ found, not copied or saved with the module: None is "to be found again".
+    _sorted: _Sorted | None = None
 
-    def run(self, tasks: Collection[str], features: Any) -> dict[str, Any]:
-        """The outputs of the heads of ``tasks``, those of one kind in one run."""
-        run_as_one = self._run_as_one
+    def __init__(self, heads: Mapping[str, nn.Module] | nn.ModuleDict) -> None:
+        super().__init__(heads)
+        self._sorted = _Sorted(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_sorted": None}  # type: ignore[no-untyped-call]
+
+    def run(self, tasks: Collection[str], features: Any, hold: bool = False) -> dict[str, Any]:
+        """The outputs of the heads of ``tasks``, those of one kind in one run.
+
+        Args:
+            tasks: whose heads run.
+            features: of the encoder.
+            hold: keep the parameters out of the graph.
+        """
+        run_all = self._run_all
         if torch.compiler.is_compiling():
             # Traced, it would be settled then and for good whose outputs are used. Not a decorator:
             # that would import the compiler with the package.
-            run_as_one = torch.compiler.disable(run_as_one)
-        wanted = set(tasks)
-        outputs: dict[str, Any] = {}
-        for kind in self._kinds:
-            if own := [task for task in kind if task in wanted]:
-                outputs.update(zip(own, run_as_one(own, features), strict=True))
-        return {task: outputs[task] for task in tasks}
+            run_all = torch.compiler.disable(run_all)
+        return run_all(tasks, features, hold)
 
-    def run_group(self, features: Any, group: Group) -> dict[str, Any]:
+    def run_group(self, features: Any, group: Group, graph_for_all: bool) -> dict[str, Any]:
         """The outputs of the heads that a step needs, with a graph and without."""
         graph = set(group.graph)
+        others = set(group.observed) - graph
         outputs = self.run(graph, features)
-        with torch.no_grad():
-            outputs |= self.run(set(group.observed) - graph, _detached(features))
-        return outputs
+        if graph_for_all:
+            return outputs | self.run(others, features, hold=True)
+        with _without_graph(others):
+            return outputs | self.run(others, _detached(features))
 
-    def _run_as_one(self, tasks: list[str], features: Any) -> list[Any]:
-        heads = [self[task] for task in tasks]
-        own = [_parameters(head) for head in heads]
-        names = list(own[0])
-        if not names:
-            return [head(features) for head in heads]
-        if is_sharded(own[0][names[0]]):
-            raise RuntimeError(
-                "BatchedHeads reads the parameters of all heads at once, and each head is sharded "
-                "by itself: shard them as one, fully_shard(model.heads)."
-            )
-        used: set[int] = set()
-        flat = [named[name] for name in names for named in own]
-        stacks = _Stack.apply(used, len(heads), *flat)  # type: ignore[no-untyped-call]
-        stacked = dict(zip(names, stacks, strict=True))
+    def _run_all(self, tasks: Collection[str], features: Any, hold: bool) -> dict[str, Any]:
+        parameters = None if self._sorted is None else self._sorted.parameters(self, tasks)
+        if self._sorted is None or parameters is None:
+            self._sorted = _Sorted(self)
+            parameters = self._sorted.parameters(self, tasks) or {}
+        outputs: dict[str, Any] = {}
+        for kind in self._sorted.kinds:
+            own = {task: parameters[task] for task in kind if task in parameters}
+            if own:
+                outputs.update(self._run_as_one(kind, own, features, hold))
+        return {task: outputs[task] if task in outputs else self[task](features) for task in tasks}
 
-        def run(parameters: dict[str, Tensor]) -> Any:
-            return functional_call(heads[0], parameters, (features,))
-
+    def _run_as_one(
+        self, kind: list[str], own: dict[str, list[Tensor]], features: Any, hold: bool
+    ) -> dict[str, Any]:
+        assert self._sorted is not None
+        first = self[kind[0]]
+        setting = kind[0], *_setting(next(iter(own.values())), features)
+        dtypes = self._sorted.dtypes.get(setting)
+        if dtypes is None:
+            with _aside():
+                dtypes = _compare(kind, first, self[kind[-1]], features)
+            self._sorted.dtypes[setting] = dtypes
         try:
-            # Each task's own: the map must not draw, lest the masks depend on who is in the group.
-            together = vmap(run, randomness="error")(stacked)
-        except RuntimeError as error:
-            if "random" not in str(error):
-                raise
-            raise RuntimeError(
-                f"The heads of {listed(tasks)} draw random numbers (dropout), which would differ "
-                "from group to group where heads run as one; leave the dropout to the encoder, or "
-                "give MultiTaskModel the heads in a plain dict."
-            ) from error
-        leaves, structure = tree_flatten(together)
-        parts = [_Unstack.apply(used, leaf) for leaf in leaves]  # type: ignore[no-untyped-call]
-        return [tree_unflatten(list(part), structure) for part in zip(*parts, strict=True)]
+            run = _as_one(first, list(own.values()), features, dtypes, hold=hold)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            with _aside():
+                first(features)  # an error of the head's own is raised as it is
+            raise _cannot_run(own, error) from error
+        return dict(zip(own, run.outputs, strict=True))
+
+
+_Dtypes = list[torch.dtype]  # of the tensors in the output of a head
+
+
+class _Sorted:
+    """The heads sorted by kind, and what to compare them with to see that they were edited.
+
+    Attributes:
+        kinds: the tasks of the heads that run as one. The rest run one by one.
+        dtypes: of the outputs of a single head, by the kind and the setting it runs in.
+
+    Raises:
+        ValueError: if a head cannot run as one with others.
+        RuntimeError: if a head is sharded by itself.
+    """
+
+    def __init__(self, heads: TaskHeads) -> None:
+        kinds: dict[str, list[str]] = {}
+        for task, head in heads.items():
+            if any(is_sharded(parameter) for parameter in head.parameters()):
+                raise RuntimeError(
+                    "BatchedHeads reads the parameters of all heads at once, and each head is "
+                    "sharded by itself: shard them as one, fully_shard(model.heads)."
+                )
+            if obstacle := _obstacle(head):
+                raise ValueError(f"The head of task {task!r} has {obstacle} {_CURE}")
+            if any(True for _ in head.parameters()):
+                kinds.setdefault(kind_of(head), []).append(task)
+        self.kinds = [tasks for tasks in kinds.values() if len(tasks) > 1]
+        self.dtypes: dict[object, _Dtypes] = {}
+        self._heads = [*heads.values()]
+        self._seen = {task: _Seen(heads[task]) for kind in self.kinds for task in kind}
+
+    def parameters(self, heads: TaskHeads, tasks: Iterable[str]) -> dict[str, list[Tensor]] | None:
+        """Of those of the tasks that run as one, the parameters; None if a head was edited."""
+        # Inside another transform of torch.func there is no autograd to tell what was used.
+        if torch._C._are_functorch_transforms_active():
+            return {}
+        if self._heads != [*heads.values()]:
+            return None
+        found = {}
+        for task in tasks:
+            if (seen := self._seen.get(task)) is not None:
+                own = seen.parameters()
+                if own is None:
+                    return None
+                found[task] = own
+        return found
+
+
+class _Seen:
+    """A head as it is now, to see later whether it was edited."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self._parts = [
+            (
+                part,
+                type(part),
+                [*vars(part).values()],
+                [*part._modules.values()],
+                [*part._parameters],
+                [p is not None and p.requires_grad for p in part._parameters.values()],
+            )
+            for part in head.modules()
+        ]
+
+    def parameters(self) -> list[Tensor] | None:
+        """Its parameters, or None if it was edited: a thousand heads are asked in every forward."""
+        found: list[Tensor] = []
+        for part, kind, values, modules, names, learned in self._parts:
+            now = vars(part)
+            own = now["_parameters"]
+            parameters = [*own.values()]
+            try:
+                if (
+                    type(part) is not kind
+                    or [*now.values()] != values
+                    or [*now["_modules"].values()] != modules
+                    or [*own] != names
+                    or [p is not None and p.requires_grad for p in parameters] != learned
+                    or now["_forward_hooks"]
+                    or now["_forward_pre_hooks"]
+                    or now["_backward_hooks"]
+                    or now["_backward_pre_hooks"]
+                    or any(buffer is not None for buffer in now["_buffers"].values())
+                ):
+                    return None
+            except (RuntimeError, ValueError):  # of new attributes with no equality to speak of
+                return None
+            found += [p for p in parameters if p is not None]
+        return found
+
+
+_hooks_of = attrgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)
+
+
+def _obstacle(head: nn.Module) -> str | None:
+    """What keeps a head from running as one with others, and why."""
+    for path, part in head.named_modules():
+        name = f"{type(part).__name__}{f' at {path!r}' if path else ''}"
+        for buffer in (own for own, tensor in part._buffers.items() if tensor is not None):
+            whole = f"{path}.{buffer}" if path else buffer
+            return f"the buffer {whole!r}, which would not be updated where heads run as one;"
+        if (
+            isinstance(part, torch.jit.ScriptModule)
+            or getattr(part, "_compiled_call_impl", None) is not None
+            or hasattr(part, "_orig_mod")
+        ):
+            return f"the compiled {name}, which cannot be mapped over its parameters;"
+        if parametrize.is_parametrized(part):
+            return f"parametrizations of {name}, which would be computed for one head only;"
+        if any(_hooks_of(part)):
+            return f"hooks on {name}, which would be called for one head only;"
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in part.parameters(False)):
+            return f"uninitialized parameters in {name}; run it once before, or"
+        if getattr(part, "sparse", False) and isinstance(part, nn.Embedding | nn.EmbeddingBag):
+            return f"the sparse {name}, whose gradients would be dense;"
+    return None
+
+
+def _setting(parameters: list[Tensor], features: Any) -> tuple[object, ...]:
+    """What the dtypes of a head's output depend on, and whether it has a graph."""
+    device = parameters[0].device.type
+    autocast = (
+        torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and torch.get_autocast_dtype(device)
+    )
+    given = [leaf.dtype for leaf in tree_leaves(features) if isinstance(leaf, Tensor)]
+    return torch.is_grad_enabled(), autocast, parameters[0].dtype, *given
+
+
+class _Run(NamedTuple):
+    """Heads that have run as one."""
+
+    outputs: list[Any]  # of each head
+    stacks: tuple[Tensor, ...]  # the parameters
+    leaves: list[Tensor]  # the tensors in the outputs, of all heads
+
+
+def _as_one(
+    head: nn.Module,
+    own: list[list[Tensor]],
+    features: Any,
+    dtypes: _Dtypes | None,
+    *,
+    hold: bool = False,
+) -> _Run:
+    """Run heads of one kind as one.
+
+    Args:
+        head: one of the kind.
+        own: the parameters of each head that runs.
+        features: for all of them.
+        dtypes: of the tensors in the output; None leaves them as they come.
+        hold: keep the parameters out of the graph.
+    """
+    used, ids = (
+        _Used(),
+        [id(parameter) for module in head.modules() for parameter in module.parameters(False)],
+    )
+    flat = [parameter for same in zip(*own, strict=True) for parameter in same]
+    if hold:
+        flat = [parameter.detach() for parameter in flat]
+    anchor, *stacks = _Stack.apply(used, len(own), *flat)  # type: ignore[no-untyped-call]
+    layout: list[Any] = []
+
+    def run(stacks: list[Tensor]) -> tuple[Tensor, ...]:
+        # A twin of the head, in which the stacks stand for the parameters: nothing is exchanged in
+        # the head itself, so that nothing of it can get lost.
+        twin = _twin(head, dict(zip(ids, stacks, strict=True)), {})
+        leaves, structure = tree_flatten(twin(features))
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor | int | float | complex | str | None):
+                raise TypeError(f"an output holds a {type(leaf).__name__}")
+        layout[:] = structure, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        layout.append([n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)])
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    # The map must not draw random numbers, lest the masks depend on who is in the group.
+    leaves = list(vmap(run, randomness="error")(stacks))
+    if dtypes is not None:
+        leaves = [leaf.to(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
+    if len(leaves) > 1 and anchor.requires_grad:
+        used.reached = _reached(leaves, anchor.grad_fn, features)
+    structure, values, places = layout
+    parts = [
+        _Unstack.apply(used, n, anchor, leaf)  # type: ignore[no-untyped-call]
+        for n, leaf in enumerate(leaves)
+    ]
+    outputs = []
+    for k in range(len(own)):
+        for place, part in zip(places, parts, strict=True):
+            values[place] = part[k]
+        outputs.append(tree_unflatten(list(values), structure))
+    return _Run(outputs, tuple(stacks), leaves)
+
+
+def _reached(leaves: list[Tensor], start: Any, features: Any) -> list[set[int]]:
+    """By parameter, which of the tensors in the output depend on it.
+
+    Args:
+        leaves: the tensors in the output.
+        start: the node of :class:`_Stack`, at which the parameters come in.
+        features: at which the graph of the heads ends as well.
+    """
+    reached: list[set[int]] = [set() for _ in start.next_functions]
+    ends = {leaf.grad_fn for leaf in tree_leaves(features) if isinstance(leaf, Tensor)}
+    for place, leaf in enumerate(leaves):
+        seen = {None, start, *ends}
+        todo: list[Any] = [leaf.grad_fn]
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            for following, number in node.next_functions:
+                if following is start:
+                    reached[number - 1].add(place)
+                todo.append(following)
+    return reached
+
+
+def _compare(tasks: list[str], first: nn.Module, last: nn.Module, features: Any) -> _Dtypes:
+    """Run two heads of a kind alone and as one, forth and back.
+
+    Args:
+        tasks: of the kind.
+        first: a head of it.
+        last: another one.
+        features: for both.
+
+    Returns:
+        The dtypes of the tensors in the output of a single head.
+
+    Raises:
+        RuntimeError: if they cannot run as one, or that gives something else.
+    """
+    seen = [_Seen(first), _Seen(last)]
+    alone = [first(features), last(features)]
+    try:
+        own = [parameters for head in seen if (parameters := head.parameters()) is not None]
+        if len(own) < len(seen):
+            raise RuntimeError("the forward changes attributes of the head")
+        run = _as_one(first, own, features, None)
+        for one, other in zip(alone, run.outputs, strict=True):
+            _check_close(one, other)
+        learned = [stack for stack in run.stacks if stack.requires_grad]
+        leaves = [leaf for leaf in run.leaves if leaf.requires_grad]
+        if learned and leaves:  # activation checkpointing, say, fails here
+            torch.autograd.grad(
+                leaves, learned, [torch.ones_like(leaf) for leaf in leaves], allow_unused=True
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise _cannot_run(tasks, error) from error
+    return [leaf.dtype for leaf in tree_leaves(alone[0]) if isinstance(leaf, Tensor)]
+
+
+def _aside() -> AbstractContextManager[None]:
+    """Around what is run besides the forward: it is none of an outer activation checkpoint's.
+
+    That counts the tensors that are saved, which are no more when it runs the forward again.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+
+
+def _check_close(one: Any, other: Any) -> None:
+    """Raise if outputs are of another structure, or differ by more than any rounding does."""
+    (ones, structure), (others, other_structure) = tree_flatten(one), tree_flatten(other)
+    if structure != other_structure:
+        raise RuntimeError("the outputs are of another structure than those of the single heads")
+    for a, b in zip(ones, others, strict=True):
+        if not isinstance(a, Tensor):
+            alike = not isinstance(b, Tensor) and (a == b or a != a)
+        elif a.shape != b.shape:
+            alike = False
+        elif a.is_floating_point() and type(a) is Tensor and a.device.type != "meta":
+            a, b = a.detach().double(), b.detach().double()
+            finite = a.isfinite()
+            # Of the mean: a value at the edge of a step function may fall on either side.
+            error = torch.where(finite, a - b, 0).abs().mean()
+            alike = bool(error <= 0.1 * torch.where(finite, a, 0).abs().mean() + 1e-3)
+        else:
+            alike = True
+        if not alike:
+            raise RuntimeError("the outputs are not those of the single heads")
+
+
+def _cannot_run(tasks: Collection[str], error: Exception) -> RuntimeError:
+    """The error to raise where heads cannot run as one."""
+    reason = " ".join(str(error).split())
+    if "random" in reason:
+        return RuntimeError(
+            f"The heads of {listed(tasks)} draw random numbers (dropout), which would differ "
+            f"from group to group where heads run as one; leave the dropout to the encoder, or "
+            f"{_CURE}"
+        )
+    reason = reason if len(reason) <= 200 else f"{reason[:200]} ..."
+    return RuntimeError(
+        f"The heads of {listed(tasks)} cannot run as one ({reason.rstrip('.')}); {_CURE}"
+    )
+
+
+class _Used:
+    """By backward pass, whose outputs it uses.
+
+    A pass is known by the number that the engine gives it: passes over the same graph, nested ones
+    and those that ended with an exception are kept apart.
+
+    Attributes:
+        reached: by parameter, the tensors in the outputs that depend on it; None is all.
+    """
+
+    def __init__(self) -> None:
+        self.reached: list[set[int]] | None = None
+        # By the pass, and by the place of a tensor in the outputs, the numbers of the heads.
+        self._passes: dict[int, dict[int, set[int]]] = {}
+
+    def add(self, place: int, heads: Iterable[int]) -> None:
+        """The pass at hand uses the tensor at this place in the outputs of these heads."""
+        places = self._passes.setdefault(torch._C._current_graph_task_id(), {})
+        places.setdefault(place, set()).update(heads)
+
+    def of(self, parameter: int) -> set[int]:
+        """The heads whose parameter of this number gets a gradient in the pass at hand."""
+        places = self._passes.get(torch._C._current_graph_task_id(), {})
+        reached = places if self.reached is None else self.reached[parameter]
+        return set().union(*(heads for place, heads in places.items() if place in reached))
 
 
 class _Stack(torch.autograd.Function):
     """Parameters of n heads, those of one name after the other, as a stack for each name.
 
     Back, a head gets a gradient only if its output was used: zero, as ``torch.stack`` gives, would
-    let momentum and weight decay move heads outside the group.
+    let momentum and weight decay move heads outside the group. The first output is the anchor of
+    :class:`_Mark`.
     """
 
     @staticmethod
-    def forward(ctx: Any, used: set[int], n_heads: int, *flat: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, used: _Used, n_heads: int, *flat: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         ctx.used, ctx.n_heads = used, n_heads
         names = range(0, len(flat), n_heads)
-        return tuple(torch.stack(flat[start : start + n_heads]) for start in names)
+        stacks = [torch.stack(flat[start : start + n_heads]) for start in names]
+        return stacks[0].new_empty((), dtype=torch.float32), *stacks
 
     @staticmethod
-    def backward(ctx: Any, *stacks: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: None, *stacks: Tensor | None) -> tuple[Tensor | None, ...]:
         parts: list[Tensor | None] = []
-        for stack in stacks:
-            own = stack.unbind()
-            parts += [own[k] if k in ctx.used else None for k in range(ctx.n_heads)]
+        for n, stack in enumerate(stacks):
+            if stack is None:
+                parts += [None] * ctx.n_heads
+                continue
+            own, used = stack.unbind(), ctx.used.of(n)
+            parts += [own[k] if k in used else None for k in range(ctx.n_heads)]
         return (None, None, *parts)
 
 
 class _Unstack(torch.autograd.Function):
-    """The outputs of single heads; back, notes whose were used."""
+    """The tensors of single heads at one place of their outputs; back, notes whose were used."""
 
     @staticmethod
-    def forward(ctx: Any, used: set[int], stack: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, used: _Used, place: int, anchor: Tensor, stack: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.used = used
-        return stack.unbind()
+        ctx.used, ctx.place, ctx.anchor = used, place, anchor
+        # Tensors of their own, laid out as those of a single head: they may be written to, and
+        # viewed. One copy for all, and no view of it, which autograd would not let be written to.
+        whole = stack.clone(memory_format=torch.contiguous_format)
+        return tuple(part.data for part in whole.unbind())
 
     @staticmethod
-    def backward(ctx: Any, *parts: Tensor | None) -> tuple[None, Tensor | None]:
+    def backward(ctx: Any, *parts: Tensor | None) -> tuple[Tensor | None, ...]:
         found = [part for part in parts if part is not None]
         if not found:
-            return None, None
-        if not ctx.used:  # the first in this backward pass, of which there may be others
-            torch.autograd.Variable._execution_engine.queue_callback(ctx.used.clear)
-        ctx.used.update(k for k, part in enumerate(parts) if part is not None)
+            return None, None, None, None
+        tasks = [k for k, part in enumerate(parts) if part is not None]
+        ctx.used.add(ctx.place, tasks)
         nothing = torch.zeros_like(found[0])
-        return None, torch.stack([nothing if part is None else part for part in parts])
+        stack = torch.stack([nothing if part is None else part for part in parts])
+        if torch.is_grad_enabled():  # of this gradient a gradient will be taken
+            stack = _Mark.apply(ctx.used, ctx.place, tasks, ctx.anchor, stack)  # type: ignore[no-untyped-call]
+        return None, None, None, stack
 
 
-def _parameters(head: nn.Module) -> dict[str, nn.Parameter]:
-    if head._modules:
-        return dict(head.named_parameters())
-    # A linear layer, as a rule, and a thousand of them.
-    return {name: own for name, own in head._parameters.items() if own is not None}
+class _Mark(torch.autograd.Function):
+    """A gradient as it is; a backward pass through it uses the same outputs.
+
+    Such a pass does not come through :class:`_Unstack`. It comes through here, before it comes to
+    :class:`_Stack`, whose output the anchor is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, used: _Used, place: int, tasks: list[int], anchor: Tensor, gradient: Tensor
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.used, ctx.place, ctx.tasks = used, place, tasks
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.used.add(ctx.place, ctx.tasks)
+        return None, None, None, None, gradient
+
+
+def _twin(
+    module: nn.Module, tensors: Mapping[int, Tensor], made: dict[int, nn.Module]
+) -> nn.Module:
+    """The same module with other tensors for its parameters, by their id; the rest is shared."""
+    if (twin := made.get(id(module))) is None:
+        twin = made[id(module)] = object.__new__(type(module))
+        vars(twin).update(vars(module))
+        vars(twin)["_parameters"] = {
+            name: None if parameter is None else tensors[id(parameter)]
+            for name, parameter in module._parameters.items()
+        }
+        vars(twin)["_modules"] = {
+            name: None if part is None else _twin(part, tensors, made)
+            for name, part in module._modules.items()
+        }
+        vars(twin).pop("_compiled_call_impl", None)  # it calls the module
+        if isinstance(module, nn.RNNBase):  # which lists its parameters once more
+            weights = module._flat_weights
+            vars(twin)["_flat_weights"] = [tensors.get(id(own), own) for own in weights]
+    return twin
+
+
+def _held(head: nn.Module) -> nn.Module:
+    """The same head with its parameters kept out of the graph."""
+    parameters = [*head.parameters()]
+    if any(map(is_sharded, parameters)):  # FSDP gathers them when the head itself is called
+        return head
+    return _twin(head, {id(own): own.detach() for own in parameters}, {})
 
 
 def _detached(features: Any) -> Any:
     return tree_map_only(Tensor, Tensor.detach, features)
 
 
+def _without_graph(tasks: Collection[str]) -> AbstractContextManager[None]:
+    """As ``torch.no_grad()``; a head that takes a derivative there is told how it can.
+
+    Args:
+        tasks: whose heads run.
+    """
+    return torch.no_grad() if torch.compiler.is_compiling() else _explained_no_grad(tasks)
+
+
+@contextmanager
+def _explained_no_grad(tasks: Collection[str]) -> Iterator[None]:
+    try:
+        with torch.no_grad():
+            yield
+    except RuntimeError as error:
+        if "not require grad" not in str(error) and "differentiated Tensors" not in str(error):
+            raise
+        raise RuntimeError(
+            f"The head of {listed(sorted(tasks))} takes a derivative, and heads outside the group "
+            "run without a graph; call the model whole, model(x) instead of model(x, group=group), "
+            "or give it inputs that require a gradient."
+        ) from error
+
+
+def _checked_heads(heads: object) -> dict[str, nn.Module]:
+    """The heads by task, as plain strings."""
+    wanted = "heads must be {task: module}, with tasks named by strings as in TaskGroups"
+    if not isinstance(heads, Mapping | nn.ModuleDict):
+        raise TypeError(
+            f"{wanted}, got {type(heads).__name__}; name the task of each, "
+            '{"depth": module, "edges": module}.'
+        )
+    if not heads:
+        raise ValueError("MultiTaskModel needs at least one head, got none.")
+    checked = {}
+    for task, head in heads.items():
+        if not isinstance(task, str) or not task:
+            raise TypeError(f"{wanted}, got the task {task!r}; name it, as in {{'depth': module}}.")
+        if not isinstance(head, nn.Module):
+            raise TypeError(
+                f"The head of task {task!r} must be a module, got {type(head).__name__}."
+            )
+        checked[str.__str__(task)] = head  # NumPy's strings and enumerations are strings as well
+    return checked
+
+
 def kind_of(module: nn.Module) -> str:
     """The same for modules that differ in nothing but the values of their parameters."""
     of_every_module = vars(nn.Module()).keys()
+    numbers: dict[int, int] = {}  # by id, of modules and parameters: shows which are the same
+
+    def number(thing: object) -> int:
+        return numbers.setdefault(id(thing), len(numbers))
+
     return repr(
         [
             (
                 path,
+                number(part),
                 type(part),
+                part.training,
                 {
                     name: value if _is_plain(value) else id(value)
                     for name, value in vars(part).items()
                     if name not in of_every_module
                 },
                 [
-                    (name, tensor.shape, tensor.dtype)
-                    for name, tensor in (*part._parameters.items(), *part._buffers.items())
-                    if tensor is not None
+                    (name, number(own), own.shape, own.dtype, own.device, own.requires_grad)
+                    for name, own in (*part._parameters.items(), *part._buffers.items())
+                    if own is not None
                 ],
             )
-            for path, part in module.named_modules()
+            for path, part in module.named_modules(remove_duplicate=False)
         ]
     )
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -210,3 +211,26 @@ def test_models_are_let_go():
     del norm
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("norm", ["batch", "cumulative", "instance"])
+def test_copies_and_checkpoints_within_it_hold_what_is_kept(norm):
+    """A checkpoint at a signal, say. And the context may be entered twice."""
+    model = make_model(norm)
+    for group in tg.TaskGroups(TASKS, grouping=tg.Singletons()):
+        with tg.statistics_once(model, group), tg.statistics_once(model, group):
+            model(data(2))
+            state = {name: value.clone() for name, value in model.state_dict().items()}
+            twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+            assert model.encoder[1].running_mean.data_ptr()  # is one that may be written to
+        group.skip()
+        after = model.state_dict()
+        assert list(state) == list(after)
+        for twin in twins:
+            assert vars(twin.encoder[1]).keys() == vars(model.encoder[1]).keys()
+        for name, value in after.items():
+            for found in (state, *(twin.state_dict() for twin in twins)):
+                assert torch.equal(found[name], value), name
+    moved = copy.deepcopy(model)
+    moved(data(3))
+    assert not torch.equal(moved.encoder[1].running_mean, model.encoder[1].running_mean)
