@@ -71,8 +71,8 @@ def train_cell(cell: Cell, folder: Path) -> Result:
     Returns:
         ``{"settings", "metrics": {split: {task: value}}, "peak_bytes": of the last batch,
         "steps_per_batch", "groups": groups per batch, "changes": batches after which the partition
-        changed, "partition", "affinity": [K, K] at the end, "skipped": batches for which the method
-        found no weights, "diverged": batch or None}``
+        changed, "partition", "affinity": [K, K] at the end, NaN where it was never observed,
+        "skipped": batches for which the method found no weights, "diverged": batch or None}``
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a run that diverges; the result says so
@@ -119,7 +119,7 @@ def _train(recipe: Recipe, lookahead_every: int | None) -> Result:
         metrics = {split: trainer.evaluate(split) for split in trainer.problem.splits}
         if not all(math.isfinite(v) for values in metrics.values() for v in values.values()):
             diverged = trainer.batch
-    affinity = trainer.groups.affinity.matrix
+    affinity = trainer.affinity()
     if lookaheads:
         affinity = torch.stack(lookaheads).nanmean(0)
     return {

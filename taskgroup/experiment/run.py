@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -73,12 +74,13 @@ class Run:
         _check_empty(out)
         self._set_up(recipe, out)
         out.mkdir(parents=True, exist_ok=True)
-        self._hold: Hold | None = hold(out)
-        _check_empty(out)  # another process may have been quicker
-        self._write_config()
-        self.trainer.problem.keep(self.trainer.model, out)
-        # Before the first record: a run with records and no checkpoint has lost it.
-        self.save()
+        self._hold: Hold | None = None
+        with self._holding():
+            _check_empty(out)  # another process may have been quicker
+            self._write_config()
+            self.trainer.problem.keep(self.trainer.model, out)
+            # Before the first record: a run with records and no checkpoint has lost it.
+            self.save()
 
     def _write_config(self) -> None:
         settings = yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False).encode()
@@ -101,20 +103,31 @@ class Run:
         out = Path(out)
         run = cls.__new__(cls)
         recipe = change_settings(read_settings(out), changes or {})
-        run._hold = hold(out)
-        state = run._read_state(out)
-        run._set_up(recipe, out, recipe if state is None else without_source(recipe, out))
-        if state is not None:
-            run._load(state)
-        run._write_config()
-        for name in _LINES:
-            last = run._cut(out / name)
+        run.out, run._hold = out, None
+        with run._holding():
+            state = run._read_state()
+            run._set_up(recipe, out, recipe if state is None else without_source(recipe, out))
+            if state is not None:
+                run._load(state)
+            run._write_config()
+            for name in _LINES:
+                last = run._cut(out / name)
         run._evaluated = last  # of the evaluations, which come last
         return run
 
-    @staticmethod
-    def _read_state(out: Path) -> dict[str, Any] | None:
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        """Hold the folder, and keep hold of it unless something goes wrong."""
+        self._hold = self._hold or hold(self.out)
+        try:
+            yield
+        except BaseException:
+            self._hold = None
+            raise
+
+    def _read_state(self) -> dict[str, Any] | None:
         """The checkpoint; None of a run that was stopped before it had one."""
+        out = self.out
         if (out / "checkpoint.pt").is_file():
             return read_checkpoint(out)
         lost = [
@@ -148,7 +161,7 @@ class Run:
             raise ValueError(
                 f"{self.out / 'checkpoint.pt'} does not fit the settings in "
                 f"{self.out / 'config.yaml'} ({' '.join(str(error).split())[:200]}); put back the "
-                "two files that belong together."
+                "two files that belong together, or use the taskgroup that wrote them."
             ) from error
         self._saved = self.batch
 
@@ -171,11 +184,10 @@ class Run:
                 checkpoint is written.
             ValueError: if another process trains the run.
         """
-        self._hold = self._hold or hold(self.out)
-        try:
-            return self._train(listen)
-        finally:
-            self._hold = None
+        with self._holding():
+            summary = self._train(listen)
+        self._hold = None
+        return summary
 
     def _train(self, listen: Callable[[Progress], None]) -> dict[str, Any]:
         trainer = self.trainer
@@ -229,14 +241,18 @@ class Run:
     def _record_affinity(self) -> None:
         if self.recipe.method != "selective":
             return
-        self._append_matrix("affinity.jsonl", self.batch, self.trainer.groups.affinity.matrix)
+        self._append_matrix("affinity.jsonl", self.batch, self.trainer.affinity())
 
     def _record_conflicts(self) -> None:
         """Of the batch to come, whose number the line has."""
         self._append_matrix("conflicts.jsonl", self.batch + 1, self.trainer.conflicts())
 
     def _append_matrix(self, name: str, batch: int, matrix: Tensor) -> None:
-        rounded = [[float(f"{value:.5g}") for value in row] for row in matrix.tolist()]
+        """A line with a matrix; null where that is NaN, which JSON does not have."""
+        rounded = [
+            [None if math.isnan(value) else float(f"{value:.5g}") for value in row]
+            for row in matrix.tolist()
+        ]
         self._append(name, {"batch": batch, "tasks": self.trainer.tasks, "matrix": rounded})
 
     def _all_seconds(self) -> dict[str, float]:
@@ -289,7 +305,7 @@ class Run:
         )
         titles = {task: problem.titles[task] for task in trainer.tasks}
         learned = [line for line in history if line["batch"] > self.recipe.warmup]
-        plots.affinity(groups.affinity.matrix, titles, groups.partition, self.out / "affinity.png")
+        plots.affinity(trainer.affinity(), titles, groups.partition, self.out / "affinity.png")
         plots.number_of_groups(
             [len(line["partition"]) for line in history],
             self.recipe.warmup,

@@ -281,6 +281,11 @@ class Trainer:
             buffer.copy_(before)
         return tg.conflicts(tg.task_gram(gradients))
 
+    def affinity(self) -> Tensor:
+        """The affinity that is learned, ``[K, K]``; NaN of an entry that was never observed."""
+        affinity = self.groups.affinity
+        return affinity.matrix.masked_fill(affinity.observed == 0, math.nan)
+
     def lookahead(self) -> Tensor:
         """The inter-task affinity by its definition, ``[K, K]``, on a fresh batch."""
         batch = self._next()

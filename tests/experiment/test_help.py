@@ -18,7 +18,7 @@ def pages(app, path=()):
         name = command.name or function.__name__.replace("_", "-")
         hints = get_type_hints(function, include_extras=True)
         options = [hints[parameter].__metadata__[0].help for parameter in hints.keys() - {"return"}]
-        found[*path, name] = [function.__doc__, *options]
+        found[(*path, name)] = [function.__doc__, *options]
         found[path].append(function.__doc__)
     for group in app.registered_groups:
         found |= pages(group.typer_instance, (*path, group.name))
