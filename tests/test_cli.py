@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 import taskgroup as tg
 from taskgroup import checkpoint
 from taskgroup.cli import app
+from taskgroup.experiment.history import load_run_data
 from taskgroup.experiment.lock import LOCK
 from taskgroup.experiment.recipe import read_recipe
 from taskgroup.experiment.run import Interrupted, Run, load_metrics
@@ -83,6 +85,21 @@ def test_run_leaves_what_it_promises(finished):
     assert [len(line["groups"]) for line in lines[:3]] == [11, 11, 11]
     assert summary["steps"] == sum(len(line["groups"]) for line in lines)
     assert all(set(line["losses"]) == set(TASKONOMY) for line in lines)
+
+
+def test_affinity_is_recorded_as_null_where_it_was_never_observed(finished):
+    out = finished[0].out
+    first, *_, last = (out / "affinity.jsonl").read_text().splitlines()
+    # The last step of a batch is not observed, and every task has been stepped on once.
+    *observed, unobserved = [task for (task,) in load_metrics(out)[0]["groups"]]
+    rows = dict(zip(TASKONOMY, json.loads(first)["matrix"], strict=True))
+    assert rows[unobserved] == [None] * len(TASKONOMY)
+    assert all(any(value is not None for value in rows[task]) for task in observed)
+    recorded = load_run_data(out).affinities
+    assert np.isnan(recorded[0][list(TASKONOMY).index(unobserved)]).all()
+    assert np.isfinite(recorded[-1]).sum() > np.isfinite(recorded[0]).sum()
+    known = finished[0].trainer.groups.affinity.observed > 0
+    assert np.array_equal(np.isfinite(np.array(json.loads(last)["matrix"], float)), known)
 
 
 def test_joint_run_is_the_plain_loop(tmp_path):

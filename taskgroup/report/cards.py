@@ -89,7 +89,7 @@ def affinities(run: RunData, name: str, order: list[int]) -> Card:
     with np.errstate(divide="ignore", invalid="ignore"):
         matrices = np.where(own > 0, measured / own, np.float32(np.nan))
     blank = np.where(np.isnan(measured), "never measured", "no self-affinity yet")
-    hover = "step on %{y}<br>effect on %{x}<br>affinity: %{customdata}<extra></extra>"
+    hover = "step on %{y}<br>effect on %{x}<br>affinity: "
     title = _of_matrices(name, run.affinity_batches, chosen)
     return _matrices(run, title, order, run.affinity_batches[chosen], matrices, hover, blank)
 
@@ -97,7 +97,7 @@ def affinities(run: RunData, name: str, order: list[int]) -> Card:
 def conflicts(run: RunData, name: str, order: list[int]) -> Card:
     """Cosines, as they were measured."""
     chosen = _with_room(run.conflicts)
-    hover = "%{y}<br>%{x}<br>cosine: %{customdata}<extra></extra>"
+    hover = "%{y}<br>%{x}<br>cosine: "
     title = _of_matrices(name, run.conflict_batches, chosen)
     batches, matrices = run.conflict_batches[chosen], run.conflicts[chosen]
     blank = np.full(matrices.shape, "not measured")
@@ -128,19 +128,21 @@ def _matrices(
 ) -> Card:
     """A heatmap with a slider over the batches; it begins with the last one.
 
-    The pointer is told the value, or where that is NaN what ``blank`` has there.
+    The pointer is told ``hover`` and the value, or where that is NaN what ``blank`` has there.
     """
-    matrices = matrices + np.float32(0)  # no -0.0
-    said = np.where(np.isnan(matrices), blank, np.char.mod("%.3f", matrices))
-    matrices, said = (values[:, order][:, :, order] for values in (matrices, said))
+    matrices = matrices[:, order][:, :, order] + np.float32(0)  # no -0.0
+    shown = [
+        _with_words(matrix, hover, words)
+        for matrix, words in zip(matrices, blank[:, order][:, :, order], strict=True)
+    ]
     tasks = [run.tasks[k] for k in order]
     cell = _cell(len(tasks))
     room = _room(tasks, cell)
     side = max(_SLIDER, round(cell * len(tasks)))
     least = max(_SLIDER, round(min(cell, 25) * len(tasks)))
     frames = [
-        go.Frame(name=str(batch), data=[{"type": "heatmap", "z": matrix, "customdata": words}])
-        for batch, matrix, words in zip(batches, matrices, said, strict=True)
+        go.Frame(name=str(batch), data=[{"type": "heatmap", **values}])
+        for batch, values in zip(batches, shown, strict=True)
     ]
     few = len(tasks) <= _FEW
     figure = go.Figure(
@@ -148,8 +150,7 @@ def _matrices(
             "type": "heatmap",
             "x": tasks,
             "y": tasks,
-            "z": matrices[-1],
-            "customdata": said[-1],
+            **shown[-1],
             "zmin": -1,
             "zmax": 1,
             "colorscale": _DIVERGING,
@@ -157,7 +158,6 @@ def _matrices(
             "ygap": 1 if few else 0,
             "texttemplate": "%{z:.1f}" if few else None,
             "textfont": {"size": 10, "color": _INK},
-            "hovertemplate": hover,
             "colorbar": {"thickness": 12, "outlinewidth": 0, "tickvals": [-1, -0.5, 0, 0.5, 1]},
         },
         _layout(
@@ -172,6 +172,17 @@ def _matrices(
     )
     width = side + room + 56
     return Card(name, figure, least + room + 56, max(width, min(800, 2 * width)))
+
+
+def _with_words(matrix: NDArray[np.float32], hover: str, blank: NDArray[np.str_]) -> dict[str, Any]:
+    """A matrix and what the pointer is told of it; words take more room than the numbers."""
+    if not np.isnan(matrix).any():
+        return {"z": matrix, "hovertemplate": f"{hover}%{{z:.3f}}<extra></extra>"}
+    return {
+        "z": matrix,
+        "customdata": np.where(np.isnan(matrix), blank, np.char.mod("%.3f", matrix)),
+        "hovertemplate": f"{hover}%{{customdata}}<extra></extra>",
+    }
 
 
 def _player(frames: Sequence[str]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def write_report(
         _Section(
             "Affinity over time",
             "What a step on one task (row) does to the loss of another (column), in units of what "
-            "a step on that other task does to it: blue serves, red harms. Blank where two tasks "
+            "a step on that other task does to it: blue serves, red harms. Grey where two tasks "
             "have never been measured together, or the other task not by itself. Tasks that often "
             "share a group are side by side.",
             [
