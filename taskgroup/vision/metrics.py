@@ -38,7 +38,8 @@ class MaxF(BinaryPrecisionRecallCurve):
     _BETA_SQUARED = 0.3
 
     def __init__(self) -> None:
-        super().__init__(thresholds=(torch.arange(1, 20) / 20).tolist(), validate_args=False)
+        twentieths = torch.arange(1, 20, dtype=torch.float32, device="cpu") / 20
+        super().__init__(thresholds=twentieths.tolist(), validate_args=False)
 
     def compute(self) -> Tensor:  # type: ignore[override]
         """The F, a scalar; NaN where there is nothing to find."""

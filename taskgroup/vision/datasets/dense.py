@@ -286,7 +286,7 @@ class DenseDataset(Dataset[Samples]):
             return error  # type: ignore[return-value]  # collate drops it
         if self.transform is not None:
             if seed is None:  # from torch's generator, which a DataLoader seeds in its workers
-                seed = int(torch.randint(2**63 - 1, ()))
+                seed = int(torch.randint(2**63 - 1, (), device="cpu"))
             scene = self.transform(scene, np.random.default_rng(seed))
         return self.to_samples(scene)
 
@@ -294,21 +294,22 @@ class DenseDataset(Dataset[Samples]):
         """A scene as tensors, without the dimension B."""
         labels = {task: _channels_first(label) for task, label in scene.labels.items()}
         masks = {task: _channels_first(mask[..., None]) for task, mask in scene.masks.items()}
-        return Samples(self.normalise(_channels_first(scene.image) / 255), labels, masks)
+        return Samples(self.normalise(_channels_first(scene.image).float() / 255), labels, masks)
 
     @classmethod
     def normalise(cls, rgb: torch.Tensor) -> torch.Tensor:
         """Images ``[..., 3, H, W]`` in [0, 1], as the network takes them."""
-        return (rgb - _per_channel(cls.MEAN)) / _per_channel(cls.STD)
+        return (rgb - _per_channel(cls.MEAN, rgb)) / _per_channel(cls.STD, rgb)
 
     @classmethod
     def to_rgb(cls, images: torch.Tensor) -> torch.Tensor:
         """Images ``[..., 3, H, W]`` as the network takes them, in [0, 1] to be shown."""
-        return (images * _per_channel(cls.STD) + _per_channel(cls.MEAN)).clamp(0, 1)
+        std, mean = _per_channel(cls.STD, images), _per_channel(cls.MEAN, images)
+        return (images * std + mean).clamp(0, 1)
 
 
-def _per_channel(values: tuple[float, ...]) -> torch.Tensor:
-    return torch.tensor(values)[:, None, None]
+def _per_channel(values: tuple[float, ...], images: torch.Tensor) -> torch.Tensor:
+    return images.new_tensor(values)[:, None, None]
 
 
 def _channels_first(array: NDArray[Any]) -> torch.Tensor:
