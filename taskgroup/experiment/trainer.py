@@ -356,8 +356,13 @@ def make_model(problem: Problem, tasks: Sequence[str], device: torch.device) -> 
 
     Its weights are drawn on the CPU, so that they are the same for every device.
     """
-    with torch.device("cpu"):
-        return problem.model(tasks).to(device, torch.float32)
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            return problem.model(tasks).to(device)
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def task_names(recipe: Recipe, problem: Problem) -> list[str]:
