@@ -184,7 +184,7 @@ def gone(pid):
     return known is None or known[0] == "Z"
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=180):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "nothing happened"
