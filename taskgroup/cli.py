@@ -14,6 +14,7 @@ try:
     import rich
     import typer
     from rich.markup import escape
+    from typer.core import TyperGroup
 except ImportError as error:
     raise SystemExit(
         f"The command line of taskgroup needs {error.name}; "
@@ -29,7 +30,26 @@ Backbone = Annotated[
 ]
 Size = Annotated[str | None, typer.Option(metavar="HxW", help="What the network sees, pixels.")]
 
+
+class _Verbatim(TyperGroup):
+    """Commands whose help is shown as it is written: rich takes what is in brackets for markup."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        # A group in this one has done its own already.
+        commands = [c for c in self.commands.values() if not isinstance(c, TyperGroup)]
+        for shown in [self, *commands]:
+            shown.help, shown.short_help = _escaped(shown.help), _escaped(shown.short_help)
+            for parameter in shown.params:
+                parameter.help = _escaped(parameter.help)  # type: ignore[attr-defined]
+
+
+def _escaped(text: str | None) -> str | None:
+    return None if text is None else escape(text)
+
+
 app = typer.Typer(
+    cls=_Verbatim,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -37,7 +57,9 @@ app = typer.Typer(
 )
 
 
-data_app = typer.Typer(no_args_is_help=True, help="Check a data set, or write a tiny one.")
+data_app = typer.Typer(
+    cls=_Verbatim, no_args_is_help=True, help="Check a data set, or write a tiny one."
+)
 app.add_typer(data_app, name="data")
 
 
@@ -246,7 +268,7 @@ def check(
     quick: Annotated[bool, typer.Option("--quick", help="Compare names, read nothing.")] = False,
     workers: Annotated[int | None, typer.Option(help="Processes that read [one per core].")] = None,
 ) -> None:
-    """Check a data set: counts, missing files, wrong sizes and types; status 1 if any."""
+    """Check a data set: missing files, wrong sizes, types and values; status 1 if any."""
     with _errors_in_words():
         _check(root, quick, workers)
 
@@ -266,7 +288,9 @@ def mini(
             f"taskgroup train {name} --data {root} --backbone tiny --size 64x64 --batches 50 "
             "--set lr=1e-3 --set warmup=5"
         )
-        rich.get_console().print(f"Train on them: {command}", soft_wrap=True, highlight=False)
+        rich.get_console().print(
+            f"Train on them: {command}", soft_wrap=True, markup=False, highlight=False
+        )
 
 
 @contextmanager
@@ -366,7 +390,7 @@ def _compare(
         table = comparison.run(display.update, jobs)
     for shown in report.tables(table):
         console.print(shown)
-    (comparison.out / f"{preset_name}.md").write_text(report.markdown(table, _command()), "utf-8")
+    _write(comparison.out / f"{preset_name}.md", report.markdown(table, _command()))
     report.write_csv(table, comparison.out / f"{preset_name}.csv")
     report.delta_m_plot(table, comparison.out / f"{preset_name}.png")
     _say_where(f"Tables and picture ({preset_name}.md, .csv and .png)", comparison.out)
@@ -400,7 +424,7 @@ def _affinity_gain(
         gains = measured.run(display.update, jobs)
     for shown in report.tables(gains):
         console.print(shown)
-    (measured.out / "gains.md").write_text(report.markdown(gains, _command()), "utf-8")
+    _write(measured.out / "gains.md", report.markdown(gains, _command()))
     report.write_csv(gains, measured.out / "gains.csv")
     report.affinity_gain_plot(gains, measured.out / "gains.png")
     _say_where("Tables and picture", measured.out)
@@ -452,7 +476,7 @@ def _evaluate(
         title = f"{run}, {trained.batch} batches, {split}"
         console.print(evaluation_table(title, metrics, problem, baseline, delta))
         if save is not None:
-            save.write_text(yaml.safe_dump(saved, sort_keys=False))
+            _write(save, yaml.safe_dump(saved, sort_keys=False))
     if save is not None:
         _say_where("The metrics", save)
 
@@ -549,6 +573,13 @@ def _stoppable() -> Iterator[None]:
 def _command() -> str:
     """What was typed."""
     return shlex.join(["taskgroup", *sys.argv[1:]])
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: what was there before may be of hours."""
+    from taskgroup.checkpoint import write_atomically
+
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _say_where(what: str, folder: Path) -> None:

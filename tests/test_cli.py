@@ -3,9 +3,13 @@
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,6 +18,8 @@ from typer.testing import CliRunner
 import taskgroup as tg
 from taskgroup import checkpoint
 from taskgroup.cli import app
+from taskgroup.experiment.history import load_run_data
+from taskgroup.experiment.lock import LOCK
 from taskgroup.experiment.recipe import read_recipe
 from taskgroup.experiment.run import Interrupted, Run, load_metrics
 from taskgroup.experiment.trainer import Trainer
@@ -76,9 +82,24 @@ def test_run_leaves_what_it_promises(finished):
     assert 0 < summary["share_outside_model"] < 1
     lines = load_metrics(run.out)
     assert [line["batch"] for line in lines] == list(range(1, 9))
-    assert [len(line["groups"]) for line in lines[:3]] == [11, 11, 11]
+    assert [len(line["groups"]) for line in lines[:2]] == [11, 11]  # the warm-up
     assert summary["steps"] == sum(len(line["groups"]) for line in lines)
     assert all(set(line["losses"]) == set(TASKONOMY) for line in lines)
+
+
+def test_affinity_is_recorded_as_null_where_it_was_never_observed(finished):
+    out = finished[0].out
+    first, *_, last = (out / "affinity.jsonl").read_text().splitlines()
+    # The last step of a batch is not observed, and every task has been stepped on once.
+    *observed, unobserved = [task for (task,) in load_metrics(out)[0]["groups"]]
+    rows = dict(zip(TASKONOMY, json.loads(first)["matrix"], strict=True))
+    assert rows[unobserved] == [None] * len(TASKONOMY)
+    assert all(any(value is not None for value in rows[task]) for task in observed)
+    recorded = load_run_data(out).affinities
+    assert np.isnan(recorded[0][list(TASKONOMY).index(unobserved)]).all()
+    assert np.isfinite(recorded[-1]).sum() > np.isfinite(recorded[0]).sum()
+    known = finished[0].trainer.groups.affinity.observed > 0
+    assert np.array_equal(np.isfinite(np.array(json.loads(last)["matrix"], float)), known)
 
 
 def test_joint_run_is_the_plain_loop(tmp_path):
@@ -173,11 +194,90 @@ def test_run_killed_at_random_goes_on(finished, tmp_path):
     assert_same_run(out, finished[0].out)
 
 
-def test_run_killed_before_its_first_checkpoint_starts_again(finished, tmp_path):
+def test_run_killed_before_its_first_batch_is_done_starts_again(finished, tmp_path):
     run = Run(small(), tmp_path / "run")
     (run.out / "metrics.jsonl").write_text('{"batch": 1}\n')
     Run.resume(run.out).train()
     assert_same_run(run.out, finished[0].out)
+
+
+def test_run_killed_while_it_was_set_up_starts_again(tmp_path):
+    run = Run(small(batches=1), tmp_path / "run")
+    (run.out / "checkpoint.pt").unlink()
+    (run.out / "metrics.jsonl").write_text("")
+    assert Run.resume(run.out).batch == 0
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def resumed(out, *arguments):
+    return CliRunner().invoke(app, ["train", "--resume", str(out), *arguments])
+
+
+def assert_refused(out, said, *arguments):
+    """With a sentence, and nothing in the folder has changed."""
+    before = contents(out)
+    result = resumed(out, *arguments)
+    assert result.exit_code == 2, result.output
+    assert re.search(said, result.output), result.output
+    assert contents(out) == before
+
+
+def test_records_without_their_checkpoint_are_kept(finished, tmp_path):
+    out = shutil.copytree(finished[0].out, tmp_path / "run")
+    whole = (out / "checkpoint.pt").read_bytes()
+    (out / "checkpoint.pt").unlink()
+    said = (
+        r"has no checkpoint.pt to go on from, but \['metrics.jsonl', .*'summary.json'\] of a train"
+    )
+    # Nor are the settings changed.
+    assert_refused(out, said, "--set", "checkpoint_every=7")
+    (out / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    assert_refused(out, r"checkpoint.pt cannot be read as a checkpoint", "--set", "workers=0")
+    other = Run(small(dim=8), tmp_path / "other").out
+    (out / "checkpoint.pt").write_bytes((other / "checkpoint.pt").read_bytes())
+    assert_refused(
+        out, r"does not fit the settings in .*config.yaml \(.*\); put back the two files"
+    )
+    (out / "checkpoint.pt").unlink()
+    for name in ("metrics.jsonl", "summary.json"):
+        (out / name).unlink()
+    assert_refused(
+        out, r"but \['affinity.jsonl', 'seconds.jsonl', 'conflicts.jsonl'\] of a training"
+    )
+    before = contents(out)
+    result = invoke("--out", out)
+    assert result.exit_code == 2
+    assert "is not empty" in result.output
+    assert contents(out) == before
+
+
+def test_resume_of_a_finished_run_rewrites_no_record(finished, tmp_path):
+    out = shutil.copytree(finished[0].out, tmp_path / "run")
+    (out / "metrics.jsonl").chmod(0o444)
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.jsonl")}
+    assert resumed(out).exit_code == 0
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("*.jsonl")} == times
+
+
+def test_a_line_cut_short_is_not_read(finished, tmp_path):
+    lines = (finished[0].out / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(lines[:-5])
+    assert len(load_metrics(tmp_path)) == 7
+
+
+def test_two_processes_do_not_train_one_run(tmp_path):
+    run = Run(small(batches=2), tmp_path / "run")
+    before = contents(run.out)
+    command = [sys.executable, "-c", "from taskgroup.cli import app; app()", "train", "--resume"]
+    done = subprocess.run([*command, run.out], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert f"{run.out} is in use by process {os.getpid()} on" in done.stdout
+    assert contents(run.out) == before
+    run.train()
+    assert not (run.out / LOCK).exists()
 
 
 def test_failed_write_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -284,6 +384,10 @@ def test_recipe_from_a_file(tmp_path):
         (["--set", "outside=freeze"], "'hold' or 'coast', got 'freeze'"),
         (["--set", "decay=2"], r"decay must be in \(0, 1\]"),
         (["--batches", "0"], "batches must be at least 1"),
+        (["--set", "attention_heads=0"], "attention_heads must be at least 1"),
+        (["--set", "dropout=1.5"], r"dropout must be in \[0, 1\], got 1.5"),
+        (["--seed", "-1"], "seed must be a number from 0"),
+        (["--seed", "99999999999999999999"], "seed must be a number from 0"),
         (["--method", "jiont"], "no method 'jiont'; the methods are joint, "),
         (["--grouping", "kmeans"], "affinity-propagation, .*kmeans:M.* groups, got 'kmeans'"),
         (["--set", "tasks=normal,edges"], "motorcycle has no task 'edges'; its tasks are depth_"),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from taskgroup.experiment.cell import Cell, open_folder
+from taskgroup.experiment.lock import hold
 from taskgroup.experiment.problem import Problem, make_problem
 from taskgroup.experiment.recipe import Recipe
 from taskgroup.experiment.trainer import task_names
@@ -114,11 +115,12 @@ class AffinityGain:
 
         Raises:
             RuntimeError: if runs failed, or a worker process died; the others are kept.
+            ValueError: if another process runs in the folder.
         """
         pairs = itertools.combinations(self.tasks, 2)
         trained = [self._joint(task) for task in self.tasks] + [self._joint(*p) for p in pairs]
         found = [self._affinity(kind) for kind in self._kinds()]
-        with Workers(self._cells, jobs) as workers:
+        with hold(self.out), Workers(self._cells, jobs) as workers:
             workers.run("training pairs", list(itertools.chain(*trained)), listen)
             workers.run("measuring affinities", list(itertools.chain(*found)), listen)
         if workers.failed:

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import taskgroup as tg
+from taskgroup.experiment.lock import hold, is_empty
 from taskgroup.experiment.memory import peak_bytes
 from taskgroup.experiment.recipe import Recipe, read_recipe
 from taskgroup.experiment.trainer import Trainer
@@ -70,8 +71,8 @@ def train_cell(cell: Cell, folder: Path) -> Result:
     Returns:
         ``{"settings", "metrics": {split: {task: value}}, "peak_bytes": of the last batch,
         "steps_per_batch", "groups": groups per batch, "changes": batches after which the partition
-        changed, "partition", "affinity": [K, K] at the end, "skipped": batches for which the method
-        found no weights, "diverged": batch or None}``
+        changed, "partition", "affinity": [K, K] at the end, NaN where it was never observed,
+        "skipped": batches for which the method found no weights, "diverged": batch or None}``
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a run that diverges; the result says so
@@ -118,7 +119,7 @@ def _train(recipe: Recipe, lookahead_every: int | None) -> Result:
         metrics = {split: trainer.evaluate(split) for split in trainer.problem.splits}
         if not all(math.isfinite(v) for values in metrics.values() for v in values.values()):
             diverged = trainer.batch
-    affinity = trainer.groups.affinity.matrix
+    affinity = trainer.affinity()
     if lookaheads:
         affinity = torch.stack(lookaheads).nanmean(0)
     return {
@@ -155,7 +156,7 @@ def open_folder(folder: Path, recipe: Recipe) -> Path:
                 f"({', '.join(f'{k}: {there[k]}' for k in differing)}); name another folder with "
                 "--out, or keep to the settings it has."
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or not is_empty(folder)):
         raise ValueError(f"{folder} is not empty and holds no runs; name another with --out.")
     try:
         (folder / "cells").mkdir(parents=True, exist_ok=True)
@@ -165,7 +166,8 @@ def open_folder(folder: Path, recipe: Recipe) -> Path:
         ) from None
     if not file.is_file():
         text = yaml.safe_dump(settings, sort_keys=False)
-        tg.checkpoint.write_atomically(file, lambda opened: opened.write(text.encode()))
+        with hold(folder):
+            tg.checkpoint.write_atomically(file, lambda opened: opened.write(text.encode()))
     return folder / "cells"
 
 

@@ -14,6 +14,7 @@ import yaml
 import taskgroup as tg
 from taskgroup.experiment.cell import Cell, Result, open_folder
 from taskgroup.experiment.evaluation import delta_m
+from taskgroup.experiment.lock import hold
 from taskgroup.experiment.presets import JOINT, REFERENCE, Variant
 from taskgroup.experiment.problem import Problem, make_problem
 from taskgroup.experiment.recipe import Recipe
@@ -223,9 +224,10 @@ class Comparison:
 
         Raises:
             RuntimeError: if a worker process died; what was finished is kept.
+            ValueError: if another process runs in the folder.
         """
         wanted = {budget.name for budget in self.budgets}
-        with Workers(self._cells, jobs) as workers:
+        with hold(self.out), Workers(self._cells, jobs) as workers:
             workers.run("as many batches", self._single() + self._by("batches"), listen)
             self._single_metrics = None
             self._measure_costs(workers)

@@ -31,7 +31,7 @@ class PublishedCredit(tg.Grouping):
     def __init__(
         self, n_tasks: int, decay: float, grouping: Callable[[Tensor], Tensor | None]
     ) -> None:
-        self._matrix = torch.zeros(n_tasks, n_tasks)
+        self._matrix = torch.zeros(n_tasks, n_tasks, dtype=torch.float32, device="cpu")
         self._decay = decay
         self._grouping = grouping
         self._before: Tensor | None = None

@@ -14,7 +14,7 @@ import yaml
 import taskgroup as tg
 from taskgroup.experiment.problem import Problem, make_problem
 from taskgroup.experiment.recipe import CHANGEABLE, Recipe, read_recipe
-from taskgroup.experiment.trainer import find_device, task_names
+from taskgroup.experiment.trainer import find_device, make_model, task_names
 from taskgroup.sentences import listed
 
 __all__ = [
@@ -63,7 +63,7 @@ def load_trained(run: str | Path, changes: Mapping[str, Any] | None = None) -> T
     recipe = change_settings(read_settings(run), changes or {})
     state = read_checkpoint(run)
     problem = make_problem(without_source(recipe, run))
-    model = problem.model(task_names(recipe, problem)).to(find_device(recipe.device))
+    model = make_model(problem, task_names(recipe, problem), find_device(recipe.device))
     model.load_state_dict(state["trainer"]["model"])
     return Trained(recipe, problem, model.eval(), state["trainer"]["batch"])
 

@@ -17,7 +17,7 @@ from taskgroup.experiment.evaluation import load_summary, read_settings
 from taskgroup.experiment.recipe import Recipe
 from taskgroup.report.history import RunData
 
-__all__ = ["load_run_data", "load_runs"]
+__all__ = ["load_run_data", "load_runs", "read_lines"]
 
 
 def load_run_data(run: str | Path) -> RunData:
@@ -61,7 +61,7 @@ def load_runs(runs: Iterable[str | Path]) -> tuple[list[RunData], list[str]]:
 
 def _load(run: Path) -> RunData:
     recipe = read_settings(run)
-    lines = _lines(run / "metrics.jsonl")
+    lines = read_lines(run / "metrics.jsonl")
     first = next(lines, None)
     tasks = _task_order(run, first)
     batches, steps, groups, losses = [], [], [], []
@@ -100,8 +100,12 @@ def _load(run: Path) -> RunData:
     )
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file, but for one cut short at the end; none without the file."""
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file, but for one cut short at the end; none without the file.
+
+    Raises:
+        ValueError: if another line cannot be read.
+    """
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -120,7 +124,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def _task_order(run: Path, first: Mapping[str, Any] | None) -> tuple[str, ...]:
     """The tasks in the order of the matrices; none before the first batch."""
     for name in ("affinity.jsonl", "conflicts.jsonl"):
-        if (recorded := next(_lines(run / name), None)) is not None:
+        if (recorded := next(read_lines(run / name), None)) is not None:
             return tuple(recorded["tasks"])
     return tuple(task for group in first["partition"] for task in group) if first else ()
 
@@ -148,14 +152,14 @@ def _seconds(run: Path, summary: Mapping[str, Any] | None) -> dict[str, float] |
         batches, seconds = summary["batches"], summary.get("seconds", {})
         everything = {"everything": summary["seconds_per_batch"]}
         return {name: s / batches for name, s in seconds.items()} | everything
-    for last in deque(_lines(run / "seconds.jsonl"), maxlen=1):
+    for last in deque(read_lines(run / "seconds.jsonl"), maxlen=1):
         return {name: s / last["batch"] for name, s in last["seconds"].items()}
     return None
 
 
 def _matrices(path: Path, n_tasks: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The batches ``[N]`` and matrices ``[N, K, K]`` of a file, if there is one."""
-    lines = list(_lines(path)) if n_tasks else []
+    lines = list(read_lines(path)) if n_tasks else []
     batches = np.array([line["batch"] for line in lines], np.int64)
     matrices = _float32([line["matrix"] for line in lines])
     return batches, matrices.reshape(len(lines), n_tasks, n_tasks)
@@ -163,7 +167,7 @@ def _matrices(path: Path, n_tasks: int) -> tuple[NDArray[np.int64], NDArray[np.f
 
 def _evaluations(path: Path, tasks: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The batches ``[E]`` and metrics ``[E, K]`` of a file, if there is one."""
-    lines = list(_lines(path))
+    lines = list(read_lines(path))
     batches = np.array([line["batch"] for line in lines], np.int64)
     metrics = _float32([[line["metrics"].get(task, np.nan) for task in tasks] for line in lines])
     return batches, metrics.reshape(len(lines), len(tasks))

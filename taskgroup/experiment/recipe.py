@@ -148,7 +148,10 @@ class Recipe:
         for field in dataclasses.fields(self):
             value = _typed(field.name, str(field.type), getattr(self, field.name))
             object.__setattr__(self, field.name, value)
-        for name in ("batch_size", "patch", "dim", "depth", "batches", "checkpoint_every"):
+        for name in (
+            *("batch_size", "patch", "dim", "depth", "attention_heads"),
+            *("batches", "checkpoint_every"),
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("evaluate_every", "conflicts_every"):
@@ -156,6 +159,10 @@ class Recipe:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.workers < 0:
             raise ValueError(f"workers must not be negative, got {self.workers}.")
+        if not 0 <= self.seed < 2**62:  # comparisons count on from it
+            raise ValueError(f"seed must be a number from 0 to 2**62, got {self.seed}.")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout must be in [0, 1], got {self.dropout}.")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}.")
         for name in ("lr", "head_lr", "weight_decay", "poly_power"):

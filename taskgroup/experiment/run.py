@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,10 +27,13 @@ from taskgroup.experiment.evaluation import (
     read_settings,
     without_source,
 )
+from taskgroup.experiment.history import read_lines
+from taskgroup.experiment.lock import Hold, hold, is_empty
 from taskgroup.experiment.problem import make_problem
 from taskgroup.experiment.recipe import Recipe
 from taskgroup.experiment.trainer import MODEL_SECTIONS, Progress, Trainer, task_names
 from taskgroup.report import plots
+from taskgroup.sentences import listed
 
 __all__ = ["Interrupted", "Run", "load_metrics"]
 
@@ -39,6 +43,7 @@ _LINES = (
     *("metrics.jsonl", "affinity.jsonl", "seconds.jsonl", "conflicts.jsonl"),
     "evaluations.jsonl",  # the last one; Run.resume relies on it
 )
+_RECORDED = (*_LINES, "summary.json")  # what a run must not lose
 
 
 class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
@@ -52,7 +57,8 @@ class Run:
     ``seconds.jsonl``, the matrix and the time so far up to 400 times a run; ``conflicts.jsonl`` and
     ``evaluations.jsonl`` where the recipe wants any on the way; ``checkpoint.pt``; TensorBoard
     events; and, at the end, ``summary.json`` and pictures. A run that was stopped, even by SIGKILL,
-    goes on exactly from its last checkpoint.
+    goes on exactly from its last checkpoint, of which there is one from the beginning. No other
+    process can write to the folder until the training has ended.
 
     Args:
         recipe: the settings.
@@ -60,19 +66,21 @@ class Run:
 
     Raises:
         ValueError: if the folder is in use, or the recipe's baseline has no summary.
+        OSError: if the folder cannot be written to.
     """
 
     def __init__(self, recipe: Recipe, out: str | Path) -> None:
         out = Path(out)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(
-                f"{out} exists and is not empty; name another folder with --out, or go on with it "
-                f"by --resume {out}."
-            )
+        _check_empty(out)
         self._set_up(recipe, out)
         out.mkdir(parents=True, exist_ok=True)
-        self._write_config()
-        self.trainer.problem.keep(self.trainer.model, out)
+        self._hold: Hold | None = None
+        with self._holding():
+            _check_empty(out)  # another process may have been quicker
+            self._write_config()
+            self.trainer.problem.keep(self.trainer.model, out)
+            # Before the first record: a run with records and no checkpoint has lost it.
+            self.save()
 
     def _write_config(self) -> None:
         settings = yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False).encode()
@@ -89,23 +97,49 @@ class Run:
                 :data:`~taskgroup.experiment.recipe.CHANGEABLE` that are others now.
 
         Raises:
-            ValueError: if there is no run, or its checkpoint cannot be read.
+            ValueError: if there is no run, its checkpoint is lost or cannot be read, or another
+                process trains it. Nothing in the folder has changed then.
         """
         out = Path(out)
         run = cls.__new__(cls)
         recipe = change_settings(read_settings(out), changes or {})
-        started = (out / "checkpoint.pt").is_file()
-        run._set_up(recipe, out, without_source(recipe, out) if started else recipe)
-        run._write_config()
-        if started:
-            state = read_checkpoint(out)
-            run.trainer.load_state_dict(state["trainer"])
-            run._seconds = state["seconds"]
-            run._saved = run.batch
-        for name in _LINES:
-            last = run._cut(out / name)
+        run.out, run._hold = out, None
+        with run._holding():
+            state = run._read_state()
+            run._set_up(recipe, out, recipe if state is None else without_source(recipe, out))
+            if state is not None:
+                run._load(state)
+            run._write_config()
+            for name in _LINES:
+                last = run._cut(out / name)
         run._evaluated = last  # of the evaluations, which come last
         return run
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        """Hold the folder, and keep hold of it unless something goes wrong."""
+        self._hold = self._hold or hold(self.out)
+        try:
+            yield
+        except BaseException:
+            self._hold = None
+            raise
+
+    def _read_state(self) -> dict[str, Any] | None:
+        """The checkpoint; None of a run that was stopped before it had one."""
+        out = self.out
+        if (out / "checkpoint.pt").is_file():
+            return read_checkpoint(out)
+        lost = [
+            name for name in _RECORDED if (out / name).is_file() and (out / name).stat().st_size
+        ]
+        if lost:
+            raise ValueError(
+                f"{out} has no checkpoint.pt to go on from, but {listed(lost)} of a training, "
+                "which would be lost; put its checkpoint.pt back, or train in another folder with "
+                "--out."
+            )
+        return None
 
     def _set_up(self, recipe: Recipe, out: Path, built: Recipe | None = None) -> None:
         self.recipe = recipe
@@ -118,6 +152,18 @@ class Run:
             tasks = task_names(recipe, make_problem(recipe))
             self._baseline = read_baseline(recipe.baseline, tasks)
         self.trainer = Trainer(built or recipe)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        try:
+            self.trainer.load_state_dict(state["trainer"])
+            self._seconds = state["seconds"]
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{self.out / 'checkpoint.pt'} does not fit the settings in "
+                f"{self.out / 'config.yaml'} ({' '.join(str(error).split())[:200]}); put back the "
+                "two files that belong together, or use the taskgroup that wrote them."
+            ) from error
+        self._saved = self.batch
 
     @property
     def batch(self) -> int:
@@ -136,7 +182,14 @@ class Run:
         Raises:
             Interrupted: at the first SIGINT or SIGTERM, once the batch at hand is done and a
                 checkpoint is written.
+            ValueError: if another process trains the run.
         """
+        with self._holding():
+            summary = self._train(listen)
+        self._hold = None
+        return summary
+
+    def _train(self, listen: Callable[[Progress], None]) -> dict[str, Any]:
         trainer = self.trainer
         with (
             _stop_signals() as stop,
@@ -188,14 +241,18 @@ class Run:
     def _record_affinity(self) -> None:
         if self.recipe.method != "selective":
             return
-        self._append_matrix("affinity.jsonl", self.batch, self.trainer.groups.affinity.matrix)
+        self._append_matrix("affinity.jsonl", self.batch, self.trainer.affinity())
 
     def _record_conflicts(self) -> None:
         """Of the batch to come, whose number the line has."""
         self._append_matrix("conflicts.jsonl", self.batch + 1, self.trainer.conflicts())
 
     def _append_matrix(self, name: str, batch: int, matrix: Tensor) -> None:
-        rounded = [[float(f"{value:.5g}") for value in row] for row in matrix.tolist()]
+        """A line with a matrix; null where that is NaN, which JSON does not have."""
+        rounded = [
+            [None if math.isnan(value) else float(f"{value:.5g}") for value in row]
+            for row in matrix.tolist()
+        ]
         self._append(name, {"batch": batch, "tasks": self.trainer.tasks, "matrix": rounded})
 
     def _all_seconds(self) -> dict[str, float]:
@@ -248,7 +305,7 @@ class Run:
         )
         titles = {task: problem.titles[task] for task in trainer.tasks}
         learned = [line for line in history if line["batch"] > self.recipe.warmup]
-        plots.affinity(groups.affinity.matrix, titles, groups.partition, self.out / "affinity.png")
+        plots.affinity(trainer.affinity(), titles, groups.partition, self.out / "affinity.png")
         plots.number_of_groups(
             [len(line["partition"]) for line in history],
             self.recipe.warmup,
@@ -284,22 +341,34 @@ class Run:
             return 0
         lines = path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if 1 <= _batch_of(line) <= self.batch]
-        tg.checkpoint.write_atomically(path, lambda file: file.writelines(kept))
+        if len(kept) < len(lines):
+            tg.checkpoint.write_atomically(path, lambda file: file.writelines(kept))
         return _batch_of(kept[-1]) if kept else 0
 
 
 def _batch_of(line: bytes) -> int:
-    """The batch that a line is about; 0 for one cut short."""
+    """The batch that a line is about; 0 for one that cannot be read."""
     try:
         return int(json.loads(line)["batch"]) if line.endswith(b"\n") else 0
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         return 0
 
 
+def _check_empty(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or not is_empty(out)):
+        raise ValueError(
+            f"{out} exists and is not empty; name another folder with --out, or go on with it "
+            f"by --resume {out}."
+        )
+
+
 def load_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl`` of a run."""
-    with (Path(run) / "metrics.jsonl").open() as file:
-        return [json.loads(line) for line in file]
+    """The lines of ``metrics.jsonl`` of a run, but for one cut short at the end.
+
+    Raises:
+        ValueError: if another line cannot be read.
+    """
+    return list(read_lines(Path(run) / "metrics.jsonl"))
 
 
 class _Stop:

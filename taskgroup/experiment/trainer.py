@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from taskgroup.experiment.credit import PublishedCredit
 from taskgroup.experiment.problem import Problem, make_problem
 from taskgroup.experiment.recipe import Recipe
 
-__all__ = ["MODEL_SECTIONS", "Progress", "Trainer", "find_device", "task_names"]
+__all__ = ["MODEL_SECTIONS", "Progress", "Trainer", "find_device", "make_model", "task_names"]
 
 #: What a user would pay for without taskgroup, of the parts of a batch that are timed.
 MODEL_SECTIONS = ("forward", "loss", "backward", "optimizer")
@@ -81,7 +81,7 @@ class Trainer:
         self._stream = self.problem.batches(recipe.batch_size, recipe.seed)
 
         torch.manual_seed(recipe.seed)
-        self.model = self.problem.model(self.tasks).to(self.device)
+        self.model = make_model(self.problem, self.tasks, self.device)
         self.groups = self._make_groups()
         self._method = self._make_method()
         head_lr = recipe.lr if recipe.head_lr is None else recipe.head_lr
@@ -281,6 +281,11 @@ class Trainer:
             buffer.copy_(before)
         return tg.conflicts(tg.task_gram(gradients))
 
+    def affinity(self) -> Tensor:
+        """The affinity that is learned, ``[K, K]``; NaN of an entry that was never observed."""
+        affinity = self.groups.affinity
+        return affinity.matrix.masked_fill(affinity.observed == 0, math.nan)
+
     def lookahead(self) -> Tensor:
         """The inter-task affinity by its definition, ``[K, K]``, on a fresh batch."""
         batch = self._next()
@@ -344,6 +349,20 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def make_model(problem: Problem, tasks: Sequence[str], device: torch.device) -> tg.MultiTaskModel:
+    """The network of a problem in float32 on a device, whatever torch's defaults are.
+
+    Its weights are drawn on the CPU, so that they are the same for every device.
+    """
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            return problem.model(tasks).to(device)
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def task_names(recipe: Recipe, problem: Problem) -> list[str]:

@@ -78,7 +78,8 @@ def write_csv(gains: Any, path: str | os.PathLike[str]) -> None:
             for k, task in enumerate(gains.tasks):
                 if i != k:
                     values = [gains.gain[i, k], *(found[i, k] for found in gains.affinity.values())]
-                    writer.writerow([other, task, *(f"{value:.6g}" for value in values)])
+                    known = ["" if math.isnan(value) else f"{value:.6g}" for value in values]
+                    writer.writerow([other, task, *known])
 
 
 def affinity_gain_plot(gains: Any, path: str | os.PathLike[str]) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from taskgroup.report import history
 from taskgroup.report.history import RunData
+from taskgroup.report.plots import BLANK
 from taskgroup.report.thinning import Thinned, evenly, thin
 
 try:
@@ -78,24 +79,29 @@ class Card(NamedTuple):
 
 
 def affinities(run: RunData, name: str, order: list[int]) -> Card:
-    """Each column in units of its task's self-affinity; blank where it has none."""
+    """Each column in units of its task's self-affinity; blank where it has none.
+
+    Blank as well where the affinity was never measured.
+    """
     chosen = _with_room(run.affinities)
-    matrices = run.affinities[chosen]
-    own = matrices.diagonal(axis1=1, axis2=2)[:, None, :]
+    measured = run.affinities[chosen]
+    own = measured.diagonal(axis1=1, axis2=2)[:, None, :]
     with np.errstate(divide="ignore", invalid="ignore"):
-        matrices = np.where(own > 0, matrices / own, np.float32(np.nan))
-    hover = "step on %{y}<br>effect on %{x}<br>affinity %{z:.3f}<extra></extra>"
+        matrices = np.where(own > 0, measured / own, np.float32(np.nan))
+    blank = np.where(np.isnan(measured), "never measured", "no self-affinity yet")
+    hover = "step on %{y}<br>effect on %{x}<br>affinity: "
     title = _of_matrices(name, run.affinity_batches, chosen)
-    return _matrices(run, title, order, run.affinity_batches[chosen], matrices, hover)
+    return _matrices(run, title, order, run.affinity_batches[chosen], matrices, hover, blank)
 
 
 def conflicts(run: RunData, name: str, order: list[int]) -> Card:
     """Cosines, as they were measured."""
     chosen = _with_room(run.conflicts)
-    hover = "%{y}<br>%{x}<br>cosine %{z:.3f}<extra></extra>"
+    hover = "%{y}<br>%{x}<br>cosine: "
     title = _of_matrices(name, run.conflict_batches, chosen)
     batches, matrices = run.conflict_batches[chosen], run.conflicts[chosen]
-    return _matrices(run, title, order, batches, matrices, hover)
+    blank = np.full(matrices.shape, "not measured")
+    return _matrices(run, title, order, batches, matrices, hover, blank)
 
 
 def _with_room(matrices: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -118,17 +124,25 @@ def _matrices(
     batches: NDArray[np.int64],
     matrices: NDArray[np.float32],
     hover: str,
+    blank: NDArray[np.str_],
 ) -> Card:
-    """A heatmap with a slider over the batches; it begins with the last one."""
+    """A heatmap with a slider over the batches; it begins with the last one.
+
+    The pointer is told ``hover`` and the value, or where that is NaN what ``blank`` has there.
+    """
     matrices = matrices[:, order][:, :, order] + np.float32(0)  # no -0.0
+    shown = [
+        _with_words(matrix, hover, words)
+        for matrix, words in zip(matrices, blank[:, order][:, :, order], strict=True)
+    ]
     tasks = [run.tasks[k] for k in order]
     cell = _cell(len(tasks))
     room = _room(tasks, cell)
     side = max(_SLIDER, round(cell * len(tasks)))
     least = max(_SLIDER, round(min(cell, 25) * len(tasks)))
     frames = [
-        go.Frame(name=str(batch), data=[{"type": "heatmap", "z": matrix}])
-        for batch, matrix in zip(batches, matrices, strict=True)
+        go.Frame(name=str(batch), data=[{"type": "heatmap", **values}])
+        for batch, values in zip(batches, shown, strict=True)
     ]
     few = len(tasks) <= _FEW
     figure = go.Figure(
@@ -136,7 +150,7 @@ def _matrices(
             "type": "heatmap",
             "x": tasks,
             "y": tasks,
-            "z": matrices[-1],
+            **shown[-1],
             "zmin": -1,
             "zmax": 1,
             "colorscale": _DIVERGING,
@@ -144,7 +158,6 @@ def _matrices(
             "ygap": 1 if few else 0,
             "texttemplate": "%{z:.1f}" if few else None,
             "textfont": {"size": 10, "color": _INK},
-            "hovertemplate": hover,
             "colorbar": {"thickness": 12, "outlinewidth": 0, "tickvals": [-1, -0.5, 0, 0.5, 1]},
         },
         _layout(
@@ -152,12 +165,24 @@ def _matrices(
             margin={"l": room, "r": 56, "t": 84, "b": room},
             xaxis=_named_axis(tasks, cell, tickangle=-90),
             yaxis=_named_axis(tasks, cell, autorange="reversed"),
+            plot_bgcolor=BLANK if np.isnan(matrices).any() else "rgba(0,0,0,0)",
             **(_player([frame.name for frame in frames]) if len(frames) > 1 else {}),
         ),
         frames,
     )
     width = side + room + 56
     return Card(name, figure, least + room + 56, max(width, min(800, 2 * width)))
+
+
+def _with_words(matrix: NDArray[np.float32], hover: str, blank: NDArray[np.str_]) -> dict[str, Any]:
+    """A matrix and what the pointer is told of it; words take more room than the numbers."""
+    if not np.isnan(matrix).any():
+        return {"z": matrix, "hovertemplate": f"{hover}%{{z:.3f}}<extra></extra>"}
+    return {
+        "z": matrix,
+        "customdata": np.where(np.isnan(matrix), blank, np.char.mod("%.3f", matrix)),
+        "hovertemplate": f"{hover}%{{customdata}}<extra></extra>",
+    }
 
 
 def _player(frames: Sequence[str]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ __all__ = [
     "differences",
     "group_colours",
     "group_counts",
+    "has_affinity",
     "order_by_share",
     "seconds_per_batch",
     "shared",
@@ -87,7 +88,8 @@ class RunData:
         seconds: of a batch, ``{section: seconds}`` with the whole as ``"everything"``; None of a
             run that has just begun.
         affinity_batches: ``[N]``, the batches after which the affinity was recorded.
-        affinities: ``[N, K, K]``, row i the effect of stepping task i.
+        affinities: ``[N, K, K]``, row i the effect of stepping task i; NaN of an entry that was
+            never observed until then, in runs that record it.
         conflict_batches: ``[C]``, the batches before which conflicts were measured.
         conflicts: ``[C, K, K]``, cosines of the tasks' gradients on the shared parameters.
         evaluation_batches: ``[E]``, the batches after which held-out data was evaluated on the way.
@@ -319,17 +321,31 @@ def group_colours(groups: NDArray[np.int16]) -> NDArray[np.int16]:
 
 def with_affinity(runs: Sequence[RunData], pair: Pair | None) -> tuple[list[RunData], list[str]]:
     """The runs whose affinity is drawn, and why the others are not."""
-    recorded = [run for run in runs if len(run.tasks) > 1 and np.any(run.affinities)]
+    recorded = [run for run in runs if has_affinity(run)]
     wanted = [run for run in recorded if pair is None or set(pair) <= set(run.tasks)]
-    if not wanted:
+    met = [run for run in wanted if pair is None or np.isfinite(_entries(run, pair)).any()]
+    if not met:
         of = "" if pair is None else f" of {pair[0]} and {pair[1]}"
-        return [], [f"There is no affinity{of} to draw: no run has recorded one."]
-    drawn = _of_common_tasks(wanted)
+        why = "it was never measured" if wanted else "no run has recorded one"
+        return [], [f"There is no affinity{of} to draw: {why}."]
+    drawn = _of_common_tasks(met)
     return drawn, [
         *_without("The affinity", runs, recorded, "none recorded"),
         *_without("The affinity", recorded, wanted, "they do not train both tasks"),
-        *_without("The affinity", wanted, drawn, "other tasks than most runs"),
+        *_without("The affinity", wanted, met, "never measured between the two tasks"),
+        *_without("The affinity", met, drawn, "other tasks than most runs"),
     ]
+
+
+def has_affinity(run: RunData) -> bool:
+    """Whether the run has recorded an affinity between tasks."""
+    return len(run.tasks) > 1 and bool(np.nan_to_num(run.affinities).any())
+
+
+def _entries(run: RunData, pair: Pair) -> Floats:
+    """The affinity between two tasks, ``[N, 2]``: of the first on the second, and back."""
+    i, k = (run.tasks.index(task) for task in pair)
+    return run.affinities[:, [i, k], [k, i]].astype(np.float64)
 
 
 def changed_most(runs: Iterable[RunData]) -> Pair:
@@ -343,8 +359,8 @@ def changed_most(runs: Iterable[RunData]) -> Pair:
     """
     most, pair = -1.0, ("", "")
     for run in runs:
-        entries = np.nan_to_num(run.affinities)
-        ranges = entries.max(0) - entries.min(0)
+        entries = np.nan_to_num(run.affinities, nan=np.nan)  # what is infinite is very large
+        ranges = np.nan_to_num(np.fmax.reduce(entries) - np.fmin.reduce(entries))
         ranges = np.triu(np.maximum(ranges, ranges.T), 1)
         ranges[np.tril_indices(len(run.tasks))] = -1
         i, k = np.unravel_index(int(ranges.argmax()), ranges.shape)
@@ -370,11 +386,7 @@ def affinity_courses(runs: Sequence[RunData], pair: Pair) -> list[Course]:
     courses = []
     for group in found.values():
         decay = float(group[0].settings["decay"])
-        lines = []
-        for run in group:
-            i, k = (run.tasks.index(task) for task in pair)
-            entries = run.affinities[:, [i, k], [k, i]].astype(np.float64)
-            lines.append((run.affinity_batches, entries))
+        lines = [(run.affinity_batches, _entries(run, pair)) for run in group]
         begin, end = max(b[0] for b, _ in lines), min(b[-1] for b, _ in lines)
         batches = np.unique(np.concatenate([b for b, _ in lines]))
         batches = batches[(batches >= begin) & (batches <= end)]

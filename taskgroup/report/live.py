@@ -52,7 +52,7 @@ class Display:
         self._smoothed: dict[str, float] = {}
         self._partition: Sequence[Sequence[str]] = []
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("batches · left"),
@@ -90,7 +90,10 @@ class Display:
             self._console.print(
                 f"{self._title}: batch {snapshot.batch} of {snapshot.batches}, "
                 f"{time.monotonic() - self._started:.0f} s, summed loss {total:.3f}, "
-                f"{count_groups(snapshot.partition)}"
+                f"{count_groups(snapshot.partition)}",
+                soft_wrap=True,
+                markup=False,
+                highlight=False,
             )
 
     def _draw(self) -> Panel:

@@ -77,12 +77,13 @@ def write_report(
         _Section(
             "Affinity over time",
             "What a step on one task (row) does to the loss of another (column), in units of what "
-            "a step on that other task does to it: blue serves, red harms. Blank where a task has "
-            "not been measured yet. Tasks that often share a group are side by side.",
+            "a step on that other task does to it: blue serves, red harms. Grey where two tasks "
+            "have never been measured together, or the other task not by itself. Tasks that often "
+            "share a group are side by side.",
             [
                 cards.affinities(run, name, order[run.name])
                 for run, name in zip(shown, names, strict=True)
-                if run.affinities.any() and len(run.tasks) > 1
+                if history.has_affinity(run)
             ],
         ),
         _Section(

@@ -14,23 +14,25 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-__all__ = ["affinity", "cogrouping", "number_of_groups", "panel", "predictions"]
+__all__ = ["BLANK", "affinity", "cogrouping", "number_of_groups", "panel", "predictions"]
 
 Path = str | os.PathLike[str]
 Titles = Mapping[str, str]  # task -> what a figure calls it
 Partition = Sequence[Sequence[str]]
 
 _DPI = 150
+#: Of cells without a value: white is a value of 0.
+BLANK = "#e4e4e4"
 
 
 def affinity(matrix: Tensor, titles: Titles, partition: Partition, path: Path) -> None:
     """Heatmap of the affinity, the tasks of a group side by side and framed.
 
     Each column is divided by the self-affinity of its task, the scale on which tasks are grouped;
-    a column without a self-affinity is left blank.
+    a column without a self-affinity is left blank, and so is what was never measured.
 
     Args:
-        matrix: ``[K, K]``, row i the effect of stepping task i.
+        matrix: ``[K, K]``, row i the effect of stepping task i; NaN where it was never measured.
         titles: of the K tasks, in the order of the matrix.
         partition: the groups to frame.
         path: of the PNG.
@@ -41,6 +43,17 @@ def affinity(matrix: Tensor, titles: Titles, partition: Partition, path: Path) -
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.where(diagonal > 0, values / diagonal, np.nan)
     figure, axes = _square(len(order))
+    if np.isnan(values).any():
+        axes.set_facecolor(BLANK)
+        axes.annotate(
+            "grey: not measured",
+            (1, 1),
+            (0, 4),
+            "axes fraction",
+            "offset points",
+            ha="right",
+            fontsize=8,
+        )
     image = axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1)
     _name_axes(axes, names, "effect on task", "step on task")
     _frame(axes, partition)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text  # of what users name: a str would be read as markup
 
 __all__ = ["check_table", "count_groups", "evaluation_table", "groups_line", "summary_table"]
 
@@ -25,7 +26,8 @@ def summary_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> Tabl
         table.add_row(_named(titles[task], name, lower), f"{value:.4f}")
     table.add_section()
     if summary["delta_m"] is not None:
-        table.add_row(f"Δm against {summary['baseline']}", f"{summary['delta_m']:+.2f} %")
+        against = Text(f"Δm against {summary['baseline']}")
+        table.add_row(against, f"{summary['delta_m']:+.2f} %")
     table.add_row("Seconds per batch", f"{summary['seconds_per_batch']:.3f}")
     table.add_row("Time outside the model", f"{100 * summary['share_outside_model']:.1f} %")
     table.caption = groups_line(summary["partition"], titles)
@@ -49,7 +51,7 @@ def evaluation_table(
         baseline: of Δm.
         delta: Δm in percent; None leaves it out.
     """
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("↑ higher is better, ↓ lower")
     table.add_column("", justify="right")
     for task, value in metrics.items():
@@ -58,7 +60,7 @@ def evaluation_table(
         table.add_row(name, f"{value:.4f}")
     if delta is not None:
         table.add_section()
-        table.add_row(f"Δm against {baseline}", f"{delta:+.2f} %")
+        table.add_row(Text(f"Δm against {baseline}"), f"{delta:+.2f} %")
     return table
 
 
@@ -69,7 +71,7 @@ def check_table(title: str, checked: Sequence[Any]) -> Table:
         title: above the table.
         checked: :class:`taskgroup.vision.datasets.check.Checked`, one a split.
     """
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("split")
     for column in ("listed", "public release", "whole", "problems"):
         table.add_column(column, justify="right")

@@ -294,7 +294,8 @@ class _Stages(nn.Module):
     def __init__(self, name: str, net: nn.Module, size: tuple[int, int]) -> None:
         super().__init__()
         self.net = net.eval()  # or the image would move running statistics
-        image = torch.zeros(1, 3, *size, device=next(net.parameters()).device)
+        parameter = next(net.parameters())
+        image = torch.zeros(1, 3, *size, dtype=parameter.dtype, device=parameter.device)
         try:
             with torch.no_grad():
                 maps = self._maps(image)

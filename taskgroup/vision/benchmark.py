@@ -199,5 +199,5 @@ class Benchmark:
     def predict(self, model: nn.Module, image: Path, out: Path) -> None:
         """A panel of all predictions for an image file of any size, as a PNG."""
         scene = self._whole(Scene(read_photo(image), {}, {}), np.random.default_rng(0))
-        rgb = torch.from_numpy(scene.image.copy()).movedim(-1, 0) / 255
+        rgb = torch.from_numpy(scene.image.copy()).movedim(-1, 0).float() / 255
         pictures.draw_panel(model, self._kind.normalise(rgb), rgb, self._tasks, out)

@@ -203,7 +203,7 @@ class OdsF(Metric):
         _check(probability, label, known)
         exact = torch.float64 if probability.dtype == torch.float64 else torch.float32
         n = self.thresholds
-        thresholds = (torch.arange(1, n + 1, dtype=torch.float64) / (n + 1)).to(exact)
+        thresholds = (torch.arange(1, n + 1, dtype=torch.float64, device="cpu") / (n + 1)).to(exact)
         reached = torch.bucketize(probability.detach().cpu().to(exact), thresholds, right=True)
         maps = (reached.byte(), label.cpu(), known.cpu())
         self._pending += map(_Image, *(x.flatten(0, -3).numpy() for x in maps))

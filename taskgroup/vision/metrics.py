@@ -38,7 +38,8 @@ class MaxF(BinaryPrecisionRecallCurve):
     _BETA_SQUARED = 0.3
 
     def __init__(self) -> None:
-        super().__init__(thresholds=(torch.arange(1, 20) / 20).tolist(), validate_args=False)
+        twentieths = torch.arange(1, 20, dtype=torch.float32, device="cpu") / 20
+        super().__init__(thresholds=twentieths.tolist(), validate_args=False)
 
     def compute(self) -> Tensor:  # type: ignore[override]
         """The F, a scalar; NaN where there is nothing to find."""
@@ -90,7 +91,8 @@ def evaluate(
         ``{task: metric}``; NaN for a task of which an output is not finite, and, with a warning,
         for one without a valid pixel.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    host = torch.device("cpu")
+    device = next((parameter.device for parameter in model.parameters()), host)
     metrics: dict[str, Metric] = {}
     seen: dict[str, int] = {}
     broken: set[str] = set()
@@ -104,7 +106,8 @@ def evaluate(
                     continue
                 task = tasks[name]
                 if name not in metrics:
-                    metrics[name] = _metric(task, workers).to(device)
+                    with host:  # whatever torch's default: metrics are made there, and moved
+                        metrics[name] = _metric(task, workers).to(device)
                     seen[name] = 0
                 if not output.isfinite().all():  # of which an argmax, say, would make a class
                     broken.add(name)
@@ -112,16 +115,18 @@ def evaluate(
                 n_valid = int(masks[name].sum())
                 seen[name] += n_valid
                 if n_valid:
-                    _update(metrics[name], task, output.float(), labels[name], masks[name])
+                    with host:
+                        _update(metrics[name], task, output.float(), labels[name], masks[name])
     finally:
         for module, training in modes:
             module.training = training
     if empty := [name for name, count in seen.items() if not count and name not in broken]:
         warnings.warn(f"no valid pixel to evaluate: {', '.join(empty)}", stacklevel=2)
-    return {
-        name: metric.compute().item() if seen[name] and name not in broken else float("nan")
-        for name, metric in metrics.items()
-    }
+    with host:
+        return {
+            name: metric.compute().item() if seen[name] and name not in broken else float("nan")
+            for name, metric in metrics.items()
+        }
 
 
 def _slices(samples: Samples, batch_size: int) -> Iterator[Samples]:

@@ -533,7 +533,8 @@ class Motorcycle:
         ]
         rows = self._held_out.values.shape[1] - height + 1
         crops = []
-        for draw in torch.randint(2 * rows * len(columns), (n,), generator=generator).tolist():
+        places = 2 * rows * len(columns)
+        for draw in torch.randint(places, (n,), generator=generator, device="cpu").tolist():
             place, mirrored = divmod(draw, 2)
             y, column = divmod(place, len(columns))
             pair, x = columns[column]

@@ -92,7 +92,8 @@ class Photograph:
     def draw(self, model: nn.Module, folder: Path) -> None:
         """Input, target and prediction on some held-out crops: ``predictions.png``."""
         held_out = self.scene.held_out()
-        rows = torch.linspace(0, len(held_out.images) - 1, _PICTURED).round().long()
+        last = len(held_out.images) - 1
+        rows = torch.linspace(0, last, _PICTURED, dtype=torch.float32, device="cpu").round().long()
         some: Samples = tree_map(lambda tensor: tensor[rows], held_out)
         rgb = (some.images + 1) / 2
         pictures.draw(model, some, rgb, TASKONOMY, folder / "predictions.png")
@@ -110,7 +111,7 @@ class Photograph:
         patch = self._settings.patch
         size = tuple(max(patch, round(n * scale) // patch * patch) for n in photo.shape[:2])
         scene = Resize((size[0], size[1]))(Scene(photo, {}, {}), np.random.default_rng(0))
-        rgb = torch.from_numpy(scene.image.copy()).movedim(-1, 0) / 255
+        rgb = torch.from_numpy(scene.image.copy()).movedim(-1, 0).float() / 255
         pictures.draw_panel(model, 2 * rgb - 1, rgb, TASKONOMY, out)
 
     def evaluate(self, model: nn.Module, split: str, quick: bool = False) -> dict[str, float]:

@@ -134,5 +134,5 @@ def _range(values: Tensor, known: Tensor) -> tuple[float, float]:
     if inside.numel() == 0:
         return -1.0, 1.0
     inside = inside[:: max(1, inside.numel() // 10**6)]  # quantile takes no more than 16 million
-    low, high = torch.quantile(inside, torch.tensor([0.02, 0.98])).tolist()
+    low, high = torch.quantile(inside, inside.new_tensor([0.02, 0.98])).tolist()
     return low, max(high, low + 1e-6)

@@ -184,7 +184,7 @@ def gone(pid):
     return known is None or known[0] == "Z"
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=180):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "nothing happened"
@@ -192,11 +192,16 @@ def wait_for(condition, seconds=60):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_killed_in_the_middle_it_goes_on(tmp_path, trained):
+def test_another_is_refused_and_killed_in_the_middle_it_goes_on(tmp_path, trained):
     running = start(tmp_path, batches=60)
     try:
         wait_for(lambda: (tmp_path / "cells").is_dir() and len(cells(tmp_path)) >= 2)
         spawned = children(running.pid)
+        running.send_signal(signal.SIGSTOP)  # it has the folder all the same
+        other = start(tmp_path, batches=60)
+        said = other.communicate(timeout=120)[0]
+        assert other.returncode == 2
+        assert f"{tmp_path} is in use by process {running.pid} on" in said
     finally:
         running.send_signal(signal.SIGKILL)
         running.communicate()

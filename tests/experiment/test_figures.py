@@ -188,6 +188,30 @@ def test_pair_is_the_one_that_changed_the_most(write):
     assert history.changed_most(runs[:1]) == ("a", "c")
 
 
+def test_entries_that_were_never_measured(write, tmp_path):
+    nan = np.nan
+    first = matrix(ab=nan, ba=nan, ac=nan, ca=nan, bc=0.0, cb=0.0)
+    later = [matrix(ab=ab, ba=nan, ac=nan, ca=nan, bc=ab - 0.3, cb=0.0) for ab in (0.5, 0.4)]
+    apart = write("apart", [ALONE] * 3, [(1, first), (2, later[0]), (3, later[1])])
+    met = write("met", [ALONE] * 3, [(1, matrix(ac=0.5))], seed=1)
+    runs = [load_run_data(run) for run in (apart, met)]
+    # To be measured at last is no change.
+    assert history.changed_most(runs[:1]) == ("b", "c")
+    (course,) = history.affinity_courses(runs[:1], ("a", "b"))
+    np.testing.assert_allclose(course.mean, [[nan, nan], [0.5, nan], [0.4, nan]], rtol=1e-6)
+    said = "There is no affinity of a and c to draw: it was never measured."
+    assert history.with_affinity(runs[:1], ("a", "c")) == ([], [said])
+    drawn, notes = history.with_affinity(runs, ("a", "c"))
+    assert drawn == runs[1:]
+    assert len(notes) == 1
+    assert notes[0].endswith("apart']: never measured between the two tasks.")
+    nothing = load_run_data(write("nothing", [ALONE], [(1, np.full((3, 3), nan))]))
+    assert not history.has_affinity(nothing)
+    assert history.with_affinity([nothing], None)[0] == []
+    drawn, _ = report.affinity_over_time(runs[:1], tmp_path / "course.png", ("a", "b"))
+    assert drawn
+
+
 def test_order_of_tasks_is_that_of_the_matrices(write):
     # Which groups, in whatever order, do not tell.
     run = load_run_data(write("grouped", [[["a", "c"], ["b"]]], [(1, matrix(ab=0.5))]))

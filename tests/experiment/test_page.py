@@ -77,6 +77,39 @@ def test_affinity_is_in_units_of_the_self_affinity_at_every_recorded_batch(tmp_p
     assert abs(trace["x"].index("a") - trace["x"].index("c")) == 1  # they share a group
 
 
+def test_affinity_that_was_never_measured_is_blank(tmp_path):
+    """Entries of two tasks that never shared a batch; null in the record."""
+    apart = matrix(ab=1.0)
+    apart[[0, 1], [2, 2]] = apart[2, [0, 1]] = np.nan
+    met = matrix(ab=1.0) + 0.0
+    recorded = [(1, np.full((3, 3), np.nan)), (2, apart), (3, met)]
+    run = write_run(tmp_path / "run", [ALONE, *[PAIR] * 2], recorded)
+    lines = (run / "affinity.jsonl").read_text().replace("NaN", "null")
+    (run / "affinity.jsonl").write_text(lines)
+    page, _ = report(tmp_path / "page.html", run)
+    (figure,) = figures(page)["Affinity over time"]
+    (trace,) = figure["data"]
+    a, b, c = (trace["x"].index(task) for task in "abc")
+    nothing, some, everything = (frame["data"][0] for frame in figure["frames"])
+    assert np.isnan(nothing["z"]).all()
+    assert set(np.ravel(nothing["customdata"])) == {"never measured"}
+    assert [some["z"][a, b], some["z"][b, a]] == [0.5, 0.0]  # measured, and without an effect
+    for i, k in ((a, c), (c, a), (b, c), (c, b)):
+        assert np.isnan(some["z"][i, k])
+        assert some["customdata"][i][k] == "never measured"
+    assert some["customdata"][a][b] == "0.500"
+    assert "%{customdata}" in some["hovertemplate"]
+    assert not np.isnan(everything["z"]).any()
+    assert "customdata" not in everything
+    assert "%{z:.3f}" in everything["hovertemplate"]
+
+
+def test_a_run_in_which_nothing_was_measured_has_no_picture_of_it(tmp_path):
+    run = write_run(tmp_path / "run", [ALONE, PAIR], [(1, np.full((3, 3), np.nan))])
+    page, _ = report(tmp_path / "page.html", run)
+    assert "Affinity over time" not in figures(page)
+
+
 def test_partition_keeps_the_colours_of_groups(tmp_path):
     swapped = [["b"], ["a", "c"]]  # the same groups, named the other way round
     run = write_run(tmp_path / "run", [ALONE, PAIR, swapped, ALL, PAIR], [(1, matrix())])

@@ -3,6 +3,7 @@
 import io
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -237,3 +238,43 @@ def test_conflicts_are_those_of_the_batch_to_come_and_change_nothing(way):
     torch.set_rng_state(drawn)
     assert steps(looked, 2) == expected
     assert_same(parameters(looked), parameters(again))
+
+
+SMALL = {"size": 32, "dim": 16, "depth": 4, "attention_heads": 2, "batch_size": 2, "batches": 3}
+
+
+@pytest.fixture
+def other_defaults():
+    """Another dtype and another device than torch's own."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("data", ["motorcycle", "nyud-v2"])
+def test_defaults_of_torch_change_nothing(data, minis, tmp_path, request):
+    settings = {**SMALL, "warmup": 1, "evaluate_every": None, "backbone": "tiny"}
+    if data != "motorcycle":
+        settings |= {"root": str(minis / data), "tasks": "semseg,depth,normals", "workers": 0}
+    recipe = read_recipe(data, settings)
+
+    def trained(pictures):
+        trainer = Trainer(recipe)
+        losses = [trainer.step().losses for _ in range(recipe.batches)]
+        trainer.problem.draw(trainer.model, tmp_path)
+        photo = minis / "nyud-v2" / "images" / "left_1.png"
+        trainer.problem.predict(trainer.model, photo, tmp_path / pictures)
+        return losses, trainer.evaluate("held_out", quick=True), trainer.affinity()
+
+    usual = trained("usual.png")
+    request.getfixturevalue("other_defaults")
+    other = trained("other.png")
+    assert other[0] == usual[0]
+    # The sums of torchmetrics are of the default dtype.
+    assert other[1] == pytest.approx(usual[1], rel=1e-5)
+    assert other[2].dtype == torch.float32
+    assert other[2].device.type == "cpu"
+    np.testing.assert_array_equal(other[2].numpy(), usual[2].numpy())
+    assert (tmp_path / "other.png").read_bytes() == (tmp_path / "usual.png").read_bytes()

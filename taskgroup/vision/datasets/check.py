@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch.utils.data import DataLoader, Dataset
 
 from taskgroup.vision.datasets import DATASETS, DenseDataset, Taskonomy
+from taskgroup.vision.datasets.dense import Problem
 
 __all__ = ["Checked", "check", "recognise"]
 
@@ -61,8 +62,9 @@ def check(
     """Check all splits of a data set.
 
     Names are compared first: every file that a listed sample needs must be there. Then every file
-    is read, and its type and its size are looked at. Of Taskonomy the subsets whose list is there
-    are checked, each building once.
+    is read, and its type, its size and its values are looked at: those that are possible and yet
+    odd, such as an edge map without an edge, are problems of samples that are whole. Of Taskonomy
+    the subsets whose list is there are checked, each building once.
 
     Args:
         root: folder of the data set.
@@ -90,32 +92,29 @@ def check(
         problems += [problem.sentence for problem in missing]
         if not quick:
             fresh = [sample for sample in dataset.ids if sample not in seen and sample not in bad]
-            for done, (sample, wrong) in enumerate(_inspected(dataset, fresh, workers), start=1):
+            for done, found in enumerate(_inspected(dataset, fresh, workers), start=1):
                 watch(split, done, len(fresh))
-                if wrong:
-                    bad.add(sample)
-                problems += wrong
+                bad |= {problem.sample for problem in found if not problem.usable}
+                problems += [problem.sentence for problem in found]
             seen.update(dataset.ids)
         n_listed = len(dict.fromkeys(listed))
         yield Checked(split, n_listed, kind.SPLITS[split], n_listed - len(bad), problems)
 
 
-class _Inspection(Dataset[tuple[str, list[str]]]):
+class _Inspection(Dataset[list[Problem]]):
     def __init__(self, dataset: DenseDataset, ids: list[str]) -> None:
         self.dataset, self.ids = dataset, ids
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> tuple[str, list[str]]:
-        return self.ids[index], self.dataset.inspect(self.ids[index])
+    def __getitem__(self, index: int) -> list[Problem]:
+        return self.dataset.inspect(self.ids[index])
 
 
-def _inspected(
-    dataset: DenseDataset, ids: list[str], workers: int
-) -> Iterator[tuple[str, list[str]]]:
-    """``(id, what is wrong with it)``."""
-    found: DataLoader[tuple[str, list[str]]] = DataLoader(
+def _inspected(dataset: DenseDataset, ids: list[str], workers: int) -> Iterator[list[Problem]]:
+    """What is wrong with each of the ids."""
+    found: DataLoader[list[Problem]] = DataLoader(
         _Inspection(dataset, ids), batch_size=None, num_workers=workers
     )
     yield from found

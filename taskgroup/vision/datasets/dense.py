@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from taskgroup.sentences import listed
 from taskgroup.vision.datasets.files import BadSampleError, read_rgb
+from taskgroup.vision.datasets.values import doubt, doubt_of_image
 from taskgroup.vision.samples import Samples
 from taskgroup.vision.tasks import Task
 
@@ -37,7 +38,7 @@ class Scene(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What is wrong with a sample, going by names.
+    """What is wrong or odd about a sample.
 
     Attributes:
         sample: its id.
@@ -73,7 +74,8 @@ class DenseDataset(Dataset[Samples]):
             ``"stop"`` raises; ``"skip"`` says it in a warning and leaves the sample out: missing
             files at once, what is found on reading as a :class:`BadSampleError` in the sample's
             place, which :func:`~taskgroup.vision.datasets.collate` drops; ``"keep"``, for
-            checks, opens a data set whatever it lacks, and raises on reading.
+            checks, opens a data set whatever it lacks, raises for what cannot be read, and reads
+            values that cannot be right as they are.
 
     Attributes:
         ids: of the samples, in the order of the split.
@@ -109,6 +111,7 @@ class DenseDataset(Dataset[Samples]):
         self.tasks = list(self.TASKS if tasks is None else tasks)
         self.transform = transform
         self.bad = bad
+        self._faults: list[str] = []  # of the label that was read last, with bad="keep"
         name = type(self).__name__
         if not self.root.is_dir():
             raise ValueError(f"{self.root} is no folder; name the one that holds {name}.")
@@ -148,6 +151,18 @@ class DenseDataset(Dataset[Samples]):
     def read_label(self, task: str, sample: str) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
         """The label ``[H, W]`` or ``[H, W, C]``, and where it is known; None is everywhere."""
         raise NotImplementedError
+
+    def refuse(self, fault: str | None) -> None:
+        """Refuse a label for what its values say, if anything; with ``bad="keep"`` note it.
+
+        Raises:
+            BadSampleError: with the fault, unless ``bad`` is ``"keep"``.
+        """
+        if fault is None:
+            return
+        if self.bad != "keep":
+            raise BadSampleError(fault)
+        self._faults.append(fault)
 
     def read_image(self, sample: str) -> NDArray[np.uint8]:
         """The image ``[H, W, 3]``."""
@@ -195,7 +210,8 @@ class DenseDataset(Dataset[Samples]):
             sample: its id.
 
         Raises:
-            BadSampleError: if a file cannot be read or its size is not that of the image.
+            BadSampleError: if a file cannot be read, its size is not that of the image, or, unless
+                ``bad`` is ``"keep"``, its values cannot be what the layout says.
         """
         image = self.read_image(sample)
         labels, masks = {}, {}
@@ -203,23 +219,42 @@ class DenseDataset(Dataset[Samples]):
             labels[task], masks[task] = self._read_label(task, sample, image.shape[:2])
         return Scene(image, labels, masks)
 
-    def inspect(self, sample: str) -> list[str]:
-        """All that is wrong with the files of an id, a sentence each."""
+    def inspect(self, sample: str) -> list[Problem]:
+        """All that is wrong or odd about the files of an id."""
         try:
-            shape = self.read_image(sample).shape[:2]
+            image = self.read_image(sample)
         except BadSampleError as error:
-            return [str(error)]
-        wrong = []
+            return [Problem(sample, str(error), usable=False)]
+        odd = doubt_of_image(self.files(sample)["image"][0], image)
+        found = [] if odd is None else [Problem(sample, odd, usable=True)]
         for task in self.tasks:
             try:
-                self._read_label(task, sample, shape)
+                label, known = self._read_label(task, sample, image.shape[:2])
             except BadSampleError as error:
-                wrong.append(str(error))
-        return list(dict.fromkeys(wrong))  # two tasks may be of one file
+                found.append(Problem(sample, str(error), usable=False))
+                continue
+            found += [Problem(sample, fault, usable=False) for fault in self._faults]
+            if not self._faults and (odd := self.doubt(task, sample, label, known)) is not None:
+                found.append(Problem(sample, odd, usable=True))
+        return list(dict.fromkeys(found))  # two tasks may be of one file
+
+    def doubt(
+        self, task: str, sample: str, label: NDArray[Any], known: NDArray[np.bool_]
+    ) -> str | None:
+        """What is odd about a label that can be read, as a sentence; None if nothing is.
+
+        Args:
+            task: what it is of.
+            sample: whose it is.
+            label: [H, W, C].
+            known: [H, W].
+        """
+        return doubt(self.files(sample)[task][0], self.TASKS[task], label, known)
 
     def _read_label(
         self, task: str, sample: str, shape: tuple[int, ...]
     ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        self._faults = []
         label, mask = self.read_label(task, sample)
         if self.RESIZES and _alike(label.shape, shape):
             label, mask = resized(label, shape), None if mask is None else resized(mask, shape)
@@ -251,7 +286,7 @@ class DenseDataset(Dataset[Samples]):
             return error  # type: ignore[return-value]  # collate drops it
         if self.transform is not None:
             if seed is None:  # from torch's generator, which a DataLoader seeds in its workers
-                seed = int(torch.randint(2**63 - 1, ()))
+                seed = int(torch.randint(2**63 - 1, (), device="cpu"))
             scene = self.transform(scene, np.random.default_rng(seed))
         return self.to_samples(scene)
 
@@ -259,21 +294,22 @@ class DenseDataset(Dataset[Samples]):
         """A scene as tensors, without the dimension B."""
         labels = {task: _channels_first(label) for task, label in scene.labels.items()}
         masks = {task: _channels_first(mask[..., None]) for task, mask in scene.masks.items()}
-        return Samples(self.normalise(_channels_first(scene.image) / 255), labels, masks)
+        return Samples(self.normalise(_channels_first(scene.image).float() / 255), labels, masks)
 
     @classmethod
     def normalise(cls, rgb: torch.Tensor) -> torch.Tensor:
         """Images ``[..., 3, H, W]`` in [0, 1], as the network takes them."""
-        return (rgb - _per_channel(cls.MEAN)) / _per_channel(cls.STD)
+        return (rgb - _per_channel(cls.MEAN, rgb)) / _per_channel(cls.STD, rgb)
 
     @classmethod
     def to_rgb(cls, images: torch.Tensor) -> torch.Tensor:
         """Images ``[..., 3, H, W]`` as the network takes them, in [0, 1] to be shown."""
-        return (images * _per_channel(cls.STD) + _per_channel(cls.MEAN)).clamp(0, 1)
+        std, mean = _per_channel(cls.STD, images), _per_channel(cls.MEAN, images)
+        return (images * std + mean).clamp(0, 1)
 
 
-def _per_channel(values: tuple[float, ...]) -> torch.Tensor:
-    return torch.tensor(values)[:, None, None]
+def _per_channel(values: tuple[float, ...], images: torch.Tensor) -> torch.Tensor:
+    return images.new_tensor(values)[:, None, None]
 
 
 def _channels_first(array: NDArray[Any]) -> torch.Tensor:

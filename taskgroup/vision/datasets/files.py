@@ -31,7 +31,10 @@ _WORDS = {
     "1": "one bit a pixel",
     "I;16": "one 16-bit channel",
     "I": "one 32-bit channel",
+    "F": "one channel of floats",
 }
+# One channel of more than 8 bits, which Pillow's convert() clips instead of scaling it.
+_DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
 
 class BadSampleError(ValueError):
@@ -48,14 +51,57 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
 
 
 def read_photo(path: Path) -> NDArray[np.uint8]:
-    """Any image, as it is to be looked at, as RGB ``[H, W, 3]``."""
+    """Any image, as it is to be looked at, as RGB ``[H, W, 3]``.
+
+    It is turned as its EXIF data says, and what is transparent is white. Grey values of more than
+    8 bits are scaled to 8: whole numbers from the range of the bits in use (8, 10, 12 or 16), and
+    floats from the range 0 to 1. Values outside these ranges are scaled by their least and their
+    greatest.
+
+    Raises:
+        BadSampleError: also if a value is NaN or infinite, or a whole number negative.
+    """
     try:
-        with Image.open(path) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        # From an open file: a path may be mapped into memory, and Pillow (13.0) then reads a TIFF
+        # that is turned with its sides exchanged.
+        with path.open("rb") as file, Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode not in _DEEP:
+                return np.array(_on_white(image).convert("RGB"))
+            values = np.array(image)
     except FileNotFoundError:
         raise _missing(path) from None
     except _UNREADABLE as error:
         raise _broken(path, error) from None
+    if bad := np.count_nonzero(~np.isfinite(values)):
+        raise BadSampleError(
+            f"{path} holds {bad} values that are NaN or infinite; save it as an 8-bit image."
+        )
+    if values.dtype.kind == "i" and values.min() < 0:  # or a number that needs all of 32 bits
+        raise BadSampleError(
+            f"{path} holds whole numbers from {values.min()} to {values.max()}, which are no grey "
+            "values; save it as an 8-bit image."
+        )
+    return np.repeat(_to_8_bits(values)[..., None], 3, axis=2)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """An image whose transparent parts are white."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image
+    image = image.convert("RGBA")
+    if image.getchannel("A").getextrema() == (0, 0):  # nobody stores a picture of nothing
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
+def _to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Finite numbers scaled to the range 0 to 255, as :func:`read_photo` says."""
+    low, high = min(0.0, float(values.min())), float(values.max())
+    ranges = (1.0,) if values.dtype.kind == "f" else (255.0, 1023.0, 4095.0, 65535.0)
+    high = next((top for top in ranges if high <= top), high)
+    scaled = (values.astype(np.float64) - low) * (255 / (high - low))
+    return np.rint(scaled).astype(np.uint8)
 
 
 def read_grey(path: Path) -> NDArray[np.uint8]:
@@ -66,7 +112,13 @@ def read_grey(path: Path) -> NDArray[np.uint8]:
 def read_grey16(path: Path) -> NDArray[np.uint16]:
     """A 16-bit image of one channel, ``[H, W]``, uint16."""
     # A 32-bit mode is how older versions of Pillow open 16-bit files.
-    return _read(path, ("I;16", "I"), "I;16").astype(np.uint16)
+    stored = _read(path, ("I;16", "I"), "I;16")
+    if stored.dtype.itemsize > 2 and (stored.min() < 0 or stored.max() >= 2**16):
+        raise BadSampleError(
+            f"{path} must hold one 16-bit channel; it holds numbers from {stored.min()} to "
+            f"{stored.max()}."
+        )
+    return stored.astype(np.uint16)
 
 
 def read_depth(path: Path) -> NDArray[np.float32]:

@@ -132,7 +132,9 @@ def _load(
         generator=torch.Generator(),
     )
     said: set[str] = set()
-    for batch, bad in loader:
+    with torch.device("cpu"):  # whatever the default: the iterator draws from that generator
+        loaded = iter(loader)
+    for batch, bad in loaded:
         if bad and dataset.bad == "stop":
             raise BadSampleError(bad[0])
         for sentence in bad:

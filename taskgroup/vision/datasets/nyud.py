@@ -11,9 +11,18 @@ from numpy.typing import NDArray
 
 from taskgroup.vision.datasets.dense import DenseDataset, read_lines
 from taskgroup.vision.datasets.files import read_depth, read_grey, read_rgb
+from taskgroup.vision.datasets.values import (
+    doubt_of_depth,
+    doubt_of_normals,
+    fault_of_binary,
+    fault_of_classes,
+    fault_of_depth,
+    fault_of_edges,
+    fault_of_normals,
+)
 from taskgroup.vision.tasks import NYUD, Task
 
-__all__ = ["NYUDv2", "unit_normals"]
+__all__ = ["NORMALS", "NYUDv2", "read_vectors", "unit_normals"]
 
 _FOLDERS = {
     "image": ("images", "png"),
@@ -22,6 +31,12 @@ _FOLDERS = {
     "normals": ("normals", "png"),
     "edge": ("edge", "png"),
 }
+#: How normals are stored.
+NORMALS = "n = 2 p / 255 - 1"
+_CLASSES = (
+    "the layout has class + 1, from 1 to {most}, and 0 where it is unknown; add 1 to classes that "
+    "begin with 0, and make unknown ones 0"
+)
 
 
 class NYUDv2(DenseDataset):
@@ -62,26 +77,50 @@ class NYUDv2(DenseDataset):
         """A label and where it is known."""
         path = self.files(sample)[task][0]
         if task == "semseg":
-            classes = read_grey(path) - np.uint8(1)  # 0 becomes 255
-            return classes, classes < self.TASKS[task].channels
+            stored = read_grey(path)
+            most = self.TASKS[task].channels
+            how = _CLASSES.format(most=most)
+            self.refuse(fault_of_classes(path, int(stored.max(initial=0)), most, how))
+            return stored - np.uint8(1), stored > 0  # 0 becomes 255
         if task == "depth":
             depth = read_depth(path)
+            self.refuse(fault_of_depth(path, depth))
             return depth, depth > 0
         if task == "normals":
-            return unit_normals(read_rgb(path))
-        return read_grey(path) > 127, None
+            vectors = read_vectors(path)
+            # A sixteenth of them tells as much.
+            self.refuse(fault_of_normals(path, vectors[::4, ::4], NORMALS))
+            return unit_normals(vectors)
+        stored = read_grey(path)
+        self.refuse(fault_of_binary(path, stored, 255) or fault_of_edges(path, stored))
+        return stored > 127, None
+
+    def doubt(
+        self, task: str, sample: str, label: NDArray[Any], known: NDArray[np.bool_]
+    ) -> str | None:
+        """What is odd about a label, as a sentence; None if nothing is."""
+        path = self.files(sample)[task][0]
+        found = super().doubt(task, sample, label, known)
+        if found is None and task == "depth":
+            return doubt_of_depth(path, label[known])
+        if found is None and task == "normals":
+            return doubt_of_normals(path, read_vectors(path), NORMALS)
+        return found
 
 
-def unit_normals(stored: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Stored normals as unit vectors, and where they are known.
+def read_vectors(path: Path) -> NDArray[np.float32]:
+    """Stored normals [H, W, 3]: n = 2 p / 255 - 1, as long as they are stored."""
+    values = np.arange(256, dtype=np.float32) / 127.5 - 1
+    vectors: NDArray[np.float32] = values.take(read_rgb(path))
+    return vectors
 
-    n = 2 p / 255 - 1, brought to unit length, which 8 bits miss by up to 0.7 %. No p gives zero:
-    both 127 and 128 mean it, and a vector that short, of length 0.007, is none.
 
-    Args:
-        stored: [H, W, 3], uint8.
+def unit_normals(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Vectors [H, W, 3] in place brought to unit length, and where they are known, [H, W].
+
+    8 bits miss unit length by up to 0.7 %. No stored value gives zero: both 127 and 128 mean it,
+    and a vector that short, of length 0.007, is none.
     """
-    normals: NDArray[np.float32] = (np.arange(256, dtype=np.float32) / 127.5 - 1).take(stored)
-    length = np.sqrt(np.einsum("hwc,hwc->hw", normals, normals))
-    normals /= np.maximum(length, 0.01)[..., None]
-    return normals, length > 0.01
+    length = np.sqrt(np.einsum("hwc,hwc->hw", vectors, vectors))
+    vectors /= np.maximum(length, 0.01)[..., None]
+    return vectors, length > 0.01

@@ -14,8 +14,14 @@ from scipy import ndimage
 from skimage.morphology import thin
 
 from taskgroup.vision.datasets.dense import DenseDataset, read_lines, resized
-from taskgroup.vision.datasets.files import BadSampleError, read_grey, read_mat, read_rgb
-from taskgroup.vision.datasets.nyud import unit_normals
+from taskgroup.vision.datasets.files import BadSampleError, read_grey, read_mat
+from taskgroup.vision.datasets.nyud import NORMALS, read_vectors, unit_normals
+from taskgroup.vision.datasets.values import (
+    doubt_of_normals,
+    fault_of_binary,
+    fault_of_classes,
+    fault_of_normals,
+)
 from taskgroup.vision.tasks import PASCAL, Task
 
 __all__ = ["PARTS", "PERSON", "SURFACES", "PASCALContext"]
@@ -56,6 +62,8 @@ SURFACES: frozenset[int] = frozenset((
 ))
 # fmt: on
 
+_CLASSES = "the layout has 0 to {most}, and 255 where it is unknown"
+_CONTEXT_CLASSES = 459
 _DISTILLED = {"sal": "sal_distill", "normals": "normals_distill"}
 
 
@@ -123,22 +131,55 @@ class PASCALContext(DenseDataset):
         path = self.files(sample)[task][0]
         if task == "semseg":
             classes = read_grey(path)
-            return classes, classes < self.TASKS[task].channels
+            most = self.TASKS[task].channels - 1
+            highest = int((classes + np.uint8(1)).max(initial=0)) - 1  # of those that are not 255
+            self.refuse(fault_of_classes(path, highest, most, _CLASSES.format(most=most)))
+            return classes, classes <= most
         if task == "human_parts":
             return self._human_parts(path, sample)
         if task == "edge":
-            return _edges(read_mat(path, "LabelMap")), None
+            return _edges(self._label_map(path)), None
         if task == "sal":
-            return read_grey(path) > 127, None
-        normals, known = unit_normals(read_rgb(path))
-        surface = np.isin(read_mat(self.files(sample)[task][1], "LabelMap"), list(SURFACES))
+            stored = read_grey(path)
+            self.refuse(fault_of_binary(path, stored, 255))
+            return stored > 127, None
+        vectors = read_vectors(path)
+        self.refuse(fault_of_normals(path, vectors[::4, ::4], NORMALS))
+        normals, known = unit_normals(vectors)
+        surface = np.isin(self._label_map(self.files(sample)[task][1]), list(SURFACES))
         normals, known = resized(normals, surface.shape), resized(known, surface.shape)
         return normals, known & surface
+
+    def doubt(
+        self, task: str, sample: str, label: NDArray[Any], known: NDArray[np.bool_]
+    ) -> str | None:
+        """What is odd about a label, as a sentence; None if nothing is."""
+        if task == "normals":  # unknown in an image without a surface; the file tells more
+            path = self.files(sample)[task][0]
+            return doubt_of_normals(path, read_vectors(path), NORMALS)
+        if task == "human_parts":  # unknown in an image without people
+            return None
+        return super().doubt(task, sample, label, known)
 
     def _semseg(self, sample: str) -> Path:
         folders = [self.root / "semseg" / name for name in ("VOC12", "pascal-context")]
         paths = [folder / f"{sample}.png" for folder in folders]
         return paths[0] if paths[0].is_file() else paths[1]
+
+    def _label_map(self, path: Path) -> NDArray[Any]:
+        """Class numbers of PASCAL-Context, [H, W]."""
+        classes = read_mat(path, "LabelMap")
+        whole = classes.dtype.kind in "ui" or (
+            classes.dtype.kind == "f" and bool((np.trunc(classes) == classes).all())  # nor NaN
+        )
+        if classes.ndim != 2 or not whole or classes.min(initial=0) < 0:
+            raise BadSampleError(
+                f"The LabelMap of {path} must hold class numbers, H x W; it holds {classes.dtype} "
+                f"of shape {classes.shape}, negative numbers or fractions."
+            )
+        how = f"LabelMap has {_CONTEXT_CLASSES} of them"
+        self.refuse(fault_of_classes(path, int(classes.max(initial=0)), _CONTEXT_CLASSES, how))
+        return classes
 
     def _read_objects(self) -> dict[str, list[int]]:
         path = self.root / "ImageSets" / "Parts" / f"{self.split}.txt"

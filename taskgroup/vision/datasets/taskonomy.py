@@ -15,6 +15,12 @@ from numpy.typing import NDArray
 
 from taskgroup.vision.datasets.dense import DenseDataset, Problem, file_names
 from taskgroup.vision.datasets.files import read_grey, read_grey16, read_rgb
+from taskgroup.vision.datasets.values import (
+    doubt_of_depth,
+    doubt_of_normals,
+    fault_of_binary,
+    fault_of_normals,
+)
 from taskgroup.vision.encoding import normalise
 from taskgroup.vision.tasks import TASKONOMY, Task
 
@@ -27,6 +33,7 @@ _COLOURED = ("normal", "reshading", "principal_curvature")
 _DEPTHS = ("depth_euclidean", "depth_zbuffer")
 _WIDE = (*_DEPTHS, "edge_occlusion", "edge_texture", "keypoints2d", "keypoints3d")
 _NO_DEPTH = 2**16 - 1
+_NORMALS = "p = 127 + 127 n"
 
 
 class Taskonomy(DenseDataset):
@@ -144,12 +151,28 @@ class Taskonomy(DenseDataset):
             stored = read_rgb(path)[..., : TASKONOMY[task].channels]
         else:
             stored = (read_grey16(path) if task in _WIDE else read_grey(path))[..., None]
+        self.refuse(fault_of_binary(path, stored, 2**16 - 1 if task in _WIDE else 255))
         known: Any = None
         if task in _DEPTHS:
             known = stored[..., 0] != _NO_DEPTH
         elif task == "normal":
+            # A sixteenth of them tells as much.
+            self.refuse(fault_of_normals(path, _vectors(stored[::4, ::4]), _NORMALS))
             known = ((stored < 127) | (stored > 128)).any(-1)
         return normalise(task, stored), known
+
+    def doubt(
+        self, task: str, sample: str, label: NDArray[Any], known: NDArray[np.bool_]
+    ) -> str | None:
+        """What is odd about a label, as a sentence; None if nothing is."""
+        path = self.files(sample)[task][0]
+        found = super().doubt(task, sample, label, known)
+        if found is None and task in _DEPTHS:
+            metres = read_grey16(path)[known] / np.float32(512)
+            return doubt_of_depth(path, metres)
+        if found is None and task == "normal":
+            return doubt_of_normals(path, _vectors(read_rgb(path)), _NORMALS)
+        return found
 
     def _name(self, task: str, sample: str) -> str:
         _, point, view = sample.split("/")
@@ -170,6 +193,11 @@ class Taskonomy(DenseDataset):
         if task not in self._domains:
             self._domains[task] = _domain_of(self._top(task)) or task
         return self._domains[task]
+
+
+def _vectors(stored: NDArray[Any]) -> NDArray[np.float32]:
+    vectors: NDArray[np.float32] = stored.astype(np.float32) / np.float32(127) - np.float32(1)
+    return vectors
 
 
 def _domain_of(folder: Path) -> str | None:
