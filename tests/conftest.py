@@ -1,11 +1,13 @@
-"""One thread: the tests are small, and two processes of two threads on two cores stand in line."""
+"""One thread, unless OMP_NUM_THREADS says more: small tests on a machine that runs several at once."""
+
+import os
 
 import pytest
 import torch
 
 from tests.backends import INTERPRETED
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 # `make gpu` runs these where there is one; what they test runs on the host in the other tests.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
