@@ -22,6 +22,12 @@ def pytest_configure(config):
         )
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):  # of which some learn, and all print numbers
+            item.add_marker("learned")
+
+
 @pytest.fixture
 def accelerate():
     """Accelerate, whose state would outlive the test."""

@@ -185,7 +185,7 @@ RUN_ABOVE = ("training.md", "trainers.md", "reproduce.md", "cost.md", "your-mode
 @pytest.mark.parametrize(
     "page",
     [
-        page
+        pytest.param(page, marks=[pytest.mark.learned] if page == "quickstart.md" else [])
         for page in sorted(path.relative_to(ROOT / "docs").as_posix() for path in PAGES)
         if page not in RUN_ABOVE and PYTHON.search((ROOT / "docs" / page).read_text("utf-8"))
     ],
