@@ -1,4 +1,7 @@
-"""One thread, unless OMP_NUM_THREADS says more: small tests on a machine that runs several at once."""
+"""One thread: the tests are small, and two processes of two threads on two cores stand in line.
+
+What holds for any rounding is run with more as well: TEST_THREADS=2, `-m learned`.
+"""
 
 import os
 
@@ -7,7 +10,7 @@ import torch
 
 from tests.backends import INTERPRETED
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 # `make gpu` runs these where there is one; what they test runs on the host in the other tests.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
