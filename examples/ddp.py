@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from weather import labelled, losses_of, make_groups, make_loader, make_model
+from weather import end_ranks, labelled, losses_of, make_groups, make_loader, make_model
 
 import taskgroup as tg
 
@@ -48,9 +48,10 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/ddp.pt"))
     parser.add_argument("--epochs", type=int, default=10)
+    arguments = parser.parse_args()
     dist.init_process_group()  # gloo on CPUs, NCCL and gloo on GPUs
-    train(**vars(parser.parse_args()))
-    dist.destroy_process_group()  # gloo may hang here while a DistributedDataParallel is left
+    train(**vars(arguments))
+    end_ranks()
 
 
 if __name__ == "__main__":

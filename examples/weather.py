@@ -1,6 +1,10 @@
 """What the examples share: made-up weather, of which not every sample has every label."""
 
+import gc
+
 import torch
+import torch.distributed as dist
+import torch.distributed.nn  # before there is a process group: see end_ranks()
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -50,3 +54,17 @@ def masked_mean(output, target):
     known = ~target.isnan()
     error = (output[:, 0] - target.nan_to_num()).square() * known
     return error.sum() / known.sum().clamp(min=1)
+
+
+def end_ranks():
+    """Destroy the process group, if there is one. The last line of a program on several ranks.
+
+    Gloo runs collectives in threads of its own, which end with the last reference to the process
+    group. A thread that still runs while Python ends may abort the process ("terminate called
+    without an active exception"). Two things keep a reference: a DistributedDataParallel, and the
+    default arguments in torch.distributed.nn, where the first import of that module (by the first
+    optimizer, at the latest) comes after init_process_group().
+    """
+    gc.collect()  # trainers keep their DistributedDataParallel in cycles
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from weather import labelled, losses_of, make_groups, make_loader, make_model
+from weather import end_ranks, labelled, losses_of, make_groups, make_loader, make_model
 
 
 def train(folder, epochs):
@@ -47,3 +47,4 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, default=Path("runs/accelerate"))
     parser.add_argument("--epochs", type=int, default=10)
     train(**vars(parser.parse_args()))
+    end_ranks()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from weather import labelled, losses_of, make_groups, make_loader, make_model
+from weather import end_ranks, labelled, losses_of, make_groups, make_loader, make_model
 
 
 class Forecast(LightningModule):
@@ -65,3 +65,4 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--devices", type=int, default=1)
     train(**vars(parser.parse_args()))
+    end_ranks()

@@ -1,11 +1,16 @@
-"""One thread: the tests are small, and two processes of two threads on two cores stand in line."""
+"""One thread: the tests are small, and two processes of two threads on two cores stand in line.
+
+What holds for any rounding is run with more as well: TEST_THREADS=2, `-m learned`.
+"""
+
+import os
 
 import pytest
 import torch
 
 from tests.backends import INTERPRETED
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 # `make gpu` runs these where there is one; what they test runs on the host in the other tests.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
@@ -18,6 +23,12 @@ def pytest_configure(config):
         config.addinivalue_line(
             "filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter"
         )
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):  # of which some learn, and all print numbers
+            item.add_marker("learned")
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ COMPILER_WARNINGS = pytest.mark.filterwarnings(
 TASKS = ["a", "b", "c"]
 
 
+@pytest.mark.learned
 @pytest.mark.parametrize(
     ("sizes", "cosine", "sample"),
     [

@@ -599,6 +599,7 @@ class TestParetoStationarity:
         with pytest.raises(ValueError, match="empty"):
             tg.pareto_stationarity(torch.ones(0, 0))
 
+    @pytest.mark.learned
     def test_group_updates_end_where_it_is_zero(self):
         """Theorem 4 of the paper, on two quadratic tasks."""
         targets = torch.tensor([[1.0, 0.0], [-1.0, 0.5]])

@@ -192,7 +192,7 @@ RUN_ABOVE = (
 @pytest.mark.parametrize(
     "page",
     [
-        page
+        pytest.param(page, marks=[pytest.mark.learned] if page == "quickstart.md" else [])
         for page in sorted(path.relative_to(ROOT / "docs").as_posix() for path in PAGES)
         if page not in RUN_ABOVE and PYTHON.search((ROOT / "docs" / page).read_text("utf-8"))
     ],

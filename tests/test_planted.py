@@ -7,6 +7,8 @@ from sklearn.metrics import adjusted_rand_score
 import taskgroup as tg
 from tests.planted import Planted
 
+pytestmark = pytest.mark.learned
+
 WARMUP = 100
 BATCHES = 300
 

@@ -79,6 +79,7 @@ def test_resumed_run_is_the_uninterrupted_one(setting, stop):
     assert trace == whole
 
 
+@pytest.mark.learned
 def test_count_of_failures_is_saved():
     run = Run("not-converging")
     run.train(range(8))

@@ -396,6 +396,7 @@ def test_few_tasks(count):
         assert all(len(batch) == 1 for batch in dealt)  # nothing to learn, no step to add
 
 
+@pytest.mark.learned
 def test_task_that_never_improves_keeps_its_own_group():
     x = torch.zeros(2, requires_grad=True)
     groups = tg.TaskGroups(["a", "b", "c"], warmup=3, affinity=tg.ProximalAffinity(decay=0.5))

@@ -377,6 +377,7 @@ def train(losses, start, step, batches, seed=0):
     return x, counts
 
 
+@pytest.mark.learned
 @pytest.mark.parametrize("n_tasks", [3, 4, 5])
 @pytest.mark.parametrize(
     ("make", "first", "half_life", "batches"),
@@ -394,6 +395,7 @@ def test_converges_to_pareto_stationary_points(make, first, half_life, batches, 
     assert 1 < np.median(counts) < n_tasks  # groups were learned
 
 
+@pytest.mark.learned
 def test_with_a_constant_step_it_ends_in_a_neighbourhood():
     """Of the size of the step: the squared norm that is left falls with the square of the step, up
     to the order of the groups in the last batch.

@@ -1,6 +1,7 @@
 """In Lightning and Accelerate the loop trains what the plain loop trains, bit by bit."""
 
 import contextlib
+import math
 import os
 import re
 import sys
@@ -95,8 +96,11 @@ def test_a_trainer_on_two_ranks_trains_and_resumes_as_ddp(tmp_path):
 
 
 def small():
+    """Three tasks that are the same: the heads, and so the gradients, start alike."""
     torch.manual_seed(0)
     model = tg.MultiTaskModel(nn.Linear(3, 4), {task: nn.Linear(4, 1) for task in "abc"})
+    for head in model.heads.values():
+        head.load_state_dict(model.heads["a"].state_dict())
     return model, torch.optim.Adam(model.parameters(), lr=0.1), torch.randn(8, 3)
 
 
@@ -293,9 +297,11 @@ def test_hugging_face_sees_batches_without_labels(monkeypatch, tmp_path, acceler
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+@pytest.mark.learned
 def test_one_step_per_batch_with_gradient_affinity_is_a_batch():
     """What a trainer can do that takes the steps itself: one group, and nothing to be told."""
-    model, optimizer, x = small()
+    model, _, x = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)  # the heads stay nearly alike
     affinity = tg.GradientAffinity(model.encoder)
     groups = tg.TaskGroups(["a", "b", "c"], affinity=affinity, groups_per_batch=1, warmup=1)
 
@@ -306,8 +312,8 @@ def test_one_step_per_batch_with_gradient_affinity_is_a_batch():
             group = next(iter(groups))
             group.loss(losses_of(model, x, group)).backward()
             optimizer.step()
-    assert (affinity.matrix.diagonal() > 0).all()
-    assert len(groups.partition) < 3
+    assert (affinity.matrix > 0).all()
+    assert groups.partition == [("a", "b", "c")]
 
 
 def test_one_group_a_batch_that_never_sees_its_second_step_is_told_of():
@@ -338,6 +344,7 @@ def test_batches_left_now_and_then_are_nobodys_business():
                 group.loss(losses_of(model, x, group))
 
 
+@pytest.mark.learned
 def test_a_trainer_that_takes_the_steps_itself(tmp_path, accelerate):
     """Hugging Face's Trainer: one group a batch, learned from gradients."""
     import transformers
@@ -367,8 +374,8 @@ def test_a_trainer_that_takes_the_steps_itself(tmp_path, accelerate):
         GroupTrainer(model, arguments, train_dataset=data).train()
 
     train()
-    assert (affinity.matrix.diagonal() > 0).all()
-    assert len(groups.partition) < 3
+    assert (affinity.matrix > 0).all()
+    assert groups.partition == [("a", "b", "c")]
     groups = tg.TaskGroups(["a", "b", "c"], groups_per_batch=1)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
@@ -376,13 +383,25 @@ def test_a_trainer_that_takes_the_steps_itself(tmp_path, accelerate):
         train(gradient_accumulation_steps=2)
 
 
+@pytest.mark.learned
 def test_the_recommender_learns_what_goes_together(monkeypatch):
+    """Skipping is the opposite of clicking; sharing hangs on other tastes for the most part.
+
+    Every task is stepped on alone in every batch. What the example itself learns in a few epochs,
+    a group a batch and one batch in five observed, hangs on the last bits of the arithmetic.
+    """
     monkeypatch.syspath_prepend(EXAMPLES)
     import tabular
 
-    groups = tg.TaskGroups(tabular.TASKS, groups_per_batch=1, observe_every=5, warmup=10)
-    with torch.random.fork_rng():
-        losses = tabular.train(groups, epochs=4)
-    assert losses["click"] < 0.6  # knowing nothing is log 2
-    (group,) = [group for group in groups.partition if "click" in group]
-    assert "skip" in group  # the opposite of a click
+    click, share, skip = (tabular.TASKS.index(task) for task in ("click", "share", "skip"))
+    ahead = []
+    for seed in range(2):
+        affinity = tg.ProximalAffinity(decay=0.02)
+        groups = tg.TaskGroups(tabular.TASKS, warmup=1000, affinity=affinity, seed=seed)
+        with torch.random.fork_rng():
+            losses = tabular.train(groups, epochs=2)
+        assert losses["click"] < math.log(2)  # that of a model that knows nothing
+        similarity = affinity.matrix / affinity.matrix.diagonal()
+        similarity = (similarity + similarity.T) / 2
+        ahead.append(similarity[click, skip] - similarity[click, share])
+    assert sum(ahead) / len(ahead) > 0.1  # seeds give 0.19 to 0.32

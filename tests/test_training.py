@@ -101,6 +101,7 @@ def test_losses_in_half_precision_are_observed_in_float32(dtype):
     assert groups.affinity.matrix[first].tolist() == [0.5, 0.5]
 
 
+@pytest.mark.learned
 def test_step_skipped_by_a_grad_scaler_is_not_observed():
     model = make_model()
     optimizer = adam(model)
@@ -127,6 +128,7 @@ def test_step_skipped_by_a_grad_scaler_is_not_observed():
     assert min(counts.values()) > 5
 
 
+@pytest.mark.learned
 def test_clipping():
     def clipped(model, optimizer):
         def step():

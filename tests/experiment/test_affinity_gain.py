@@ -191,6 +191,7 @@ def test_bad_arguments(changes, seeds, said, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.learned
 def test_affinities_of_real_runs(tmp_path, trained):
     gains = AffinityGain(yeast(batches=6, decay=0.3), 1, tmp_path).run()
     assert len(trained) == 9
