@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -122,9 +121,6 @@ def _checked_optimizer(optimizer: Any) -> Optimizer:
             "lookahead_affinity takes the optimizer whose step it measures, got "
             f"{type(optimizer).__name__}; pass a torch.optim.Optimizer."
         )
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(_needs_closure(optimizer))
     return optimizer
 
 
@@ -147,7 +143,7 @@ def _step(optimizer: Optimizer) -> None:
 
 
 def _moving(shared: nn.Module | Iterable[Tensor], optimizer: Optimizer) -> list[Tensor]:
-    """The shared parameters that have a gradient, once each."""
+    """The shared parameters that have a gradient."""
     if isinstance(shared, Tensor):
         shared = [shared]
     found = list(shared.parameters() if isinstance(shared, nn.Module) else shared)
@@ -158,7 +154,7 @@ def _moving(shared: nn.Module | Iterable[Tensor], optimizer: Optimizer) -> list[
                 f"{type(parameter).__name__} in it."
             )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    moving = list({id(p): p for p in found if p.requires_grad}.values())
+    moving = [parameter for parameter in found if parameter.requires_grad]
     if not any(id(parameter) in held for parameter in moving):
         raise ValueError(
             "The optimizer holds none of the shared parameters: pass the one that trains the "
