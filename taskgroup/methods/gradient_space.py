@@ -186,7 +186,6 @@ class _Column:
     def __init__(self, gradients: Sequence[Tensor | None]) -> None:
         self._complex = False
         self._index: Tensor | None = None
-        self.plain: list[Tensor | None] = list(gradients)
         there = [gradient for gradient in gradients if gradient is not None]
         if any(gradient.layout == torch.sparse_coo for gradient in there):
             if all(gradient.layout == torch.sparse_coo for gradient in there):
@@ -197,7 +196,9 @@ class _Column:
             self._complex = True
             there = [torch.view_as_real(gradient.resolve_conj()) for gradient in there]
         filled = iter(there)
-        self.plain = [None if gradient is None else next(filled) for gradient in gradients]
+        self.plain: list[Tensor | None] = [
+            None if gradient is None else next(filled) for gradient in gradients
+        ]
 
     def _compact(self, gradients: list[Tensor]) -> list[Tensor]:
         self._shape = gradients[0].shape
