@@ -99,7 +99,9 @@ class Ranks:
         # sum of squares is the square of the sum. In float64 that is exact for 8,000 ranks.
         checksums = [zlib.crc32(repr(_plain(part)).encode()) >> 12 for part in parts.values()]
         squares = [checksum**2 for checksum in checksums]
-        found = self._sum(torch.tensor(checksums + squares, device="cpu"), "alike", 0)
+        found = self._sum(
+            torch.tensor(checksums + squares, dtype=torch.int64, device="cpu"), "alike", 0
+        )
         sums, of_squares = found[:_PARTS].tolist(), found[_PARTS : 2 * _PARTS].tolist()
         if differing := [
             name
@@ -120,7 +122,7 @@ class Ranks:
             labelled: for each of the K tasks, whether it is labelled here.
             batch: the number of the batch.
         """
-        found = self._sum(torch.tensor(labelled, device="cpu"), "count", batch)
+        found = self._sum(torch.tensor(labelled, dtype=torch.bool, device="cpu"), "count", batch)
         return [round(count) for count in found[: len(labelled)].tolist()]
 
     def mean(self, losses: Tensor, mask: Tensor, batch: int) -> tuple[Tensor, Tensor]:

@@ -291,7 +291,8 @@ def _stacked(losses: Losses) -> Tensor:
                     f"{loss.dtype} of shape {list(loss.shape)}; reduce it, with .mean() for "
                     "instance."
                 )
-        losses = torch.stack(list(losses.values())) if losses else torch.empty(0, device="cpu")
+        if losses:
+            losses = torch.stack(list(losses.values()))
     if not isinstance(losses, Tensor) or losses.dim() != 1 or len(losses) == 0:
         got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(f"The closure must return {{task: scalar}} or a tensor [K], got {got}.")

@@ -100,7 +100,8 @@ class Yeast:
         """Random training genes, drawn with replacement."""
         generator = torch.Generator().manual_seed(seed)
         n_genes = len(self._train.features)
-        drawn = (torch.randint(n_genes, (batch_size,), generator=generator) for _ in count())
+        size = (batch_size,)
+        drawn = (torch.randint(n_genes, size, generator=generator, device="cpu") for _ in count())
         for rows in islice(drawn, start, None):
             yield Table(self._train.features[rows], self._train.labels[rows])
 
@@ -148,9 +149,9 @@ class Yeast:
 @cache
 def _tables() -> dict[str, Table]:
     rows = [(list(x.values()), list(y.values())) for x, y in Records()]  # type: ignore[no-untyped-call]
-    features = torch.tensor([x for x, _ in rows])
-    labels = torch.tensor([y for _, y in rows], dtype=torch.float32)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    features = torch.tensor([x for x, _ in rows], dtype=torch.float32, device="cpu")
+    labels = torch.tensor([y for _, y in rows], dtype=torch.float32, device="cpu")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0), device="cpu")
     features, labels = features[order], labels[order]
     train = features[_SPLITS["train"]]
     features = (features - train.mean(0)) / train.std(0)
