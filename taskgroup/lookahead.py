@@ -291,8 +291,11 @@ def _stacked(losses: Losses) -> Tensor:
                     f"{loss.dtype} of shape {list(loss.shape)}; reduce it, with .mean() for "
                     "instance."
                 )
-        if losses:
-            losses = torch.stack(list(losses.values()))
+        losses = (
+            torch.stack(list(losses.values()))
+            if losses
+            else torch.empty(0, dtype=torch.float32, device="cpu")
+        )
     if not isinstance(losses, Tensor) or losses.dim() != 1 or len(losses) == 0:
         got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(f"The closure must return {{task: scalar}} or a tensor [K], got {got}.")
