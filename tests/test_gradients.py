@@ -466,8 +466,8 @@ class TestUnusualParameters:
     def test_gradients_have_the_strides_of_the_parameter(self):
         image = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
         wide = torch.randn(1, 3).expand(4, 3).detach().requires_grad_()
-        part = torch.randn(3, requires_grad=True)
-        conjugate = torch.complex(torch.zeros(3), part).conj().resolve_conj()
+        part = torch.randn(1, requires_grad=True)
+        conjugate = torch.complex(torch.zeros(1), part).conj().resolve_conj()
         negated = torch.view_as_real(conjugate)[:, 1]
         loss = image.sum() + wide.sum() + negated.sum()
         ((a, b, c),) = tg.task_gradients([loss], [image, wide, part])
