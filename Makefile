@@ -64,6 +64,9 @@ examples: .venv/dev.stamp
 	$(BIN)/python examples/with_lightning.py
 	$(BIN)/accelerate launch --cpu --num_processes 1 examples/with_accelerate.py
 	$(BIN)/torchrun --nproc-per-node 2 examples/ddp.py
+	$(BIN)/python examples/several_data_sets.py
+	$(BIN)/python examples/several_data_sets.py --turns
+	$(BIN)/torchrun --nproc-per-node 2 examples/several_data_sets.py
 	$(BIN)/python examples/tabular.py
 
 bench: .venv/dev.stamp

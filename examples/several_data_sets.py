@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from weather import end_ranks
 
 import taskgroup as tg
 
@@ -84,5 +85,4 @@ if __name__ == "__main__":
     groups = train(**settings)
     if settings.get("rank", 0) == 0:
         print(f"groups {groups.partition}", flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_ranks()

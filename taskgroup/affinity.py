@@ -250,7 +250,8 @@ class GradientAffinity(Affinity):
         sample: int | None = None,
     ) -> None:
         super().__init__(decay)
-        self._shared = list(shared.parameters() if isinstance(shared, nn.Module) else shared)
+        found = shared.parameters() if isinstance(shared, nn.Module) else shared
+        self._shared = list(dict.fromkeys(found))  # each once, or it would count twice
         if not self._shared:
             raise ValueError("shared is empty: name the parameters that the tasks share.")
         for parameter in self._shared:

@@ -240,6 +240,12 @@ class TestSchedule:
             affinity.matrix[observed], expected[observed], rtol=1e-4, atol=1e-4
         )
 
+    def test_a_parameter_that_is_named_twice_counts_once(self, x):
+        affinity = tg.GradientAffinity([x, x], decay=1.0)
+        groups = tg.TaskGroups(TASKS, affinity=affinity, grouping=tg.Together())
+        batches(groups, 1, quadratic(x))
+        torch.testing.assert_close(affinity.matrix.diagonal(), torch.full((3,), 4.0))
+
     def test_resume_is_exact(self, x):
         def make():
             affinity = tg.GradientAffinity([x], sample=2, decay=0.1)

@@ -79,7 +79,7 @@ def test_trainers(tmp_path, accelerate, monkeypatch):
         "model": weather.make_model(),
     }
     names["optimizer"] = torch.optim.Adam(names["model"].parameters(), lr=1e-2)
-    assert run_blocks("trainers.md", names) == 4
+    assert run_blocks("trainers.md", names) == 5
 
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet |= {"accelerator": "cpu", "max_epochs": 1, "default_root_dir": tmp_path}

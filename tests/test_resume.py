@@ -86,7 +86,7 @@ def test_count_of_failures_is_saved():
     assert run.groups.unconverged == 6
     other = Run("not-converging")
     other.load(run.save())
-    assert other.groups.unconverged == 5
+    assert other.groups.unconverged == 6
 
 
 def changed(state, **changes):

@@ -391,7 +391,7 @@ def test_converges_to_pareto_stationary_points(make, first, half_life, batches, 
     assert stationarity(losses, x) < 1e-6
     for place in (start, x.detach()):  # a step below the bound: one over the curvature of the sum
         assert first * torch.linalg.eigvalsh(curvature(losses, place)).abs().max() < 1
-    assert set(counts[:21]) == {n_tasks}
+    assert set(counts[:20]) == {n_tasks}
     assert 1 < np.median(counts) < n_tasks  # groups were learned
 
 

@@ -169,10 +169,10 @@ def read_baseline(path: str | Path, tasks: list[str]) -> dict[str, float]:
         raise ValueError(
             f"The baseline {path} has no metric of {listed(lacking)}; it has {listed(found)}."
         )
-    if useless := [task for task in tasks if not math.isfinite(found[task]) or not found[task]]:
+    if useless := [task for task in tasks if not 0 < found[task] < math.inf]:
         raise ValueError(
             f"Δm divides by the metrics of the baseline, and in {path} that of {listed(useless)} "
-            "is 0 or no number."
+            "is no positive number."
         )
     return {task: float(found[task]) for task in tasks}
 
