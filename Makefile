@@ -1,6 +1,6 @@
 # make demo   train on the embedded photograph, three ways, and compare      (about 5 minutes)
 # make test   run the tests                                                  (about 5 minutes)
-# make full   the tests of which make test runs a part                       (about 3 minutes)
+# make full   what make test leaves out to be quick; CI runs both            (about 4 minutes)
 # make lint   linters and type checker
 # make docs   the documentation as a site, in build/docs                     (under a minute)
 # make links  the links to other hosts in it; needs network
@@ -37,7 +37,7 @@ test: .venv/dev.stamp
 	$(BIN)/python -m pytest --numprocesses=auto --dist=worksteal $(ARGS)
 
 full: .venv/dev.stamp
-	$(BIN)/python -m pytest -m full
+	$(BIN)/python -m pytest --numprocesses=auto --dist=worksteal -m full $(ARGS)
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

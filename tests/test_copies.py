@@ -105,19 +105,18 @@ def test_parts_by_themselves(value, kind):
         assert other.decay == value.decay
 
 
-def child(rank, run, folder):
-    torch.save(run.train(4), f"{folder}/trace.pt")
+def child(rank, runs, folder):
+    torch.save([run.train(4) for run in runs], f"{folder}/traces.pt")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("setting", ["default", "random groups", "gradients"])
-def test_a_spawned_process_goes_on_as_the_original(setting, tmp_path):
+def test_a_spawned_process_goes_on_as_the_original(tmp_path):
     """As under torch.multiprocessing.spawn(train, (groups, ...)); pytorch/pytorch#146828."""
-    run = Run(setting, sample=2)
-    run.train(3)
-    expected = copy.deepcopy(run).train(4)
-    mp.spawn(child, (run, str(tmp_path)), nprocs=1)
-    assert torch.load(tmp_path / "trace.pt", weights_only=True) == expected
+    runs = [Run(setting, sample=2) for setting in [*SETTINGS, "gradients"]]
+    for run in runs:
+        run.train(3)
+    expected = [run.train(4) for run in copy.deepcopy(runs)]
+    mp.spawn(child, (runs, str(tmp_path)), nprocs=1)
+    assert torch.load(tmp_path / "traces.pt", weights_only=True) == expected
 
 
 def test_what_is_handed_out_is_a_copy():

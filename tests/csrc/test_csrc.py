@@ -37,7 +37,9 @@ def tool(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+@pytest.mark.parametrize(
+    "sanitizer", ["address,undefined", pytest.param("thread", marks=pytest.mark.full)]
+)
 def test_cpp(sanitizer):
     # Kept between runs, so that only what changed is compiled again.
     directory = ROOT / "build" / "csrc-tests" / sanitizer.replace(",", "-")
@@ -96,7 +98,7 @@ def nvcc():
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_cuda_budget(nvcc, architecture, tmp_path):
     """Registers and shared memory of each kernel: no more, and no fewer, than is written down."""

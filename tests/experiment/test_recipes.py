@@ -375,5 +375,5 @@ def test_baselines_that_nothing_can_be_divided_by(minis, tmp_path):
         "--baseline", baseline, "--out", tmp_path / "run",
     )  # fmt: skip
     assert result.exit_code == 2
-    assert "['depth', 'edge'] is 0 or no number" in result.output
+    assert "['depth', 'edge'] is no positive number" in result.output
     assert not (tmp_path / "run").exists()
