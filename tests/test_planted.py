@@ -161,13 +161,13 @@ def test_first_order_identity():
     ],
 )
 def test_many_tasks_one_group_a_batch(grouping, least, n_tasks, clusters, batches):
-    """Warm-up is a round of every task alone; from then on a batch costs two steps."""
+    """Warm-up is two rounds of every task alone; from then on a batch costs two steps."""
     planted = Planted([n_tasks // clusters] * clusters, -0.9 / (clusters - 1), seed=0, dim=64)
     groups = tg.TaskGroups(
         planted.tasks,
         affinity=tg.ProximalAffinity(decay=0.5),
         grouping=grouping,
-        warmup=1,
+        warmup=2,
         groups_per_batch=1,
         regroup_every=10,
     )
