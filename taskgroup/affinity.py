@@ -74,7 +74,12 @@ class Affinity:
 
     def known(self) -> Tensor:
         """The matrix with NaN where nothing was observed, as groupings that take NaN read it."""
-        return torch.where(self._observed > 0, self.matrix, math.nan)
+        if self._complete:
+            return self.matrix
+        observed = self._observed > 0
+        if observed.device.type == "cpu":  # elsewhere it would have to be waited for
+            self._complete = bool(observed.all())
+        return torch.where(observed, self.matrix, math.nan)
 
     def start(self, tasks: tuple[str, ...]) -> None:
         """Begin with zeros for these tasks; :class:`TaskGroups` calls it once.
@@ -90,6 +95,7 @@ class Affinity:
         shape = (len(tasks), len(tasks))
         self._matrix = torch.zeros(shape, dtype=torch.float32, device="cpu")
         self._observed = torch.zeros(shape, dtype=torch.int32, device="cpu")
+        self._complete = False  # every entry was observed, as far as is known
 
     def to(self, device: torch.device) -> None:
         """Move to ``device``, the one of the losses."""
@@ -139,6 +145,7 @@ class Affinity:
         """Take over copies that have been checked."""
         self._matrix = state["matrix"]
         self._observed = state["observed"]
+        self._complete = False
 
 
 class ProximalAffinity(Affinity):

@@ -57,30 +57,33 @@ class _Clustering(Grouping):
         if affinity.dtype not in (torch.float32, torch.float64):
             affinity = affinity.double()  # of bfloat16, say, which NumPy does not have
         tasks, similarity = normalised_affinity(affinity.numpy())
-        finite = np.isfinite(affinity.numpy()[np.ix_(tasks, tasks)])
-        known = finite | finite.T
-        connected = known.sum(1) > 1  # with another task than itself
-        if not connected.all():
+        finite, known = np.isfinite(affinity.numpy()), None
+        if not finite.all():
+            finite = finite[np.ix_(tasks, tasks)]
+            known = finite | finite.T
+            connected = known.sum(1) > 1  # with another task than itself
             tasks, known = tasks[connected], known[np.ix_(connected, connected)]
             similarity = similarity[np.ix_(connected, connected)]
-        labels = np.arange(len(affinity))
-        if len(tasks) > 1:
-            if not known.all():
+            if known.all():
+                known = None
+            else:
                 similarity = np.where(known, similarity, min(-1.0, similarity[known].min()))
-            clusters = self._cluster(similarity, known)
-            if clusters is None:
-                return None
-            if len(tasks) == len(affinity):
-                return torch.from_numpy(clusters)
-            labels[tasks] = len(labels) + clusters  # apart from the labels of the rest
+        if len(tasks) < 2:
+            return torch.arange(len(affinity), dtype=torch.int64, device="cpu")
+        clusters = self._cluster(similarity, known)
+        if clusters is None or len(tasks) == len(affinity):
+            return None if clusters is None else torch.from_numpy(clusters)
+        labels = np.arange(len(affinity))
+        labels[tasks] = len(labels) + clusters  # apart from the labels of the rest
         return torch.from_numpy(np.unique(labels, return_inverse=True)[1])
 
-    def _cluster(self, similarity: _Floats, known: _Mask) -> npt.NDArray[Any] | None:
+    def _cluster(self, similarity: _Floats, known: _Mask | None) -> npt.NDArray[Any] | None:
         """Labels 0 to M-1, int64 ``[n]``, of n > 1 tasks; None keeps the partition.
 
         Args:
             similarity: ``[n, n]``, the normalised affinity.
-            known: ``[n, n]``, symmetric: the pairs that were observed, and the diagonal.
+            known: ``[n, n]``, symmetric: the pairs that were observed, and the diagonal; None where
+                all were.
         """
         raise NotImplementedError
 
@@ -129,8 +132,8 @@ class AffinityPropagation(_Clustering):
         self.max_iter = whole_number("max_iter", max_iter, at_least=1)
         self.convergence_iter = whole_number("convergence_iter", convergence_iter, at_least=1)
 
-    def _cluster(self, similarity: _Floats, known: _Mask) -> npt.NDArray[Any] | None:
-        if known.all():
+    def _cluster(self, similarity: _Floats, known: _Mask | None) -> npt.NDArray[Any] | None:
+        if known is None:
             return self._propagate(similarity, known)
         labels = np.zeros(len(similarity), dtype=np.int64)
         for part in _parts(known):
@@ -140,13 +143,13 @@ class AffinityPropagation(_Clustering):
             labels[part] = found + (labels.max() + 1)
         return np.unique(labels, return_inverse=True)[1]
 
-    def _propagate(self, similarity: _Floats, known: _Mask) -> npt.NDArray[Any] | None:
+    def _propagate(self, similarity: _Floats, known: _Mask | None) -> npt.NDArray[Any] | None:
         """Labels 0 to M-1 for tasks that known pairs connect."""
         n, preference = len(similarity), self.preference
         if preference is None and n <= 3:
             # The least number above 0: an affinity of exactly 0 is no reason to join.
             preference = np.finfo(np.float64).tiny
-        elif preference is None and not known.all():
+        elif preference is None and known is not None:
             preference = float(np.median(similarity[known]))
         preferences = None if preference is None else np.full(n, preference)
         return propagate(
@@ -180,7 +183,7 @@ class Heterogeneous(AffinityPropagation):
         tensor([0, 1, 0])
     """
 
-    def _propagate(self, similarity: _Floats, known: _Mask) -> npt.NDArray[Any] | None:
+    def _propagate(self, similarity: _Floats, known: _Mask | None) -> npt.NDArray[Any] | None:
         clusters = super()._propagate(similarity, known)
         if clusters is None:
             return None
@@ -235,8 +238,10 @@ class GraphColoring(_Clustering):
             raise ValueError(f"threshold must be a finite number, got {threshold!r}.")
         self.threshold = threshold
 
-    def _cluster(self, similarity: _Floats, known: _Mask) -> npt.NDArray[Any]:
-        conflict = (similarity < self.threshold) | ~known
+    def _cluster(self, similarity: _Floats, known: _Mask | None) -> npt.NDArray[Any]:
+        conflict = similarity < self.threshold
+        if known is not None:
+            conflict |= ~known
         colours = np.full(len(conflict), -1)
         for task in np.argsort(-conflict.sum(1), kind="stable"):
             taken = set(colours[conflict[task]].tolist())
@@ -296,7 +301,7 @@ class Exhaustive(_Clustering):
                 f"{n_tasks}; take AffinityPropagation() or another clustering for so many."
             )
 
-    def _cluster(self, similarity: _Floats, known: _Mask) -> npt.NDArray[Any]:
+    def _cluster(self, similarity: _Floats, known: _Mask | None) -> npt.NDArray[Any]:
         n_tasks = len(similarity)
         self._check(n_tasks)
         subsets = _subsets(n_tasks)
@@ -376,7 +381,7 @@ class _ScikitLearn(_Clustering):
             ) from error
         self.seed = seed
 
-    def _cluster(self, similarity: _Floats, known: _Mask) -> npt.NDArray[Any]:
+    def _cluster(self, similarity: _Floats, known: _Mask | None) -> npt.NDArray[Any]:
         if self.m >= len(similarity):
             return np.arange(len(similarity))
         with warnings.catch_warnings():

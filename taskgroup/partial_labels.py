@@ -42,13 +42,16 @@ class Turns:
 
     def due(self, present: Sequence[int]) -> bool:
         """Count a batch; whether one of the tasks in it is due."""
+        if self._every == 1:
+            return True
         at = self._at(present)
         self._waited[at] += 1
         return bool(self._waited[at].max() >= self._every)
 
     def taken(self, present: Sequence[int]) -> None:
         """The tasks have had their turn."""
-        self._waited[self._at(present)] = 0
+        if self._every > 1:
+            self._waited[self._at(present)] = 0
 
     def state(self) -> list[int]:
         """What :meth:`load` takes: for every task the batches since its turn."""
