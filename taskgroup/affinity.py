@@ -48,6 +48,7 @@ class Affinity:
     every: int | None = None
     _matrix: Tensor
     _observed: Tensor  # int32 [K, K]
+    _complete: bool  # every entry was observed, as far as is known
 
     def __init__(self, decay: float) -> None:
         name = type(self).__name__
@@ -95,7 +96,7 @@ class Affinity:
         shape = (len(tasks), len(tasks))
         self._matrix = torch.zeros(shape, dtype=torch.float32, device="cpu")
         self._observed = torch.zeros(shape, dtype=torch.int32, device="cpu")
-        self._complete = False  # every entry was observed, as far as is known
+        self._complete = False
 
     def to(self, device: torch.device) -> None:
         """Move to ``device``, the one of the losses."""
