@@ -19,20 +19,11 @@ Outside = Literal["hold", "coast"]
 
 
 class Attachment:
-    """Prepares the steps of optimizers; ``remove()`` takes it back.
+    """Prepares the steps of optimizers; what :meth:`taskgroup.TaskGroups.attach` returns."""
 
-    Args:
-        optimizers: whose steps are prepared, without what wraps them.
-        tasks: the K task names.
-        heads: the parameters of each task alone; None where a model tells them in the loop.
-        outside: ``"hold"`` or ``"coast"``.
-        stepping: gives the members of the group whose step is about to be taken and the heads of
-            the model that ran for it, both None where no step of a group is. Its argument is the
-            number that it gave at the last step, 0 at first; it gives the present one as well.
-
-    Raises:
-        ValueError: if ``heads`` cannot be held apart; the sentence names the task and parameter.
-    """
+    # stepping(number) gives the members of the group whose step is about to be taken and the heads
+    # of the model that ran for it, both None where no step of a group is. Its argument is the
+    # number that it gave at the last step, 0 at first; it gives the present one as well.
 
     def __init__(
         self,

@@ -44,7 +44,7 @@ class JointMethod:
     ``register_post_accumulate_grad_hook``, such as an optimizer that steps in the backward pass,
     run once, on what the method has made of the gradients.
 
-    Every method can be copied with :func:`copy.deepcopy`, pickled, and passed to a spawned process.
+    Every method can be copied with ``copy.deepcopy``, pickled, and passed to a spawned process.
     A copy has parameters of its own: copy it together with the model and the optimizer, as in
     ``copy.deepcopy((model, optimizer, method))``.
 
