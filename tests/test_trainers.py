@@ -297,6 +297,54 @@ def test_hugging_face_sees_batches_without_labels(monkeypatch, tmp_path, acceler
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+@pytest.mark.parametrize("outside", ["hold", "coast"])
+def test_attach_under_automatic_optimization(outside, tmp_path):
+    """Lightning gives the optimizer a closure that makes the gradients, of stacked losses here."""
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, _, self.x = small()
+            self.groups = tg.TaskGroups(
+                ["a", "b", "c"], grouping=tg.Singletons(), groups_per_batch=1
+            )
+            self.moved = []
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
+            self.groups.attach(optimizer, self.model.heads, outside)
+            return optimizer
+
+        def training_step(self, batch, number):
+            self.before = {t: [*map(torch.clone, h.parameters())] for t, h in self.heads()}
+            self.group = next(self.groups.batch(self.groups.tasks))
+            outputs = self.model(self.x)
+            return self.group.loss(torch.stack([v.square().mean() for v in outputs.values()]))
+
+        def on_train_batch_end(self, *_):
+            moved = {
+                task
+                for task, head in self.heads()
+                if not all(map(torch.equal, head.parameters(), self.before[task]))
+            }
+            self.moved.append((set(self.group.tasks), moved))
+
+        def heads(self):
+            return self.model.heads.items()
+
+    module = Module()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"accelerator": "cpu", "max_epochs": 1, "enable_checkpointing": False}
+    loader = torch.utils.data.DataLoader(torch.zeros(9))
+    lightning.Trainer(**quiet, default_root_dir=tmp_path).fit(module, loader)
+    stepped = set()
+    for group, moved in module.moved:
+        stepped |= group  # a head without a step has no momentum to coast on
+        assert moved == (group if outside == "hold" else stepped)
+    assert len(module.moved) == 9
+
+
 @pytest.mark.learned
 def test_one_step_per_batch_with_gradient_affinity_is_a_batch():
     """What a trainer can do that takes the steps itself: one group, and nothing to be told."""
