@@ -38,7 +38,7 @@ class Attachment:
         self.stepping = stepping
         self._given = heads is not None
         self._heads: Heads | None = None
-        self._optimizers = list(optimizers)
+        self.optimizers = list(optimizers)
         self.whole: list[tuple[Tensor, int]] = []
         self.shared: list[_SharedRows] = []
         if heads is not None:
@@ -65,7 +65,7 @@ class Attachment:
             )
 
     def _settle_on(self, heads: Heads) -> None:
-        self.whole, self.shared = _parts(heads, self.tasks, self._optimizers, self._given)
+        self.whole, self.shared = _parts(heads, self.tasks, self.optimizers, self._given)
         self._heads = heads
 
 
@@ -115,10 +115,10 @@ class _Steps:
         if inside is None:
             return
         attachment.look_at(heads)
-        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         hold = attachment.outside == "hold"
+        others = self._of_other_optimizers()
         for parameter, task in attachment.whole:
-            if task in inside or id(parameter) not in held:
+            if task in inside or id(parameter) in others:
                 continue
             if not hold:
                 _zero_gradient(parameter)
@@ -126,8 +126,20 @@ class _Steps:
                 self._set_aside.append((parameter, parameter.grad))
                 parameter.grad = None
         for rows in attachment.shared:
-            if id(rows.parameter) in held and rows.leave_out(inside, self._optimizer, hold):
+            if id(rows.parameter) in others:
+                continue
+            if rows.leave_out(inside, self._optimizer, hold):
                 self._left_out.append(rows)
+
+    def _of_other_optimizers(self) -> set[int]:
+        """The ids of the parameters that are named for other optimizers."""
+        return {
+            id(parameter)
+            for optimizer in self._attachment.optimizers
+            if optimizer is not self._optimizer
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
 
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
