@@ -89,6 +89,7 @@ def test_observed_counts_every_entry():
     assert groups.affinity.matrix.max() < 1
 
 
+@pytest.mark.learned
 @pytest.mark.parametrize(
     "grouping",
     [
@@ -121,6 +122,7 @@ def test_data_sets_in_turns_share_no_group(grouping, affinity):
     assert groups.partition == [("a", "b"), ("c", "d")]
 
 
+@pytest.mark.learned
 def test_tasks_that_meet_in_every_step_are_told_apart_and_together():
     """The same tasks, one mini-batch of each data set per step: all pairs are known."""
     groups = tg.TaskGroups(TASKS, warmup=10, affinity=tg.ProximalAffinity(decay=0.2))
