@@ -85,6 +85,7 @@ class _Steps:
         )
 
     def remove(self) -> None:
+        self._after_step()  # of a step that raised
         for handle in self._handles:
             handle.remove()
 

@@ -782,6 +782,8 @@ class TaskGroups:
         if group._shares > 0 or self._told_of_one_forward:
             return
         first = losses if isinstance(losses, Tensor) else next(iter(losses.values()))
+        if not isinstance(first, Tensor):
+            return  # of a task that this step does not need, which may be anything
         if self._given is not None and self._given() is first and first.grad_fn is not None:
             self._told_of_one_forward = True
             warnings.warn(

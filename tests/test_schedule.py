@@ -669,6 +669,13 @@ class TestNothingMoves:
                     group.loss(losses, share=0.5)
                     group.loss(losses, share=0.5)
 
+    @pytest.mark.parametrize("other", [0.0, None, torch.tensor(1)], ids=repr)
+    def test_what_a_step_does_not_need_may_be_anything(self, other):
+        groups = tg.TaskGroups(TASKS, grouping=tg.Fixed([["b"], ["a", "c", "d"]]))
+        toy = Toy()
+        for group in groups.batch(["b", "c", "d"]):
+            group.loss({"a": other, **{t: toy.losses()[t] for t in "bcd"}})
+
     def test_steps_that_change_no_loss(self):
         groups = tg.TaskGroups(TASKS)
         toy = Toy()
