@@ -294,7 +294,6 @@ class GradientAffinity(Affinity):
         """Float32 ``[K, K]``, a copy; the average over what was observed, 0 where nothing was."""
         if self._sample is None:
             return super().matrix
-        # A sample of all tasks leaves no weight behind.
         return self._matrix / torch.where(self._weight > 0, self._weight, 1.0)
 
     def to(self, device: torch.device) -> None:
@@ -356,7 +355,7 @@ class GradientAffinity(Affinity):
         self, measured: list[int], gradients: list[list[Tensor | None]], values: Tensor
     ) -> None:
         """The inner products of n tasks, at their places in the matrix."""
-        if len(measured) == len(self._matrix):
+        if len(measured) == len(self._matrix) and self._sample is None:
             gram_affinity_update_(
                 self._matrix, gradients, values, self.decay, observed=self._observed
             )

@@ -218,6 +218,16 @@ class TestSchedule:
         assert (affinity.observed > 0).all()
         torch.testing.assert_close(affinity.matrix, expected, rtol=1e-5, atol=1e-5)
 
+    def test_a_sample_of_all_tasks_and_batches_of_some(self, x):
+        """Whole and partial batches weigh alike: nothing moves, so the average is what is there."""
+        affinity = tg.GradientAffinity([x], sample=8, decay=0.1)
+        groups = tg.TaskGroups(TASKS, affinity=affinity, grouping=tg.Together())
+        for present in (TASKS, ["a", "b"], TASKS, ["b", "c"]):
+            for group in groups.batch(present):
+                group.loss({t: quadratic(x)()[t] for t in group.observed})
+        expected = torch.tensor([[4.0 * i / k for k in (1, 2, 3)] for i in (1, 2, 3)])
+        torch.testing.assert_close(affinity.matrix, expected, rtol=1e-5, atol=1e-5)
+
     def test_more_tasks_than_one_gram_matrix_holds(self):
         tasks = [f"t{k}" for k in range(1310)]
         generator = torch.Generator().manual_seed(0)
