@@ -153,6 +153,17 @@ inline int __syncthreads_count(bool value) {
   return count;
 }
 
+inline void __syncwarp() { shim::warp->barrier.wait(); }
+
+inline unsigned __ballot_sync(unsigned, bool value) {
+  const auto shown = shim::show_warp(value);
+  unsigned all = 0;
+  for (int lane = 0; lane < 32; ++lane) all |= static_cast<unsigned>(shown[lane]) << lane;
+  return all;
+}
+
+inline int __popc(unsigned word) { return __builtin_popcount(word); }
+
 inline bool __any_sync(unsigned, bool value) {
   const auto shown = shim::show_warp(value);
   bool any = false;
@@ -169,7 +180,6 @@ namespace taskgroup {
 
 inline double multiply(double a, double b) { return a * b; }
 inline double add(double a, double b) { return a + b; }
-inline int opaque(int number) { return number; }
 
 struct alignas(16) Words {
   uint32_t word[4];
@@ -187,6 +197,12 @@ inline Words load_words(const void* from) {
   std::memcpy(&words, from, sizeof(words));
   return words;
 }
+
+inline Words stream_words(const void* from, bool there) {
+  return there ? load_words(from) : Words{};
+}
+
+inline double load_double(const double* from, bool there) { return there ? *from : 0.0; }
 
 inline void store_words(void* to, Words words) {
   check_aligned(to);
@@ -263,21 +279,40 @@ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   mma(d, a, b, widen_half);
 }
 
-// An mbarrier as a word: phases completed, and bytes still expected. One thread alone writes it. A
-// copy is done when it is asked for, as early as can be: whoever still reads what was there, or
-// reads without waiting, is seen by the thread sanitizer.
+// An mbarrier as a word: from below, the bytes still expected, the arrivals that are missing in
+// this phase, the arrivals of every phase, and the parity of the phase. A copy is done when it is
+// asked for, as early as can be: whoever still reads what was there, or reads without waiting, is
+// seen by the thread sanitizer.
 constexpr bool kHasBulkCopies = true;
 
-inline void mbarrier_init(uint64_t* barrier) { __atomic_store_n(barrier, 0, __ATOMIC_RELEASE); }
+constexpr uint64_t kBytes = (1ull << 32) - 1, kArrival = 1ull << 32, kArrivals = 0xffull << 32;
 
-inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
-  const uint64_t word = __atomic_load_n(barrier, __ATOMIC_RELAXED);
-  if ((word & 0xffffffff) != 0) std::abort();  // the phase before is not complete
-  __atomic_store_n(barrier, bytes == 0 ? word + (1ull << 32) : word + bytes, __ATOMIC_RELEASE);
+inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
+  __atomic_store_n(barrier, arrivals * (kArrival | kArrival << 8), __ATOMIC_RELEASE);
 }
 
+// change(word) in one step; a phase that is complete by it gives way to the next.
+template <typename Change>
+void mbarrier_change(uint64_t* barrier, const Change& change) {
+  uint64_t word = __atomic_load_n(barrier, __ATOMIC_ACQUIRE), next;
+  do {
+    next = change(word);
+    if ((next & (kBytes | kArrivals)) == 0) next = (next | (next >> 8 & kArrivals)) ^ 1ull << 63;
+  } while (
+      !__atomic_compare_exchange_n(barrier, &word, next, true, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE));
+}
+
+inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
+  mbarrier_change(barrier, [=](uint64_t word) {
+    if ((word & kArrivals) == 0) std::abort();  // one arrival too many
+    return word - kArrival + bytes;
+  });
+}
+
+inline void mbarrier_arrive(uint64_t* barrier) { mbarrier_expect(barrier, 0); }
+
 inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
-  while ((__atomic_load_n(barrier, __ATOMIC_ACQUIRE) >> 32 & 1) == parity) sched_yield();
+  while (__atomic_load_n(barrier, __ATOMIC_ACQUIRE) >> 63 == parity) sched_yield();
 }
 
 inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
@@ -285,9 +320,10 @@ inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barr
   check_aligned(from);
   if (bytes % 16 != 0) std::abort();
   std::memcpy(to, from, bytes);
-  uint64_t word = __atomic_load_n(barrier, __ATOMIC_RELAXED) - bytes;
-  if ((word & 0xffffffff) == 0) word += 1ull << 32;
-  __atomic_store_n(barrier, word, __ATOMIC_RELEASE);
+  mbarrier_change(barrier, [=](uint64_t word) {
+    if ((word & kBytes) < bytes) std::abort();  // more than is expected
+    return word - bytes;
+  });
 }
 
 }  // namespace taskgroup

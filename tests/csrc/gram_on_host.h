@@ -46,8 +46,8 @@ std::vector<double> gram_on_host(const Gradients& gradients, Dtype dtype, const 
 template <typename G, bool kBulk>
 Pass fma_on_host(int first, int other, int stages) {
   return [=](const GramTable& table, double* partial) {
-    shim::launch({1, static_cast<unsigned>(table.segments)}, G::kThreads, G::shared_bytes(stages),
-                 [&](void* shared) {
+    shim::launch({1, static_cast<unsigned>(table.segments)}, G::kThreads + (kBulk ? 32 : 0),
+                 G::shared_bytes(stages), [&](void* shared) {
                    gram_fma_block<G, kBulk>(table, first, other, partial, shared, stages);
                  });
   };

@@ -6,8 +6,10 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import triton
 from torch.utils import cpp_extension
 
 from tests.backends import instruction_sets
@@ -15,6 +17,7 @@ from tests.backends import instruction_sets
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUDGET = HERE / "cuda_budget.json"
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def run(*command, **options):
@@ -52,25 +55,34 @@ def test_cpp(sanitizer):
     assert ran == sorted(instruction_sets() * 2)
 
 
+class Kernel(NamedTuple):
+    """What the compiler makes of a kernel."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    ptx: str
+    sass: list[str]  # the instructions, without their addresses
+
+
 def compile_kernels(nvcc, architecture, directory):
-    """Of each kernel, by name: what ptxas says of it, and its PTX."""
+    """Every kernel, by its name without namespaces."""
     kernels = {}
     includes = [
         f"-I{ROOT / 'csrc'}",
         *(f"-isystem={path}" for path in cpp_extension.include_paths()),
     ]
     for source in sorted((ROOT / "csrc/ops/cuda").glob("*.cu")):
+        cubin = directory / "kernels.cubin"
         told = run(
             *(nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas", "-v", "--keep"),
-            *("--keep-dir", directory, "-cubin", "-o", directory / "kernels.cubin", source),
+            *("--keep-dir", directory, "-cubin", "-o", cubin, source),
             *includes,
             "-DTORCH_TARGET_VERSION=0x020a000000000000",
         )
-        ptx = (directory / f"{source.stem}.ptx").read_text()
-        bodies = re.split(r"\.entry (\w+)", ptx)
-        bodies = dict(zip(bodies[1::2], bodies[2::2], strict=True))
-        entries = re.split(r"Compiling entry function '(\w+)'", told)
-        for mangled, told_of_it in zip(entries[1::2], entries[2::2], strict=True):
+        ptx = split_by(r"\.entry (\w+)", (directory / f"{source.stem}.ptx").read_text())
+        sass = split_by(r"Function : (\w+)", run(CUOBJDUMP, "--dump-sass", cubin))
+        for mangled, told_of_it in split_by(r"Compiling entry function '(\w+)'", told).items():
             numbers = [
                 int(m[1]) if (m := re.search(pattern, told_of_it)) else 0
                 for pattern in (
@@ -81,11 +93,15 @@ def compile_kernels(nvcc, architecture, directory):
             ]
             name = run(tool("c++filt"), mangled).strip()
             name = re.sub(r"\(anonymous namespace\)::|taskgroup::|^void |\(.*", "", name)
-            kernels[name] = (
-                dict(zip(("registers", "spilled bytes", "shared bytes"), numbers, strict=True)),
-                bodies[mangled],
-            )
+            instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", sass[mangled])
+            kernels[name] = Kernel(*numbers, ptx[mangled], instructions)
     return kernels
+
+
+def split_by(pattern, text):
+    """What follows each match of the pattern, by the match's group."""
+    parts = re.split(pattern, text)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +114,18 @@ def nvcc():
     return found
 
 
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+def compiled(request, nvcc, tmp_path_factory):
+    """The architecture and its kernels."""
+    return request.param, compile_kernels(nvcc, request.param, tmp_path_factory.mktemp("cuda"))
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_cuda_budget(nvcc, architecture, tmp_path):
+def test_cuda_budget(nvcc, compiled):
     """Registers and shared memory of each kernel: no more, and no fewer, than is written down."""
-    kernels = compile_kernels(nvcc, architecture, tmp_path)
-    for name, (used, ptx) in kernels.items():
-        assert used["spilled bytes"] == 0, f"{name} spills {used['spilled bytes']} bytes"
-        assert ("mma.sync.aligned.m16n8k16" in ptx) == name.startswith("gram_mma"), name
-        bulk = name.startswith("gram_fma_float") and architecture == "sm_90"
-        assert ("cp.async.bulk" in ptx) == bulk, name
+    architecture, kernels = compiled
+    for name, kernel in kernels.items():
+        assert kernel.spilled_bytes == 0, f"{name} spills {kernel.spilled_bytes} bytes"
 
     written = json.loads(BUDGET.read_text())
     (version,) = re.findall(r"release (\d+\.\d+)", run(nvcc, "--version"))
@@ -119,11 +137,61 @@ def test_cuda_budget(nvcc, architecture, tmp_path):
         if name not in kernels:
             told.append(f"{name} is no more: delete it")
             continue
-        used = kernels[name][0]
-        for what in ("registers", "shared bytes"):
-            number, allowed = used[what], budget.get(name, {}).get(what, 0)
+        kernel = kernels[name]
+        used = {"registers": kernel.registers, "shared bytes": kernel.shared_bytes}
+        for what, number in used.items():
+            allowed = budget.get(name, {}).get(what, 0)
             if number > allowed:
                 told.append(f"{name} uses {number} {what}, {allowed} are allowed")
             elif number < allowed:
                 told.append(f"{name} uses {number} {what} only: lower the {allowed}")
     assert not told, f"{BUDGET.name}, {architecture}:\n" + "\n".join(told)
+
+
+def most_at_once(sass, load, words):
+    """How many loads of so many registers are on their way before one is waited for, or a jump."""
+    most, waited_for, count = 0, set(), 0
+    for instruction in sass:
+        operands = [int(n) for n in re.findall(r"\bR(\d+)\b", instruction)]
+        is_load = re.search(load, instruction)
+        if waited_for.intersection(operands) or re.search(r"\b(BRA|CALL|RET|EXIT)\b", instruction):
+            waited_for, count = set(), 0
+        if is_load:
+            waited_for.update(range(operands[0], operands[0] + words))
+            count += 1
+            most = max(most, count)
+    return most
+
+
+@pytest.mark.full
+def test_the_hot_loops(compiled):
+    """Wide accesses, many on their way at once, nothing converted that need not be."""
+    architecture, kernels = compiled
+    hopper = architecture == "sm_90"
+    for name, kernel in kernels.items():
+        dtype = name.partition("<")[2].rstrip("> ").split(",")[0]
+        assert ("mma.sync.aligned.m16n8k16" in kernel.ptx) == name.startswith("gram_mma"), name
+        bulk = name.startswith("gram_fma_float") and hopper
+        assert any("UBLKCP" in i for i in kernel.sass) == bulk, name
+        if name.startswith("combine"):
+            # The rows of a group at once, and one store; the weights were converted before.
+            assert most_at_once(kernel.sass, r"LDG\.E\S*\.128", 4) >= 3, name
+            (store,) = [n for n, i in enumerate(kernel.sass) if "STG.E.128" in i]
+            loads = [n for n, i in enumerate(kernel.sass) if re.search(r"LDG\.E\S*\.128", i)]
+            loop = kernel.sass[loads[0] : store]
+            assert not [i for i in loop if "F2F.F" in i and "64" in i], name
+        elif name.startswith("gram_mma"):
+            rows = 8 if "rectangle" in name else int(name.rstrip(">").split()[-1]) // 8
+            at_once = rows * (4 if rows <= 2 else 2 if rows <= 4 else 1)
+            assert most_at_once(kernel.sass, r"LDG\.E\S*\.128", 4) >= at_once, name
+            products = [n for n, i in enumerate(kernel.sass) if "HMMA" in i]
+            loop = kernel.sass[products[0] : products[-1]]
+            assert not [i for i in loop if re.search(r"\b(BRA|CALL|F2F|LDL|STL)\b", i)], name
+            if dtype != "float":  # 16-bit numbers go to the tensor cores as they lie in memory
+                assert not [i for i in kernel.sass if re.search(r"F2FP|HADD2|F2F\.F32", i)], name
+                assert not [i for i in loop if "PRMT" in i], name
+        elif bulk:
+            tasks = int(name.rstrip(">").partition("<")[2])
+            assert most_at_once(kernel.sass, r"LDS\.128", 4) >= tasks, name
+        elif name.startswith("gram_finish"):
+            assert most_at_once(kernel.sass, r"LDG\.E\.64", 2) >= 15, name

@@ -15,8 +15,8 @@ int run(const Gradients& gradients, Dtype dtype, const std::vector<void*>& outpu
   for_each_combine_table<T, kThreads>(
       gradients, dtype, outputs, weights, wide, [&](const CombineTable& table, int64_t blocks) {
         ++launches;
-        shim::launch({static_cast<unsigned>(blocks), 1}, kThreads, 0,
-                     [&](void*) { combine_block<T, kThreads>(table); });
+        shim::launch({static_cast<unsigned>(blocks), 1}, kThreads, kMostTasks * sizeof(wide_t<T>),
+                     [&](void* shared) { combine_block<T, kThreads>(table, shared); });
       });
   return launches;
 }
@@ -86,7 +86,7 @@ int main() {
   for (const Dtype dtype : {Dtype::kFloat, Dtype::kDouble, Dtype::kBFloat16, Dtype::kHalf}) {
     const std::vector<RandomGradients::Shape> shapes = {
         {1, dtype}, {0, dtype}, {1100, dtype}, {17, dtype}, {512, dtype}};
-    for (const int K : {1, 2, 11}) {
+    for (const int K : {1, 2, 4, 11}) {
       for (const bool in_place : {false, true}) {
         test({K, shapes, none, none}, in_place, in_place, 0, 1);
         test({K, shapes, some, odd}, !in_place, in_place, 0, 1);

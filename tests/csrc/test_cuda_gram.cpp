@@ -112,6 +112,7 @@ int main() {
   test_fma<2, 32, false>(1, 0);
   test_fma<2, 32, true>(2, 1);
   test_fma<4, 64, true>(3, 3);
+  test_fma<6, 96, true>(5, 4);
   test_fma<12, 32, true>(11, 2);
   test_fma<16, 64, true>(16, 2);
   test_same_to_the_bit();

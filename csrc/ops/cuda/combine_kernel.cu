@@ -19,7 +19,8 @@ constexpr int kThreads = 256;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ CombineTable table) {
-  combine_block<T, kThreads>(table);
+  __shared__ wide_t<T> weights[kMostTasks];
+  combine_block<T, kThreads>(table, weights);
 }
 
 template <typename T>

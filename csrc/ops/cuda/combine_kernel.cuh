@@ -30,40 +30,63 @@ static_assert(sizeof(CombineTable) <= 32764, "the parameters of a kernel");
 template <typename T, int kThreads>
 constexpr int64_t kCombineChunk = kThreads * 4 * kPerVector<T>;  // elements of a block
 
-template <typename T>
-__device__ inline wide_t<T> combine_weight(const CombineTable& table, int row) {
-  const int task = table.task[row];
-  return static_cast<wide_t<T>>(table.wide_weights
-                                    ? static_cast<const double*>(table.weights)[task]
-                                    : static_cast<const float*>(table.weights)[task]);
-}
+constexpr int kMostTasks = 1024;  // rows of a parameter
+constexpr int kRowsAtOnce = 4;    // on their way for each thread
 
 // Every element is read from all rows before it is written: the output may be one of them.
+// shared: [kMostTasks] wide_t<T>, the weights of the rows.
 template <typename T, int kThreads>
-__device__ void combine_block(const CombineTable& table) {
+__device__ void combine_block(const CombineTable& table, void* shared) {
   using wide = wide_t<T>;
   constexpr int kWidth = kPerVector<T>;
   const int p = find(table.end_block, table.parameters, blockIdx.x);
   const int64_t block = blockIdx.x - (p == 0 ? 0 : table.end_block[p - 1]);
   const int first_row = p == 0 ? 0 : table.end_row[p - 1];
-  const int end_row = table.end_row[p];
+  const int rows = table.end_row[p] - first_row;
   T* out = static_cast<T*>(table.out[p]);
   const int64_t begin = block * kCombineChunk<T, kThreads>;
   const int64_t left = table.numel[p] - begin;
   const int64_t end =
       begin + (left < kCombineChunk<T, kThreads> ? left : kCombineChunk<T, kThreads>);
 
+  // In the dtype of the sums, once for all elements.
+  auto* weights = static_cast<wide*>(shared);
+  for (int r = threadIdx.x; r < rows; r += kThreads) {
+    const int task = table.task[first_row + r];
+    weights[r] = table.wide_weights
+                     ? static_cast<wide>(static_cast<const double*>(table.weights)[task])
+                     : static_cast<wide>(static_cast<const float*>(table.weights)[task]);
+  }
+  __syncthreads();
+
+  const auto row = [&](int r) { return static_cast<const T*>(table.row[first_row + r]); };
   int64_t x = begin;
   if (table.aligned[p]) {
     const int64_t whole = begin + (end - begin) / kWidth * kWidth;
     for (x += threadIdx.x * kWidth; x < whole; x += kThreads * kWidth) {
       wide sum[kWidth] = {};
-#pragma unroll 4
-      for (int r = first_row; r < end_row; ++r) {
-        const wide weight = combine_weight<T>(table, r);
-        const Vector<T> some = load_vector(static_cast<const T*>(table.row[r]) + x);
+      const auto add = [&](int r, const Words& words) {
+        const Vector<T> some = bits_as<Vector<T>>(words);
+        const wide weight = weights[r];
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) sum[e] += weight * widen(some.at[e]);
+      };
+      Words some[kRowsAtOnce];
+      int r = 0;
+      for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) {
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) some[i] = stream_words(row(r + i) + x, true);
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) add(r + i, some[i]);
+      }
+      // The last rows, at once as well.
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce - 1; ++i) {
+        if (r + i < rows) some[i] = stream_words(row(r + i) + x, true);
+      }
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce - 1; ++i) {
+        if (r + i < rows) add(r + i, some[i]);
       }
       Vector<T> result;
 #pragma unroll
@@ -75,9 +98,7 @@ __device__ void combine_block(const CombineTable& table) {
   for (x += threadIdx.x; x < end; x += kThreads) {
     wide sum = 0;
 #pragma unroll 4
-    for (int r = first_row; r < end_row; ++r) {
-      sum += combine_weight<T>(table, r) * widen(static_cast<const T*>(table.row[r])[x]);
-    }
+    for (int r = 0; r < rows; ++r) sum += weights[r] * widen(row(r)[x]);
     out[x] = narrow<T>(sum);
   }
 }

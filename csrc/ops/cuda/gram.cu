@@ -11,28 +11,32 @@ namespace taskgroup {
 
 namespace {
 
-constexpr int kFmaTasks = 16;              // up to as many float32 gradients need no tensor cores
-constexpr int kThreads = 256, kWarps = 4;  // of a block of the first kind, and of the second
-constexpr int64_t kLeastTiles = 8;         // of a segment
+constexpr int kFmaTasks = 16;  // up to as many float32 gradients need no tensor cores
+constexpr int kWarps = 4;      // of a block of those that use them
+// Eight warps can have 255 registers each: seven that sum and, where the GPU has bulk copies, one
+// that fills their ring.
+constexpr int kSummingThreads = 7 * 32, kFillingThreads = kHasBulkCopies ? 32 : 0;
+constexpr int kFinishingThreads = 512;
+constexpr int64_t kLeastTiles = 8;  // of a segment
 constexpr int64_t kMostSegments = 1024;
 constexpr int64_t kMostPartials = 1 << 22;  // doubles: 32 MB
 
 template <int R>
-using FloatFma = GramFma<float, R, true, kThreads>;
-using DoubleFma = GramFma<double, 8, false, kThreads>;
+using FloatFma = GramFma<float, R, true, kSummingThreads>;
+using DoubleFma = GramFma<double, 8, false, 256>;
 template <typename T, int kTasks>
 using Mma = GramMma<T, kTasks / 8, kTasks / 8, true, kWarps>;
 template <typename T>
 using MmaRectangle = GramMma<T, kMmaHalf / 8, kMmaHalf / 8, false, kWarps>;
 
 template <int R>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSummingThreads + kFillingThreads)
     gram_fma_float(const __grid_constant__ GramTable table, double* partial, int stages) {
   extern __shared__ __align__(128) unsigned char shared[];
   gram_fma_block<FloatFma<R>, kHasBulkCopies>(table, 0, 0, partial, shared, stages);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(DoubleFma::kThreads)
     gram_fma_double(const __grid_constant__ GramTable table, double* partial) {
   extern __shared__ __align__(128) unsigned char shared[];
   const BlockPair pair = block_pair(blockIdx.x);
@@ -41,7 +45,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int kTasks>
-__global__ void __launch_bounds__(kWarps * 32, kTasks == kMmaBlock ? 1 : 2)
+__global__ void __launch_bounds__(kWarps * 32, Mma<T, kTasks>::kBlocks)
     gram_mma(const __grid_constant__ GramTable table, double* partial) {
   extern __shared__ __align__(128) unsigned char shared[];
   const int first = blockIdx.x * kMmaBlock;
@@ -49,7 +53,7 @@ __global__ void __launch_bounds__(kWarps * 32, kTasks == kMmaBlock ? 1 : 2)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kWarps * 32, 2)
+__global__ void __launch_bounds__(kWarps * 32, MmaRectangle<T>::kBlocks)
     gram_mma_rectangle(const __grid_constant__ GramTable table, double* partial) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Halves at = halves(blockIdx.x);
@@ -57,11 +61,11 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
 }
 
 template <typename Result>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kFinishingThreads)
     gram_finish(const double* partial, int64_t segments, int64_t K,
                 const __grid_constant__ Result result) {
-  __shared__ double sums[kThreads];
-  gram_finish_block<kThreads>(partial, segments, K, result, sums);
+  __shared__ double sums[kFinishingThreads];
+  gram_finish_block<kFinishingThreads>(partial, segments, K, result, sums);
 }
 
 // A block may use this many bytes of shared memory.
@@ -72,11 +76,14 @@ int shared_limit() {
   return bytes;
 }
 
-bool has_bulk_copies() {
+// Whether this GPU can and the code of the kernel that was built for it does.
+template <typename Kernel>
+bool has_bulk_copies(Kernel kernel) {
   int device = 0, major = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major >= 9;
+  cudaFuncAttributes code = {};
+  return major >= 9 && cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90;
 }
 
 // The blocks of one segment side by side: what one of them reads the others find in the cache.
@@ -85,6 +92,9 @@ void launch(Kernel kernel, const GramTable& table, int64_t blocks, int threads, 
             cudaStream_t stream, double* partial, Arguments... arguments) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        static_cast<int>(shared_bytes));
+  // Nothing is read twice: what would be L1 cache is worth more as shared memory of more blocks.
+  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                       cudaSharedmemCarveoutMaxShared);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(table.segments));
   kernel<<<grid, threads, shared_bytes, stream>>>(table, partial, arguments...);
 }
@@ -92,12 +102,14 @@ void launch(Kernel kernel, const GramTable& table, int64_t blocks, int threads, 
 template <int R>
 void launch_fma(const GramTable& table, double* partial, cudaStream_t stream) {
   using G = FloatFma<R>;
-  int stages = 0;
-  if (has_bulk_copies()) {
+  const auto kernel = gram_fma_float<R>;
+  int stages = 0, threads = kSummingThreads;
+  if (has_bulk_copies(kernel)) {
     const auto most = static_cast<int>((shared_limit() - G::kBarrierBytes) / G::kStageBytes);
     stages = std::min(most, kMostStages);
+    threads += 32;  // by the device's, not the host's, kFillingThreads
   }
-  launch(gram_fma_float<R>, table, 1, kThreads, G::shared_bytes(stages), stream, partial, stages);
+  launch(kernel, table, 1, threads, G::shared_bytes(stages), stream, partial, stages);
 }
 
 template <typename T, int kTasks>
@@ -115,8 +127,8 @@ using Launch = void (*)(const GramTable&, double* partial, cudaStream_t);
 
 void launch_double(const GramTable& table, double* partial, cudaStream_t stream) {
   const int64_t blocks = (table.K + DoubleFma::R - 1) / DoubleFma::R;
-  launch(gram_fma_double, table, blocks * (blocks + 1) / 2, kThreads, DoubleFma::shared_bytes(0),
-         stream, partial);
+  launch(gram_fma_double, table, blocks * (blocks + 1) / 2, DoubleFma::kThreads,
+         DoubleFma::shared_bytes(0), stream, partial);
 }
 
 // What reads gradients of a dtype, and its tile.
@@ -168,7 +180,7 @@ void run(const Gradients& gradients, const Allocate& allocate, cudaStream_t stre
     for (const GramTable& table : tables[d]) launches[d](table, partial, stream);
   }
   const dim3 grid(static_cast<unsigned>((K + 31) / 32), static_cast<unsigned>(K));
-  gram_finish<<<grid, kThreads, 0, stream>>>(partial, segments, K, result);
+  gram_finish<<<grid, kFinishingThreads, 0, stream>>>(partial, segments, K, result);
 }
 
 }  // namespace

@@ -41,8 +41,21 @@ __device__ void gram_finish_block(const double* partial, int64_t segments, int64
   if (mine) {
     const int64_t pairs = K * (K + 1) / 2;
     const double* at = partial + pair_index(i, j, K);
-#pragma unroll 4
-    for (int64_t s = warp; s < segments; s += kWarps) sum += at[s * pairs];
+    constexpr int kAtOnce = 16;  // on their way; added one after the other, in their order
+    const double* from = at + warp * pairs;
+    const int64_t step = kWarps * pairs;
+#pragma unroll 1
+    for (int left = (static_cast<int>(segments) - warp + kWarps - 1) / kWarps; left > 0;
+         left -= kAtOnce) {
+      double some[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        some[i] = load_double(from, i < left);
+        from += step;
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) sum += some[i];
+    }
   }
   sums[threadIdx.x] = sum;
   __syncthreads();

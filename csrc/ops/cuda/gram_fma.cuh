@@ -61,7 +61,7 @@ struct GramFma {
   static constexpr int kTile = kThreads * kPerVector<T>;  // elements
   static constexpr int kTilesOfChain = kFmaChain / kPerVector<T>;
 
-  static constexpr size_t kBarrierBytes = 128;  // the barriers, and what is ahead
+  static constexpr size_t kBarrierBytes = 128;  // of the barriers, and what is in the stages
   static constexpr size_t kStageBytes = R * kTile * sizeof(T);
   static constexpr size_t shared_bytes(int stages) {
     const size_t sums = kWarps * kSums * sizeof(double), ring = stages * kStageBytes;
@@ -69,69 +69,108 @@ struct GramFma {
   }
 };
 
-// What thread 0 is to fetch next; in shared memory, since registers are scarce.
-struct Ahead {
-  int64_t tile, x;
-  int p, stage;
+// Whole aligned tiles on their way from one warp, which has the copy engine fetch them, to the
+// others: stages in shared memory, in turn. `full` completes when the rows of a stage are there,
+// `empty` when all warps have read them.
+template <typename G>
+class Ring {
+ public:
+  using T = typename G::T;
+  static_assert(kMostStages * (2 * sizeof(uint64_t) + sizeof(uint32_t)) <= G::kBarrierBytes, "");
+
+  __device__ Ring(void* shared, int stages)
+      : full(static_cast<uint64_t*>(shared)),
+        empty(full + kMostStages),
+        present(reinterpret_cast<uint32_t*>(empty + kMostStages)),
+        rows_(reinterpret_cast<T*>(static_cast<unsigned char*>(shared) + G::kBarrierBytes)),
+        stages_(stages) {}
+
+  __device__ T* row(int r) const { return rows_ + (stage * G::R + r) * G::kTile; }
+
+  __device__ void next() {
+    if (++stage == stages_) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+
+  uint64_t* full;     // [kMostStages]
+  uint64_t* empty;    // [kMostStages]
+  uint32_t* present;  // [kMostStages], a bit for each row that there is
+  int stage = 0;
+  uint32_t parity = 0;
+
+ private:
+  T* rows_;  // [stages, R, kTile]
+  int stages_;
 };
 
-// One segment. Where kBulk the copy engine fetches whole aligned tiles into a ring of stages ahead
-// of their use: the registers are full of sums, too few blocks fit for loads to hide their latency.
+template <typename G>
+__device__ inline bool in_ring(const GramTable& table, const TileWalk& at) {
+  return table.aligned[at.p] && at.x + G::kTile <= table.numel[at.p];
+}
+
+// The tiles of a segment that go through the ring, by one warp: lane r asks for row r.
+template <typename G>
+__device__ void fill_ring(const GramTable& table, int first, int64_t begin, int64_t end,
+                          Ring<G> ring) {
+  constexpr uint32_t kRowBytes = G::kTile * sizeof(typename G::T);
+  const int lane = threadIdx.x % 32;
+  const typename G::T* row = nullptr;
+  uint32_t present = 0;
+  int p = -1;  // the parameter whose rows these are
+  TileWalk at(table, begin, G::kTile);
+  for (int64_t tile = begin; tile < end; ++tile) {
+    if (at.p != p) {
+      p = at.p;
+      row = lane < G::R ? table.gradient<typename G::T>(p, first + lane) : nullptr;
+      present = __ballot_sync(~0u, row != nullptr);
+    }
+    if (in_ring<G>(table, at)) {
+      mbarrier_wait(ring.empty + ring.stage, ring.parity ^ 1);
+      if (lane == 0) {
+        ring.present[ring.stage] = present;
+        mbarrier_expect(ring.full + ring.stage, __popc(present) * kRowBytes);
+      }
+      __syncwarp();
+      if (row != nullptr) {
+        bulk_copy(ring.row(lane), row + at.x, kRowBytes, ring.full + ring.stage);
+      }
+      ring.next();
+    }
+    if (tile + 1 < end) at.next(G::kTile);
+  }
+}
+
+// One segment. Where kBulk, a warp behind the kThreads others fills the ring: their registers are
+// full of sums, and too few blocks fit for plain loads to hide their latency.
 template <typename G, bool kBulk>
 __device__ void gram_fma_block(const GramTable& table, int first, int other, double* partial,
                                void* shared, int stages) {
   using T = typename G::T;
   constexpr int R = G::R;
   static_assert(!kBulk || G::kTriangle, "");
-  auto* barrier = static_cast<uint64_t*>(shared);  // [kMostStages]
-  auto* ahead = reinterpret_cast<Ahead*>(barrier + kMostStages);
-  auto* body = static_cast<unsigned char*>(shared) + G::kBarrierBytes;
-  auto* ring = reinterpret_cast<T*>(body);       // [stages, R, kTile]
-  auto* sums = reinterpret_cast<double*>(body);  // [kWarps, kSums], when the ring is done
   const int lane = threadIdx.x % 32;
   const int64_t all = table.end_tile[table.parameters - 1];
   const int64_t begin = blockIdx.y * table.tiles_per_segment;
   const int64_t end = begin + table.tiles_per_segment < all ? begin + table.tiles_per_segment : all;
-
-  const auto in_ring = [&](const TileWalk& at) {
-    return kBulk && table.aligned[at.p] && at.x + G::kTile <= table.numel[at.p];
-  };
-  // Thread 0 asks for the next tile that goes through the ring, if there is one.
-  const auto fill = [&] {
-    int64_t tile = ahead->tile;
-    TileWalk at(table, ahead->p, ahead->x);
-    while (tile < end && !in_ring(at)) {
-      if (++tile < end) at.next(G::kTile);
-    }
-    if (tile < end) {
-      const int stage = ahead->stage;
-      uint32_t rows = 0;
-      for (int r = 0; r < R; ++r) rows += table.gradient<T>(at.p, first + r) != nullptr;
-      mbarrier_expect(barrier + stage, rows * G::kTile * sizeof(T));
-      for (int r = 0; r < R; ++r) {
-        const T* from = table.gradient<T>(at.p, first + r);
-        if (from == nullptr) continue;
-        bulk_copy(ring + (stage * R + r) * G::kTile, from + at.x, G::kTile * sizeof(T),
-                  barrier + stage);
+  Ring<G> ring(shared, stages);
+  if constexpr (kBulk) {
+    // The rows of tasks that there are not stay zero.
+    for (int s = 0; s < stages; ++s, ring.next()) {
+      for (int r = table.K - first; r < R; ++r) {
+        for (int x = threadIdx.x; x < G::kTile; x += G::kThreads + 32) ring.row(r)[x] = 0;
       }
-      ahead->stage = stage + 1 == stages ? 0 : stage + 1;
-      if (++tile < end) at.next(G::kTile);
+      if (threadIdx.x == 0) {
+        mbarrier_init(ring.full + s, 1);
+        mbarrier_init(ring.empty + s, G::kWarps);
+      }
     }
-    ahead->tile = tile;
-    ahead->p = at.p;
-    ahead->x = at.x;
-  };
-  if (kBulk) {
-    if (threadIdx.x == 0) {
-      for (int s = 0; s < stages; ++s) mbarrier_init(barrier + s);
-    }
+    ring = Ring<G>(shared, stages);
     __syncthreads();
-    if (threadIdx.x == 0) {
-      const TileWalk start(table, begin, G::kTile);
-      *ahead = {begin, start.x, start.p, 0};
-      for (int s = 0; s < stages; ++s) fill();
-    }
   }
+  const bool fills = kBulk && threadIdx.x >= G::kThreads;
+  if (fills) fill_ring<G>(table, first, begin, end, ring);
 
   T sum[G::kSums] = {};
   double total[G::kShare] = {};
@@ -143,39 +182,44 @@ __device__ void gram_fma_block(const GramTable& table, int first, int other, dou
     for (int i = 0; i < G::kSums; ++i) sum[i] = 0;
   };
 
-  int stage = 0, tiles_of_chain = 0;
-  uint32_t parity = 0;
+  int tiles_of_chain = 0;
   TileWalk at(table, begin, G::kTile);
-  for (int64_t tile = begin; tile < end; ++tile) {
+  for (int64_t tile = begin; tile < end && !fills; ++tile) {
     Vector<T> a[R], b[G::kTriangle ? 1 : R];
-    if (in_ring(at)) {
-      mbarrier_wait(barrier + stage, parity);
+    if (kBulk && in_ring<G>(table, at)) {
+      mbarrier_wait(ring.full + ring.stage, ring.parity);
+      const uint32_t absent = ~ring.present[ring.stage] & ((1u << (table.K - first)) - 1);
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        a[r] = {};
-        if (table.gradient<T>(at.p, first + r) != nullptr) {
-          a[r] = load_vector(ring + (stage * R + r) * G::kTile + threadIdx.x * kPerVector<T>);
+      for (int r = 0; r < R; ++r) a[r] = load_vector(ring.row(r) + threadIdx.x * kPerVector<T>);
+      if (absent != 0) {  // there the ring holds what was there before
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          if (absent >> r & 1) a[r] = {};
         }
       }
-      __syncthreads();  // all have read: the stage is free again
-      if (threadIdx.x == 0) fill();
-      if (++stage == stages) {
-        stage = 0;
-        parity ^= 1;
-      }
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(ring.empty + ring.stage);
+      ring.next();
     } else {
       const int64_t x = at.x + threadIdx.x * kPerVector<T>, n = table.numel[at.p];
       const bool whole = table.aligned[at.p] && x + kPerVector<T> <= n;
-      const auto load = [&](int task) {
-        const T* data = table.gradient<T>(at.p, task);
-        if (data == nullptr) return Vector<T>{};
-        return whole ? load_vector(data + x) : load_ragged(data, x, n);
-      };
+      const auto load = [&](Vector<T>(&rows)[R], int task) {
+        if (whole) {
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        a[r] = load(first + r);
-        if (!G::kTriangle) b[r] = load(other + r);
-      }
+          for (int r = 0; r < R; ++r) {
+            const T* data = table.gradient<T>(at.p, task + r);
+            rows[r] = bits_as<Vector<T>>(stream_words(data + x, data != nullptr));
+          }
+        } else {
+#pragma unroll
+          for (int r = 0; r < R; ++r) {
+            const T* data = table.gradient<T>(at.p, task + r);
+            rows[r] = data == nullptr ? Vector<T>{} : load_ragged(data, x, n);
+          }
+        }
+      };
+      load(a, first);
+      if constexpr (!G::kTriangle) load(b, other);
     }
 #pragma unroll
     for (int e = 0; e < kPerVector<T>; ++e) {
@@ -196,15 +240,18 @@ __device__ void gram_fma_block(const GramTable& table, int first, int other, dou
   }
   if (tiles_of_chain > 0) flush();
 
+  // [kWarps, kSums], where the ring was
+  auto* sums = reinterpret_cast<double*>(static_cast<unsigned char*>(shared) + G::kBarrierBytes);
+  if (kBulk) __syncthreads();
   const Share share = share_of_lane(G::kSums, lane);
 #pragma unroll
   for (int i = 0; i < G::kShare; ++i) {
-    if (i < share.count) sums[threadIdx.x / 32 * G::kSums + share.begin + i] = total[i];
+    if (i < share.count && !fills) sums[threadIdx.x / 32 * G::kSums + share.begin + i] = total[i];
   }
   __syncthreads();
   const int64_t K = table.K;
   partial += (table.first_segment + blockIdx.y) * (K * (K + 1) / 2);
-  for (int s = threadIdx.x; s < G::kSums; s += G::kThreads) {
+  for (int s = threadIdx.x; s < G::kSums; s += blockDim.x) {
     double result = 0;
     for (int w = 0; w < G::kWarps; ++w) result += sums[w * G::kSums + s];
     int i = 0, j = s;

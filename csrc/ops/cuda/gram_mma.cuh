@@ -44,17 +44,16 @@ __device__ constexpr Product product_of_parts(int n) {
                                   : Product{0, 0};
 }
 
-// Of step s of the kPerVector<T> / 4 in a vector.
+// Of step s of the kPerVector<T> / 4 in 16 bytes.
 template <typename T>
-__device__ inline Fragment<T> fragment(const Vector<T>& v, int s) {
+__device__ inline Fragment<T> fragment(const Words& v, int s) {
   Fragment<T> f;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     if constexpr (sizeof(T) == 2) {
-      f.word[0][h] = v.at[4 * s + 2 * h].bits | static_cast<uint32_t>(v.at[4 * s + 2 * h + 1].bits)
-                                                    << 16;
+      f.word[0][h] = v.word[2 * s + h];
     } else {
-      float low = v.at[2 * h], high = v.at[2 * h + 1];
+      float low = bits_as<float>(v.word[2 * h]), high = bits_as<float>(v.word[2 * h + 1]);
 #pragma unroll
       for (int p = 0; p < 3; ++p) {
         const uint32_t pair = narrow_bfloat16_pair(low, high);
@@ -90,10 +89,19 @@ struct GramMma {
   static constexpr int kTiles =
       kTriangle ? kLeftTiles * (kRight - kLeftTiles + 1) : kLeftTiles * kRight;
   static constexpr int kSums = 4 * kTiles;          // of a lane
-  static constexpr int kUnit = 64;                  // columns after which sums go to float64
+  static constexpr int kUnit = 256 / sizeof(T);     // columns after which sums go to float64
   static constexpr int kTile = kWarps * kUnit;      // a unit for each warp
-  static constexpr int kWidth = 4 * kPerVector<T>;  // columns of a load
-  static constexpr size_t kSharedBytes = kWarps * kSums * 32 * sizeof(double);
+  static constexpr int kWidth = 4 * kPerVector<T>;  // columns of 16 bytes of each lane
+  // What is loaded at once: of few rows more columns, so that enough is on its way.
+  static constexpr int kRows = kTriangle ? kLeft : kLeft + kRight;
+  static constexpr int kLoads = kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1;  // of a row
+  static constexpr int kPiece = kLoads * kWidth, kPieces = kUnit / kPiece;
+  // Tiles side by side, so that the products of one need not wait for those of another.
+  static constexpr int kBeside = Fragment<T>::kProducts > 1 ? 4 : 2;
+  // Blocks of a multiprocessor: as many as the registers that the sums need leave room for.
+  static constexpr int kBlocks = kRows <= 2 ? 4 : kSums <= 32 ? 3 : kSums <= 64 ? 2 : 1;
+  static constexpr size_t kSumBytes = kWarps * kSums * 32 * sizeof(double);
+  static constexpr size_t kSharedBytes = kSumBytes + kWarps * 8 * kRows * sizeof(T*);
 
   // The first right tile beside left tile i.
   static __device__ constexpr int first_right(int i) { return kTriangle ? 2 * i : 0; }
@@ -119,9 +127,12 @@ __device__ inline Place place_of_sum(int s, int lane) {
 // numbers next to the largest float round to infinity.
 template <typename G>
 __device__ __noinline__ void gram_mma_plain_unit(const GramTable& table, int first, int other,
-                                                 int p, int64_t x, double* own) {
+                                                 int64_t tile, double* own) {
   using T = typename G::T;
   const int lane = threadIdx.x % 32;
+  const TileWalk at(table, tile, G::kTile);
+  const int p = at.p;
+  const int64_t x = at.x + threadIdx.x / 32 * G::kUnit;
   const int64_t end = x + G::kUnit < table.numel[p] ? x + G::kUnit : table.numel[p];
   for (int s = 0; s < G::kSums; ++s) {
     const Place place = place_of_sum<G>(s, lane);
@@ -134,6 +145,48 @@ __device__ __noinline__ void gram_mma_plain_unit(const GramTable& table, int fir
   }
 }
 
+// The columns that one warp reads at once, one after the other in a segment: pieces of its units.
+template <typename G>
+class PieceWalk {
+ public:
+  __device__ PieceWalk(const GramTable& table, int64_t begin, int64_t end)
+      : at_(table, begin, G::kTile), table_(table), tiles_(static_cast<int>(end - begin)) {
+    skip();
+  }
+
+  __device__ bool done() const { return tile_ == tiles_; }
+  __device__ int tile() const { return tile_; }
+  __device__ int p() const { return at_.p; }
+  __device__ int64_t unit() const { return at_.x + threadIdx.x / 32 * G::kUnit; }  // first column
+
+  __device__ void next() {
+    if (++piece < G::kPieces) return;
+    piece = 0;
+    step();
+    skip();
+  }
+
+  int piece = 0;              // of the unit
+  bool new_parameter = true;  // another than when this was last set to false
+
+ private:
+  __device__ void step() {
+    const int p = at_.p;
+    if (++tile_ < tiles_) at_.next(G::kTile);
+    new_parameter |= at_.p != p;
+  }
+
+  // Past the tiles that end before this warp's unit.
+  __device__ void skip() {
+    while (tile_ < tiles_ && unit() >= table_.numel[at_.p]) step();
+  }
+
+  TileWalk at_;
+  const GramTable& table_;
+  int tile_ = 0;  // of the segment
+  const int tiles_;
+};
+
 // One segment of the tasks from `first` on (kTriangle: other == first).
 template <typename G>
 __device__ void gram_mma_block(const GramTable& table, int first, int other, double* partial,
@@ -144,96 +197,128 @@ __device__ void gram_mma_block(const GramTable& table, int first, int other, dou
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   double* own = sums + warp * G::kSums * 32;  // of this warp; a lane touches its column alone
   for (int s = 0; s < G::kSums; ++s) own[s * 32 + lane] = 0;
+  // The rows of this warp, of one parameter: in registers they would take the place of sums.
+  auto* rows = reinterpret_cast<const T**>(static_cast<unsigned char*>(shared) + G::kSumBytes) +
+               warp * 8 * G::kRows;
 
   const int64_t all = table.end_tile[table.parameters - 1];
   const int64_t begin = blockIdx.y * table.tiles_per_segment;
   const int64_t end = begin + table.tiles_per_segment < all ? begin + table.tiles_per_segment : all;
-  TileWalk at(table, begin, G::kTile);
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int p = at.p;
-    const int64_t n = table.numel[p], x = at.x + warp * G::kUnit;
-    const bool aligned = table.aligned[p];
-    if (tile + 1 < end) at.next(G::kTile);
-    if (x >= n) continue;  // the whole warp
-
-    const int n_here = n - x < G::kUnit ? static_cast<int>(n - x) : G::kUnit;
-    const bool whole = aligned && n_here == G::kUnit;
-    float sum[G::kSums] = {};
-    Vector<T> a[G::kLeft], b[G::kTriangle ? 1 : G::kRight];
-    const auto load_rows = [&](auto& rows, int task, int c) {
-      const int y = c * G::kWidth + lane % 4 * kPerVector<T>;
+  Words ahead[G::kLoads][G::kRows] = {};
+  const auto load = [&](PieceWalk<G>& at) {
+    const int p = at.p();
+    if (at.new_parameter) {
+      at.new_parameter = false;
+      __syncwarp();
+      for (int r = lane; r < 8 * G::kRows; r += 32) {
+        const int task = r < 8 * G::kLeft ? first + r : other + r - 8 * G::kLeft;
+        rows[r] = table.gradient<T>(p, task);
+      }
+      __syncwarp();
+    }
+    const int64_t n = table.numel[p], x = at.unit();
+    const int y = at.piece * G::kPiece + lane % 4 * kPerVector<T>;
+    if (table.aligned[p] && x + G::kUnit <= n) {
 #pragma unroll
-      for (int r = 0; r < static_cast<int>(sizeof(rows) / sizeof(rows[0])); ++r) {
-        const T* data = table.gradient<T>(p, task + 8 * r);
-        if (data == nullptr) {
-          rows[r] = {};
-        } else {
-          rows[r] = whole ? load_vector(data + x + y) : load_ragged(data + x, y, n_here);
+      for (int l = 0; l < G::kLoads; ++l) {
+#pragma unroll
+        for (int r = 0; r < G::kRows; ++r) {
+          const T* row = rows[8 * r + lane / 4];
+          ahead[l][r] = stream_words(row + x + y + l * G::kWidth, row != nullptr);
         }
       }
-    };
-    const auto load = [&](int c) {
-      // The addresses are read again each time, from the cache of constants: as opaque numbers the
-      // compiler cannot keep them, and they would take registers that the sums need.
-      load_rows(a, opaque(first + lane / 4), c);
-      if constexpr (!G::kTriangle) load_rows(b, opaque(other + lane / 4), c);
-    };
-    load(0);
+    } else {
+      const int n_here = n - x < G::kUnit ? static_cast<int>(n - x) : G::kUnit;
+#pragma unroll
+      for (int l = 0; l < G::kLoads; ++l) {
+#pragma unroll
+        for (int r = 0; r < G::kRows; ++r) {
+          const T* row = rows[8 * r + lane / 4];
+          ahead[l][r] = {};
+          if (row != nullptr) {
+            ahead[l][r] = bits_as<Words>(load_ragged(row + x, y + l * G::kWidth, n_here));
+          }
+        }
+      }
+    }
+  };
+
+  float sum[G::kSums] = {};
+  PieceWalk<G> next(table, begin, end);
+  int tile = 0;  // of what is ahead, of the segment
+  bool more;
 #pragma unroll 1
-    for (int c = 0; c < G::kUnit / G::kWidth; ++c) {
+  do {  // at first with zeros
+    // All of the piece becomes fragments at once, and the next one is on its way meanwhile.
+    F fragments[G::kLoads][kPerVector<T> / 4][G::kRows];
+#pragma unroll
+    for (int l = 0; l < G::kLoads; ++l) {
 #pragma unroll
       for (int step = 0; step < kPerVector<T> / 4; ++step) {
-        F fa[G::kLeft], fb[G::kTriangle ? 1 : G::kRight];
 #pragma unroll
-        for (int r = 0; r < G::kLeft; ++r) fa[r] = fragment(a[r], step);
-        if constexpr (!G::kTriangle) {
+        for (int r = 0; r < G::kRows; ++r) fragments[l][step][r] = fragment<T>(ahead[l][r], step);
+      }
+    }
+    const int was = tile;
+    const bool ends_unit = next.piece == 0;
+    more = !next.done();
+    if (more) {
+      load(next);
+      tile = next.tile();
+      next.next();
+    }
 #pragma unroll
-          for (int r = 0; r < G::kRight; ++r) fb[r] = fragment(b[r], step);
-        }
-        // The vectors are used up: the next are on their way during the products.
-        if (step + 1 == kPerVector<T> / 4 && c + 1 < G::kUnit / G::kWidth) load(c + 1);
-
+    for (int l = 0; l < G::kLoads; ++l) {
+#pragma unroll
+      for (int step = 0; step < kPerVector<T> / 4; ++step) {
+        const F* left = fragments[l][step];
+        const F* right = left + (G::kTriangle ? 0 : G::kLeft);
         int s = 0;
 #pragma unroll
         for (int i = 0; i < G::kLeftTiles; ++i) {
-          // Two tiles side by side, so that one's products need not wait for the other's.
 #pragma unroll
-          for (int j = G::first_right(i); j < G::kRight; j += 2) {
-            float d[2][4] = {};
+          for (int j = G::first_right(i); j < G::kRight; j += G::kBeside) {
+            float d[G::kBeside][4] = {};
 #pragma unroll
             for (int q = 0; q < F::kProducts; ++q) {
               const Product parts = product_of_parts<T>(q);
-              const uint32_t l[4] = {
-                  fa[2 * i].word[parts.left][0], fa[2 * i + 1].word[parts.left][0],
-                  fa[2 * i].word[parts.left][1], fa[2 * i + 1].word[parts.left][1]};
+              const uint32_t a[4] = {
+                  left[2 * i].word[parts.left][0], left[2 * i + 1].word[parts.left][0],
+                  left[2 * i].word[parts.left][1], left[2 * i + 1].word[parts.left][1]};
 #pragma unroll
-              for (int m = 0; m < 2; ++m) {
-                mma(T{}, d[m], l,
-                    G::kTriangle ? fa[j + m].word[parts.right] : fb[j + m].word[parts.right]);
+              for (int m = 0; m < G::kBeside; ++m) {
+                if (j + m < G::kRight) mma(T{}, d[m], a, right[j + m].word[parts.right]);
               }
             }
             // Tensor cores cut off rather than round: every 16 products start from zero, and it is
             // the float32 unit that adds them up.
 #pragma unroll
-            for (int m = 0; m < 2; ++m) {
+            for (int m = 0; m < G::kBeside; ++m) {
+              if (j + m >= G::kRight) continue;
 #pragma unroll
-              for (int c4 = 0; c4 < 4; ++c4) sum[s++] += d[m][c4];
+              for (int c = 0; c < 4; ++c) sum[s++] += d[m][c];
             }
           }
         }
       }
     }
-
-    float probe = 0;  // NaN if any sum is not finite
+    if (ends_unit) {
+      bool plain = false;
+      if constexpr (F::kParts > 1) {
+        float probe = 0;  // NaN if any sum is not finite
 #pragma unroll
-    for (int s = 0; s < G::kSums; ++s) probe += 0.0f * sum[s];
-    if (__any_sync(~0u, !(probe == 0.0f))) {
-      gram_mma_plain_unit<G>(table, first, other, p, x, own);
-    } else {
+        for (int s = 0; s < G::kSums; ++s) probe += 0.0f * sum[s];
+        plain = __any_sync(~0u, !(probe == 0.0f));
+        if (plain) gram_mma_plain_unit<G>(table, first, other, begin + was, own);
+      }
+      if (!plain) {
 #pragma unroll
-      for (int s = 0; s < G::kSums; ++s) own[s * 32 + lane] += sum[s];
+        for (int s = 0; s < G::kSums; ++s) own[s * 32 + lane] += sum[s];
+      }
+#pragma unroll
+      for (int s = 0; s < G::kSums; ++s) sum[s] = 0;
     }
-  }
+  } while (more);
 
   __syncthreads();
   const int64_t K = table.K;

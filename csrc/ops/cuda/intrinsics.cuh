@@ -15,12 +15,6 @@ namespace taskgroup {
 __device__ inline double multiply(double a, double b) { return __dmul_rn(a, b); }
 __device__ inline double add(double a, double b) { return __dadd_rn(a, b); }
 
-// The same number, of which the compiler knows nothing.
-__device__ inline int opaque(int number) {
-  asm volatile("" : "+r"(number));
-  return number;
-}
-
 struct alignas(16) Words {
   uint32_t word[4];
 };
@@ -31,8 +25,40 @@ __device__ inline Words load_words(const void* from) {
   return {{v.x, v.y, v.z, v.w}};
 }
 
+// 16 aligned bytes of global memory that are read once, without a branch; zeros if `there` is
+// false.
+__device__ inline Words stream_words(const void* from, bool there) {
+  Words words = {};
+  asm volatile(
+      "{\n"
+      ".reg .pred there;\n"
+      "setp.ne.u32 there, %5, 0;\n"
+      "@there ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "+r"(words.word[0]), "+r"(words.word[1]), "+r"(words.word[2]), "+r"(words.word[3])
+      : "l"(__cvta_generic_to_global(from)), "r"(static_cast<uint32_t>(there)));
+  return words;
+}
+
+// A number in global memory, without a branch; zero if `there` is false.
+__device__ inline double load_double(const double* from, bool there) {
+  double number = 0;
+  asm volatile(
+      "{\n"
+      ".reg .pred there;\n"
+      "setp.ne.u32 there, %2, 0;\n"
+      "@there ld.global.f64 %0, [%1];\n"
+      "}"
+      : "+d"(number)
+      : "l"(__cvta_generic_to_global(from)), "r"(static_cast<uint32_t>(there)));
+  return number;
+}
+
+// To 16 aligned bytes of global memory, in one access.
 __device__ inline void store_words(void* to, Words words) {
-  *static_cast<uint4*>(to) = make_uint4(words.word[0], words.word[1], words.word[2], words.word[3]);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(words.word[0]), "r"(words.word[1]), "r"(words.word[2]), "r"(words.word[3])
+               : "memory");
 }
 
 __device__ inline float widen_half(uint16_t bits) {
@@ -87,13 +113,22 @@ __device__ inline uint32_t shared_address(const void* in_shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(in_shared));
 }
 
-// One arrival, that of the thread that expects, completes a phase once its bytes are here. The
-// barrier is ready for the copy engine; the threads of the block learn of it by a __syncthreads().
-__device__ inline void mbarrier_init(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+// A phase is complete after so many arrivals, once the bytes that they expect are here. The barrier
+// is ready for the copy engine; the threads of the block learn of it by a __syncthreads().
+__device__ inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// What this thread has read and written comes before what follows the wait for this phase.
+__device__ inline void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+// An arrival that expects bytes.
 __device__ inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -101,7 +136,7 @@ __device__ inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
       : "memory");
 }
 
-// Until the phase of this parity, 0 for the first, is complete.
+// Until the phase of this parity, 0 for the first, is complete; the one before the first is.
 __device__ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t complete = 0;
   while (complete == 0) {
@@ -127,7 +162,8 @@ __device__ inline void bulk_copy(void* to, const void* from, uint32_t bytes, uin
 }
 #else
 constexpr bool kHasBulkCopies = false;
-__device__ inline void mbarrier_init(uint64_t*) {}
+__device__ inline void mbarrier_init(uint64_t*, uint32_t) {}
+__device__ inline void mbarrier_arrive(uint64_t*) {}
 __device__ inline void mbarrier_expect(uint64_t*, uint32_t) {}
 __device__ inline void mbarrier_wait(uint64_t*, uint32_t) {}
 __device__ inline void bulk_copy(void*, const void*, uint32_t, uint64_t*) {}
