@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "host/affinity_propagation.h"
+#include "host/gradient_reader.h"
 #include "host/normalised_affinity.h"
 #include "instruction_set.h"
 
@@ -67,4 +68,13 @@ PYBIND11_MODULE(_host, m) {
         py::arg("noise"), py::arg("damping"), py::arg("max_iter"), py::arg("convergence_iter"));
   m.def("normalised_affinity", &normalised_affinity<float>, py::arg("affinity").noconvert());
   m.def("normalised_affinity", &normalised_affinity<double>, py::arg("affinity"));
+  py::class_<taskgroup::ReadGradients>(m, "ReadGradients")
+      .def_property_readonly("address", &taskgroup::ReadGradients::address)
+      .def_property_readonly("like", &taskgroup::ReadGradients::like)
+      .def_property_readonly("first", &taskgroup::ReadGradients::first)
+      .def("measured", &taskgroup::ReadGradients::measured)
+      .def("read_outputs", &taskgroup::ReadGradients::read_outputs, py::arg("outputs"));
+  py::class_<taskgroup::GradientReader>(m, "GradientReader")
+      .def(py::init<const py::tuple&>(), py::arg("types"))
+      .def("read", &taskgroup::GradientReader::read, py::arg("gradients"), py::keep_alive<0, 1>());
 }

@@ -9,13 +9,17 @@ namespace taskgroup {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Gradients check_combine(const std::vector<Tensor>& gradients, const std::vector<int64_t>& slots,
-                        const Tensor& weights, const std::vector<Tensor>& out) {
+void check_weights(const Tensor& weights) {
   STD_TORCH_CHECK(weights.dim() == 1, "weights must have shape [K].");
   STD_TORCH_CHECK(weights.is_contiguous(), "weights must be contiguous.");
   STD_TORCH_CHECK(
       weights.scalar_type() == ScalarType::Float || weights.scalar_type() == ScalarType::Double,
       "weights must be float32 or float64.");
+}
+
+Gradients check_combine(const std::vector<Tensor>& gradients, const std::vector<int64_t>& slots,
+                        const Tensor& weights, const std::vector<Tensor>& out) {
+  check_weights(weights);
   Gradients read = read_gradients(gradients, slots, weights.size(0));
   STD_TORCH_CHECK(gradients.empty() || weights.device() == gradients[0].device(),
                   "weights must be on the device of the gradients.");
@@ -40,4 +44,5 @@ Gradients check_combine(const std::vector<Tensor>& gradients, const std::vector<
 
 STABLE_TORCH_LIBRARY_FRAGMENT(taskgroup, library) {
   library.def("combine(Tensor[] gradients, int[] slots, Tensor weights, Tensor(a!)[] out) -> ()");
+  library.def("_plain_combine(int gradients, Tensor weights) -> ()");
 }

@@ -18,6 +18,12 @@ namespace taskgroup {
 using Combine = void(std::vector<torch::stable::Tensor> gradients, std::vector<int64_t> slots,
                      torch::stable::Tensor weights, std::vector<torch::stable::Tensor> out);
 
+// The same of plain gradients with their outputs, see plain_gradients.h.
+using PlainCombine = void(int64_t gradients, torch::stable::Tensor weights);
+
+// Raises unless the weights are as above.
+void check_weights(const torch::stable::Tensor& weights);
+
 // Reads the gradients and checks the rest; marks as `strided` each parameter whose gradients cannot
 // be visited in the order of memory of its output.
 Gradients check_combine(const std::vector<torch::stable::Tensor>& gradients,

@@ -9,10 +9,9 @@ namespace taskgroup {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Gradients check_gram_affinity_update(const Tensor& matrix, const std::vector<Tensor>& gradients,
-                                     const std::vector<int64_t>& slots,
-                                     const std::vector<int64_t>& tasks, const Tensor& losses,
-                                     double decay, const std::optional<Tensor>& observed) {
+void check_gram_affinity_update(const Tensor& matrix, const std::vector<int64_t>& tasks,
+                                const Tensor& losses, double decay,
+                                const std::optional<Tensor>& observed) {
   const int64_t K = check_affinity(matrix, observed);
   STD_TORCH_CHECK(losses.dim() == 1 && losses.size(0) == K,
                   "losses must have shape [K] with K = ", K, ", the rows of matrix.");
@@ -27,6 +26,13 @@ Gradients check_gram_affinity_update(const Tensor& matrix, const std::vector<Ten
     STD_TORCH_CHECK(task > last && task < K, "tasks must ascend and be rows of matrix.");
     last = task;
   }
+}
+
+Gradients check_gram_affinity_update(const Tensor& matrix, const std::vector<Tensor>& gradients,
+                                     const std::vector<int64_t>& slots,
+                                     const std::vector<int64_t>& tasks, const Tensor& losses,
+                                     double decay, const std::optional<Tensor>& observed) {
+  check_gram_affinity_update(matrix, tasks, losses, decay, observed);
   Gradients read = read_gradients(gradients, slots, static_cast<int64_t>(tasks.size()));
   STD_TORCH_CHECK(gradients.empty() || gradients[0].device() == matrix.device(),
                   "gradients must be on the device of matrix.");
@@ -39,4 +45,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(taskgroup, library) {
   library.def(
       "gram_affinity_update_(Tensor(a!) matrix, Tensor[] gradients, int[] slots, int[] tasks, "
       "Tensor losses, float decay, float lr, Tensor(b!)? observed=None) -> ()");
+  library.def(
+      "_plain_gram_affinity_update_(Tensor(a!) matrix, int gradients, int[] tasks, Tensor losses, "
+      "float decay, float lr, Tensor(b!)? observed=None) -> ()");
 }

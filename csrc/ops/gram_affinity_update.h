@@ -25,6 +25,19 @@ using GramAffinityUpdate = void(torch::stable::Tensor matrix,
                                 torch::stable::Tensor losses, double decay, double lr,
                                 std::optional<torch::stable::Tensor> observed);
 
+// The same of plain gradients of the measured tasks, see plain_gradients.h.
+using PlainGramAffinityUpdate = void(torch::stable::Tensor matrix, int64_t gradients,
+                                     std::vector<int64_t> tasks, torch::stable::Tensor losses,
+                                     double decay, double lr,
+                                     std::optional<torch::stable::Tensor> observed);
+
+// Raises unless what is not a gradient is as above.
+void check_gram_affinity_update(const torch::stable::Tensor& matrix,
+                                const std::vector<int64_t>& tasks,
+                                const torch::stable::Tensor& losses, double decay,
+                                const std::optional<torch::stable::Tensor>& observed);
+
+// Reads the gradients and checks the rest.
 Gradients check_gram_affinity_update(const torch::stable::Tensor& matrix,
                                      const std::vector<torch::stable::Tensor>& gradients,
                                      const std::vector<int64_t>& slots,

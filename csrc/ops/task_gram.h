@@ -15,4 +15,7 @@ namespace taskgroup {
 using TaskGram = torch::stable::Tensor(std::vector<torch::stable::Tensor> gradients,
                                        std::vector<int64_t> slots, int64_t n_tasks);
 
+// The same of plain gradients, see plain_gradients.h; `like` is any tensor on their device.
+using PlainTaskGram = torch::stable::Tensor(int64_t gradients, torch::stable::Tensor like);
+
 }  // namespace taskgroup

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from taskgroup.ops import _backend
 from taskgroup.ops._gradient_list import GradientList, Gradients, check, flatten
+from taskgroup.ops._plain import read_plain
 from taskgroup.ops._sharded import any_sharded, is_sharded, local_like, wrapped
 
 
@@ -48,6 +49,14 @@ def combine(
         >>> combine([depth, normal], [0.5, 0.25])
         [tensor([0.7500, 1.0000]), tensor([[1.5000]])]
     """
+    plain = read_plain(gradients)
+    if plain is not None:
+        result = _outputs(plain.first, out)
+        if plain.read_outputs(result):
+            weights = _weights(weights, len(gradients), plain.like.device)
+            with torch.no_grad():
+                torch.ops.taskgroup._plain_combine.default(plain.address, weights)
+            return _with_zeros(result, plain.first)
     listed = flatten(gradients)
     # Of each parameter one gradient; None where no task reaches it.
     first = [next((g for g in column if g is not None), None) for column in zip(*gradients)]  # noqa: B905
@@ -55,13 +64,24 @@ def combine(
         check(listed)
     if any_sharded(listed.flat):
         return _combine_shards(gradients, weights, first, out)
-    if out is None:
-        result = [None if gradient is None else torch.empty_like(gradient) for gradient in first]
-    else:
-        result = list(out)
+    result = _outputs(first, out)
+    if out is not None:
         _check_out(result, first)
     if listed.flat:
         _run(listed, weights, first, result)
+    return _with_zeros(result, first)
+
+
+def _outputs(
+    first: list[Tensor | None], out: Sequence[Tensor | None] | None
+) -> list[Tensor | None]:
+    if out is not None:
+        return list(out)
+    return [None if gradient is None else torch.empty_like(gradient) for gradient in first]
+
+
+def _with_zeros(result: list[Tensor | None], first: list[Tensor | None]) -> list[Tensor | None]:
+    """Zeros where no task reaches the parameter."""
     for gradient, untouched in zip(first, result, strict=True):
         if gradient is None and untouched is not None:
             untouched.detach().zero_()

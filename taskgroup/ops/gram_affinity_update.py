@@ -13,6 +13,7 @@ from taskgroup.ops._gradient_list import (
     flatten,
     reference_gram,
 )
+from taskgroup.ops._plain import read_plain
 from taskgroup.ops._sharded import any_sharded, gram_over_ranks
 from taskgroup.ops.affinity_update import (
     check_affinity,
@@ -81,10 +82,22 @@ def gram_affinity_update_(
                 [1, 1, 0],
                 [0, 0, 0]], dtype=torch.int32)
     """
-    listed = flatten(gradients)
     check_tensors(matrix=matrix, losses=losses)
     losses = contiguous_losses(losses)
-    _check(matrix, listed, losses, decay, observed)
+    plain = read_plain(gradients)
+    if plain is not None:
+        _check(matrix, len(gradients), plain.like, losses, decay, observed)
+        tasks = plain.measured()
+        with torch.no_grad():
+            torch.ops.taskgroup._plain_gram_affinity_update_.default(
+                matrix, plain.address, tasks, losses, float(decay), float(lr), observed
+            )
+        return matrix
+    listed = flatten(gradients)
+    if listed.flat and not isinstance(listed.flat[0], Tensor):
+        check(listed)
+    any_gradient = listed.flat[0] if listed.flat else None
+    _check(matrix, listed.n_tasks, any_gradient, losses, decay, observed)
     measured = sorted(set(listed.tasks()))
     if not measured:
         return matrix
@@ -107,12 +120,12 @@ def gram_affinity_update_(
 
 def _check(
     matrix: Tensor,
-    gradients: GradientList,
+    n_tasks: int,
+    gradient: Tensor | None,
     losses: Tensor,
     decay: float,
     observed: Tensor | None,
 ) -> None:
-    n_tasks = gradients.n_tasks
     if matrix.shape != (n_tasks, n_tasks):
         raise ValueError(
             f"matrix must have shape [{n_tasks}, {n_tasks}], a row per task, got "
@@ -126,12 +139,9 @@ def _check(
         raise ValueError(
             f"losses must be on the device of matrix, {matrix.device}, got {losses.device}."
         )
-    if gradients.flat and not isinstance(gradients.flat[0], Tensor):
-        check(gradients)
-    if gradients.flat and gradients.flat[0].device != matrix.device:
+    if gradient is not None and gradient.device != matrix.device:
         raise ValueError(
-            f"gradients must be on the device of matrix, {matrix.device}, got "
-            f"{gradients.flat[0].device}."
+            f"gradients must be on the device of matrix, {matrix.device}, got {gradient.device}."
         )
     if not 0 < decay <= 1:
         raise ValueError(f"decay must be in (0, 1], got {decay}.")

@@ -14,6 +14,7 @@ from taskgroup.ops._gradient_list import (
     gram_dtype,
     reference_gram,
 )
+from taskgroup.ops._plain import read_plain
 from taskgroup.ops._sharded import any_sharded, gram_over_ranks
 
 
@@ -54,6 +55,11 @@ def task_gram(gradients: Gradients) -> Tensor:
         tensor([[14.,  1.],
                 [ 1.,  1.]])
     """
+    plain = read_plain(gradients)
+    if plain is not None:
+        with torch.no_grad():
+            matrix: Tensor = torch.ops.taskgroup._plain_task_gram.default(plain.address, plain.like)
+        return matrix
     listed = flatten(gradients)
     if not listed.flat:
         raise ValueError("gradients holds None alone: no task reaches any of the parameters.")

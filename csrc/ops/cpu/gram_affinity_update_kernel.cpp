@@ -7,6 +7,7 @@
 #include "ops/cpu/gram.h"
 #include "ops/cpu/torch_parallel.h"
 #include "ops/gram_affinity_update.h"
+#include "ops/plain_gradients.h"
 
 namespace taskgroup {
 
@@ -35,28 +36,43 @@ void update(float* matrix,  // [K, K]
   });
 }
 
-void gram_affinity_update_cpu(Tensor matrix, std::vector<Tensor> list, std::vector<int64_t> slots,
-                              std::vector<int64_t> tasks, Tensor losses, double decay, double lr,
-                              std::optional<Tensor> observed) {
-  const Gradients gradients =
-      check_gram_affinity_update(matrix, list, slots, tasks, losses, decay, observed);
-  const auto run = [&](auto zero) {
+void run(Tensor matrix, const Gradients& gradients, const std::vector<int64_t>& tasks,
+         const Tensor& losses, double decay, double lr, const std::optional<Tensor>& observed) {
+  const auto update_by = [&](auto zero) {
     using scalar_t = decltype(zero);
     update(matrix.mutable_data_ptr<float>(), gradients, tasks, losses.const_data_ptr<scalar_t>(),
            matrix.size(0), decay, lr, counts(observed));
   };
   if (losses.scalar_type() == ScalarType::Double) {
-    run(double{});
+    update_by(double{});
   } else {
-    run(float{});
+    update_by(float{});
   }
 }
 
+void gram_affinity_update_cpu(Tensor matrix, std::vector<Tensor> list, std::vector<int64_t> slots,
+                              std::vector<int64_t> tasks, Tensor losses, double decay, double lr,
+                              std::optional<Tensor> observed) {
+  const Gradients gradients =
+      check_gram_affinity_update(matrix, list, slots, tasks, losses, decay, observed);
+  run(matrix, gradients, tasks, losses, decay, lr, observed);
+}
+
+void plain_gram_affinity_update_cpu(Tensor matrix, int64_t gradients, std::vector<int64_t> tasks,
+                                    Tensor losses, double decay, double lr,
+                                    std::optional<Tensor> observed) {
+  check_gram_affinity_update(matrix, tasks, losses, decay, observed);
+  run(matrix, plain_gradients(gradients).gradients, tasks, losses, decay, lr, observed);
+}
+
 static_assert(std::is_same_v<decltype(gram_affinity_update_cpu), GramAffinityUpdate>);
+static_assert(std::is_same_v<decltype(plain_gram_affinity_update_cpu), PlainGramAffinityUpdate>);
 
 }  // namespace
 }  // namespace taskgroup
 
 STABLE_TORCH_LIBRARY_IMPL(taskgroup, CPU, library) {
   library.impl("gram_affinity_update_", TORCH_BOX(&taskgroup::gram_affinity_update_cpu));
+  library.impl("_plain_gram_affinity_update_",
+               TORCH_BOX(&taskgroup::plain_gram_affinity_update_cpu));
 }

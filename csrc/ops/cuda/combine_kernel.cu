@@ -7,6 +7,7 @@
 #include "ops/combine.h"
 #include "ops/cuda/contiguous.h"
 #include "ops/cuda/launch.h"
+#include "ops/plain_gradients.h"
 
 namespace taskgroup {
 
@@ -33,6 +34,15 @@ void run(const Gradients& gradients, Dtype dtype, const std::vector<void*>& outp
       });
 }
 
+void run(const Gradients& gradients, const std::vector<void*>& outputs, const Tensor& weights,
+         const Launch& launch) {
+  run<float>(gradients, Dtype::kFloat, outputs, weights, launch.stream());
+  run<double>(gradients, Dtype::kDouble, outputs, weights, launch.stream());
+  run<BFloat16>(gradients, Dtype::kBFloat16, outputs, weights, launch.stream());
+  run<Half>(gradients, Dtype::kHalf, outputs, weights, launch.stream());
+  launch.check("combine");
+}
+
 void combine_cuda(std::vector<Tensor> list, std::vector<int64_t> slots, Tensor weights,
                   std::vector<Tensor> out) {
   Gradients gradients = check_combine(list, slots, weights, out);
@@ -49,19 +59,23 @@ void combine_cuda(std::vector<Tensor> list, std::vector<int64_t> slots, Tensor w
     }
     outputs.push_back(to.mutable_data_ptr());
   }
-  run<float>(gradients, Dtype::kFloat, outputs, weights, launch.stream());
-  run<double>(gradients, Dtype::kDouble, outputs, weights, launch.stream());
-  run<BFloat16>(gradients, Dtype::kBFloat16, outputs, weights, launch.stream());
-  run<Half>(gradients, Dtype::kHalf, outputs, weights, launch.stream());
-  launch.check("combine");
+  run(gradients, outputs, weights, launch);
   for (auto& [t, to] : scattered) torch::stable::copy_(out[t], to);
 }
 
+void plain_combine_cuda(int64_t gradients, Tensor weights) {
+  check_weights(weights);
+  const PlainGradients& plain = plain_gradients(gradients);
+  run(plain.gradients, plain.outputs, weights, Launch(weights));
+}
+
 static_assert(std::is_same_v<decltype(combine_cuda), Combine>);
+static_assert(std::is_same_v<decltype(plain_combine_cuda), PlainCombine>);
 
 }  // namespace
 }  // namespace taskgroup
 
 STABLE_TORCH_LIBRARY_IMPL(taskgroup, CUDA, library) {
   library.impl("combine", TORCH_BOX(&taskgroup::combine_cuda));
+  library.impl("_plain_combine", TORCH_BOX(&taskgroup::plain_combine_cuda));
 }

@@ -1,0 +1,43 @@
+#pragma once
+
+// The part of the DLPack standard (dmlc/dlpack, version 1) that reads a tensor of another library:
+// the layout of its C structures, which does not change within a version.
+
+#include <cstdint>
+
+namespace taskgroup {
+
+enum DLDeviceType : int32_t { kDLCPU = 1, kDLCUDA = 2 };
+enum DLTypeCode : uint8_t { kDLFloat = 2, kDLBfloat = 4 };
+
+struct DLDevice {
+  int32_t type, index;
+};
+
+struct DLType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+
+struct DLTensor {
+  void* data;
+  DLDevice device;
+  int32_t ndim;
+  DLType dtype;
+  int64_t* shape;    // [ndim]
+  int64_t* strides;  // [ndim], in elements
+  uint64_t byte_offset;
+};
+
+struct DLExchangeApi {
+  uint32_t major, minor;
+  DLExchangeApi* previous;
+  void* allocate;
+  void* managed_from_object;
+  void* managed_to_object;
+  // Describes the tensor, which keeps the memory; waits for no stream. 0, or an exception is set.
+  int (*tensor_from_object)(void* object, DLTensor* tensor);
+  void* current_stream;
+};
+
+}  // namespace taskgroup

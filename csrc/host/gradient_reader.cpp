@@ -1,0 +1,219 @@
+#include "host/gradient_reader.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace py = pybind11;
+
+namespace taskgroup {
+
+namespace {
+
+constexpr Py_ssize_t kMostTasks = 1024;
+
+// The items of a list or tuple, which must not change meanwhile.
+class Items {
+ public:
+  explicit Items(PyObject* sequence) {
+    if (PyList_Check(sequence) || PyTuple_Check(sequence)) {
+      items_ = PySequence_Fast_ITEMS(sequence);
+      size_ = PySequence_Fast_GET_SIZE(sequence);
+    }
+  }
+
+  explicit operator bool() const { return items_ != nullptr; }
+  Py_ssize_t size() const { return size_; }
+  PyObject* operator[](Py_ssize_t i) const { return items_[i]; }
+
+ private:
+  PyObject** items_ = nullptr;
+  Py_ssize_t size_ = 0;
+};
+
+bool same(const DLDevice& a, const DLDevice& b) { return a.type == b.type && a.index == b.index; }
+bool same(const DLType& a, const DLType& b) {
+  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
+}
+
+bool find_dtype(const DLType& type, Dtype& dtype) {
+  if (type.lanes != 1) return false;
+  if (type.code == kDLBfloat && type.bits == 16) {
+    dtype = Dtype::kBFloat16;
+  } else if (type.code == kDLFloat && type.bits == 16) {
+    dtype = Dtype::kHalf;
+  } else if (type.code == kDLFloat && type.bits == 32) {
+    dtype = Dtype::kFloat;
+  } else if (type.code == kDLFloat && type.bits == 64) {
+    dtype = Dtype::kDouble;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+int64_t count_elements(const DLTensor& tensor) {
+  int64_t numel = 1;
+  for (int32_t d = 0; d < tensor.ndim; ++d) numel *= tensor.shape[d];
+  return numel;
+}
+
+// Whether the elements lie side by side, in whatever order of the dimensions.
+bool is_dense(const DLTensor& tensor) {
+  int64_t expected = 1;
+  int32_t d = tensor.ndim - 1;
+  for (; d >= 0; --d) {  // the usual order first
+    if (tensor.shape[d] == 1) continue;
+    if (tensor.strides[d] != expected) break;
+    expected *= tensor.shape[d];
+  }
+  if (d < 0) return true;
+  std::vector<std::pair<int64_t, int64_t>> by_stride;
+  for (d = 0; d < tensor.ndim; ++d) {
+    if (tensor.shape[d] != 1) by_stride.emplace_back(tensor.strides[d], tensor.shape[d]);
+  }
+  std::sort(by_stride.begin(), by_stride.end());
+  expected = 1;
+  for (const auto& [stride, size] : by_stride) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// Of one shape, with element x of one beside element x of the other.
+bool same_layout(const DLTensor& a, const DLTensor& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int32_t d = 0; d < a.ndim; ++d) {
+    if (a.shape[d] != b.shape[d]) return false;
+    if (a.shape[d] != 1 && a.strides[d] != b.strides[d]) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+py::list ReadGradients::first() const {
+  py::list result(first_.size());
+  for (size_t t = 0; t < first_.size(); ++t) result[t] = first_[t];
+  return result;
+}
+
+std::vector<int64_t> ReadGradients::measured() {
+  Gradients& gradients = plain_.gradients;
+  std::vector<int32_t> place(gradients.n_tasks, -1);
+  for (const Gradient& gradient : gradients.all) place[gradient.task] = 0;
+  std::vector<int64_t> tasks;
+  for (int64_t k = 0; k < gradients.n_tasks; ++k) {
+    if (place[k] < 0) continue;
+    place[k] = static_cast<int32_t>(tasks.size());
+    tasks.push_back(k);
+  }
+  for (Gradient& gradient : gradients.all) gradient.task = place[gradient.task];
+  gradients.n_tasks = static_cast<int64_t>(tasks.size());
+  return tasks;
+}
+
+GradientReader::GradientReader(const py::tuple& types) {
+  for (const py::handle& type : types) types_.push_back(type.ptr());
+  const auto capsule = types[0].attr("__dlpack_c_exchange_api__").cast<py::capsule>();
+  const auto* api = capsule.get_pointer<DLExchangeApi>();
+  while (api != nullptr && api->major != 1) api = api->previous;
+  if (api == nullptr || api->tensor_from_object == nullptr) {
+    throw std::runtime_error("this torch offers no tensor_from_object of DLPack 1.");
+  }
+  api_ = api;
+}
+
+bool GradientReader::read_tensor(PyObject* object, DLTensor& tensor) const {
+  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  if (std::find(types_.begin(), types_.end(), type) == types_.end()) return false;
+  if (api_->tensor_from_object(object, &tensor) != 0) {
+    PyErr_Clear();  // sparse, or on a device without memory
+    return false;
+  }
+  const int64_t numel = count_elements(tensor);
+  if (numel > 0 && tensor.data == nullptr) return false;
+  if (numel == 1) {
+    // Torch marks the imaginary part of a conjugate as to be negated, and DLPack does not say so.
+    // Larger ones have gaps, and are not plain for that.
+    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+    const auto marked =
+        py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, is_neg));
+    if (!marked) throw py::error_already_set();
+    if (marked.ptr() != Py_False) return false;
+  }
+  tensor.data = static_cast<unsigned char*>(tensor.data) + tensor.byte_offset;
+  return true;
+}
+
+std::unique_ptr<ReadGradients> GradientReader::read(const py::object& gradients) const {
+  const Items tasks(gradients.ptr());
+  const auto K = tasks.size();
+  if (!tasks || K < 1 || K > kMostTasks) return nullptr;
+  std::vector<Items> own;
+  for (Py_ssize_t k = 0; k < K; ++k) {
+    own.emplace_back(tasks[k]);
+    if (!own[k] || own[k].size() != own[0].size()) return nullptr;
+  }
+  const Py_ssize_t T = own[0].size();
+  auto result = std::make_unique<ReadGradients>(*this);
+  Gradients& read = result->plain_.gradients;
+  read.n_tasks = K;
+  read.all.reserve(K * T);
+  read.parameters.reserve(T);
+  result->tensors_.reserve(K * T);
+  result->first_.reserve(T);
+  for (Py_ssize_t t = 0; t < T; ++t) {
+    DLTensor first = {};
+    PyObject* first_object = Py_None;
+    for (Py_ssize_t k = 0; k < K; ++k) {
+      PyObject* object = own[k][t];
+      if (object == Py_None) continue;
+      DLTensor tensor;
+      if (!read_tensor(object, tensor)) return nullptr;
+      if (first_object == Py_None) {
+        Dtype dtype;
+        if (!find_dtype(tensor.dtype, dtype) || !is_dense(tensor)) return nullptr;
+        if (read.all.empty()) {
+          result->device_ = tensor.device;
+        }
+        const auto begin = static_cast<int64_t>(read.all.size());
+        read.parameters.push_back(
+            {count_elements(tensor), dtype, false, tensor.ndim, tensor.shape, begin, begin});
+        result->types_.push_back(tensor.dtype);
+        first = tensor;
+        first_object = object;
+      } else if (!same(tensor.dtype, first.dtype) || !same_layout(tensor, first)) {
+        return nullptr;
+      }
+      if (!same(tensor.device, result->device_)) return nullptr;
+      read.all.push_back({tensor.data, static_cast<int32_t>(k), tensor.strides});
+      result->tensors_.push_back(py::reinterpret_borrow<py::object>(object));
+      ++read.parameters.back().end;
+    }
+    result->first_.push_back(py::reinterpret_borrow<py::object>(first_object));
+  }
+  if (read.all.empty()) return nullptr;
+  return result;
+}
+
+bool ReadGradients::read_outputs(const py::object& outputs) {
+  const Items items(outputs.ptr());
+  if (!items || items.size() != static_cast<Py_ssize_t>(first_.size())) return false;
+  plain_.outputs.clear();
+  for (Py_ssize_t t = 0; t < items.size(); ++t) {
+    if (first_[t].is_none()) continue;
+    const DLType& type = types_[plain_.outputs.size()];
+    DLTensor gradient, output;
+    if (!reader_.read_tensor(first_[t].ptr(), gradient) || !reader_.read_tensor(items[t], output) ||
+        !same(output.dtype, type) || !same(output.device, device_) ||
+        !same_layout(output, gradient)) {
+      return false;
+    }
+    plain_.outputs.push_back(output.data);
+  }
+  return true;
+}
+
+}  // namespace taskgroup

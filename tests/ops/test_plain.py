@@ -1,0 +1,171 @@
+"""Gradients that native code reads by itself: the same numbers as on the way through torch."""
+
+import gc
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from taskgroup import ops
+from taskgroup.ops import _plain
+from tests import random_gradients
+
+pytestmark = pytest.mark.skipif(
+    ops.backends()["cpp"] is not None, reason="there is no native code to read them"
+)
+
+
+@pytest.fixture
+def through_torch(monkeypatch):
+    """Calls a function as if no tensor were plain."""
+
+    def call(function, *arguments, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(_plain, "_reader", None)
+            return function(*arguments, **options)
+
+    return call
+
+
+def plain(n_tasks=3, dtype=torch.float32):
+    shapes = [(5, 7), (), (130,), (0,)]
+    return random_gradients.make(n_tasks, shapes, [dtype] * 4, ["contiguous"], {(1, 0)}, 0)
+
+
+def test_plain_tensors_are_read():
+    """Otherwise every other test here would compare one way with itself."""
+    for dtype in random_gradients.DTYPES:
+        assert _plain.read_plain(plain(dtype=dtype)) is not None
+    parameters = [[torch.nn.Parameter(torch.ones(2))], (torch.ones(2, requires_grad=True),)]
+    assert _plain.read_plain(parameters) is not None
+    transposed = [[torch.ones(2, 3).t()], [torch.zeros(2, 3).t()]]
+    assert _plain.read_plain(transposed) is not None
+
+
+@settings(max_examples=60)
+@given(random_gradients.gradients())
+def test_every_op_gives_the_same(gradients):
+    n_tasks, reader = len(gradients), _plain._reader
+    weights, losses = torch.linspace(-1, 2, n_tasks), torch.linspace(0.5, 1, n_tasks)
+    results = []
+    try:
+        for _plain._reader in (reader, None):
+            matrix, observed = torch.zeros(n_tasks, n_tasks), torch.zeros(n_tasks, n_tasks).int()
+            ops.gram_affinity_update_(matrix, gradients, losses, 0.5, observed=observed)
+            own = [ops.task_gram(gradients), matrix, observed, *ops.combine(gradients, weights)]
+            out = [None if g is None else torch.full_like(g, 7) for g in own[3:]]
+            results.append([*own, *ops.combine(gradients, weights, out=out)])
+    finally:
+        _plain._reader = reader
+    for a, b in zip(*results, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
+def test_missing_tasks_and_parameters():
+    gradients = [[None, torch.ones(3), None], [None] * 3, [None, None, torch.ones(2)]]
+    assert _plain.read_plain(gradients) is not None
+    assert ops.task_gram(gradients).tolist() == [[3, 0, 0], [0, 0, 0], [0, 0, 2]]
+    out = [torch.full((4,), 7.0), torch.full((3,), 7.0), torch.full((2,), 7.0)]
+    ops.combine(gradients, [2.0, 3.0, 4.0], out=out)
+    assert [tensor.tolist() for tensor in out] == [[0] * 4, [2] * 3, [4] * 2]
+    matrix = torch.zeros(3, 3)
+    ops.gram_affinity_update_(matrix, gradients, torch.ones(3), decay=1.0)
+    assert matrix.tolist() == [[3, 0, 0], [0, 0, 0], [0, 0, 2]]
+
+
+def negated(shape):
+    """Torch remembers that the numbers in memory are to be negated."""
+    values = torch.complex(torch.zeros(shape), torch.ones(shape)).conj().imag
+    assert values.is_neg()
+    return values
+
+
+class Own(torch.Tensor):
+    """A class of somebody's own."""
+
+
+@pytest.mark.parametrize(
+    "special",
+    [
+        negated(()),
+        negated((1,)),
+        negated((3,)),
+        torch.ones(3, 2)[:, 0],
+        torch.ones(1).expand(3),
+        torch._efficientzerotensor(3),
+        torch.ones(3).as_subclass(Own),
+    ],
+    ids=["negated number", "negated", "negated vector", "gaps", "expanded", "zeros", "subclass"],
+)
+def test_what_is_not_plain_goes_through_torch(special):
+    gradients = [[special], [torch.full(special.shape, 2.0)]]
+    assert _plain.read_plain(gradients) is None
+    value = special.flatten()[0].item() if special.numel() else 0.0
+    n = special.numel()
+    expected = [[n * value**2, 2 * n * value], [2 * n * value, 4 * n]]
+    assert ops.task_gram(gradients).tolist() == expected
+    (total,) = ops.combine(gradients, [1.0, 1.0])
+    assert total.flatten().tolist() == [value + 2] * n
+
+
+MISTAKES = {
+    "no task": [],
+    "no parameter": [[]],
+    "no gradient": [[None], [None]],
+    "lengths": [[torch.ones(2)], [torch.ones(2), torch.ones(2)]],
+    "sizes": [[torch.ones(2)], [torch.ones(3)]],
+    "shapes": [[torch.ones(2, 3)], [torch.ones(3, 2)]],
+    "dtypes": [[torch.ones(2)], [torch.ones(2).double()]],
+    "devices": [[torch.ones(2)], [torch.ones(2, device="meta")]],
+    "sparse": [[torch.ones(2).to_sparse()]],
+    "integers": [[torch.ones(2).int()]],
+    "no tensor": [["a string"]],
+    "too many tasks": [[torch.ones(1)]] * 1025,
+    "no list": "text",
+}
+
+
+@pytest.mark.parametrize("gradients", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_told_on_the_way_through_torch(gradients):
+    assert _plain.read_plain(gradients) is None
+
+
+def test_outputs_that_do_not_fit_go_through_torch(through_torch):
+    gradients = [[torch.arange(6.0).view(2, 3)], [torch.ones(2, 3)]]
+    other_order = torch.zeros(3, 2).t()
+    ops.combine(gradients, [1.0, 2.0], out=[other_order])
+    (expected,) = through_torch(ops.combine, gradients, [1.0, 2.0])
+    assert torch.equal(other_order, expected)
+    for bad in (torch.zeros(6), torch.zeros(2, 3).double(), torch.zeros(2, 3, device="meta"), None):
+        with pytest.raises(ValueError, match="out must"):
+            ops.combine(gradients, [1.0, 2.0], out=[bad])
+    with pytest.raises(ValueError, match="one tensor per parameter"):
+        ops.combine(gradients, [1.0, 2.0], out=[])
+
+
+def test_modes_and_transforms_see_the_ops():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            names.append(function.overloadpacket.__name__)
+            return function(*arguments, **(options or {}))
+
+    names = []
+    with Seen():
+        ops.task_gram(plain())
+    assert "task_gram" in names
+    compiled = torch.compile(ops.task_gram, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(plain()), ops.task_gram(plain()))
+    with pytest.raises(RuntimeError, match=r"vmap|Batch"):  # not wrong numbers
+        torch.vmap(lambda g: ops.task_gram([[g], [g]]))(torch.ones(2, 3))
+
+
+def test_memory_is_kept_while_it_is_needed():
+    gradients = plain()
+    expected = ops.task_gram(gradients)
+    read = _plain.read_plain(gradients)
+    del gradients
+    gc.collect()
+    torch.full((10_000,), 7.0)  # would take the place of what was freed
+    assert torch.equal(torch.ops.taskgroup._plain_task_gram(read.address, read.like), expected)
