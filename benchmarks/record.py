@@ -279,7 +279,6 @@ class Record:
                         "most": _number(row.ours_most_us),
                         "host µs": _number(row.host_us),
                         "kernels": row.launches and str(row.launches),
-                        "limit µs": _number(row.limit_us),
                         "of limit": _number(row.share_of_limit, 2),
                         "of copy": _number(row.share_of_copy, 2),
                         "goal": _number(limit_goal, 2),
