@@ -15,6 +15,8 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     if layout == "transposed" and values.dim():  # dense, in another order
         backwards = tuple(reversed(range(values.dim())))
         return values.permute(backwards).contiguous().permute(backwards)
+    if layout == "channels_last" and values.dim() == 4:
+        return values.contiguous(memory_format=torch.channels_last)
     if layout == "sliced":  # with gaps
         wide = values.new_full((*values.shape, 2), torch.nan)
         wide[..., 0] = values
@@ -25,6 +27,13 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     if layout == "expanded" and values.dim():  # one element stands for many
         return values[..., :1].expand(values.shape)
     return values.contiguous()
+
+
+def large(n_tasks, shapes, dtype, seed=0, device="cpu"):
+    """``[K][T]`` normal gradients made on their device, each in memory of its own, so aligned."""
+    generator = torch.Generator(device).manual_seed(seed)
+    options = {"device": device, "generator": generator}
+    return [[torch.randn(shape, **options).to(dtype) for shape in shapes] for _ in range(n_tasks)]
 
 
 def make(n_tasks, shapes, dtypes, layouts, missing, seed, device="cpu"):
