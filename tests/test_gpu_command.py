@@ -211,3 +211,6 @@ def test_every_step_of_a_gpu_is_in_the_dry_run():
     dry = {step.name for step in gpu.steps(dry=True)}
     assert tools < real
     assert real - tools == dry - {"sanitizers' program", "Triton's interpreter"}
+    for step in gpu.steps(dry=False) + gpu.steps(dry=True):
+        files = [part.partition("::")[0] for part in step.command if part.endswith(".py")]
+        assert all((gpu.ROOT / file).exists() for file in files)
