@@ -67,6 +67,7 @@ class Step(NamedTuple):
     command: list[str]
     seconds: float
     environment: Mapping[str, str] = MappingProxyType({})  # besides that of this process
+    needs: tuple[str, ...] = ()  # packages without which there is nothing to run
 
 
 class Result(NamedTuple):
@@ -124,7 +125,9 @@ def steps(dry: bool) -> list[Step]:
     def test(name: str, *arguments: str, seconds: float, parallel: int = 1) -> Step:
         return Step(name, pytest(*arguments, parallel=parallel), seconds, tests)
 
-    def benchmark(name: str, *files: str, seconds: float, small: bool = True) -> list[Step]:
+    def benchmark(
+        name: str, *files: str, seconds: float, small: bool = True, needs: tuple[str, ...] = ()
+    ) -> list[Step]:
         there = [f"benchmarks/test_{file}.py" for file in files]
         there = [file for file in there if (ROOT / file).exists()]
         if not there:
@@ -132,7 +135,8 @@ def steps(dry: bool) -> list[Step]:
         # What takes long on a CPU at any size is found and not run; `make bench` runs it there.
         more = ["--collect-only"] if dry and not small else []
         environment = {"FIGURE2_SECONDS": str(10 if dry else seconds - 15)}
-        return [Step(name, pytest("-s", "--save", *options, *more, *there), seconds, environment)]
+        command = pytest("-s", "--save", *options, *more, *there)
+        return [Step(name, command, seconds, environment, needs)]
 
     kernels = ("tests/gpu/test_kernels.py", "tests/gpu/test_doctor.py")
     return [
@@ -149,7 +153,13 @@ def steps(dry: bool) -> list[Step]:
         *benchmark("idle", "idle", seconds=20),
         test("distributed", "tests/gpu/test_distributed.py", seconds=45),
         *benchmark("overhead, methods", "overhead", "methods", seconds=30),
-        *benchmark("whole batches", "cost", "many_tasks", "paper_sizes", seconds=60, small=False),
+        *benchmark(
+            "whole batches",
+            *("cost", "many_tasks", "paper_sizes"),
+            seconds=60,
+            small=False,
+            needs=("skimage", "torchmetrics", "transformers", "yaml"),
+        ),
         *benchmark("scaling", "scaling", seconds=30, small=False),
     ]
 
@@ -219,7 +229,10 @@ class Run:
         self.say(f"\n=== {step.name}: {' '.join(step.command)}")
         limit = min(self._factor * step.seconds, self._end - time.monotonic() - GRACE)
         start = time.monotonic()
-        if limit < min(SHORTEST, step.seconds):
+        absent = [package for package in step.needs if find_spec(package) is None]
+        if absent:
+            result = Result(f"left out: {', '.join(absent)} not installed", True)
+        elif limit < min(SHORTEST, step.seconds):
             result = Result("left out: no time left", False)
         else:
             result = self._run(step, limit)
