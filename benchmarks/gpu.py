@@ -150,8 +150,8 @@ def steps(dry: bool) -> list[Step]:
         *benchmark("loop", "loop", "overhead", "idle", seconds=60),
         *benchmark("Figure 2", "figure2", seconds=120, needs=("torchmetrics",)),
         *sanitizers(dry),
-        *test("distributed", "distributed", seconds=45),
-        *test("training runs", "training", seconds=45, needs=LAB),
+        *test("distributed", "distributed", seconds=45, parallel=side_by_side),
+        *test("training runs", "training", seconds=45, parallel=side_by_side, needs=LAB),
         *benchmark("methods", "methods", seconds=30),
         *benchmark(
             "whole batches",
