@@ -12,8 +12,9 @@ from tests.backends import INTERPRETED
 
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
-# `make gpu` runs these where there is one; what they test runs on the host in the other tests.
-collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+# `make gpu` runs these, and its dry run does on the CPU (TEST_GPU=cpu); what they test runs on the
+# host in the other tests.
+collect_ignore = [] if torch.cuda.is_available() or "TEST_GPU" in os.environ else ["gpu"]
 # What is about the compiler, and what starts the interpreter.
 collect_ignore_glob = ["ops/test_triton_*.py"] if INTERPRETED else []
 
