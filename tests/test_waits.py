@@ -84,13 +84,14 @@ class Loop:
         way: how.
         device: where.
         dtype: of model and data.
+        dropout: in the encoder.
     """
 
-    def __init__(self, way, device, dtype=torch.float32):
+    def __init__(self, way, device, dtype=torch.float32, dropout=0.1):
         torch.manual_seed(0)
         self.way, self.device = way, device
         encoder = nn.Sequential(
-            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.1), nn.Linear(16, 16)
+            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 16)
         )
         heads = {task: nn.Linear(16, 1) for task in TASKS}
         if way.rows:
