@@ -11,7 +11,8 @@
 #             run where they should                                          (about 5 minutes)
 # make aarch64  the native code for 64-bit ARM: compiled here, its tests run in an emulator
 #                                                                             (about 2 minutes)
-# make gpu    build, tests, sanitizers and benchmarks on a GPU               (under 9 minutes)
+# make gpu    build, tests, benchmarks and sanitizers on a GPU               (under 9 minutes)
+#             ARGS=--dry-run: its steps on the CPU with small sizes           (about 2 minutes)
 #
 # Everything lives in .venv, made on first use. Nothing is installed or built again before a file it
 # depends on changes. `make gpu` alone uses what is there: GPU_PYTHON, with a torch that sees the GPU.
@@ -98,7 +99,7 @@ aarch64: $(TORCH_STAMP)
 	$(BIN)/ctest --test-dir build/csrc-tests/aarch64 --output-on-failure --timeout 300
 
 gpu:
-	$(GPU_PYTHON) benchmarks/gpu.py
+	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info taskgroup/*.so

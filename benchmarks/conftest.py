@@ -9,7 +9,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks.record import ROOT, Record
+from benchmarks.ours import WrongNumberError
+from benchmarks.record import Record
 from benchmarks.shapes import WIDTHS
 
 ROUNDS_TO_SAVE = 20
@@ -33,11 +34,12 @@ DEFAULT = [
     Case("ViT-T", 64, torch.float32),
     Case("ViT-T", 11, torch.bfloat16),
 ]
-# On a GPU: from small to large, within a few minutes.
+TINY = [Case("ViT-T", 3, torch.float32), Case("ViT-T", 2, torch.bfloat16)]
+# On a GPU: what memory bounds first, then what the host does.
 GPU = [
-    *(Case("ViT-T", n_tasks, torch.float32) for n_tasks in (11, 64)),
-    *(Case("ViT-B", n_tasks, torch.float32) for n_tasks in (2, 5, 11, 16, 26, 64)),
+    *(Case("ViT-B", n_tasks, torch.float32) for n_tasks in (11, 64, 2, 5, 16, 26)),
     *(Case("ViT-B", n_tasks, torch.bfloat16) for n_tasks in (11, 64)),
+    *(Case("ViT-T", n_tasks, torch.float32) for n_tasks in (11, 64)),
 ]
 FULL = [
     Case(model, n_tasks, dtype)
@@ -51,13 +53,15 @@ def pytest_addoption(parser):
     group = parser.getgroup("taskgroup")
     group.addoption("--full", action="store_true", help="every size, however long it takes")
     group.addoption("--save", action="store_true", help="append to the files in results/")
+    group.addoption("--tiny", action="store_true", help="one small case of each, once")
     group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
 
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         option = metafunc.config.getoption
-        cases = FULL if option("full") else GPU if option("device") == "cuda" else DEFAULT
+        cases = GPU if option("device") == "cuda" else DEFAULT
+        cases = TINY if option("tiny") else FULL if option("full") else cases
         ids = [f"{c.model}-{c.n_tasks}-{str(c.dtype).removeprefix('torch.')}" for c in cases]
         metafunc.parametrize("case", cases, ids=ids)
 
@@ -66,11 +70,31 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("full"):
         for item in items:
             item.add_marker(pytest.mark.timeout(0))
+    if config.getoption("tiny"):  # the first of each, and all that are small
+        first = {}
+        for item in items:
+            first.setdefault((item.path, item.originalname), item)
+        chosen = list(first.values())
+        small = [item for item in items if "case" in item.fixturenames]
+        config.hook.pytest_deselected(items=[i for i in items if i not in chosen + small])
+        items[:] = [item for item in items if item in chosen + small]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """What does not fit is left out; where a kernel is wrong, nothing more is measured."""
+    try:
+        return (yield)
+    except torch.OutOfMemoryError as error:
+        pytest.skip(f"does not fit into the memory of the GPU: {str(error).splitlines()[0]}")
+    except WrongNumberError as error:
+        item.session.shouldfail = f"{item.nodeid}: {error}"
+        raise
 
 
 @pytest.fixture(scope="module")
 def record(request):
-    """Where a benchmark notes its results; printed, and saved, when its file is through.
+    """Where a benchmark notes its results; saved at once, printed when its file is through.
 
     The rounds are those of pytest-benchmark: ``--benchmark-min-rounds``, ``--benchmark-max-time``;
     under ``--benchmark-disable`` everything runs twice and nothing is printed.
@@ -83,18 +107,19 @@ def record(request):
     rounds, seconds = option("benchmark_min_rounds"), option("benchmark_max_time")
     if option("save"):
         rounds = max(rounds, ROUNDS_TO_SAVE)
-    if option("benchmark_disable"):
+    if option("benchmark_disable") or option("tiny"):
         rounds, seconds = 0, 0
+    save = option("save") and not option("benchmark_disable")
     command = " ".join(["pytest", *map(str, request.config.invocation_params.args)])
     name = Path(request.path).stem.removeprefix("test_")
-    record = Record(name, option("device"), rounds, float(seconds), option("full"), command)
+    record = Record(name, option("device"), rounds, float(seconds), option("full"), command, save)
     yield record
     if not record or option("benchmark_disable"):
         return
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         record.print()
-        if option("save"):
-            print(f"  saved to {record.save().relative_to(ROOT)}")
+        if record.path is not None:
+            print(f"  saved to {record.path}")
 
 
 @pytest.fixture(autouse=True)

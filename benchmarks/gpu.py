@@ -1,37 +1,53 @@
 """Everything that needs a GPU, in one go: `make gpu`.
 
-Builds the package in place, runs the tests in tests/gpu, the kernels under compute-sanitizer, and
-the benchmarks against the limits measured there; appends to benchmarks/results/<gpu>/. It needs no
-network: torch with CUDA, nvcc, cmake, ninja, pybind11, pytest, hypothesis, scikit-learn and rich
-are to be there already. Every step has a limit, and all together end within nine minutes; a short
-table comes last.
+Builds the package in place for the GPU that is there, tests the kernels, measures them against the
+limits of the GPU, and runs them under compute-sanitizer: steps in order of worth, one at a time,
+each with its own limit, within nine minutes. A step that runs out of time is interrupted as by
+Ctrl-C and keeps its rows; one that fails keeps no other from running. Rows go to
+benchmarks/results/<gpu>/ when they are measured.
+
+It needs no network: torch with CUDA, nvcc, cmake, ninja, pybind11, pytest, hypothesis, scikit-learn
+and rich are to be there already. Tests run side by side where pytest-xdist is.
+
+OUT=folder: the folder gets gpu.log, what was printed, and results.tar.gz, the files of results that
+this run wrote; both are kept up to date, so that whatever ends the run loses neither.
+
+`make gpu ARGS=--dry-run` goes through the same steps on the CPU with the smallest sizes, builds
+nothing, and writes to build/dry-run.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
+import io
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
-ALL = 520.0  # seconds; what a step has not begun by then is left out
-# Warnings are errors for the developers' versions of everything, not for the ones found here.
-PYTEST = [
-    *(sys.executable, "-m", "pytest", "-o", "addopts=--doctest-modules --import-mode=importlib"),
-    *("-o", "filterwarnings=default", "-p", "no:cacheprovider", "-q"),
-]
-BENCHMARKS = [*PYTEST, "-s", "--device", "cuda", "--save"]
-# Minutes: at the end.
-WHOLE_BATCHES = [
-    f"benchmarks/test_{name}.py" for name in ("paper_sizes", "loading", "cost", "many_tasks")
-]
+ALL = 540.0  # seconds
+GRACE = 10.0  # seconds to end in after an interrupt
+SHORTEST = 5.0  # seconds; a step that has less is left out
+LOG_OF_A_STEP = 500_000  # characters
+MOST_RESULTS = 15 * 2**20  # bytes
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+DRY_RUN = ROOT / "build" / "dry-run"
+LIBRARIES = ROOT / "taskgroup"
 
 
 class Step(NamedTuple):
@@ -40,6 +56,7 @@ class Step(NamedTuple):
     name: str
     command: list[str]
     seconds: float
+    environment: Mapping[str, str] = MappingProxyType({})  # besides that of this process
 
 
 class Result(NamedTuple):
@@ -47,135 +64,374 @@ class Result(NamedTuple):
 
     outcome: str
     good: bool
-    seconds: float
-    output: str
+    seconds: float = 0.0
 
 
-def sanitizer(tool: str) -> Step:
-    command = [SANITIZER, "--tool", tool, "--error-exitcode", "86", sys.executable]
-    return Step(f"compute-sanitizer {tool}", [*command, str(ROOT / "tests/gpu/sanitize.py")], 60)
+class GPU(NamedTuple):
+    """What torch says of it."""
+
+    name: str
+    torch: str
+    architecture: str  # compute capability, such as "90"
 
 
-STEPS = [
-    Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 240),
-    Step("tests", [*PYTEST, "tests/gpu"], 200),
-    sanitizer("memcheck"),
-    sanitizer("racecheck"),
-    Step("benchmarks", [*BENCHMARKS, "benchmarks", *(f"--ignore={f}" for f in WHOLE_BATCHES)], 200),
-    sanitizer("synccheck"),
-    sanitizer("initcheck"),
-    Step("benchmarks of whole batches", [*BENCHMARKS, *WHOLE_BATCHES], 150),
-]
+def pytest(*arguments: str, parallel: int = 1) -> list[str]:
+    """Warnings are errors for the developers' versions of everything, not for those found here."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rfEs", "-p", "no:cacheprovider"]
+    command += ["-o", "addopts=--import-mode=importlib", "-o", "filterwarnings=default"]
+    if parallel > 1 and find_spec("xdist"):
+        command += ["-n", str(parallel)]
+        if find_spec("pytest_timeout"):  # a kernel that never ends is ended with its process
+            command += ["--timeout=60", "--timeout-method=thread"]
+    return [*command, *arguments]
 
 
-def run(step: Step, left: float) -> Result:
-    """Runs a step, shows what it prints, and ends it at its limit."""
-    limit = min(step.seconds, left)
-    print(f"\n=== {step.name}: {' '.join(step.command)}", flush=True)
-    if limit < 5:
-        return Result("left out: no time left", False, 0, "")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    if step.name == "build":
-        environment["TASKGROUP_CUDA"] = "1"
-    start = time.monotonic()
-    lines: list[str] = []
-    try:
-        process = subprocess.Popen(
-            ["timeout", "--kill-after=5", f"{limit:.0f}", *step.command],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    except OSError as error:
-        return Result(f"could not start: {error}", False, 0, "")
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
-    code = process.wait()
-    output = "".join(lines)
-    seconds = time.monotonic() - start
-    if step.name.startswith("compute-sanitizer") and re.search(
-        r"not supported|No such file|failed to run command|Unable to", output
-    ):
-        return Result("does not work on this machine", True, seconds, output)
-    counts = re.findall(r"^=*\s*((?:\d+ \w+,? ?)+) in [\d.]+s", output, re.MULTILINE)
-    summary = counts[-1] if counts else ""
-    if code in (124, 137):
-        return Result(f"stopped at its limit of {limit:.0f} s {summary}", False, seconds, output)
-    outcome = summary or ("fine" if code == 0 else f"exit status {code}")
-    return Result(outcome, code == 0, seconds, output)
+def build(architecture: str, cuda: bool) -> Step:
+    environment = {
+        "TASKGROUP_CUDA": str(int(cuda)),
+        "CUDAARCHS": architecture,
+        "MAX_JOBS": str(os.cpu_count() or 1),
+    }
+    name = "build" if cuda else "build without CUDA"
+    return Step(name, [sys.executable, "setup.py", "build_ext", "--inplace"], 150, environment)
 
 
-def headlines() -> list[str]:
-    """The figures that matter most, of the last run saved."""
-    import torch
+def steps(dry: bool) -> list[Step]:
+    """What follows the build, in order of worth."""
+    side_by_side = 2 if dry else 4
+    tests = {"TEST_GPU": "cpu"} if dry else {}
+    options = ["--device", "cpu", "--tiny"] if dry else ["--device", "cuda"]
 
-    sys.path.insert(0, str(ROOT))
-    from benchmarks.record import machine
+    def test(name: str, *arguments: str, seconds: float, parallel: int = 1) -> Step:
+        return Step(name, pytest(*arguments, parallel=parallel), seconds, tests)
 
-    folder = ROOT / "benchmarks/results" / machine(torch.device("cuda"))
-    lines = [f"results in {folder.relative_to(ROOT)}"]
-    for name in ("task_gram", "combine", "affinity_update", "scaling"):
-        path = folder / f"{name}.csv"
-        if not path.exists():
+    def benchmark(name: str, *files: str, seconds: float) -> list[Step]:
+        there = [f"benchmarks/test_{file}.py" for file in files]
+        there = [file for file in there if (ROOT / file).exists()]
+        if not there:
+            return []
+        environment = {"FIGURE2_SECONDS": str(10 if dry else seconds - 15)}
+        return [Step(name, pytest("-s", "--save", *options, *there), seconds, environment)]
+
+    kernels = ("tests/gpu/test_kernels.py", "tests/gpu/test_doctor.py")
+    return [
+        Step("doctor", [sys.executable, "-m", "taskgroup.doctor"], 30),
+        test("correctness", *kernels, seconds=110, parallel=side_by_side),
+        *([interpreter()] if dry else []),
+        *benchmark("task_gram", "task_gram", seconds=75),
+        *benchmark("combine", "combine", seconds=60),
+        *benchmark("affinity_update_", "affinity_update", seconds=25),
+        test("loop, tests", "tests/gpu/test_loop.py", seconds=60, parallel=side_by_side),
+        *benchmark("loop", "loop", seconds=45),
+        *benchmark("Figure 2", "figure2", seconds=120),
+        *sanitizers(dry),
+        *benchmark("idle", "idle", seconds=20),
+        test("distributed", "tests/gpu/test_distributed.py", seconds=45),
+        *benchmark("overhead, methods", "overhead", "methods", seconds=30),
+        *benchmark("whole batches", "cost", "many_tasks", "paper_sizes", seconds=60),
+        *benchmark("scaling", "scaling", seconds=30),
+    ]
+
+
+def interpreter() -> Step:
+    """The Triton kernels on the host, which is slow: a few small cases."""
+    chosen = "triton and (layouts or missing or mixed_dtypes or writes_to_out)"
+    chosen += " and (transposed-3 or offset-20 or missing_gradients or mixed or sliced)"
+    command = pytest("tests/gpu/test_kernels.py", "-k", chosen, parallel=2)
+    return Step("Triton's interpreter", command, 60, {"TEST_GPU": "cpu", "TRITON_INTERPRET": "1"})
+
+
+def sanitizers(dry: bool) -> list[Step]:
+    script = [sys.executable, str(ROOT / "tests/gpu/sanitize.py")]
+    if dry:
+        return [Step("sanitizers' program", script, 60, {"TEST_GPU": "cpu"})]
+    # Every tensor is memory of its own, so that what is read beside it is seen.
+    own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return [
+        Step(tool, [SANITIZER, "--tool", tool, "--error-exitcode", "86", *script], 45, own)
+        for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
+    ]
+
+
+class Run:
+    """Steps one after the other, and what is kept of them.
+
+    Args:
+        results: where the steps write their rows.
+        out: the folder for the log and the results, or None.
+        seconds: for all steps.
+    """
+
+    def __init__(self, results: Path, out: Path | None, seconds: float = ALL) -> None:
+        self.done: dict[str, Result] = {}
+        self._results = results
+        self._out = out
+        self._start = time.time()
+        self._end = time.monotonic() + seconds
+        self._rows_before = {path: len(_rows(path)) for path in results.rglob("*.csv")}
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "gpu.log").write_text("")
+
+    def say(self, text: str) -> None:
+        """Print, and log."""
+        print(text, flush=True)
+        if self._out is not None:
+            with (self._out / "gpu.log").open("a") as log:
+                log.write(text + "\n")
+
+    def step(self, step: Step) -> Result:
+        """Run a step to its end or its limit, and keep what there is by then."""
+        self.say(f"\n=== {step.name}: {' '.join(step.command)}")
+        limit = min(step.seconds, self._end - time.monotonic() - GRACE)
+        start = time.monotonic()
+        if limit < min(SHORTEST, step.seconds):
+            result = Result("left out: no time left", False)
+        else:
+            result = self._run(step, limit)
+        result = result._replace(seconds=time.monotonic() - start)
+        self.done[step.name] = result
+        self.say(f"--- {step.name}: {result.outcome}")
+        self._keep()
+        return result
+
+    def _run(self, step: Step, limit: float) -> Result:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "BENCHMARK_RESULTS": str(self._results),
+            **step.environment,
+        }
+        try:
+            process = subprocess.Popen(
+                step.command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # so that all of its processes are ended with it
+            )
+        except OSError as error:
+            return Result(f"could not run: {step.command[0]}: {error.strerror}", False)
+        last: deque[str] = deque(maxlen=400)
+        reader = threading.Thread(target=self._read, args=(process.stdout, last), daemon=True)
+        reader.start()
+        over = False
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            over = True
+            self.say(f"--- {step.name}: interrupted at its limit of {limit:.0f} s")
+        finally:
+            _end(process)
+            reader.join(GRACE)
+        lines = list(last)
+        counts = re.findall(r"^=*\s*((?:\d+ \w+,? ?)+) in [\d.]+s", "\n".join(lines), re.MULTILINE)
+        summary = counts[-1] if counts else ""
+        if over:
+            return Result(f"stopped at its limit of {limit:.0f} s; {summary or 'no tests'}", False)
+        if process.returncode == 0:
+            return Result(summary or "fine", True)
+        return Result(summary or _reason(step, lines, process.returncode), False)
+
+    def _read(self, stream: TextIO, last: deque[str]) -> None:
+        said = 0
+        with stream:
+            for line in stream:
+                last.append(line.rstrip("\n"))
+                said += len(line)
+                if said < LOG_OF_A_STEP:
+                    self.say(line.rstrip("\n"))
+                elif said - len(line) < LOG_OF_A_STEP:
+                    self.say(f"... more than {LOG_OF_A_STEP} characters: the rest is left out")
+
+    def _keep(self) -> None:
+        """Write the results of this run into the folder, the smallest files first."""
+        if self._out is None:
+            return
+        # A second, as coarse as some file systems count.
+        files = [path for path in self._results.rglob("*") if path.is_file()]
+        files = [path for path in files if path.stat().st_mtime > self._start - 1]
+        room = MOST_RESULTS
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+            for path in sorted(files, key=lambda path: path.stat().st_size):
+                room -= path.stat().st_size
+                if room < 0:
+                    self.say(f"{path}: too large for the folder, left where it is")
+                    continue
+                tar.add(path, path.relative_to(self._results))
+        new = self._out / "results.tar.gz.new"
+        new.write_bytes(packed.getvalue())
+        new.replace(self._out / "results.tar.gz")
+
+    def summary(self) -> int:
+        """Print the figures of this run and how each step ended; 1 if one did not end well."""
+        self.say("")
+        try:
+            for line in headlines(self._new_rows()):
+                self.say(line)
+        except Exception as error:  # the table of steps comes in any case
+            self.say(f"no figures: {error!r}")
+        self.say("")
+        for name, result in self.done.items():
+            mark = "ok  " if result.good else "FAIL"
+            self.say(f"{mark} {name:<22} {result.seconds:6.1f} s  {result.outcome}")
+        self._keep()
+        return 0 if all(result.good for result in self.done.values()) else 1
+
+    def _new_rows(self) -> dict[str, list[dict[str, str]]]:
+        """By benchmark."""
+        found = {}
+        for path in sorted(self._results.rglob("*.csv")):
+            new = _rows(path)[self._rows_before.get(path, 0) :]
+            if new:
+                found[path.stem] = new
+        return found
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End all processes of a step: as Ctrl-C does, then for good."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE - 2)
+    with suppress(ProcessLookupError, PermissionError):  # none is left
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _reason(step: Step, lines: list[str], code: int) -> str:
+    """Why a program that ran no tests failed: its own sentence."""
+    said = [line.strip("= ") for line in lines if line.strip("= ")]
+    telling = re.compile(r"not supported|Unable to|[Ee]rror\b.*: |^taskgroup: |^Broken: ")
+    sentences = [line for line in said if telling.search(line)] or said
+    sentence = f": {sentences[-1]}" if sentences else ""
+    how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+    if SANITIZER in step.command:
+        if code == 86:
+            summary = next((line for line in said if "SUMMARY" in line), "")
+            return f"errors: {summary}"
+        how = "could not run"
+    return how + sentence
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def headlines(new: dict[str, list[dict[str, str]]]) -> list[str]:
+    """The figures that matter most, a line for each case; of the other benchmarks how many rows."""
+    lines = []
+    for name in sorted(new, key=lambda name: (name not in HEADLINES, name)):
+        if name not in HEADLINES:
+            lines.append(f"{name}: {len(new[name])} rows")
             continue
-        rows = list(csv.DictReader(path.open()))
-        latest: dict[tuple[str, ...], list[dict[str, str]]] = {}
-        for row in rows:
-            case = (row["op"], row["K"], row["model"], row["dtype"])
-            if latest.get(case) and any(r["peer"] == row["peer"] for r in latest[case]):
-                latest[case] = []  # a later run
-            latest.setdefault(case, []).append(row)
-        for (op, k, model, dtype), of_case in latest.items():
-            peers = ", ".join(
-                f"{float(r['ratio']):.1f}x {r['peer']}" for r in of_case if r["ratio"]
-            )
-            share = of_case[0]["share_of_limit"]
-            limit = f"{float(share):.2f} of the limit, " if share else ""
-            lines.append(
-                f"{op:<22} K = {k:<5} {model:<6} {dtype:<9} "
-                f"{float(of_case[0]['ours_us']):>10.1f} µs  {limit}{peers}"
-            )
-    idle = folder / "idle.txt"
-    if idle.exists():
-        lines += idle.read_text().splitlines()
+        cases = {
+            (row["op"], row["K"], row["model"], row["dtype"], row["backend"]): row
+            for row in reversed(new[name])
+        }
+        for (op, n_tasks, model, dtype, backend), row in reversed(cases.items()):
+            said = [f"{float(row['ours_median_us']):>9.1f} µs"]
+            if row["host_us"]:
+                said.append(f"host {float(row['host_us']):.0f} µs")
+            if row["share_of_copy"]:
+                said.append(
+                    f"{float(row['share_of_copy']):.2f} of a copy at {row['copy_gb_s']} GB/s"
+                )
+            if row["launches"]:
+                said.append(f"{row['launches']} launched")
+            case = f"{op:<22} K = {n_tasks:<5} {model:<6} {dtype:<9} {backend:<7}"
+            lines.append(case + ", ".join(said))
     return lines
 
 
-def main() -> int:
+HEADLINES = ("task_gram", "combine", "affinity_update")
+
+# In a process of its own: this one takes no memory of the GPU.
+PROBE = """
+import json, torch
+if not torch.cuda.is_available():
     try:
-        import torch
-    except ImportError:
+        torch.cuda.init()
+    except Exception as error:
+        print(json.dumps({"problem": f"torch {torch.__version__} sees none: {error}"}))
+    raise SystemExit
+major, minor = torch.cuda.get_device_capability()
+torch.ones(1, device="cuda").sum().item()
+print(json.dumps({"name": torch.cuda.get_device_name(), "torch": torch.__version__,
+                  "architecture": f"{major}{minor}"}))
+"""
+
+
+def find_gpu() -> GPU | str:
+    """The GPU, or why none can be used."""
+    if find_spec("torch") is None:
+        return f"make gpu needs torch with CUDA, and {sys.executable} has no torch"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=90, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "make gpu needs a GPU, and torch did not answer within 90 s whether there is one"
+    said = done.stdout.strip().splitlines()
+    if done.returncode or not said:
+        error = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return f"make gpu needs a GPU, and torch cannot use one: {error}"
+    found = json.loads(said[-1])
+    if "problem" in found:
+        return f"make gpu needs a GPU: {found['problem']}"
+    return GPU(**found)
+
+
+def run_all(run: Run, gpu: GPU | None) -> int:
+    """All steps; without a GPU those of the dry run."""
+    try:
+        if gpu is None:
+            run.step(Step("build", [sys.executable, "setup.py", "--version"], 30))
+        elif not run.step(build(gpu.architecture, cuda=True)).good:
+            run.say("Without CUDA kernels those of Triton and the references go on.")
+            if not run.step(build(gpu.architecture, cuda=False)).good:
+                for library in [*LIBRARIES.glob("_ops*.so"), *LIBRARIES.glob("_host*.so")]:
+                    library.unlink()  # kernels of an earlier build are not those of this commit
+        for step in steps(dry=gpu is None):
+            run.step(step)
+    except KeyboardInterrupt:
+        run.say("\nInterrupted: the steps that are left did not run.")
+        run.done["all"] = Result("interrupted", False)
+    return run.summary()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make gpu", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with small sizes")
+    dry = parser.parse_args(arguments).dry_run
+    # Started in the background by a shell, this process and its children would ignore SIGINT, with
+    # which a step is ended. What ends this process ends its step too.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    out = os.environ.get("OUT")
+    if dry:
+        shutil.rmtree(DRY_RUN, ignore_errors=True)
+        run = Run(DRY_RUN / "results", Path(out) if out else DRY_RUN / "out")
+        run.say("Dry run: on the CPU, with the smallest sizes; no figure of it means anything.")
+        return run_all(run, None)
+    gpu = find_gpu()
+    if isinstance(gpu, str):
         print(
-            f"make gpu needs torch with CUDA, and {sys.executable} has no torch. Name another "
-            "Python with make gpu GPU_PYTHON=..."
+            f"{gpu}. Name a Python whose torch has one with make gpu GPU_PYTHON=..., or go through "
+            "the steps on the CPU with make gpu ARGS=--dry-run."
         )
         return 2
-    if not torch.cuda.is_available():
-        print(
-            f"make gpu needs a GPU: torch {torch.__version__} in {sys.executable} sees none. Name "
-            "a Python whose torch does, with make gpu GPU_PYTHON=..."
-        )
-        return 2
-    start = time.monotonic()
-    results = {}
-    for step in STEPS:
-        results[step.name] = run(step, ALL - (time.monotonic() - start))
-        if step.name == "build" and not results["build"].good:
-            break
-    print(f"\n=== {torch.cuda.get_device_name()}, torch {torch.__version__}")
-    try:
-        print("\n".join(headlines()))
-    except Exception as error:  # the table of steps comes in any case
-        print(f"no figures: {error!r}")
-    print()
-    for name, result in results.items():
-        mark = "ok  " if result.good else "FAIL"
-        print(f"{mark} {name:<28} {result.seconds:6.1f} s  {result.outcome}")
-    return 0 if all(result.good for result in results.values()) else 1
+    results = os.environ.get("BENCHMARK_RESULTS") or ROOT / "benchmarks" / "results"
+    run = Run(Path(results), Path(out) if out else None)
+    run.say(f"{gpu.name}, torch {gpu.torch}, Python {sys.version.split()[0]}, {time.ctime()}")
+    return run_all(run, gpu)
 
 
 if __name__ == "__main__":

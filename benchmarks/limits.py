@@ -13,6 +13,19 @@ COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}  # much more than the caches hold
 PRODUCT_SIZE = {"cpu": 1536, "cuda": 8192}
 
 
+class Rates(NamedTuple):
+    """What the machine did in a run."""
+
+    bytes_per_second: float  # read and written
+    flops_per_second: float
+
+    def __str__(self) -> str:
+        return (
+            f"copy {self.bytes_per_second * 1e-9:.0f} GB/s, "
+            f"product {self.flops_per_second * 1e-12:.2f} TFLOP/s"
+        )
+
+
 class Limit(NamedTuple):
     """The least seconds that an op can take, by each of the two."""
 
@@ -50,6 +63,12 @@ class Limits:
             PRODUCT: lambda: torch.mm(self._factor, self._factor, out=self._product),
         }
 
+    def rates(self, least: Mapping[str, float]) -> Rates:
+        """Of measured seconds of :meth:`sides`."""
+        return Rates(
+            2 * self._source.nbytes / least[COPY], 2 * len(self._factor) ** 3 / least[PRODUCT]
+        )
+
     def of(self, least: Mapping[str, float], n_bytes: float, flops: float = 0) -> Limit:
         """The limit of an op that moves so many bytes and does so many operations.
 
@@ -58,6 +77,5 @@ class Limits:
             n_bytes: read and written.
             flops: additions and multiplications.
         """
-        bandwidth = 2 * self._source.numel() * 4 / least[COPY]  # read and written
-        speed = 2 * len(self._factor) ** 3 / least[PRODUCT]
-        return Limit(n_bytes / bandwidth, flops / speed)
+        rates = self.rates(least)
+        return Limit(n_bytes / rates.bytes_per_second, flops / rates.flops_per_second)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import csv
 import gc
-import math
+import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -25,13 +26,35 @@ from rich.console import Console
 from rich.table import Table
 
 import taskgroup as tg
+from benchmarks.clocks import Call, clock_of
+from benchmarks.limits import Rates
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 ROOT = Path(__file__).parent
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", ROOT / "results"))
 SHORTEST = 2e-4  # seconds; shorter calls are repeated within a measurement, which must not be noise
-LONGEST = 10.0  # seconds after which a side gets no further rounds
+# Seconds after which a side gets no further rounds. Time on a GPU is dear.
+LONGEST = {"cpu": 10.0, "cuda": 1.0}
 DEFAULT_ROOM = 3.5e9  # bytes
 
-Call = Callable[[], object]
+
+class Seconds(float):
+    """The least time of a side; beside it what else its rounds say."""
+
+    median: float
+    most: float
+    host: float | None  # until the call returned, where a GPU does the work: the median
+
+    @classmethod
+    def of(cls, rounds: list[float], host: list[float | None]) -> Seconds:
+        """Of the seconds in all rounds."""
+        seconds = cls(min(rounds))
+        seconds.median, seconds.most = statistics.median(rounds), max(rounds)
+        known = [value for value in host if value is not None]
+        seconds.host = statistics.median(known) if known else None
+        return seconds
 
 
 @dataclass(frozen=True)
@@ -54,6 +77,14 @@ class Row:
     limit_us: float | None
     share_of_limit: float | None  # median over the rounds
     command: str
+    backend: str | None = None  # of ours, where several are measured
+    ours_median_us: float | None = None  # ours_us is the least
+    ours_most_us: float | None = None
+    host_us: float | None = None  # until our call returned, where a GPU does the work
+    share_of_copy: float | None = None  # of the speed of a copy, median over the rounds
+    copy_gb_s: float | None = None  # of this run, read and written
+    product_tflop_s: float | None = None  # of this run
+    launches: int | None = None  # kernels that our call starts on a GPU
 
 
 class Record:
@@ -66,14 +97,24 @@ class Record:
         seconds: go on for so long, after those.
         full: whether the memory may be filled.
         command: what was called.
+        save: whether rows are kept in a file, each when it is added.
     """
 
     def __init__(
-        self, name: str, device: str, rounds: int, seconds: float, full: bool, command: str
+        self,
+        name: str,
+        device: str,
+        rounds: int,
+        seconds: float,
+        full: bool,
+        command: str,
+        save: bool = False,
     ) -> None:
         self.name = name
         self.device = torch.device(device)
         self.full = full
+        self.path = results(self.device) / f"{name}.csv" if save else None
+        self.clock = clock_of(self.device)
         self._rounds = rounds
         self._seconds = seconds
         self._command = command
@@ -84,14 +125,18 @@ class Record:
         self._last_rounds: list[dict[str, float]] = []  # of the last comparison: seconds by side
 
     def room(self) -> float:
-        """Bytes that a benchmark may take: of a host's memory little by default, much if full."""
+        """Bytes that a benchmark may take: of a host's memory little by default, much if full.
+
+        What the last comparison held is let go.
+        """
+        self.first_side = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             return 0.85 * torch.cuda.mem_get_info(self.device)[0]
         free = _free_memory()
         return 0.85 * free if self.full else min(0.85 * free, DEFAULT_ROOM)
 
-    def least_seconds(self, sides: Mapping[str, Call | str]) -> dict[str, float | str]:
+    def least_seconds(self, sides: Mapping[str, Call | str]) -> dict[str, Seconds | str]:
         """The least time of each side; every side is measured as often as any other.
 
         A sentence in the place of a function is why the side is not run, and is returned as it is.
@@ -100,39 +145,40 @@ class Record:
         calls = {name: call for name, call in sides.items() if not isinstance(call, str)}
         return {**reasons, **self._least_seconds(calls)}
 
-    def _least_seconds(self, sides: Mapping[str, Call]) -> dict[str, float]:
+    def _least_seconds(self, sides: Mapping[str, Call]) -> dict[str, Seconds]:
         self.first_side = next(iter(sides.values()))
         self._last_rounds = []
-        clock = _cuda_seconds if self.device.type == "cuda" else _wall_seconds
-        least = {}
+        first = {}
         calls = {}
         for name, function in sides.items():
             function()  # what is made once is made here
-            least[name] = clock(function, 1)
-            calls[name] = max(1, int(SHORTEST / least[name]))
-        rounds = 1
-        if any(count > 1 for count in calls.values()):  # one short call is no measurement
-            least = dict.fromkeys(sides, math.inf)
-            rounds = 0
+            first[name] = self.clock(function, 1)
+            calls[name] = max(1, int(SHORTEST / first[name].seconds))
+        # The first call counts, unless calls are short: one short call is no measurement.
+        count_first = not any(count > 1 for count in calls.values())
+        found = {name: [first[name]] if count_first else [] for name in sides}
+        rounds = int(count_first)
         spent = dict.fromkeys(sides, 0.0)
         collects = gc.isenabled()
         gc.disable()
         try:
             while rounds < max(self._rounds, 1) or sum(spent.values()) < self._seconds:
-                still = [name for name in sides if spent[name] < LONGEST]
+                still = [name for name in sides if spent[name] < LONGEST[self.device.type]]
                 if not still:
                     break
-                seconds = {}
                 for name in still:
-                    once = seconds[name] = clock(sides[name], calls[name])
-                    least[name] = min(least[name], once)
-                    spent[name] += once * calls[name]
-                self._last_rounds.append(seconds)
+                    once = self.clock(sides[name], calls[name])
+                    found[name].append(once)
+                    spent[name] += (once.seconds + (once.host or 0)) * calls[name]
+                self._last_rounds.append({name: found[name][-1].seconds for name in still})
                 rounds += 1
         finally:
             if collects:
                 gc.enable()
-        return least
+        return {
+            name: Seconds.of([one.seconds for one in own], [one.host for one in own])
+            for name, own in found.items()
+        }
 
     def share(self, ours: str, limit: Callable[[Mapping[str, float]], float]) -> float | None:
         """The limit over our time, round by round of the last comparison: the median.
@@ -158,109 +204,145 @@ class Record:
         dtype: torch.dtype = torch.float32,
         limit: float | None = None,
         share: float | None = None,
+        share_of_copy: float | None = None,
+        rates: Rates | None = None,
+        backend: str | None = None,
+        launches: int | None = None,
         goals: Mapping[str, float] | None = None,
         limit_goal: float | None = None,
     ) -> None:
         """Note a result: our seconds and those of the peers, or why a peer was not run.
 
         Goals are printed beside the numbers, never asserted: times as fast as each peer, and the
-        share of the limit.
+        share of the limit, on a GPU of a copy.
         """
         goals = goals or {}
+        host = getattr(ours, "host", None)
         for peer, theirs in peers.items():
             reason = theirs if isinstance(theirs, str) else None
             seconds = None if isinstance(theirs, str) else theirs
-            self._rows.append(
-                Row(
-                    version=tg.__version__,
-                    commit=_commit(),
-                    torch=torch.__version__,
-                    device=self.device.type,
-                    threads=torch.get_num_threads(),
-                    op=op,
-                    K=n_tasks,
-                    model=model,
-                    dtype=str(dtype).removeprefix("torch."),
-                    ours_us=ours * 1e6,
-                    peer=peer,
-                    peer_us=seconds and seconds * 1e6,
-                    ratio=seconds and seconds / ours,
-                    limit_us=limit and limit * 1e6,
-                    share_of_limit=share,
-                    command=self._command,
-                )
+            row = Row(
+                version=tg.__version__,
+                commit=_commit(),
+                torch=torch.__version__,
+                device=self.device.type,
+                threads=torch.get_num_threads(),
+                op=op,
+                K=n_tasks,
+                model=model,
+                dtype=str(dtype).removeprefix("torch."),
+                ours_us=ours * 1e6,
+                peer=peer,
+                peer_us=seconds and seconds * 1e6,
+                ratio=seconds and seconds / ours,
+                limit_us=limit and limit * 1e6,
+                share_of_limit=share,
+                command=self._command,
+                backend=backend,
+                ours_median_us=getattr(ours, "median", ours) * 1e6,
+                ours_most_us=getattr(ours, "most", ours) * 1e6,
+                host_us=host and host * 1e6,
+                share_of_copy=share_of_copy,
+                copy_gb_s=rates and rates.bytes_per_second * 1e-9,
+                product_tflop_s=rates and rates.flops_per_second * 1e-12,
+                launches=launches,
             )
+            self._rows.append(row)
             self._beside.append((goals.get(peer), limit_goal, reason))
+            if self.path is not None:
+                append(self.path, row)
 
     def remark(self, text: str) -> None:
         """Something to be printed under the table."""
         self._remarks.append(text)
 
     def print(self) -> None:
-        """One aligned table."""
-        threads = torch.get_num_threads()
-        lines = []
+        """Two tables, ours and the peers, that fit a terminal of 100 columns."""
+        ours, peers = [], []
         last: tuple[object, ...] = ()
         for row, (goal, limit_goal, reason) in zip(self._rows, self._beside, strict=True):
-            case = (row.op, row.K, row.model, row.dtype)
-            first = case != last  # of the peers of a case
-            last = case
-            lines.append(
+            case = {
+                "op": row.op,
+                "K": str(row.K),
+                "model": row.model,
+                "dtype": row.dtype,
+                "ours": row.backend,
+            }
+            first = tuple(case.values()) != last  # of the peers of a case
+            last = tuple(case.values())
+            if first:
+                ours.append(
+                    {
+                        **case,
+                        "µs": _number(row.ours_us),
+                        "median": _number(row.ours_median_us),
+                        "most": _number(row.ours_most_us),
+                        "host µs": _number(row.host_us),
+                        "kernels": row.launches and str(row.launches),
+                        "of limit": _number(row.share_of_limit, 2),
+                        "of copy": _number(row.share_of_copy, 2),
+                        "goal": _number(limit_goal, 2),
+                    }
+                )
+            peers.append(
                 {
-                    "op": row.op if first else None,
-                    "K": str(row.K) if first else None,
-                    "model": row.model if first else None,
-                    "dtype": row.dtype if first else None,
-                    "ours µs": _number(row.ours_us) if first else None,
-                    "limit µs": _number(row.limit_us) if first else None,
-                    "of limit": _number(row.share_of_limit, 2) if first else None,
-                    "goal": _number(limit_goal, 2) if first else None,
+                    **(case if first else dict.fromkeys(case)),
                     "peer": row.peer,
                     "peer µs": reason or _number(row.peer_us),
                     "times as fast": _number(row.ratio, 1 if (row.ratio or 0) >= 2 else 2),
-                    "goal ": _number(goal, 1 if (goal or 0) >= 2 else 2),
+                    "goal": _number(goal, 1 if (goal or 0) >= 2 else 2),
                 }
             )
-        table = Table(
-            title=f"{self.name}: {machine(self.device)}, torch {torch.__version__}, "
-            f"{threads} thread{'s' * (threads > 1)}",
-            title_justify="left",
-            box=SIMPLE_HEAD,
+        threads = torch.get_num_threads()
+        title = (
+            f"{self.name}: {machine(self.device)}, torch {torch.__version__}, "
+            f"{threads} thread{'s' * (threads > 1)}"
         )
-        columns = [name for name in lines[0] if any(line[name] for line in lines)]
-        for name in columns:
-            text = name in ("op", "model", "dtype", "peer")
-            table.add_column(name, justify="left" if text else "right", no_wrap=True)
-        for line in lines:
-            table.add_row(*(line[name] for name in columns))
-        console = Console(file=sys.stdout, width=200, highlight=False)
+        width = max(shutil.get_terminal_size((200, 24)).columns, 100)
+        console = Console(file=sys.stdout, width=width, highlight=False)
         console.print()
-        console.print(table)
+        for lines in (ours, peers):
+            console.print(_table(title, lines))
+            title = ""
         for remark in dict.fromkeys(self._remarks):
             console.print(f"  {remark}", markup=False, soft_wrap=True)
 
-    def save(self) -> Path:
-        """Append to ``results/<machine>/<benchmark>.csv``."""
-        path = ROOT / "results" / machine(self.device) / f"{self.name}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(
-                file, [field.name for field in fields(Row)], lineterminator="\n"
-            )
-            if new:
-                writer.writeheader()
-            for row in self._rows:
-                writer.writerow(
-                    {
-                        name: float(f"{value:.4g}") if isinstance(value, float) else value
-                        for name, value in asdict(row).items()
-                    }
-                )
-        return path
-
     def __bool__(self) -> bool:
         return bool(self._rows)
+
+
+def append(path: Path, row: DataclassInstance) -> None:
+    """Add a row to a CSV file, with a heading of its fields, now: what follows cannot lose it.
+
+    A file with other columns stays readable. Those that it lacks are added to its heading, and are
+    empty in its older rows; those that it alone has are empty in the new one.
+    """
+    values = {
+        name: float(f"{value:.4g}") if isinstance(value, float) else value
+        for name, value in asdict(row).items()
+    }
+    old: list[dict[str, str]] = []
+    names: list[str] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            names, old = list(reader.fieldnames or []), list(reader)
+    missing = [name for name in values if name not in names]
+    names += missing
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new") if missing else path
+    with new.open("w" if missing else "a", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        if missing:
+            writer.writeheader()
+            writer.writerows(old)
+        writer.writerow(values)
+    new.replace(path)
+
+
+def results(device: torch.device) -> Path:
+    """The folder of what was measured on this machine."""
+    return RESULTS / machine(device)
 
 
 def machine(device: torch.device) -> str:
@@ -288,22 +370,19 @@ def _proc(file: str, name: str) -> str:
     return ""
 
 
-def _wall_seconds(function: Call, calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    return (time.perf_counter() - start) / calls
-
-
-def _cuda_seconds(function: Call, calls: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(calls):
-        function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e-3 / calls
+def _table(title: str, lines: list[dict[str, str | None]]) -> Table:
+    """Of the columns that are not empty. Long text is folded where a line is short."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in lines[0]:
+        cells = [line[name] or "" for line in lines]
+        if any(cells):
+            width = None if name in ("op", "peer") else max(map(len, cells))
+            justify = "left" if name in ("op", "model", "dtype", "ours", "peer") else "right"
+            table.add_column(name, justify=justify, min_width=width, overflow="fold")
+    names = [str(column.header) for column in table.columns]
+    for line in lines:
+        table.add_row(*(line[name] for name in names))
+    return table
 
 
 def _number(value: float | None, digits: int | None = None) -> str | None:

@@ -9,13 +9,14 @@ import torch
 
 from benchmarks import gradient_peers as peer
 from benchmarks.limits import Limits
+from benchmarks.ours import backends, check_combination, on
 from benchmarks.shapes import parameter_count, random_gradients
 from taskgroup import ops
 
 SUM = "sum of w * g, task by task"
 CONCATENATED = "stack(cat), then w @ matrix"
 READY = "w @ ready matrix"
-GOAL = 0.7  # of what a copy moves
+GOAL = {"cpu": 0.7, "cuda": 0.93}  # of what a copy moves; on a GPU from 50 million parameters
 
 
 def test_combine(record, device, case):
@@ -24,19 +25,34 @@ def test_combine(record, device, case):
     n_bytes = n_tasks * count * dtype.itemsize
     room = record.room()
     if 2 * n_bytes > room:
-        pytest.skip(f"needs {2 * n_bytes / 1e9:.0f} GB")
+        pytest.skip(f"needs {2 * n_bytes / 1e9:.0f} GB, and {room / 1e9:.0f} GB are free")
     gradients = random_gradients(model, n_tasks, dtype, device)
     weights = torch.linspace(0.5, 1.5, n_tasks, device=device)
-    rows = peer.ready_rows(gradients)
     out = [torch.empty_like(gradient) for gradient in gradients[0]]
-    flat_out = torch.empty_like(rows[0])
-
-    def concatenated():
-        return peer.split(peer.row_combination(peer.concatenated(gradients), weights), gradients[0])
+    on_a_gpu = device.type == "cuda"
 
     def gram_and_combine():
         ops.task_gram(gradients)
         return ops.combine(gradients, weights)
+
+    calls = {
+        "combine": lambda: ops.combine(gradients, weights),
+        "combine, out=": lambda: ops.combine(gradients, weights, out=out),
+        "task_gram, combine": gram_and_combine,
+    }
+    ours = {}  # by op and backend
+    for backend in backends(device):
+        for op, call in calls.items():
+            ours[op, backend] = on(backend, call)
+        name = f"combine on {backend}"
+        check_combination(name, ours["combine", backend](), gradients, weights)
+        check_combination(f"{name}, out=", ours["combine, out=", backend](), gradients, weights)
+
+    rows = peer.ready_rows(gradients)
+    flat_out = torch.empty_like(rows[0])
+
+    def concatenated():
+        return peer.split(peer.row_combination(peer.concatenated(gradients), weights), gradients[0])
 
     new = {
         SUM: lambda: peer.summed(gradients, weights),
@@ -46,23 +62,15 @@ def test_combine(record, device, case):
     into = {f"{READY}, out=": lambda: peer.row_combination(rows, weights, flat_out)}
     both = peer.torchjd_sides(gradients, weights, combines=True, room=room)
     tolerance = {"rtol": 0.05, "atol": 0.5} if dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(ops.combine(gradients, weights), new[READY](), **tolerance)
+    torch.testing.assert_close(new[READY](), calls["combine"](), **tolerance)
 
-    limits = Limits(device, dtype if device.type == "cuda" else torch.float32)
-    least = record.least_seconds(
-        {
-            "new": lambda: ops.combine(gradients, weights),
-            "into": lambda: ops.combine(gradients, weights, out=out),
-            **limits.sides(),
-            "both": gram_and_combine,
-            **new,
-            **into,
-            **both,
-        }
-    )
+    limits = Limits(device, dtype if on_a_gpu else torch.float32)
+    sides = {op: call for op, call in ours.items() if op[0] != "task_gram, combine"}
+    least = record.least_seconds({**sides, **limits.sides(), **ours, **new, **into, **both})
+    moved = n_bytes * (n_tasks + 1) / n_tasks
 
     def combine(seconds):
-        return limits.of(seconds, n_bytes * (n_tasks + 1) / n_tasks).seconds
+        return limits.of(seconds, moved).seconds
 
     def gram(seconds):
         return limits.of(seconds, n_bytes, count * n_tasks * (n_tasks + 1)).seconds
@@ -70,19 +78,27 @@ def test_combine(record, device, case):
     def gram_then_combine(seconds):
         return gram(seconds) + combine(seconds)
 
-    for op, ours, peers, limit, goal in (
-        ("combine", "new", new, combine, None),
-        ("combine, out=", "into", into, combine, GOAL),
-        ("task_gram, combine", "both", both, gram_then_combine, None),
-    ):
+    rates = limits.rates(least)
+    record.remark(f"K = {n_tasks}, {model}, {dtype}: {rates}")
+    first = backends(device)[0]
+    for op, backend in ours:
+        peers = {"combine": new, "combine, out=": into, "task_gram, combine": both}[op]
+        limit = gram_then_combine if op == "task_gram, combine" else combine
+        goal = GOAL[device.type] if op == "combine, out=" else None
+        if on_a_gpu and count < 50e6:
+            goal = None
+        theirs = {name: least[name] for name in peers}
         record.add(
             op,
             n_tasks,
-            least[ours],
-            {name: least[name] for name in peers},
+            least[op, backend],
+            theirs if backend == first else {first: least[op, first]},
             model=model,
             dtype=dtype,
+            backend=backend,
             limit=limit(least),
-            share=record.share(ours, limit),
+            share=record.share((op, backend), limit),
+            share_of_copy=record.share((op, backend), combine) if limit is combine else None,
+            rates=rates,
             limit_goal=goal,
         )

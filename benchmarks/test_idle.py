@@ -13,7 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import taskgroup as tg
-from benchmarks.record import ROOT, machine
+from benchmarks.record import results
 
 TASKS = [f"task{k}" for k in range(11)]
 BATCHES = 8
@@ -92,7 +92,7 @@ def test_idle(device, capsys, request):
     with capsys.disabled():
         print("\n" + "\n".join(lines.values()))
     if request.config.getoption("save"):
-        folder = ROOT / "results" / machine(device)
+        folder = results(device)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "idle.txt").write_text("\n".join(lines.values()) + "\n")
         plain = folder / "trace.json"

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+PART = 2**20  # elements
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
@@ -14,6 +15,8 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     if layout == "transposed" and values.dim():  # dense, in another order
         backwards = tuple(reversed(range(values.dim())))
         return values.permute(backwards).contiguous().permute(backwards)
+    if layout == "channels_last" and values.dim() == 4:
+        return values.contiguous(memory_format=torch.channels_last)
     if layout == "sliced":  # with gaps
         wide = values.new_full((*values.shape, 2), torch.nan)
         wide[..., 0] = values
@@ -24,6 +27,13 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     if layout == "expanded" and values.dim():  # one element stands for many
         return values[..., :1].expand(values.shape)
     return values.contiguous()
+
+
+def large(n_tasks, shapes, dtype, seed=0, device="cpu"):
+    """``[K][T]`` normal gradients made on their device, each in memory of its own, so aligned."""
+    generator = torch.Generator(device).manual_seed(seed)
+    options = {"device": device, "generator": generator}
+    return [[torch.randn(shape, **options).to(dtype) for shape in shapes] for _ in range(n_tasks)]
 
 
 def make(n_tasks, shapes, dtypes, layouts, missing, seed, device="cpu"):
@@ -64,16 +74,32 @@ def gradients(draw, most_tasks=9, dtypes=tuple(DTYPES)):
     return make(n_tasks, chosen, kinds, layouts, missing, draw(st.integers(0, 2**16)))
 
 
+class Error(float):
+    """The largest of many errors, and where it is."""
+
+    entry: tuple[int, int]
+
+    @classmethod
+    def of(cls, errors):
+        """Of a matrix of them."""
+        place = int(errors.argmax())  # of NaN, if there is one
+        largest = cls(errors.flatten()[place].item())
+        largest.entry = divmod(place, errors.shape[1])
+        return largest
+
+
 def exact_gram(gradients):
-    """``[K, K]`` in float64, pair by pair and parameter by parameter."""
-    n_tasks = len(gradients)
-    gram = torch.zeros(n_tasks, n_tasks, dtype=torch.float64)
-    for i in range(n_tasks):
-        for j in range(n_tasks):
-            for a, b in zip(gradients[i], gradients[j], strict=True):
-                if a is not None and b is not None:
-                    gram[i, j] += (a.double() * b.double()).sum().cpu()
-    return gram
+    """``[K, K]`` in float64: a product of matrices for every parameter, a part at a time."""
+    device = next(g.device for own in gradients for g in own if g is not None)
+    gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=device)
+    for of_tasks in zip(*gradients, strict=True):
+        there = [k for k, gradient in enumerate(of_tasks) if gradient is not None]
+        rows = [of_tasks[k].detach().reshape(-1) for k in there]
+        tasks = torch.tensor(there, device=device)
+        for begin in range(0, rows[0].numel() if rows else 0, PART):
+            part = torch.stack([row[begin : begin + PART] for row in rows]).double()
+            gram[tasks[:, None], tasks] += part @ part.t()
+    return gram.cpu()
 
 
 def gram_error(gram, gradients):
@@ -83,4 +109,26 @@ def gram_error(gram, gradients):
     scale = norm[:, None] * norm
     error = (gram.cpu().double() - exact).abs()
     assert not error[scale == 0].any()
-    return (error / scale.clamp(min=1e-300)).max().item()
+    return Error.of(error / scale.clamp(min=1e-300))
+
+
+def combination_error(total, gradients, weights):
+    """The largest error of weighted sums, relative to what rounding explains.
+
+    Every product and every sum may be off by the spacing of float32 (of float64 for float64), and
+    the result by that of its dtype. The entry is the parameter and the element.
+    """
+    worst = []
+    for t, got in enumerate(total):
+        own = [(w, g[t]) for w, g in zip(weights.double(), gradients, strict=True)]
+        terms = [w * gradient.double() for w, gradient in own if gradient is not None]
+        if got.numel() == 0 or not terms:
+            continue
+        exact = sum(terms)
+        wide = torch.float64 if got.dtype == torch.float64 else torch.float32
+        rounding = len(own) * torch.finfo(wide).eps * sum(term.abs() for term in terms)
+        rounding += torch.finfo(got.dtype).eps * exact.abs() + torch.finfo(got.dtype).tiny
+        error = Error.of(((got.double() - exact).abs() / rounding).reshape(1, -1))
+        error.entry = (t, error.entry[1])
+        worst.append(error)
+    return max(worst, key=lambda error: (error != error, float(error)))  # NaN is the largest

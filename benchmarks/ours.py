@@ -1,0 +1,102 @@
+"""The backends of ours that a benchmark measures, each of which must be right before it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.clocks import Call
+from taskgroup import ops
+from tests.random_gradients import combination_error, gram_error
+
+TOLERANCE = 1e-6  # of |g_i| |g_j|
+
+Gradients = Sequence[Sequence[Tensor]]
+
+
+class WrongNumberError(AssertionError):
+    """A kernel gives a wrong number: the benchmark ends."""
+
+
+def backends(device: torch.device) -> list[str]:
+    """Those to be held against each other: on a GPU all that run there, else the best one."""
+    there = [name for name, problem in ops.backends().items() if problem is None]
+    if device.type == "cuda":
+        return [name for name in ("cuda", "triton") if name in there] or ["reference"]
+    return ["cpp" if "cpp" in there else "reference"]
+
+
+def on(backend: str, call: Call) -> Call:
+    """The call on this backend."""
+
+    def run() -> object:
+        with ops.use_backend(backend):
+            return call()
+
+    return run
+
+
+def check_gram(name: str, gram: Tensor, gradients: Gradients) -> None:
+    """Raises where inner products are not those of float64.
+
+    Raises:
+        WrongNumberError: with the entry.
+    """
+    error = gram_error(gram, gradients)
+    if not error <= TOLERANCE:
+        i, j = error.entry
+        raise WrongNumberError(
+            f"{name}, {_sizes(gradients)}: entry ({i}, {j}) of the Gram matrix is off by "
+            f"{error:.1e} of |g_{i}| |g_{j}|, more than {TOLERANCE:.0e}"
+        )
+
+
+def check_combination(
+    name: str, total: Sequence[Tensor], gradients: Gradients, weights: Tensor
+) -> None:
+    """Raises where weighted sums are not those of float64.
+
+    Raises:
+        WrongNumberError: with the parameter and the element.
+    """
+    error = combination_error(total, gradients, weights)
+    if not error <= 1:
+        t, x = error.entry
+        raise WrongNumberError(
+            f"{name}, {_sizes(gradients)}: element {x} of tensor {t} is off by {error:.1f} "
+            "times what rounding explains"
+        )
+
+
+def check_affinity(name: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Raises where an affinity is not the expected one.
+
+    Raises:
+        WrongNumberError: with the entry.
+    """
+    try:
+        torch.testing.assert_close(got.cpu(), expected.cpu(), rtol=0, atol=tolerance)
+    except AssertionError as error:
+        said = " ".join(str(error).split())  # names the entry
+        raise WrongNumberError(f"{name}, K = {len(got)}, {got.dtype}: {said}") from None
+
+
+def launches(call: Call) -> int:
+    """Kernels that a call starts on the GPU."""
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        call()
+        torch.cuda.synchronize()
+    return sum(
+        event.device_type == torch.autograd.DeviceType.CUDA and "Mem" not in event.name
+        for event in trace.events()
+    )
+
+
+def _sizes(gradients: Gradients) -> str:
+    n_elements = sum(gradient.numel() for gradient in gradients[0])
+    return f"K = {len(gradients)}, {n_elements} parameters, {gradients[0][0].dtype}"
