@@ -1,20 +1,24 @@
 """What the trainer does on a GPU, tried on one that is none."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 from torch.utils._pytree import tree_map
 
 import taskgroup as tg
-from taskgroup.experiment import cost
+from taskgroup.experiment import cost, workers
 from taskgroup.experiment import trainer as of_trainer
 from taskgroup.experiment.cell import Cell, train_cell
 from taskgroup.experiment.clock import Clock
 from taskgroup.experiment.cost import step_seconds
+from taskgroup.experiment.history import load_run_data
 from taskgroup.experiment.run import Run, load_metrics
 from taskgroup.experiment.trainer import Trainer, find_device
-from tests.experiment.small import yeast
+from taskgroup.report.page import write_report
+from tests.experiment.small import InThisProcess, yeast
+from tests.experiment.written_runs import write_run
 from tests.fake_gpu import FakeGPU
 
 WAYS = {
@@ -45,15 +49,43 @@ def test_a_batch_waits_for_its_forward_pass_and_for_nothing_else(way):
 
 
 # Autocast does nothing there.
-@pytest.mark.parametrize("way", [*(way for way in WAYS if way != "bfloat16"), "famo", "cagrad"])
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "bfloat16"])
 def test_trains_as_on_the_host(way):
-    settings = WAYS.get(way, {"method": way})
-    on_host = Trainer(recipe(**settings, device="cpu"))
+    on_host = Trainer(recipe(**WAYS[way], device="cpu"))
     expected = [on_host.step() for _ in range(6)]
     with FakeGPU():
-        on_gpu = Trainer(recipe(**settings))
+        on_gpu = Trainer(recipe(**WAYS[way]))
         assert [on_gpu.step() for _ in range(6)] == expected
         assert on_gpu.evaluate("held_out") == on_host.evaluate("held_out")
+
+
+# What their solvers and checks read on the host: the Gram matrix once, where none is named.
+READS = {"gd": 0, "uw": 0, "imtl-l": 0, "dwa": 0, "graddrop": 0, "dtp": 1, "famo": 2}
+
+
+@pytest.mark.parametrize("method", tg.methods.METHODS)
+def test_joint_methods_train_as_on_the_host_and_wait_for_what_they_read(method):
+    on_host = Trainer(recipe(method=method, device="cpu"))
+    expected = [on_host.step() for _ in range(3)]
+    with FakeGPU() as gpu:
+        on_gpu = Trainer(recipe(method=method))
+        gpu.waits.clear()
+        assert [on_gpu.step() for _ in range(3)] == expected
+        assert len(gpu.waits) == 3 * READS.get(method, 1)
+
+
+def measured(device):
+    trainer = Trainer(recipe(device=device))
+    trainer.step()
+    found = [trainer.conflicts(), trainer.lookahead(), trainer.affinity()]
+    return torch.stack([matrix.cpu() for matrix in found])
+
+
+def test_what_is_measured_on_the_way_is_that_of_the_host():
+    expected = measured("cpu")
+    with FakeGPU():
+        found = measured("cuda")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_sections_are_timed_by_events_that_are_read_late():
@@ -184,3 +216,28 @@ def test_a_loss_that_is_not_finite_is_said_first():
                 next(trainer.model.parameters()).fill_(torch.nan)
             with pytest.raises(FloatingPointError, match="is not finite after batch 0"):
                 trainer.step()
+
+
+@pytest.mark.parametrize(("jobs", "device", "expected"), [(None, "cuda", 1), (3, "cuda", 3)])
+def test_runs_share_a_gpu_only_where_asked_to(jobs, device, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", InThisProcess)
+    with workers.Workers(tmp_path, jobs, torch.device(device)):
+        assert InThisProcess.jobs == expected
+
+
+def test_the_memory_is_in_the_report_of_runs_on_a_gpu(tmp_path):
+    runs = [
+        write_run(tmp_path / name, [[["a", "b"]]] * 2, metrics={"a": 1.0})
+        for name in ("gpu", "cpu")
+    ]
+    assert "GPU memory" not in page(runs)
+    summary = json.loads((runs[0] / "summary.json").read_text())
+    (runs[0] / "summary.json").write_text(json.dumps({**summary, "peak_bytes": 3 * 2**29}))
+    assert "<th>GPU memory</th>" in page(runs)
+    assert "<td>1.50 GiB</td>" in page(runs)
+
+
+def page(runs):
+    file = runs[0].parent / "report.html"
+    write_report([load_run_data(run) for run in runs], file)
+    return file.read_text()
