@@ -25,7 +25,6 @@ import taskgroup as tg
 from benchmarks.record import results
 from benchmarks.test_scaling import know
 from taskgroup.host import HostCopy
-from taskgroup.vision.models import ViTFeatures
 
 TASKS = [f"task{k}" for k in range(11)]
 GOAL = 1 / 0.15
@@ -93,19 +92,30 @@ def test_cost_of_a_batch(record, device):
         record.add(op, 11, least[kind], {PEER: least[PEER]}, goals={PEER: GOAL})
 
 
-class Pooled(nn.Module):
-    """A ViT, and the mean over its patches."""
+class ViT(nn.Module):
+    """A plain ViT and the mean over its patches: [B, 3, S, S] to [B, width]."""
 
-    def __init__(self, settings):
+    def __init__(self, size, patch, width, blocks, heads):
         super().__init__()
-        self.features = ViTFeatures(*settings)
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.position = nn.Parameter(torch.zeros((size // patch) ** 2, width))
+        self.blocks = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(
+                    width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+                )
+                for _ in range(blocks)
+            )
+        )
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, images):
-        return self.features(images).mean((2, 3))
+        tokens = self.patches(images).flatten(2).transpose(1, 2) + self.position
+        return self.norm(self.blocks(tokens)).mean(1)
 
 
 class Training:
-    """A model of 11 linear heads, and a batch for it."""
+    """A network with 11 linear heads, of torch's own layers, and a batch for it."""
 
     def __init__(self, model, device):
         torch.manual_seed(0)
@@ -116,10 +126,9 @@ class Training:
             width = 64
         else:
             self.name, settings, images = VITS[device.type]
-            encoder = Pooled(settings)
-            self.inputs = torch.randn(images, 3, settings[0], settings[0], device=device)
-            with torch.no_grad():
-                width = encoder(torch.zeros(1, *self.inputs.shape[1:])).shape[1]
+            encoder = ViT(*settings)
+            size, _, width, *_ = settings
+            self.inputs = torch.randn(images, 3, size, size, device=device)
         heads = {task: nn.Linear(width, 1) for task in TASKS}
         self.model = tg.MultiTaskModel(encoder, heads).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-5)
