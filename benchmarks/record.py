@@ -406,7 +406,12 @@ _known_commit: list[str] = []
 
 
 def _commit() -> str:
-    """The commit, once for the whole run; results written meanwhile are no change of the code."""
+    """The commit, once for the whole run; results written meanwhile are no change of the code.
+
+    ``BENCHMARK_COMMIT`` says it where the files were copied without their history.
+    """
+    if not _known_commit and (given := os.environ.get("BENCHMARK_COMMIT")):
+        _known_commit.append(given)
     if not _known_commit:
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
         commit = _git("rev-parse", "--short=12", "HEAD")

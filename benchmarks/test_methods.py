@@ -60,7 +60,10 @@ def test_step(record, device, model, method):
     encoder, heads, x = encoder.to(device), heads.to(device), x.to(device)
     shared = list(encoder.parameters())
     parameters = [*shared, *heads.parameters()]
-    joint = getattr(tg.methods, method)(encoder, TASKS)
+    try:
+        joint = getattr(tg.methods, method)(encoder, TASKS)
+    except ImportError as error:  # the solver is TorchJD's
+        pytest.skip(str(error))
 
     def forward():
         for parameter in parameters:

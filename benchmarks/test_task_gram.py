@@ -13,7 +13,7 @@ PAIRWISE = "(a * b).sum() for all pairs"
 CONCATENATED = "stack(cat), then mm"
 READY = "mm on a ready matrix"
 OP = "task_gram"
-MOST_PAIRWISE = 16  # tasks, unless --full
+MOST_PAIRWISE = {"cpu": 16, "cuda": 5}  # tasks, unless --full
 DECAY = 1e-3
 # Of the speed of a copy, from 50 million parameters: on an H100, on an H200.
 ON_A_GPU = {
@@ -44,7 +44,7 @@ def gram_peers(gradients, n_bytes, room, full):
     n_tasks = len(gradients)
     rows = peer.ready_rows(gradients)
     grams = {PAIRWISE: "with --full", CONCATENATED: "no room", READY: lambda: peer.row_gram(rows)}
-    if n_tasks <= MOST_PAIRWISE or full:
+    if n_tasks <= MOST_PAIRWISE[rows.device.type] or full:
         grams[PAIRWISE] = lambda: peer.pairwise_gram(gradients)
     if 4 * n_bytes <= room:
         grams[CONCATENATED] = lambda: peer.row_gram(peer.concatenated(gradients))

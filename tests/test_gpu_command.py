@@ -144,6 +144,12 @@ def test_steps_for_which_no_time_is_left_are_named(tmp_path):
     assert run.summary() == 1
 
 
+def test_a_step_whose_packages_are_not_installed_is_no_failure(run):
+    step = program("peers", "raise SystemExit(1)")._replace(needs=("torch", "nowhere_to_be_found"))
+    assert run.step(step).outcome == "left out: nowhere_to_be_found not installed"
+    assert run.summary() == 0
+
+
 def test_without_nvcc_the_other_steps_go_on(run, monkeypatch, tmp_path, capsys):
     """setup.py says what is missing; then it builds without CUDA, and the steps run."""
     asked = []
@@ -211,3 +217,6 @@ def test_every_step_of_a_gpu_is_in_the_dry_run():
     dry = {step.name for step in gpu.steps(dry=True)}
     assert tools < real
     assert real - tools == dry - {"sanitizers' program", "Triton's interpreter"}
+    for step in gpu.steps(dry=False) + gpu.steps(dry=True):
+        files = [part.partition("::")[0] for part in step.command if part.endswith(".py")]
+        assert all((gpu.ROOT / file).exists() for file in files)

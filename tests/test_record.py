@@ -1,6 +1,9 @@
 """What the benchmarks rest on: equal turns for all sides, and results that are kept."""
 
 import csv
+import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 
@@ -10,6 +13,7 @@ import torch
 import benchmarks.record
 from benchmarks.clocks import CudaClock, Measured
 from benchmarks.limits import Rates
+from benchmarks.ours import WrongNumberError, check_affinity, check_combination, check_gram
 from benchmarks.record import Record, append
 from benchmarks.shapes import parameter_shapes
 
@@ -129,6 +133,68 @@ def test_nothing_is_kept_unless_asked(tmp_path, monkeypatch):
     record = Record("sums", "cpu", rounds=4, seconds=0, full=False, command="pytest sums")
     record.add("sum", 3, 2e-6, {"loop": 8e-6})
     assert list(tmp_path.iterdir()) == []
+
+
+ENDINGS = """
+import pytest, torch
+from benchmarks.ours import WrongNumberError
+
+@pytest.fixture(scope="module")
+def record():
+    yield
+    print("the record is printed")
+
+def test_too_large(record):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB")
+
+def test_wrong():
+    raise WrongNumberError("task_gram on cuda, K = 3: entry (1, 2) is off")
+
+def test_next():
+    raise AssertionError("measured all the same")
+"""
+
+
+def test_a_wrong_number_ends_a_benchmark_and_what_does_not_fit_is_left_out(tmp_path):
+    (tmp_path / "conftest.py").write_text("from benchmarks.conftest import pytest_runtest_call\n")
+    (tmp_path / "test_endings.py").write_text(ENDINGS)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-s", "-rs", tmp_path, "-c", "/dev/null"],
+        env={**os.environ, "PYTHONPATH": str(benchmarks.record.ROOT.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "does not fit into the memory of the GPU: CUDA out of memory" in done.stdout
+    assert "entry (1, 2) is off" in done.stdout
+    assert "measured all the same" not in done.stdout
+    assert "the record is printed" in done.stdout
+
+
+def test_the_checks_name_the_wrong_entry():
+    gradients = [[torch.randn(50), torch.randn(3, 7)] for _ in range(3)]
+    rows = torch.stack([torch.cat([g.flatten() for g in own]) for own in gradients]).double()
+    weights = torch.tensor([0.5, -1.0, 2.0])
+    gram = rows @ rows.t()
+    total = [
+        sum(w * gradient for w, gradient in zip(weights, of_tasks, strict=True))
+        for of_tasks in zip(*gradients, strict=True)
+    ]
+    check_gram("task_gram", gram, gradients)
+    check_combination("combine", total, gradients, weights)
+    check_affinity("affinity_update_", gram, gram + 1e-9, 1e-7)
+    gram[1, 2] += 1e-5 * (gram[1, 1] * gram[2, 2]).sqrt()
+    total[1][1, 3] += 1e-5
+    with pytest.raises(WrongNumberError, match=r"K = 3, 71 parameters, .*: entry \(1, 2\)"):
+        check_gram("task_gram", gram, gradients)
+    with pytest.raises(WrongNumberError, match="element 10 of tensor 1 is off by"):
+        check_combination("combine", total, gradients, weights)
+    with pytest.raises(WrongNumberError, match=r"K = 3, torch.float64: .*\(1, 2\)"):
+        check_affinity("affinity_update_", gram, rows @ rows.t(), 1e-7)
+    gram[0, 1] = torch.nan
+    with pytest.raises(WrongNumberError, match=r"entry \(0, 1\)"):
+        check_gram("task_gram", gram, gradients)
 
 
 @dataclass
