@@ -338,7 +338,7 @@ class Trainer:
             return self.problem.evaluate(self.model, split, quick)
 
     def wait(self) -> None:
-        """Wait until the GPU is done with all batches so far: :attr:`seconds` has them all then."""
+        """Wait until the GPU is done with all batches so far; ``seconds`` has them all then."""
         self._clock.read(wait=True)
 
     @property
