@@ -99,10 +99,10 @@ class Affinity:
         self._complete = False
 
     def to(self, device: torch.device) -> None:
-        """Move to ``device``, the one of the losses."""
+        """Move to ``device``, the one of the losses, without waiting for it."""
         if self._matrix.device != device:
-            self._matrix = self._matrix.to(device)
-            self._observed = self._observed.to(device)
+            self._matrix = self._matrix.to(device, non_blocking=True)
+            self._observed = self._observed.to(device, non_blocking=True)
 
     def draw(self, present: Sequence[int]) -> tuple[int, ...]:
         """Which of the tasks at these positions to measure by their gradients, now that it is due.
@@ -297,9 +297,9 @@ class GradientAffinity(Affinity):
         return self._matrix / torch.where(self._weight > 0, self._weight, 1.0)
 
     def to(self, device: torch.device) -> None:
-        """Move to ``device``, the one of the losses."""
+        """Move to ``device``, the one of the losses, without waiting for it."""
         super().to(device)
-        self._weight = self._weight.to(device)
+        self._weight = self._weight.to(device, non_blocking=True)
 
     def draw(self, present: Sequence[int]) -> tuple[int, ...]:
         """Which of the tasks at these positions to measure: all, or a random sample of them."""

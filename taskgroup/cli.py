@@ -149,7 +149,7 @@ def compare(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Processes [one per core].")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes [one per core; GPU: 1].")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder; goes on with what it holds.")
     ] = None,
@@ -176,7 +176,7 @@ def affinity_gain(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Processes [one per core].")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes [one per core; GPU: 1].")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder; goes on with what it holds.")
     ] = None,
@@ -484,7 +484,7 @@ def _evaluate(
 def _predict(run: Path, images: list[Path], out: Path) -> None:
     from taskgroup.experiment.evaluation import load_trained
 
-    trained = load_trained(run)
+    trained = load_trained(run, {"device": "auto"})  # which need not be what it was trained on
     out.mkdir(parents=True, exist_ok=True)
     taken: dict[str, Path] = {}
     for image in images:

@@ -187,7 +187,7 @@ class _SharedRows:
                 f"The parameter of shape {list(parameter.shape)}, whose rows belong to several "
                 "tasks, has a sparse gradient: make the layer with sparse=False."
             )
-        self._owner = self._owner.to(parameter.device)
+        self._owner = self._owner.to(parameter.device, non_blocking=True)
         moves = torch.zeros(self._n_tasks + 1, dtype=torch.bool, device="cpu")
         moves[[*inside, -1]] = True  # and what belongs to no task
         outside = ~moves.to(parameter.device, non_blocking=True)[self._owner]

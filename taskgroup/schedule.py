@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -711,7 +712,10 @@ class TaskGroups:
         self._queue = [self._partition[i] for i in order]
 
     def _regroup(self) -> None:
-        if self._copy is not None:
+        if not self._learns:  # no reason to wait for what is not looked at
+            n_tasks = len(self._tasks)
+            matrix = torch.full((n_tasks, n_tasks), math.nan, dtype=torch.float32, device="cpu")
+        elif self._copy is not None:
             matrix = self._read_copy(self._copy)
         else:
             matrix = self.affinity.known().to("cpu")

@@ -78,9 +78,10 @@ class Yeast:
     @staticmethod
     def score(losses: Mapping[str, Tensor]) -> dict[str, float]:
         """exp(-L) of every task, kept off 1, which a rare class may come to, and off 0."""
+        values = torch.stack(list(losses.values())).tolist()  # one wait for all
         return {
-            task: max(min(math.exp(-loss.item()), 1 - 1e-6), 1e-300)
-            for task, loss in losses.items()
+            task: max(min(math.exp(-value), 1 - 1e-6), 1e-300)
+            for task, value in zip(losses, values, strict=True)
         }
 
     def model(self, tasks: Sequence[str]) -> tg.MultiTaskModel:
@@ -137,11 +138,12 @@ class Yeast:
         table = _tables()[split]
         training = model.training
         model.eval()
-        outputs = model(table.features)
+        device = next(model.parameters()).device
+        outputs = model(table.features.to(device))
         model.train(training)
         labels = dict(zip(self.titles, table.labels.long().unbind(1), strict=True))
         return {
-            task: binary_auroc(output[:, 0], labels[task]).item()
+            task: binary_auroc(output[:, 0].cpu(), labels[task]).item()
             for task, output in outputs.items()
         }
 

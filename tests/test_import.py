@@ -33,6 +33,13 @@ def test_core_needs_torch_and_numpy_alone():
     assert done.stdout.strip() == tg.__version__
 
 
+def test_networks_and_losses_of_dense_tasks_need_no_more():
+    blocked = "".join(f"sys.modules[{name!r}] = None; " for name in [*EXTRAS, "yaml"])
+    parts = "taskgroup.vision.models, taskgroup.vision.losses, taskgroup.experiment.memory"
+    done = run(f"import sys; {blocked} import {parts}; from taskgroup.vision import vit, TASKONOMY")
+    assert done.returncode == 0, done.stderr
+
+
 def test_public_names_are_there():
     for name in tg.__all__:
         assert hasattr(tg, name)

@@ -16,7 +16,7 @@ from taskgroup.experiment.cell import Cell, open_folder
 from taskgroup.experiment.lock import hold
 from taskgroup.experiment.problem import Problem, make_problem
 from taskgroup.experiment.recipe import Recipe
-from taskgroup.experiment.trainer import task_names
+from taskgroup.experiment.trainer import find_device, task_names
 from taskgroup.experiment.workers import Listener, Workers
 
 __all__ = ["AffinityGain", "Correlation", "Gains", "spearman"]
@@ -93,6 +93,7 @@ class AffinityGain:
         if seeds < 1:
             raise ValueError(f"Gains need at least one seed, got {seeds}.")
         self.recipe = recipe
+        self.device = find_device(recipe.device)
         self.problem = make_problem(recipe)
         self.tasks = task_names(recipe, self.problem)
         if len(self.tasks) < 3:
@@ -111,7 +112,7 @@ class AffinityGain:
 
         Args:
             listen: called after every run.
-            jobs: processes side by side; None is one per core.
+            jobs: processes side by side; None is one per core, or a single one on a GPU.
 
         Raises:
             RuntimeError: if runs failed, or a worker process died; the others are kept.
@@ -120,7 +121,7 @@ class AffinityGain:
         pairs = itertools.combinations(self.tasks, 2)
         trained = [self._joint(task) for task in self.tasks] + [self._joint(*p) for p in pairs]
         found = [self._affinity(kind) for kind in self._kinds()]
-        with hold(self.out), Workers(self._cells, jobs) as workers:
+        with hold(self.out), Workers(self._cells, jobs, self.device) as workers:
             workers.run("training pairs", list(itertools.chain(*trained)), listen)
             workers.run("measuring affinities", list(itertools.chain(*found)), listen)
         if workers.failed:

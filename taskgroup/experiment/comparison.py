@@ -19,7 +19,7 @@ from taskgroup.experiment.presets import JOINT, REFERENCE, Variant
 from taskgroup.experiment.problem import Problem, make_problem
 from taskgroup.experiment.recipe import Recipe
 from taskgroup.experiment.statistics import Estimate, estimate, noise_floor
-from taskgroup.experiment.trainer import Trainer, task_names
+from taskgroup.experiment.trainer import Trainer, find_device, task_names
 from taskgroup.experiment.workers import Listener, Workers
 
 __all__ = ["Budget", "Comparison", "Row", "Table"]
@@ -190,6 +190,7 @@ class Comparison:
         if "tuned" in wanted and len(self.rates) < 2:
             raise ValueError("To choose the best rate, give another one than that of the recipe.")
         self.tuning_seeds = tuning_seeds
+        self.device = find_device(recipe.device)
         self.problem = make_problem(recipe)
         self.tasks = task_names(recipe, self.problem)
         if len(self.tasks) < 2:
@@ -202,7 +203,8 @@ class Comparison:
     def _can_work(self, variant: Variant, strict: bool) -> bool:
         """Whether the method can be made; before hours are spent on the others."""
         try:
-            Trainer(self._recipe(variant, self.recipe.seed))
+            # On the CPU: the memory of a GPU is for the processes that train.
+            Trainer(self._recipe(variant, self.recipe.seed, device="cpu"))
         except (ValueError, ImportError) as error:
             if strict:
                 raise ValueError(f"{variant.title} cannot be compared here: {error}") from error
@@ -220,14 +222,14 @@ class Comparison:
 
         Args:
             listen: called after every run.
-            jobs: processes side by side; None is one per core.
+            jobs: processes side by side; None is one per core, or a single one on a GPU.
 
         Raises:
             RuntimeError: if a worker process died; what was finished is kept.
             ValueError: if another process runs in the folder.
         """
         wanted = {budget.name for budget in self.budgets}
-        with hold(self.out), Workers(self._cells, jobs) as workers:
+        with hold(self.out), Workers(self._cells, jobs, self.device) as workers:
             workers.run("as many batches", self._single() + self._by("batches"), listen)
             self._single_metrics = None
             self._measure_costs(workers)

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Mapping
 
+from taskgroup.experiment.clock import Clock
 from taskgroup.experiment.recipe import Recipe
 from taskgroup.experiment.trainer import Trainer
 
@@ -18,7 +19,10 @@ _MOST = 500  # batches of each recipe
 
 
 def step_seconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
-    """Processor seconds of an optimizer step by each recipe, all that a batch takes included.
+    """Seconds of an optimizer step by each recipe, all that a batch takes included.
+
+    Of the processor; on a GPU by events on its stream, idle time included, which are read later and
+    so take no synchronisation that training does without.
 
     The recipes take turns, a few batches each, from the beginning of a run to its end (or to batch
     500), so that the groups they form are those of real runs, and a machine that is faster at one
@@ -35,15 +39,23 @@ def step_seconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
     }
     seconds = dict.fromkeys(recipes, 0.0)
     steps = dict.fromkeys(recipes, 0)
+    clocks = {
+        name: Clock(seconds, trainer.device, time.process_time)
+        for name, trainer in trainers.items()
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of losses that diverge
         for trainer in trainers.values():
             _train(trainer, 1)  # which allocates
         for _ in range(_MOST // _AT_A_TIME):
             for name, trainer in trainers.items():
-                started = time.process_time()
-                steps[name] += _train(trainer, _AT_A_TIME)
-                seconds[name] += time.process_time() - started
+                clocks[name].start()
+                if taken := _train(trainer, _AT_A_TIME):
+                    clocks[name].lap(name)
+                    steps[name] += taken
+                clocks[name].read()
+    for clock in clocks.values():
+        clock.read(wait=True)
     return {name: seconds[name] / steps[name] if steps[name] else math.nan for name in recipes}
 
 

@@ -97,6 +97,7 @@ def _load(run: Path) -> RunData:
         metrics=None if summary is None else summary["metrics"],
         metric_names=_metric_names(summary or {}),
         delta_m=None if summary is None else summary["delta_m"],
+        peak_bytes=None if summary is None else summary.get("peak_bytes"),
     )
 
 

@@ -32,6 +32,7 @@ from taskgroup.experiment.lock import Hold, hold, is_empty
 from taskgroup.experiment.problem import make_problem
 from taskgroup.experiment.recipe import Recipe
 from taskgroup.experiment.trainer import MODEL_SECTIONS, Progress, Trainer, task_names
+from taskgroup.host import HostCopy, waits_for
 from taskgroup.report import plots
 from taskgroup.sentences import listed
 
@@ -147,6 +148,8 @@ class Run:
         self._seconds = 0.0  # in batches, everything
         self._evaluated = 0  # the batch of the last evaluation
         self._saved: int | None = None  # that of the checkpoint
+        # Recorded after this batch, and not written yet.
+        self._affinity: tuple[int, Tensor | HostCopy] | None = None
         self._baseline: dict[str, float] | None = None
         if recipe.baseline:
             tasks = task_names(recipe, make_problem(recipe))
@@ -215,13 +218,16 @@ class Run:
                 if trainer.batch % _EVENTS_EVERY == 0:
                     _write_events(board, progress)
                 listen(progress)
+                # Before an evaluation as well, which may take long and be stopped.
+                every = trainer.batch % self.recipe.checkpoint_every == 0
+                saves = stop.asked or every or self._evaluates_now()
+                if saves or trainer.batch == self.recipe.batches:
+                    trainer.wait()  # what the GPU still has to do belongs to the training
                 self._seconds += time.perf_counter() - started
                 if recorded:
                     line = {"batch": trainer.batch, "seconds": self._all_seconds()}
                     self._append("seconds.jsonl", line)
-                # Before an evaluation as well, which may take long and be stopped.
-                every = trainer.batch % self.recipe.checkpoint_every == 0
-                if stop.asked or every or self._evaluates_now():
+                if saves:
                     self.save()
             if self._saved != trainer.batch:
                 self.save()
@@ -241,7 +247,23 @@ class Run:
     def _record_affinity(self) -> None:
         if self.recipe.method != "selective":
             return
-        self._append_matrix("affinity.jsonl", self.batch, self.trainer.affinity())
+        self._write_affinity()
+        matrix = self.trainer.affinity()
+        late = waits_for(matrix.device)
+        self._affinity = self.batch, HostCopy([matrix]) if late else matrix
+        if not late:
+            self._write_affinity()
+
+    def _write_affinity(self) -> None:
+        """Write the affinity that was recorded last, unless it is written.
+
+        From a GPU that is a batch later, when it has long arrived and nobody waits for it.
+        """
+        if self._affinity is not None:
+            (batch, matrix), self._affinity = self._affinity, None
+            if isinstance(matrix, HostCopy):
+                (matrix,) = matrix.wait()
+            self._append_matrix("affinity.jsonl", batch, matrix)
 
     def _record_conflicts(self) -> None:
         """Of the batch to come, whose number the line has."""
@@ -277,6 +299,7 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         trainer, problem, groups = self.trainer, self.trainer.problem, self.trainer.groups
+        peak_bytes = trainer.peak_bytes
         metrics = trainer.evaluate("held_out")
         delta = None
         if self._baseline is not None:
@@ -298,6 +321,7 @@ class Run:
             "seconds_per_batch": self._seconds / trainer.batch,
             "share_outside_model": 1 - inside / self._seconds,
             "seconds": self._all_seconds(),
+            "peak_bytes": peak_bytes,
         }
         tg.checkpoint.write_atomically(
             self.out / "summary.json",
@@ -323,6 +347,7 @@ class Run:
         Raises:
             OSError: if it cannot be written; the sentence says so.
         """
+        self._write_affinity()  # which the run that goes on from here does not have
         state = {
             "version": CHECKPOINT_VERSION,
             "seconds": self._seconds,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +14,11 @@ from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils._pytree import tree_map
 
 import taskgroup as tg
+from taskgroup.experiment.clock import Clock
 from taskgroup.experiment.credit import PublishedCredit
 from taskgroup.experiment.problem import Problem, make_problem
 from taskgroup.experiment.recipe import Recipe
+from taskgroup.host import HostCopy, waits_for
 
 __all__ = ["MODEL_SECTIONS", "Progress", "Trainer", "find_device", "make_model", "task_names"]
 
@@ -61,11 +62,13 @@ class Trainer:
         device: that it is trained on.
         batch: batches done.
         skipped: those without a step, for which the method found no weights.
-        seconds: ``{section: seconds}``, so far.
+        seconds: ``{section: seconds}``, so far; on a GPU but for the batch at hand, see
+            :meth:`wait`.
 
     Raises:
-        ValueError: if the recipe does not fit the data set.
+        ValueError: if the recipe does not fit the data set, or there is no GPU as it wants one.
         ImportError: if the method or the data set needs what is not installed.
+        RuntimeError: if the network does not fit in the GPU's memory.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -74,14 +77,19 @@ class Trainer:
         self.tasks = task_names(recipe, self.problem)
         self.batch = 0
         self.skipped = 0
-        self.seconds = dict.fromkeys(MODEL_SECTIONS, 0.0)
         self.device = find_device(recipe.device)
+        self.seconds = dict.fromkeys(MODEL_SECTIONS, 0.0)
+        self._clock = Clock(self.seconds, self.device)
+        self._peak_bytes = 0  # before this object was made
         self._drawn = 0
         self._ahead: Any = None  # a batch of the stream that was looked at
         self._stream = self.problem.batches(recipe.batch_size, recipe.seed)
 
         torch.manual_seed(recipe.seed)
-        self.model = make_model(self.problem, self.tasks, self.device)
+        with self._memory_in_words():
+            self.model = make_model(self.problem, self.tasks, self.device)
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.groups = self._make_groups()
         self._method = self._make_method()
         head_lr = recipe.lr if recipe.head_lr is None else recipe.head_lr
@@ -145,12 +153,18 @@ class Trainer:
 
         Raises:
             FloatingPointError: if a loss is not finite.
+            RuntimeError: if the batch does not fit in the GPU's memory.
         """
-        batch = self._next()
         method = self._method
-        losses, stepped = (
-            self._step_on_groups(batch) if method is None else self._step_jointly(batch, method)
-        )
+        with self._memory_in_words():
+            batch = self._next()
+            read, stepped = (
+                self._step_on_groups(batch) if method is None else self._step_jointly(batch, method)
+            )
+            if self._on_gpu and self.batch + 1 < self.recipe.batches:
+                self.peek()  # the GPU has enough to do meanwhile
+        losses = read()
+        self._clock.read()
         self.scheduler.step()
         self.batch += 1
         return Progress(
@@ -170,10 +184,15 @@ class Trainer:
     def peek(self) -> Any:
         """The batch to come, on the device."""
         if self._ahead is None:
-            self._ahead = tree_map(
-                lambda tensor: tensor.to(self.device, non_blocking=True), next(self._stream)
-            )
+            self._ahead = tree_map(self._send, next(self._stream))
         return self._ahead
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        """To the device, without waiting for it: from pinned memory where that is a GPU."""
+        if self._on_gpu and not tensor.is_pinned():
+            # Of the tensor's own numbers alone, where it is a part of a larger one.
+            tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+        return tensor.to(self.device, non_blocking=True)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.recipe.precision == "bfloat16"
@@ -183,20 +202,32 @@ class Trainer:
         """In float32: a bfloat16 has no digits to tell what one step changed."""
         return self.problem.losses({task: out.float() for task, out in outputs.items()}, batch)
 
-    def _values(self, losses: dict[str, Tensor]) -> dict[str, float]:
-        values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-        if lost := [task for task, value in values.items() if not math.isfinite(value)]:
-            raise FloatingPointError(
-                f"The loss of {', '.join(lost)} is not finite after batch {self.batch}; take a "
-                "smaller learning rate."
-            )
-        return values
+    def _reading(self, losses: Mapping[str, Tensor]) -> Callable[[], dict[str, float]]:
+        """What reads the losses as numbers, and raises where one is not finite.
 
-    def _step_on_groups(self, batch: Any) -> tuple[dict[str, float], list[tuple[str, ...]]]:
+        On a GPU they are on their way from now on: who reads them once the steps of the batch are
+        launched waits for the forward pass alone, and the GPU goes on with what follows it.
+        """
+        tasks, values = tuple(losses), torch.stack([loss.detach() for loss in losses.values()])
+        copy = HostCopy([values]) if waits_for(values.device) else None
+
+        def read() -> dict[str, float]:
+            numbers = values.tolist() if copy is None else copy.wait()[0].tolist()
+            found = dict(zip(tasks, numbers, strict=True))
+            if lost := [task for task, value in found.items() if not math.isfinite(value)]:
+                raise FloatingPointError(
+                    f"The loss of {', '.join(lost)} is not finite after batch {self.batch}; take a "
+                    "smaller learning rate."
+                )
+            return found
+
+        return read
+
+    def _step_on_groups(self, batch: Any) -> tuple[_Read, list[tuple[str, ...]]]:
         """The loop that the README shows, with a clock beside it."""
         inputs = self.problem.inputs(batch)
-        clock = _Clock(self.seconds)
-        first: dict[str, Tensor] | None = None
+        clock = self._clock
+        read: _Read | None = None
         stepped = []
         for group in self.groups:
             clock.start()
@@ -208,6 +239,8 @@ class Trainer:
             self.optimizer.zero_grad()
             clock.lap("optimizer")
             loss = group.loss(losses)
+            if read is None:
+                read = self._reading({task: losses[task] for task in group.observed})
             if self._published is not None:
                 self._published.observe(group, losses)
             clock.start()
@@ -216,17 +249,15 @@ class Trainer:
             with self._scaled_head_lr():
                 self.optimizer.step()
             clock.lap("optimizer")
-            if first is None:
-                first = {task: losses[task].detach() for task in group.observed}
             stepped.append(group.tasks)
-        assert first is not None
-        return self._values(first), stepped
+        assert read is not None
+        return read, stepped
 
     def _step_jointly(
         self, batch: Any, method: tg.methods.JointMethod
-    ) -> tuple[dict[str, float], list[tuple[str, ...]]]:
+    ) -> tuple[_Read, list[tuple[str, ...]]]:
         inputs = self.problem.inputs(batch)
-        clock = _Clock(self.seconds)
+        clock = self._clock
         clock.start()
         with self._autocast():
             outputs = self.model(inputs)
@@ -235,13 +266,18 @@ class Trainer:
         clock.lap("loss")
         self.optimizer.zero_grad()
         clock.lap("optimizer")
-        values = self._values(losses)  # raises one error, where the methods have one each
+        read = self._reading(losses)
+        if not self._on_gpu:
+            read()  # raises one error, where the methods have one each
         clock.start()
         try:
             method.backward(losses)
         except tg.methods.NoWeightsError:
             self.skipped += 1
-            return values, []
+            return read, []
+        except Exception:
+            read()  # the losses first
+            raise
         clock.lap("backward")
         with self._scaled_head_lr():
             self.optimizer.step()
@@ -251,7 +287,7 @@ class Trainer:
                 outputs = self.model(inputs)
             method.observe(self._losses(outputs, batch))
             clock.lap("forward")
-        return values, [tuple(self.tasks)]
+        return read, [tuple(self.tasks)]
 
     @contextmanager
     def _scaled_head_lr(self) -> Iterator[None]:
@@ -298,14 +334,45 @@ class Trainer:
 
     def evaluate(self, split: str, quick: bool = False) -> dict[str, float]:
         """``{task: metric}`` on a split of the data; ``quick`` may leave out what takes long."""
-        return self.problem.evaluate(self.model, split, quick)
+        with self._memory_in_words():
+            return self.problem.evaluate(self.model, split, quick)
+
+    def wait(self) -> None:
+        """Wait until the GPU is done with all batches so far; ``seconds`` has them all then."""
+        self._clock.read(wait=True)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Bytes of torch's allocator on the GPU at the peak, so far; None on the CPU."""
+        if not self._on_gpu:
+            return None
+        return max(self._peak_bytes, torch.cuda.max_memory_allocated(self.device))
+
+    @contextmanager
+    def _memory_in_words(self) -> Iterator[None]:
+        """Say which settings take less of the GPU's memory where it is not enough."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            recipe = self.recipe
+            height, width = recipe.size
+            raise RuntimeError(
+                f"The memory of the GPU is not enough for {recipe.data} with batch_size: "
+                f"{recipe.batch_size}, size: {height}x{width}, backbone: {recipe.backbone} and "
+                f"precision: {recipe.precision}. Lower one of these, with --set "
+                f"batch_size={max(1, recipe.batch_size // 2)} or --set precision=bfloat16 for "
+                "instance; where several processes share the GPU, take fewer --jobs. Torch says: "
+                f"{str(error).splitlines()[0][:200]}"
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Everything an exact resume needs; it loads under ``weights_only=True``."""
+        self.wait()
         return {
             "batch": self.batch,
             "skipped": self.skipped,
             "seconds": dict(self.seconds),
+            "peak_bytes": self.peak_bytes,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -333,8 +400,11 @@ class Trainer:
         self.batch = state["batch"]
         self.skipped = state["skipped"]
         self.seconds = state["seconds"]
+        self._clock = Clock(self.seconds, self.device)
+        self._peak_bytes = state.get("peak_bytes") or 0
 
 
+_Read = Callable[[], dict[str, float]]
 _EPOCHS = 20  # that DWA divides a run into: batches are drawn at random, without epochs
 
 
@@ -345,7 +415,13 @@ def find_device(name: str) -> torch.device:
         ValueError: if there is no GPU where one is asked for.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda needs a GPU and a torch that sees it; take device: cpu.")
+        reason = "nvidia-smi says whether the driver sees one"
+        if torch.version.cuda is None:
+            reason = "it was built without CUDA, pytorch.org says how to install one with it"
+        raise ValueError(
+            f"device: cuda needs a GPU, and this torch {torch.__version__} finds none ({reason}); "
+            "to run on the CPU, take --set device=cpu."
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -379,19 +455,3 @@ def task_names(recipe: Recipe, problem: Problem) -> list[str]:
             f"{', '.join(problem.titles)}."
         )
     return [task for task in problem.titles if task in recipe.tasks]
-
-
-class _Clock:
-    """Adds the time between laps to named sections."""
-
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self._seconds = seconds
-        self._since = 0.0
-
-    def start(self) -> None:
-        self._since = time.perf_counter()
-
-    def lap(self, section: str) -> None:
-        now = time.perf_counter()
-        self._seconds[section] += now - self._since
-        self._since = now

@@ -29,7 +29,8 @@ class Workers:
 
     Args:
         folder: of the results.
-        jobs: processes; None is one per core.
+        jobs: processes; None is one per core, or a single one where they would share a GPU.
+        device: that the cells are trained on.
 
     Attributes:
         failed: what runs that failed said, a sentence each; they are run again next time.
@@ -38,14 +39,16 @@ class Workers:
         ValueError: for less than one process.
     """
 
-    def __init__(self, folder: Path, jobs: int | None = None) -> None:
-        if jobs is not None and jobs < 1:
+    def __init__(self, folder: Path, jobs: int | None, device: torch.device) -> None:
+        if jobs is None:
+            jobs = 1 if device.type == "cuda" else len(os.sched_getaffinity(0))
+        if jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {jobs}.")
         self.failed: list[str] = []
         self._folder = folder
         # Spawned: a forked process would inherit the threads of torch in an unknown state.
         self._pool = ProcessPoolExecutor(
-            jobs or len(os.sched_getaffinity(0)),
+            jobs,
             multiprocessing.get_context("spawn"),
             _prepare,
         )

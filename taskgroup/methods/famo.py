@@ -137,7 +137,7 @@ class FAMO(ScalarizerMethod):
             assert before is not None
             both = torch.stack([before, after])
             # The logarithm of anything else would stay in the logits for ever.
-            if (both.isfinite() & (both >= 0)).all() and not torch.equal(before, after):
+            if (both.isfinite() & (both >= 0)).all() & (before != after).any():
                 self._scalarizer.update(after)
         self._open = False
 

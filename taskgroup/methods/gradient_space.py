@@ -75,7 +75,7 @@ class GradientMethod(JointMethod):
                 if target is not None:
                     _add(column.restored(target), parameter)
         run_hooks()
-        return weights.to(scalars[0].device)
+        return weights.to(scalars[0].device, non_blocking=True)
 
     def _merge(self, gradients: Gradients, scale: float | None) -> Tensor:
         """Write the combination over :func:`targets` of the gradients; the weights ``[K]``.

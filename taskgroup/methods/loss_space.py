@@ -31,7 +31,8 @@ class LossMethod(JointMethod):
         scaler = enabled(scaler)
         scalars = self._read(losses)
         scaled = scalars if scaler is None else list(scaler.scale(scalars))
-        weights = self._weigh(values_of(scalars), scaler).to(scalars[0].device)
+        weights = self._weigh(values_of(scalars), scaler)
+        weights = weights.to(scalars[0].device, non_blocking=True)
         cotangents = [w.to(loss.dtype) for w, loss in zip(weights, scaled, strict=True)]
         torch.autograd.backward(scaled, cotangents)
         return weights

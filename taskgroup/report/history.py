@@ -97,6 +97,8 @@ class RunData:
         metrics: ``{task: value}`` on held-out data; None of a run that is not finished.
         metric_names: ``{task: name}`` of the same, with an arrow towards what is better.
         delta_m: in percent, against the baseline of the run; None without one.
+        peak_bytes: of the GPU's memory that torch's allocator held at the peak; None on the CPU,
+            and of a run that is not finished.
     """
 
     name: str
@@ -116,6 +118,7 @@ class RunData:
     metrics: Mapping[str, float] | None
     metric_names: Mapping[str, str]
     delta_m: float | None
+    peak_bytes: int | None = None
 
     @property
     def method(self) -> str:

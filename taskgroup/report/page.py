@@ -154,8 +154,8 @@ def _order(run: RunData, runs: Sequence[RunData]) -> list[int]:
 
 
 def _runs_table(runs: Sequence[RunData], names: Sequence[str]) -> str:
-    header = ["run", "method", "seed", "batches", "state", "groups", "time of a batch", "Δm"]
-    header.append("what else differs")
+    header = ["run", "method", "seed", "batches", "state", "groups", "time of a batch"]
+    header += ["GPU memory", "Δm", "what else differs"]
     rows = []
     for n, (run, name, other) in enumerate(
         zip(runs, names, history.differences(runs), strict=True)
@@ -172,6 +172,7 @@ def _runs_table(runs: Sequence[RunData], names: Sequence[str]) -> str:
                 "finished" if run.metrics is not None else f"{100 * batches // planned} %",
                 str(int(run.groups[-1].max()) + 1) if selective else "",
                 _duration(run.seconds["everything"]) if run.seconds else "",
+                "" if run.peak_bytes is None else f"{run.peak_bytes / 2**30:.2f} GiB",
                 ""
                 if run.delta_m is None
                 else html.escape(f"{run.delta_m:+.2f} % against {against}"),

@@ -30,6 +30,8 @@ def summary_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> Tabl
         table.add_row(against, f"{summary['delta_m']:+.2f} %")
     table.add_row("Seconds per batch", f"{summary['seconds_per_batch']:.3f}")
     table.add_row("Time outside the model", f"{100 * summary['share_outside_model']:.1f} %")
+    if summary["peak_bytes"] is not None:
+        table.add_row("GPU memory at the peak", f"{summary['peak_bytes'] / 2**30:.2f} GiB")
     table.caption = groups_line(summary["partition"], titles)
     table.caption_justify = "left"
     return table

@@ -1,0 +1,314 @@
+"""What taskgroup adds to the steps of a batch: the host's time, and the GPU's where it waits.
+
+K = 11 tasks in M = 3 groups. First with losses that are ready-made, which is all that is not model,
+loss, backward pass and optimizer: dealing the groups out, replaying the random state, reading and
+checking the losses, summing them, the affinity update, and the clustering. Then around real
+networks: one that is bound by launches, and a ViT, of which taskgroup's time hides behind the GPU.
+"""
+
+import gzip
+import itertools
+import shutil
+import time
+import warnings
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import AffinityPropagation
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import taskgroup as tg
+from benchmarks.record import results
+from benchmarks.test_scaling import know
+from taskgroup.host import HostCopy
+
+TASKS = [f"task{k}" for k in range(11)]
+GOAL = 1 / 0.15
+PEER = "scikit-learn, clustering alone"
+BY_HAND = "the same steps by hand"
+STEP = "the rest of the step, on the host"
+# Size, patch, width, blocks, heads of attention, and images of a batch.
+VITS = {"cuda": ("ViT-B", (224, 16, 768, 12, 12), 8), "cpu": ("ViT, tiny", (16, 8, 16, 4, 2), 2)}
+BATCHES = {"cuda": 20, "cpu": 3}
+TRACED = 4  # batches: a trace of more is large
+
+
+def affinity_of_three_groups():
+    """An affinity, float32 [11, 11], that clusters into groups of 4, 4 and 3."""
+    labels = np.repeat([0, 1, 2], [4, 4, 3])
+    rng = np.random.default_rng(0)
+    matrix = np.where(labels[:, None] == labels, 0.5, -0.2) + 0.1 * rng.standard_normal((11, 11))
+    np.fill_diagonal(matrix, 1)
+    return torch.tensor(1e-3 * matrix, dtype=torch.float32)
+
+
+def learned_groups():
+    """TaskGroups that know three groups, regroup in every batch and always find these."""
+    groups = tg.TaskGroups(TASKS, warmup=0, affinity=tg.ProximalAffinity(decay=1e-12))
+    know(groups, affinity_of_three_groups())
+    return groups
+
+
+def batch_of(kind, device):
+    """One batch of a loop whose losses are ready-made, and its TaskGroups."""
+    groups = learned_groups()
+    # Losses of four forwards, so that every step shows an effect.
+    rng = np.random.default_rng(1)
+    stacked = [
+        torch.tensor(rng.uniform(0.5, 1.5, 11), dtype=torch.float32, device=device).requires_grad_()
+        for _ in range(4)
+    ]
+    losses = [
+        dict(zip(TASKS, values.unbind(), strict=True)) if kind == "dict" else values
+        for values in stacked
+    ]
+    forwards = itertools.cycle(losses)
+
+    def batch():
+        for group in groups:
+            group.loss(next(forwards))
+
+    batch()
+    return batch, groups
+
+
+def test_cost_of_a_batch(record, device):
+    batches = {kind: batch_of(kind, device) for kind in ("dict", "stacked")}
+    ratio = affinity_of_three_groups().double().numpy()
+    ratio = ratio / ratio.diagonal()
+    similarity = (ratio + ratio.T) / 2
+    peer = AffinityPropagation(affinity="precomputed", convergence_iter=50, random_state=0)
+    sides = {kind: batch for kind, (batch, _) in batches.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        least = record.least_seconds({**sides, PEER: lambda: peer.fit(similarity)})
+    for kind, (_, groups) in batches.items():
+        assert len(groups.partition) == 3
+        op = f"batch of 3 groups, {kind} losses"
+        record.add(op, 11, least[kind], {PEER: least[PEER]}, goals={PEER: GOAL})
+
+
+class ViT(nn.Module):
+    """A plain ViT and the mean over its patches: [B, 3, S, S] to [B, width]."""
+
+    def __init__(self, size, patch, width, blocks, heads):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.position = nn.Parameter(torch.zeros((size // patch) ** 2, width))
+        self.blocks = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(
+                    width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+                )
+                for _ in range(blocks)
+            )
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, images):
+        tokens = self.patches(images).flatten(2).transpose(1, 2) + self.position
+        return self.norm(self.blocks(tokens)).mean(1)
+
+
+class Training:
+    """A network with 11 linear heads, of torch's own layers, and a batch for it."""
+
+    def __init__(self, model, device):
+        torch.manual_seed(0)
+        if model == "small":
+            self.name = "two linear layers"
+            encoder = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+            self.inputs = torch.randn(64, 64, device=device)
+            width = 64
+        else:
+            self.name, settings, images = VITS[device.type]
+            encoder = ViT(*settings)
+            size, _, width, *_ = settings
+            self.inputs = torch.randn(images, 3, size, size, device=device)
+        heads = {task: nn.Linear(width, 1) for task in TASKS}
+        self.model = tg.MultiTaskModel(encoder, heads).to(device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-5)
+        self.groups = learned_groups()
+        self.inside = 0.0  # seconds of the host in the rest of the steps
+        self.steps = 0
+
+    @contextmanager
+    def inside_of_a_step(self):
+        start = time.perf_counter()
+        yield
+        self.inside += time.perf_counter() - start
+
+    def ours(self):
+        for group in self.groups:
+            with self.inside_of_a_step():
+                losses = losses_of(self.model(self.inputs, group=group))
+                self.optimizer.zero_grad()
+            loss = group.loss(losses)
+            with self.inside_of_a_step():
+                loss.backward()
+                self.optimizer.step()
+            self.steps += 1
+
+    def by_hand(self):
+        """The same groups, in an order that stays, with nothing observed."""
+        for members in self.groups.partition:
+            features = self.model.encoder(self.inputs)
+            detached = features.detach()
+            outputs = {task: self.model.heads[task](features) for task in members}
+            with torch.no_grad():
+                rest = [task for task in TASKS if task not in members]
+                outputs |= {task: self.model.heads[task](detached) for task in rest}
+            losses = losses_of(outputs)
+            self.optimizer.zero_grad()
+            torch.stack([losses[task] for task in members]).sum().backward()
+            self.optimizer.step()
+
+
+def losses_of(outputs):
+    return {task: out.square().mean() + 1 for task, out in outputs.items()}
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Waits:
+    """The planned wait of a batch: its seconds, and its name in a trace."""
+
+    name = "taskgroup waits"
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    @contextmanager
+    def counted(self):
+        wait = HostCopy.wait
+
+        def timed(copy):
+            start = time.perf_counter()
+            with torch.profiler.record_function(self.name):
+                found = wait(copy)
+            self.seconds += time.perf_counter() - start
+            return found
+
+        with mock.patch.object(HostCopy, "wait", timed):
+            yield self
+
+
+@pytest.mark.parametrize("model", ["small", "ViT"])
+def test_host_time_of_a_step(record, device, model):
+    training = Training(model, device)
+    batches = BATCHES[device.type]
+    training.ours()
+    assert len(training.groups.partition) == 3
+    training.by_hand()
+    synchronize(device)
+    training.inside, training.steps = 0.0, 0
+    with Waits().counted() as waits:
+        start = time.perf_counter()
+        for _ in range(batches):
+            training.ours()
+        host = time.perf_counter() - start
+        synchronize(device)
+        total = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(batches):
+        training.by_hand()
+    synchronize(device)
+    by_hand = time.perf_counter() - start
+
+    added = (host - training.inside - waits.seconds) / training.steps
+    step = total / training.steps
+    record.add(
+        "host time added to a step",
+        11,
+        added,
+        {STEP: training.inside / training.steps},
+        model=training.name,
+    )
+    record.add("batch", 11, total / batches, {BY_HAND: by_hand / batches}, model=training.name)
+    record.remark(
+        f"{training.name}: {added * 1e6:.0f} µs of the host are added to a step of "
+        f"{step * 1e6:.0f} µs, {100 * added / step:.1f}%; in a batch it waits for the GPU for "
+        f"{waits.seconds / batches * 1e6:.0f} µs"
+    )
+
+
+def spans_of(trace, device):
+    """When kernels ran (operations, on the CPU), and when the host waited: [(start, end)], ns."""
+    kind = getattr(torch.autograd.DeviceType, device.type.upper())
+    ran, waited = [], []
+    # As they come: trace.events() takes seconds to see which is inside of which.
+    for event in trace.profiler.kineto_results.events():
+        span = event.start_ns(), event.start_ns() + event.duration_ns()
+        on_host = event.device_type() == torch.autograd.DeviceType.CPU
+        if event.name() == Waits.name and on_host:
+            waited.append(span)
+        elif event.device_type() == kind and not event.is_user_annotation():
+            ran.append(span)
+    return sorted(ran), sorted(waited)
+
+
+def idle(ran, start, end):
+    """Of the time from start to end, that in which nothing ran."""
+    nothing, at = 0.0, start
+    for begin, until in ran:
+        if begin >= end:
+            break
+        nothing += max(0.0, begin - at)
+        at = max(at, until)
+    return nothing + max(0.0, end - at)
+
+
+def test_idle(record, device, request):
+    """The GPU has something to do while the host waits for it."""
+    assert idle([(1, 3), (2, 4), (6, 7)], 0, 10) == 1 + 2 + 3
+    assert idle([(1, 3), (2, 4), (6, 7)], 2, 5) == 1
+    training = Training("ViT", device)
+    activities = [ProfilerActivity.CPU]
+    activities += [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    seconds = {}  # in a batch, without a kernel
+    for name, batch in ((BY_HAND, training.by_hand), ("ours", training.ours)):
+        batch()
+        synchronize(device)
+        with Waits().counted(), profile(activities=activities) as trace:
+            for _ in range(TRACED):
+                batch()
+            synchronize(device)
+        ran, waited = spans_of(trace, device)
+        begin, end = ran[0][0], max(until for _, until in ran)
+        seconds[name] = idle(ran, begin, end) * 1e-9 / TRACED
+    waits = sum(until - start for start, until in waited) * 1e-9 / TRACED
+    idle_there = sum(idle(ran, start, until) for start, until in waited) * 1e-9 / TRACED
+    if device.type != "cuda":  # where nothing runs beside the host
+        assert not waited
+        return
+    assert len(waited) >= TRACED  # and what has arrived is read before
+    # A nanosecond stands for none.
+    for op, ours, peer, theirs in (
+        ("idle in a batch", seconds["ours"], BY_HAND, seconds[BY_HAND]),
+        ("idle while the host waits", idle_there, "the wait in a batch", waits),
+    ):
+        record.add(op, 11, max(ours, 1e-9), {peer: max(theirs, 1e-9)}, model=training.name)
+    record.remark(
+        f"{training.name}, under the profiler: the GPU is idle for {seconds['ours'] * 1e6:.0f} µs "
+        f"of {(end - begin) * 1e-3 / TRACED:.0f} in a batch; while the host waits, for "
+        f"{idle_there * 1e6:.0f} µs of {waits * 1e6:.0f}"
+    )
+    if request.config.getoption("save"):
+        save(trace, results(device))
+
+
+def save(trace, folder):
+    """The trace, for a browser: ui.perfetto.dev."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = folder / "trace.json"
+    trace.export_chrome_trace(str(plain))
+    with plain.open("rb") as source, gzip.open(folder / "trace.json.gz", "wb") as packed:
+        shutil.copyfileobj(source, packed)
+    plain.unlink()
