@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import csv
 import gc
+import itertools
 import math
 import os
 import statistics
@@ -127,6 +128,14 @@ class Training:
             }
             mask = torch.ones(scale.n_images, 1, *self.size, dtype=torch.bool)
         self.masks = {name: mask.clone() for name in self.tasks}
+        state = self.model.state_dict()  # kept on the host, not to count as memory
+        self._start = {key: value.to("cpu", copy=True) for key, value in state.items()}
+
+    def restart(self) -> None:
+        """The weights as they were: what solvers find depends on them."""
+        torch.manual_seed(0)
+        self.model.zero_grad()
+        self.model.load_state_dict(self._start)
 
     def losses(self, group: tg.Group | None = None) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
@@ -271,6 +280,7 @@ class Row:
     commit: str
     torch: str
     device: str
+    machine: str
     threads: int
     data: str
     K: int
@@ -409,17 +419,16 @@ class Run:
         smallest, *larger = self.scale.models
         cases = [Case(d, smallest, dtype) for dtype in self.scale.dtypes for d in DATA]
         to_come = {case: list(larger) for case in cases}
-        rates = {}  # what a case took, by its work
+        rates = {}  # seconds of the batches of a case, by its work
 
         def run(case: Case, model: str) -> None:
-            began = self.clock()
-            if self.case(case._replace(model=model)):
-                rates[case] = (self.clock() - began) / WORK[model]
+            seconds = self.case(case._replace(model=model))
+            if seconds is not None:
+                rates[case] = seconds / WORK[model]
 
         for case in cases:
             run(case, smallest)
-        share, some = 0.5, True
-        while share < 1 or some:
+        for share in itertools.chain([0.5], itertools.repeat(1.0)):
             some = False
             for case, rate in list(rates.items()):
                 room = share * self.left()
@@ -427,12 +436,19 @@ class Run:
                     to_come[case].remove(fits[-1])
                     run(case, fits[-1])
                     some = True
-            share = 1.0 if not some else share
+            if share == 1 and not some:
+                break
         for case, models in to_come.items():
             self.left_out += [_title(case._replace(model=model)) for model in models]
 
-    def case(self, case: Case) -> bool:
-        """All methods on a case; whether none was left out for want of time."""
+    def case(self, case: Case) -> float | None:
+        """All methods on a case.
+
+        Returns:
+            Seconds of their batches, without what is paid for once, such as imports; None where a
+            method was left out for want of time.
+        """
+        spent = 0.0
         joint: Figures | None = None
         training: Training | None = None
         late: list[str] = []
@@ -442,7 +458,7 @@ class Run:
             try:
                 if self.left() > 0:
                     training = training or Training(case, self.scale, self.device)
-                    training.model.zero_grad()
+                    training.restart()
                     figures = measure(setting, training, self.scale, self.left)
             except NotInstalledError:
                 reason = "not installed"
@@ -459,13 +475,16 @@ class Run:
                 continue
             if setting.name == JOINT:
                 joint = figures
+            if figures is not None:
+                n_batches = self.scale.warmup + len(figures.seconds)
+                spent += n_batches * statistics.mean(figures.seconds)
             self._note(case, setting, figures, joint, reason)
             if training is None:
                 break  # not even the network fits
         if late:
             names = "" if len(late) == len(every) else f" ({', '.join(late)})"
             self.left_out.append(_title(case) + names)
-        return not late
+        return None if late else spent
 
     def _free(self) -> None:
         """So that each method begins with the memory as it was, and a broken device is noticed."""
@@ -491,6 +510,9 @@ class Run:
             commit=record._commit(),
             torch=torch.__version__,
             device=self.device.type,
+            machine=torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else record._cpu_model(),
             threads=torch.get_num_threads(),
             data=case.data,
             K=len(tasks),
