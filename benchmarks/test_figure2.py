@@ -372,9 +372,10 @@ def _cuda_seconds(batch: Batch) -> float:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error is about memory, on a GPU or a host."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    """Whether an error is about memory, of torch's allocator, a library or a host."""
+    words = ("out of memory", "not enough memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
 
 
@@ -402,6 +403,7 @@ class Run:
     def __post_init__(self) -> None:
         self.scale = SCALES[self.device.type]
         self._start = self.clock()
+        self.measured = 0  # rows with numbers
 
     def left(self) -> float:
         """Seconds."""
@@ -534,6 +536,7 @@ class Run:
             reason=reason,
             command=self.command,
         )
+        self.measured += figures is not None
         self.keep(row)
         self.say(line(row))
 
@@ -593,3 +596,4 @@ def test_every_method(
     if run.left_out:
         say(f"Left out, {run.seconds:g} s were over: {'; '.join(run.left_out)}.")
     assert not run.failed, "\n".join(run.failed)
+    assert run.measured, f"{run.seconds:g} s were too short for one method: raise FIGURE2_SECONDS"

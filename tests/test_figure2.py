@@ -205,6 +205,7 @@ def test_the_run_ends_in_time_and_keeps_its_rows(run):
     methods = {benchmark.JOINT: lambda model: 1.0, "b": lambda model: 2.0, "c": lambda model: 4.0}
     done, rows = run(7.0, methods)
     assert [row.method for row in rows] == [benchmark.JOINT, "b"]
+    assert done.measured == 2
     first, second = benchmark.DATA
     assert done.left_out == [f"{first} tiny float32 (c)", f"{second} tiny float32"]
     assert not done.failed
@@ -214,18 +215,20 @@ def test_the_largest_backbone_that_fits_goes_next(run):
     work = benchmark.WORK
     methods = {benchmark.JOINT: lambda model: 1.0 * work[model]}
     models = ("vit-t", "vit-s", "vit-b", "vit-l")
-    # After 4 s of ViT-T, three batches of a ViT-B are predicted to take 42 s, of a ViT-L 150 s.
-    done, rows = run(120.0, methods, models)
+    # Three batches of a ViT-B are predicted to take 42 s, of a ViT-L 150 s: too much for half of
+    # the 246 s that are left at first, not for the 190 s after both ViT-B.
+    done, rows = run(250.0, methods, models)
     first, second = benchmark.DATA
     assert [(row.data, row.model) for row in rows] == [
         (first, "vit-t"),
         (second, "vit-t"),
         (first, "vit-b"),
         (second, "vit-b"),
-        (first, "vit-s"),
+        (first, "vit-l"),
         (second, "vit-s"),
+        (first, "vit-s"),
     ]
-    assert done.left_out == [f"{first} vit-l float32", f"{second} vit-l float32"]
+    assert done.left_out == [f"{second} vit-l float32"]
 
 
 def test_the_budget_stops_between_batches(training):
