@@ -32,7 +32,7 @@ import tarfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -125,47 +125,43 @@ def steps(dry: bool) -> list[Step]:
 
     def test(
         name: str, *files: str, seconds: float, parallel: int = 1, needs: tuple[str, ...] = ()
-    ) -> list[Step]:
-        there = existing(f"tests/gpu/test_{file}.py" for file in files)
-        return [Step(name, pytest(*there, parallel=parallel), seconds, tests, needs)] * bool(there)
+    ) -> Step:
+        paths = [f"tests/gpu/test_{file}.py" for file in files]
+        return Step(name, pytest(*paths, parallel=parallel), seconds, tests, needs)
 
     def benchmark(
         name: str, *files: str, seconds: float, small: bool = True, needs: tuple[str, ...] = ()
-    ) -> list[Step]:
-        there = existing(f"benchmarks/test_{file}.py" for file in files)
+    ) -> Step:
+        paths = [f"benchmarks/test_{file}.py" for file in files]
         # What takes long on a CPU at any size is found and not run; `make bench` runs it there.
         more = ["--collect-only"] if dry and not small else []
         environment = {"FIGURE2_SECONDS": str(10 if dry else seconds - 15)}
-        command = pytest("-s", "--save", *options, *more, *there)
-        return [Step(name, command, seconds, environment, needs)] * bool(there)
+        command = pytest("-s", "--save", *options, *more, *paths)
+        return Step(name, command, seconds, environment, needs)
 
     return [
         Step("doctor", [sys.executable, "-m", "taskgroup.doctor"], 30),
-        *test("correctness", "kernels", "doctor", seconds=110, parallel=side_by_side),
+        test("correctness", "kernels", "doctor", seconds=110, parallel=side_by_side),
         *(interpreter() if dry else []),
-        *benchmark("task_gram", "task_gram", seconds=75),
-        *benchmark("combine", "combine", seconds=70),
-        *benchmark("affinity_update_", "affinity_update", seconds=25),
-        *test("loop, tests", "loop", seconds=60, parallel=side_by_side),
-        *benchmark("loop", "loop", "overhead", "idle", seconds=60),
-        *benchmark("Figure 2", "figure2", seconds=120, needs=("torchmetrics",)),
+        benchmark("task_gram", "task_gram", seconds=75),
+        benchmark("combine", "combine", seconds=70),
+        benchmark("affinity_update_", "affinity_update", seconds=25),
+        test("loop, tests", "loop", seconds=60, parallel=side_by_side),
+        benchmark("loop", "loop", seconds=60),
+        benchmark("Figure 2", "figure2", seconds=120, needs=("transformers",)),
         *sanitizers(dry),
-        *test("distributed", "distributed", seconds=45, parallel=side_by_side),
-        *test("training runs", "training", seconds=45, parallel=side_by_side, needs=LAB),
-        *benchmark("methods", "methods", seconds=30),
-        *benchmark(
+        test("distributed", "distributed", seconds=45, parallel=side_by_side),
+        test("training runs", "training", seconds=45, parallel=side_by_side, needs=("yaml",)),
+        benchmark("methods", "methods", seconds=30),
+        benchmark(
             "whole batches",
             *("cost", "many_tasks", "paper_sizes"),
             seconds=60,
             small=False,
             needs=LAB,
         ),
-        *benchmark("scaling", "scaling", seconds=30, small=False),
+        benchmark("scaling", "scaling", seconds=30, small=False),
     ]
-
-
-def existing(files: Iterable[str]) -> list[str]:
-    return [file for file in files if (ROOT / file).exists()]
 
 
 def interpreter() -> list[Step]:

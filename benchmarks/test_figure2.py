@@ -21,7 +21,6 @@ shows that everything runs, and no more.
 
 from __future__ import annotations
 
-import csv
 import gc
 import itertools
 import math
@@ -29,8 +28,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pytest
@@ -301,22 +299,6 @@ class Row:
     command: str
 
 
-def append(path: Path, row: Any) -> None:
-    """Add a row to a CSV file, which is whole whenever the run ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [column.name for column in fields(row)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(
-            {
-                name: float(f"{value:.4g}") if isinstance(value, float) else value
-                for name, value in asdict(row).items()
-            }
-        )
-
-
 class Figures(NamedTuple):
     """What was measured: seconds of each timed batch, and bytes at the peak."""
 
@@ -584,11 +566,11 @@ def test_every_method(
     option = request.config.getoption
     ViTFeatures(8, patch=8, dim=16)  # imports transformers, which is not to count
     default = math.inf if option("full") else SECONDS[device.type]
-    path = record.ROOT / "results" / record.machine(device) / "figure2.csv"
+    path = record.results(device) / "figure2.csv"
     run = Run(
         device,
         float(os.environ.get("FIGURE2_SECONDS", default)),
-        (lambda row: append(path, row)) if option("save") else lambda row: None,
+        (lambda row: record.append(path, row)) if option("save") else lambda row: None,
         say,
         " ".join(["pytest", *map(str, request.config.invocation_params.args)]),
     )

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import taskgroup as tg
-from benchmarks import figure2
+from benchmarks import figure2, record
 
 benchmark = importlib.import_module("benchmarks.test_figure2")
 
@@ -276,7 +276,7 @@ def repository(tmp_path):
 def test_each_row_is_kept_when_it_is_made(tmp_path):
     path = tmp_path / "new" / "figure2.csv"
     for n, row in enumerate(made_up_rows(), start=1):
-        benchmark.append(path, row)
+        record.append(path, row)
         with path.open(newline="") as file:
             kept = list(csv.DictReader(file))
         assert len(kept) == n
@@ -287,7 +287,7 @@ def test_each_row_is_kept_when_it_is_made(tmp_path):
 def test_rows_of_a_gpu_become_pictures_and_tables(repository):
     path = repository / "benchmarks/results/made-up/figure2.csv"
     for row in made_up_rows():
-        benchmark.append(path, row)
+        record.append(path, row)
     figure2.write(repository)
     text = (repository / figure2.PAGE).read_text()
     assert text.startswith("Before.\n")
@@ -314,7 +314,7 @@ def test_a_later_row_takes_the_place_of_an_earlier_one(repository):
     path = repository / "benchmarks/results/made-up/figure2.csv"
     first, *_ = rows = list(made_up_rows())
     for row in [*rows, dataclasses.replace(first, ms=999.0)]:
-        benchmark.append(path, row)
+        record.append(path, row)
     found = figure2.latest(path)
     assert len(found) == len(rows)
     assert {row["ms"] for row in found if row["method"] == benchmark.JOINT} == {"123.4", "999.0"}
@@ -322,7 +322,7 @@ def test_a_later_row_takes_the_place_of_an_earlier_one(repository):
 
 def test_what_a_host_measured_is_no_figure(repository):
     for row in made_up_rows(device="cpu"):
-        benchmark.append(repository / "benchmarks/results/made-up/figure2.csv", row)
+        record.append(repository / "benchmarks/results/made-up/figure2.csv", row)
     figure2.write(repository)
     assert figure2.NOTHING in (repository / figure2.PAGE).read_text()
     assert not (repository / "docs/images").exists()
