@@ -146,6 +146,7 @@ def steps(dry: bool) -> list[Step]:
         benchmark("task_gram", "task_gram", seconds=75),
         benchmark("combine", "combine", seconds=70),
         benchmark("affinity_update_", "affinity_update", seconds=25),
+        benchmark("host time", "host_time", seconds=20),
         test("loop, tests", "loop", seconds=60, parallel=side_by_side),
         benchmark("loop", "loop", seconds=60),
         benchmark("Figure 2", "figure2", seconds=120, needs=("transformers",)),

@@ -1,0 +1,48 @@
+"""The time of the host until an op runs: tensors so small that nothing else takes any."""
+
+import pytest
+import torch
+
+from taskgroup import ops
+from taskgroup.ops import _plain
+
+N_PARAMETERS = 150  # of a ViT's encoder
+THROUGH_TORCH = "lists of tensors through torch"
+
+
+@pytest.mark.parametrize("n_tasks", [2, 11, 64])
+def test_host_time(record, device, n_tasks):
+    gradients = [
+        [torch.ones(2, device=device) for _ in range(N_PARAMETERS)] for _ in range(n_tasks)
+    ]
+    out = [torch.empty_like(gradient) for gradient in gradients[0]]
+    weights = torch.ones(n_tasks, device=device)
+    losses = torch.ones(n_tasks, device=device)
+    matrix = torch.zeros(n_tasks, n_tasks, device=device)
+    calls = {
+        "task_gram": lambda: ops.task_gram(gradients),
+        "combine": lambda: ops.combine(gradients, weights),
+        "combine(out=)": lambda: ops.combine(gradients, weights, out=out),
+        "gram_affinity_update_": lambda: ops.gram_affinity_update_(matrix, gradients, losses, 0.1),
+    }
+    reader = _plain._reader
+
+    def through_torch(call):
+        def run():
+            _plain._reader = None
+            try:
+                call()
+            finally:
+                _plain._reader = reader
+
+        return run
+
+    for op, call in calls.items():
+        least = record.least_seconds({"ours": call, THROUGH_TORCH: through_torch(call)})
+        record.add(
+            op,
+            n_tasks,
+            least["ours"],
+            {THROUGH_TORCH: least[THROUGH_TORCH]},
+            model=f"T = {N_PARAMETERS}",
+        )
