@@ -12,7 +12,7 @@
 # make aarch64  the native code for 64-bit ARM: compiled here, its tests run in an emulator
 #                                                                             (about 2 minutes)
 # make gpu    build, tests, benchmarks and sanitizers on a GPU               (under 9 minutes)
-#             ARGS=--dry-run: its steps on the CPU with small sizes           (about 2 minutes)
+#             ARGS=--dry-run: its steps on the CPU with small sizes           (about 3 minutes)
 #
 # Everything lives in .venv, made on first use. Nothing is installed or built again before a file it
 # depends on changes. `make gpu` alone uses what is there: GPU_PYTHON, with a torch that sees the GPU.

@@ -90,7 +90,7 @@ class Error(float):
 
 def exact_gram(gradients):
     """``[K, K]`` in float64: a product of matrices for every parameter, a part at a time."""
-    device = next(g.device for own in gradients for g in own if g is not None)
+    device = next((g.device for own in gradients for g in own if g is not None), "cpu")
     gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=device)
     for of_tasks in zip(*gradients, strict=True):
         there = [k for k, gradient in enumerate(of_tasks) if gradient is not None]
