@@ -55,7 +55,9 @@ SETUP = [
     "import runpy; from setuptools.dist import Distribution as D; "
     "D.parse_config_files = lambda *_, **__: None; runpy.run_path('setup.py', run_name='__main__')",
 ]
-SUMMARY = re.compile(r"=*\s*((?:\d+ \w+,? ?)+) in [\d.]+s")  # of pytest
+SUMMARY = re.compile(  # of pytest
+    r"^=*\s*((?:\d+ \w+,? ?)+) (?:in|collected in) [\d.]+s", re.MULTILINE
+)
 DRY_RUN = ROOT / "build" / "dry-run"
 LAB = ("skimage", "torchmetrics", "transformers", "yaml")  # what reads a recipe needs them
 LIBRARIES = ROOT / "taskgroup"
@@ -167,7 +169,7 @@ def steps(dry: bool) -> list[Step]:
 
 def interpreter() -> list[Step]:
     """The Triton kernels on the host, which is slow: a few small cases."""
-    if tuple(map(int, version("triton").split(".")[:2])) < (3, 7):
+    if find_spec("triton") is None or tuple(map(int, version("triton").split(".")[:2])) < (3, 7):
         return []  # that of Triton 3.6 does not run with NumPy 2.4
     cases = [
         "TestTaskGram::test_layouts[triton-mixed-3]",
@@ -277,10 +279,8 @@ class Run:
         finally:
             _end(process)
             reader.join(GRACE)
-        lines = list(last)
-        counts = re.findall(
-            r"^=*\s*((?:\d+ \w+,? ?)+) (?:in|collected in) [\d.]+s", "\n".join(lines), re.MULTILINE
-        )
+        lines = list(last.copy())  # a process that is left may still print
+        counts = SUMMARY.findall("\n".join(lines))
         summary = counts[-1] if counts else ""
         if over:
             return Result(f"stopped at its limit of {limit:.0f} s; {summary or 'no tests'}", False)
@@ -463,7 +463,7 @@ def main(arguments: list[str] | None = None) -> int:
     dry = parser.parse_args(arguments).dry_run
     # Started in the background by a shell, this process and its children would ignore SIGINT, with
     # which a step is ended. What ends this process ends its step too.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     out = os.environ.get("OUT")
     if dry:

@@ -143,17 +143,31 @@ class Record:
         """
         reasons = {name: reason for name, reason in sides.items() if isinstance(reason, str)}
         calls = {name: call for name, call in sides.items() if not isinstance(call, str)}
-        return {**reasons, **self._least_seconds(calls)}
+        found, failed = self._least_seconds(calls)
+        return {**reasons, **failed, **found}
 
-    def _least_seconds(self, sides: Mapping[str, Call]) -> dict[str, Seconds]:
-        self.first_side = next(iter(sides.values()))
+    def _least_seconds(
+        self, sides: Mapping[str, Call]
+    ) -> tuple[dict[str, Seconds], dict[str, str]]:
+        """Of each side, and why one that is not ours could not be run."""
+        ours = next(iter(sides))
+        self.first_side = sides[ours]
         self._last_rounds = []
         first = {}
         calls = {}
+        failed = {}
         for name, function in sides.items():
-            function()  # what is made once is made here
-            first[name] = self.clock(function, 1)
+            try:
+                function()  # what is made once is made here
+                first[name] = self.clock(function, 1)
+            except torch.OutOfMemoryError:
+                if name == ours:
+                    raise
+                failed[name] = "out of memory"
+                torch.cuda.empty_cache()
+                continue
             calls[name] = max(1, int(SHORTEST / first[name].seconds))
+        sides = {name: function for name, function in sides.items() if name not in failed}
         # The first call counts, unless calls are short: one short call is no measurement.
         count_first = not any(count > 1 for count in calls.values())
         found = {name: [first[name]] if count_first else [] for name in sides}
@@ -175,10 +189,11 @@ class Record:
         finally:
             if collects:
                 gc.enable()
-        return {
+        seconds = {
             name: Seconds.of([one.seconds for one in own], [one.host for one in own])
             for name, own in found.items()
         }
+        return seconds, failed
 
     def share(self, ours: str, limit: Callable[[Mapping[str, float]], float]) -> float | None:
         """The limit over our time, round by round of the last comparison: the median.

@@ -39,10 +39,12 @@ def test_host_time(record, device, n_tasks):
 
     for op, call in calls.items():
         least = record.least_seconds({"ours": call, THROUGH_TORCH: through_torch(call)})
+        # On a GPU the host's own time, which is what differs.
+        host = {name: seconds.host or seconds for name, seconds in least.items()}
         record.add(
             op,
             n_tasks,
-            least["ours"],
-            {THROUGH_TORCH: least[THROUGH_TORCH]},
+            host["ours"],
+            {THROUGH_TORCH: host[THROUGH_TORCH]},
             model=f"T = {N_PARAMETERS}",
         )

@@ -84,9 +84,15 @@ def test_task_gram(record, device, case, op):
     peers = {}
     if op == OP:
         peers = gram_peers(gradients, n_bytes, room, record.full)
-        norm = gram.diagonal().sqrt()
-        error = (peers[READY]() - gram).abs() / (norm[:, None] * norm)
-        assert error.max() < 1e-2  # mm rounds to bfloat16, or sums millions of squares in float32
+        if on_a_gpu and n_elements >= 2**31:
+            too_many = f"{n_elements:.1e} elements: products of such matrices are not safe"
+            peers.update({name: too_many for name in (CONCATENATED, READY) if name in peers})
+        if not isinstance(peers[READY], str):
+            norm = gram.diagonal().sqrt()
+            error = ((peers[READY]() - gram).abs() / (norm[:, None] * norm)).max().item()
+            # mm rounds to bfloat16, or sums millions of squares in float32.
+            if not error < 1e-2:
+                peers[READY] = f"wrong by {error:.0e}"
     elif not on_a_gpu:
         matrix = torch.zeros(n_tasks, n_tasks, device=device)
         peers = {

@@ -72,7 +72,7 @@ PYBIND11_MODULE(_host, m) {
       .def_property_readonly("address", &taskgroup::ReadGradients::address)
       .def_property_readonly("like", &taskgroup::ReadGradients::like)
       .def_property_readonly("first", &taskgroup::ReadGradients::first)
-      .def("measured", &taskgroup::ReadGradients::measured)
+      .def("keep_measured", &taskgroup::ReadGradients::keep_measured)
       .def("read_outputs", &taskgroup::ReadGradients::read_outputs, py::arg("outputs"));
   py::class_<taskgroup::GradientReader>(m, "GradientReader")
       .def(py::init<const py::tuple&>(), py::arg("types"))

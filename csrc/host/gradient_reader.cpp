@@ -12,23 +12,22 @@ namespace {
 
 constexpr Py_ssize_t kMostTasks = 1024;
 
-// The items of a list or tuple, which must not change meanwhile.
+// The items of a list or tuple as they are now, whatever other code does to the list meanwhile.
 class Items {
  public:
   explicit Items(PyObject* sequence) {
-    if (PyList_Check(sequence) || PyTuple_Check(sequence)) {
-      items_ = PySequence_Fast_ITEMS(sequence);
-      size_ = PySequence_Fast_GET_SIZE(sequence);
+    if (PyList_CheckExact(sequence) || PyTuple_CheckExact(sequence)) {
+      items_ = py::reinterpret_steal<py::object>(PySequence_Tuple(sequence));
+      if (!items_) throw py::error_already_set();
     }
   }
 
-  explicit operator bool() const { return items_ != nullptr; }
-  Py_ssize_t size() const { return size_; }
-  PyObject* operator[](Py_ssize_t i) const { return items_[i]; }
+  explicit operator bool() const { return static_cast<bool>(items_); }
+  Py_ssize_t size() const { return items_ ? PyTuple_GET_SIZE(items_.ptr()) : 0; }
+  PyObject* operator[](Py_ssize_t i) const { return PyTuple_GET_ITEM(items_.ptr(), i); }
 
  private:
-  PyObject** items_ = nullptr;
-  Py_ssize_t size_ = 0;
+  py::object items_;
 };
 
 bool same(const DLDevice& a, const DLDevice& b) { return a.type == b.type && a.index == b.index; }
@@ -99,7 +98,7 @@ py::list ReadGradients::first() const {
   return result;
 }
 
-std::vector<int64_t> ReadGradients::measured() {
+std::vector<int64_t> ReadGradients::keep_measured() {
   Gradients& gradients = plain_.gradients;
   std::vector<int32_t> place(gradients.n_tasks, -1);
   for (const Gradient& gradient : gradients.all) place[gradient.task] = 0;
@@ -116,6 +115,7 @@ std::vector<int64_t> ReadGradients::measured() {
 
 GradientReader::GradientReader(const py::tuple& types) {
   for (const py::handle& type : types) types_.push_back(type.ptr());
+  is_neg_ = py::object(types[0].attr("is_neg")).release().ptr();
   const auto capsule = types[0].attr("__dlpack_c_exchange_api__").cast<py::capsule>();
   const auto* api = capsule.get_pointer<DLExchangeApi>();
   while (api != nullptr && api->major != 1) api = api->previous;
@@ -136,10 +136,7 @@ bool GradientReader::read_tensor(PyObject* object, DLTensor& tensor) const {
   if (numel > 0 && tensor.data == nullptr) return false;
   if (numel == 1) {
     // Torch marks the imaginary part of a conjugate as to be negated, and DLPack does not say so.
-    // Larger ones have gaps, and are not plain for that.
-    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
-    const auto marked =
-        py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, is_neg));
+    const auto marked = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg_, object));
     if (!marked) throw py::error_already_set();
     if (marked.ptr() != Py_False) return false;
   }

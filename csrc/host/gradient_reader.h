@@ -20,11 +20,11 @@ class ReadGradients {
   // Any of the gradients.
   pybind11::object like() const { return tensors_.front(); }
 
-  // Of each parameter the first gradient, or None.
+  // The first gradient of each parameter, or None.
   pybind11::list first() const;
 
-  // The tasks that have a gradient, ascending; from now on the gradients are those of these alone.
-  std::vector<int64_t> measured();
+  // Numbers the gradients by the tasks that have one alone; returns these tasks, ascending.
+  std::vector<int64_t> keep_measured();
 
   // Where `combine` writes, [T]. False if a tensor is not plain or does not fit its gradients.
   bool read_outputs(const pybind11::object& outputs);
@@ -45,15 +45,19 @@ class GradientReader {
   // types: those that are nothing but a tensor, the first of which says how it is read.
   explicit GradientReader(const pybind11::tuple& types);
 
-  // None if any of them is more than a plain tensor: of another class, shape, type or device than
-  // the others, sparse, with gaps, to be negated when it is read, or without memory.
+  // Null unless every tensor is of one of the types, dense and in memory, and agrees with the
+  // others on its parameter in shape, layout, dtype and device. A tensor of one element is also
+  // checked for torch's mark that its number is to be negated. Larger ones are not, which takes too
+  // long: they have gaps, unless as_strided() or torch's private _neg_view() made them.
   std::unique_ptr<ReadGradients> read(const pybind11::object& gradients) const;
 
  private:
   friend class ReadGradients;
   bool read_tensor(PyObject* object, DLTensor& tensor) const;
 
-  std::vector<PyObject*> types_;  // classes of torch: they are never freed
+  // Classes of torch and a method of theirs: they are never freed.
+  std::vector<PyObject*> types_;
+  PyObject* is_neg_;
   const DLExchangeApi* api_;
 };
 

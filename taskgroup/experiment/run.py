@@ -210,7 +210,10 @@ class Run:
                     paused = time.perf_counter()
                     self._record_conflicts()
                     started += time.perf_counter() - paused
-                progress = trainer.step()
+                try:
+                    progress = trainer.step()
+                finally:
+                    self._write_affinity()
                 _write_line(metrics, progress)
                 recorded = trainer.batch % -(-self.recipe.batches // _RECORDS) == 0
                 if recorded:
@@ -247,7 +250,6 @@ class Run:
     def _record_affinity(self) -> None:
         if self.recipe.method != "selective":
             return
-        self._write_affinity()
         matrix = self.trainer.affinity()
         late = waits_for(matrix.device)
         self._affinity = self.batch, HostCopy([matrix]) if late else matrix
@@ -257,7 +259,7 @@ class Run:
     def _write_affinity(self) -> None:
         """Write the affinity that was recorded last, unless it is written.
 
-        From a GPU that is a batch later, when it has long arrived and nobody waits for it.
+        From a GPU that is after the next step, when it has long arrived and nobody waits for it.
         """
         if self._affinity is not None:
             (batch, matrix), self._affinity = self._affinity, None
@@ -347,7 +349,7 @@ class Run:
         Raises:
             OSError: if it cannot be written; the sentence says so.
         """
-        self._write_affinity()  # which the run that goes on from here does not have
+        self._write_affinity()  # a run that resumes here cannot write it
         state = {
             "version": CHECKPOINT_VERSION,
             "seconds": self._seconds,

@@ -83,6 +83,7 @@ class Trainer:
         self._peak_bytes = 0  # before this object was made
         self._drawn = 0
         self._ahead: Any = None  # a batch of the stream that was looked at
+        self._error_ahead: Exception | None = None  # raised while it was loaded
         self._stream = self.problem.batches(recipe.batch_size, recipe.seed)
 
         torch.manual_seed(recipe.seed)
@@ -162,7 +163,7 @@ class Trainer:
                 self._step_on_groups(batch) if method is None else self._step_jointly(batch, method)
             )
             if self._on_gpu and self.batch + 1 < self.recipe.batches:
-                self.peek()  # the GPU has enough to do meanwhile
+                self._load_ahead()  # the GPU has enough to do meanwhile
         losses = read()
         self._clock.read()
         self.scheduler.step()
@@ -181,8 +182,18 @@ class Trainer:
         self._drawn += 1
         return batch
 
+    def _load_ahead(self) -> None:
+        """Load the next batch; an error is raised when that batch is asked for."""
+        try:
+            self.peek()
+        except Exception as error:  # this batch is trained on, and must be counted first
+            self._error_ahead = error
+
     def peek(self) -> Any:
         """The batch to come, on the device."""
+        if self._error_ahead is not None:
+            error, self._error_ahead = self._error_ahead, None
+            raise error
         if self._ahead is None:
             self._ahead = tree_map(self._send, next(self._stream))
         return self._ahead

@@ -1,10 +1,10 @@
-"""Reads gradients that are plain tensors in one pass of native code.
+"""Reads the addresses of plain gradients in one pass of native code.
 
-To pass a list of tensors to an op of torch takes longer than most ops here run. Torch describes a
-tensor to native code at a tenth of that (the C functions of DLPack); the op gets the address of
-what was read. Whatever is more than a plain tensor takes the way through torch: classes of their
-own, modes and transforms that want to see the op, gaps in memory, and every mistake, since that way
-says what is wrong.
+Passing a list of tensors to an op takes torch longer than most ops here run. The C functions that
+torch offers for DLPack describe a tensor in a tenth of that time, and the op then takes one
+address. Everything else is passed through torch: subclasses of Tensor, tensors with gaps in memory,
+calls inside modes, transforms and traces, and every invalid argument, because that path raises the
+error that names it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class ReadGradients(Protocol):
 
     address: int
     like: Tensor  # any of the gradients
-    first: list[Tensor | None]  # of each parameter the first gradient
+    first: list[Tensor | None]  # the first gradient of each parameter
 
-    def measured(self) -> list[int]:
-        """The tasks that have a gradient; from now on the gradients are those of these alone."""
+    def keep_measured(self) -> list[int]:
+        """Number the gradients by the tasks that have one alone, and return these tasks."""
 
     def read_outputs(self, outputs: Sequence[Tensor | None]) -> bool:
         """Where ``combine`` writes; False if they are not plain or do not fit the gradients."""
@@ -44,30 +44,38 @@ def _make_reader() -> _Reader | None:
     if _backend.native.host is None:
         return None
     try:
-        # Torch keeps the last two to itself; without them nobody says whether a mode is active.
-        torch._C._len_torch_dispatch_stack()
-        torch._C._functorch.peek_interpreter_stack()
+        _is_intercepted()
         made: _Reader = _backend.native.host.GradientReader((torch.Tensor, nn.Parameter))
     except (AttributeError, RuntimeError):
         return None
     return made
 
 
+def _is_intercepted() -> bool:
+    """Whether somebody wants to see the op or replace its tensors: a mode, transform or trace.
+
+    Raises:
+        AttributeError: if this torch has other names for these functions, which are private.
+    """
+    return bool(
+        torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 _reader = _make_reader()
 
 
 def read_plain(gradients: Gradients) -> ReadGradients | None:
-    """The gradients as the native backends take them, or None where they must go through torch.
+    """The gradients as the native backends take them, or None to pass them through torch.
 
     Args:
         gradients: ``[K][T]`` tensors or None.
     """
-    if (
-        _reader is None
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if _reader is None or torch.compiler.is_compiling() or _is_intercepted():
         return None
     read = _reader.read(gradients)
     if read is None or _backend.preferred(read.like.device.type, BACKENDS) not in ADDRESSED:

@@ -49,6 +49,8 @@ def combine(
         >>> combine([depth, normal], [0.5, 0.25])
         [tensor([0.7500, 1.0000]), tensor([[1.5000]])]
     """
+    if out is not None:
+        out = list(out)
     plain = read_plain(gradients)
     if plain is not None:
         result = _outputs(plain.first, out)
@@ -81,7 +83,7 @@ def _outputs(
 
 
 def _with_zeros(result: list[Tensor | None], first: list[Tensor | None]) -> list[Tensor | None]:
-    """Zeros where no task reaches the parameter."""
+    """The result, with zeros where no task reaches the parameter."""
     for gradient, untouched in zip(first, result, strict=True):
         if gradient is None and untouched is not None:
             untouched.detach().zero_()

@@ -87,7 +87,7 @@ def gram_affinity_update_(
     plain = read_plain(gradients)
     if plain is not None:
         _check(matrix, len(gradients), plain.like, losses, decay, observed)
-        tasks = plain.measured()
+        tasks = plain.keep_measured()
         with torch.no_grad():
             torch.ops.taskgroup._plain_gram_affinity_update_.default(
                 matrix, plain.address, tasks, losses, float(decay), float(lr), observed

@@ -198,6 +198,7 @@ inline Words load_words(const void* from) {
   return words;
 }
 
+template <bool kNeighbours = false>
 inline Words stream_words(const void* from, bool there) {
   return there ? load_words(from) : Words{};
 }

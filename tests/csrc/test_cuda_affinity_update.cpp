@@ -63,7 +63,7 @@ void test(int64_t K, int threads, int kind) {
   update(right, counts, before, after, mask.get(), 0.25);
   for (const bool counted : {false, true}) {
     auto got = matrix;
-    shim::launch({1, 1}, threads, K * sizeof(double), [&](void* ratio) {
+    shim::launch({counted ? 3u : 1u, 1}, threads, K * sizeof(double), [&](void* ratio) {
       affinity_update_block(got.data(), before.data(), after.data(), mask.get(), K, 0.25,
                             static_cast<double*>(ratio), counted ? observed.data() : nullptr);
     });

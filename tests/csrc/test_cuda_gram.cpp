@@ -49,6 +49,31 @@ void test_not_finite_fma() {
   });
 }
 
+// A task that has no gradient on a parameter adds nothing there, to infinity neither.
+void test_missing_beside_infinity() {
+  using G = GramFma<float, 4, true, 32>;
+  using D = GramFma<double, 8, false, 32>;
+  const auto first = [](int64_t k, int64_t t) -> int64_t { return k == 0 && t == 1; };
+  for (const double bad : {static_cast<double>(INFINITY), static_cast<double>(NAN)}) {
+    RandomGradients random(3, {{40, Dtype::kFloat}, {2 * G::kTile + 3, Dtype::kFloat}}, first,
+                           none);
+    random.put(1, 1, 5, bad);             // in the ring
+    random.put(2, 1, 2 * G::kTile, bad);  // behind it
+    for (const int stages : {0, 2}) {
+      check_gram(random, [&](const Gradients& gradients) {
+        return gram_on_host<G>(
+            gradients, Dtype::kFloat,
+            stages > 0 ? fma_on_host<G, true>(0, 0, stages) : fma_on_host<G, false>(0, 0, 0));
+      });
+    }
+    RandomGradients wide(3, {{40, Dtype::kDouble}, {50, Dtype::kDouble}}, first, none);
+    wide.put(1, 1, 5, bad);
+    check_gram(wide, [&](const Gradients& gradients) {
+      return gram_on_host<D>(gradients, Dtype::kDouble, double_on_host<D>(gradients.n_tasks));
+    });
+  }
+}
+
 void test_double(int K) {
   using G = GramFma<double, 8, false, 32>;
   const auto run = [&](const Gradients& gradients) {
@@ -117,6 +142,7 @@ int main() {
   test_fma<16, 64, true>(16, 2);
   test_same_to_the_bit();
   test_not_finite_fma();
+  test_missing_beside_infinity();
   for (const int K : {1, 8, 17}) test_double(K);
   test_overflow();
   test_affinity();

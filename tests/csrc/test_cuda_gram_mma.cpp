@@ -75,6 +75,15 @@ void test_not_finite() {
   }
 }
 
+// A task that has no gradient on a parameter adds nothing there, to infinity neither.
+template <typename T>
+void test_missing_beside_infinity() {
+  const auto first = [](int64_t k, int64_t t) -> int64_t { return k == 0 && t == 1; };
+  RandomGradients random(3, {{300, kDtype<T>}, {300, kDtype<T>}}, first, none);
+  random.put(1, 1, 290, INFINITY);
+  check_gram(random, run<T, 16>);
+}
+
 // Next to the largest float: rounded to bfloat16 it is infinity.
 void test_largest() {
   RandomGradients random(2, {{20, Dtype::kFloat}}, none, none);
@@ -115,6 +124,9 @@ int main() {
   test_not_finite<float>();
   test_not_finite<BFloat16>();
   test_not_finite<Half>();
+  test_missing_beside_infinity<float>();
+  test_missing_beside_infinity<BFloat16>();
+  test_missing_beside_infinity<Half>();
   test_largest();
   test_equal_numbers();
 }

@@ -175,6 +175,19 @@ class TestTaskGram:
         assert total[-6:].tolist() == [0.0, 1.0, 1.0, 2.5, 2.5, 2.5]
 
 
+@pytest.mark.parametrize("n_tasks", [2, 11, 20, 70])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_missing_gradient_adds_nothing_to_infinity(backend, n_tasks, dtype):
+    gradients = [
+        [torch.ones(5000, dtype=dtype, device=GPU) for _ in range(2)] for _ in range(n_tasks)
+    ]
+    gradients[0][1] = None
+    gradients[1][1][4000] = math.inf
+    gram = ops.task_gram(gradients)
+    assert gram[0].eq(5000).all()
+    assert gram[1, 1:].isinf().all()
+
+
 class TestCombine:
     @pytest.mark.parametrize(
         ("n_tasks", "dtype"),
@@ -348,15 +361,16 @@ def test_follows_the_current_stream(native):
 
 @needs_cuda
 @pytest.mark.parametrize("n_tasks", [11, 40, 70])
-def test_captured_in_a_graph(n_tasks):
+@pytest.mark.parametrize("n_elements", [100_003, 100_096], ids=["not aligned", "aligned"])
+def test_captured_in_a_graph(n_elements, n_tasks):
     """Capture once, change the gradients in place, replay."""
-    gradients = [[row] for row in torch.randn(n_tasks, 100_003, device=GPU)]
+    gradients = [[row] for row in torch.randn(n_tasks, n_elements, device=GPU)]
     weights, losses = torch.randn(n_tasks, device=GPU), torch.rand(n_tasks, device=GPU) + 0.5
     matrix = torch.zeros(n_tasks, n_tasks, device=GPU)
     affinity = torch.zeros(n_tasks, n_tasks, device=GPU)
     counts = torch.zeros(n_tasks, n_tasks, dtype=torch.int32, device=GPU)
     mask = torch.rand(n_tasks, device=GPU) < 0.5
-    out = [torch.zeros(100_003, device=GPU)]
+    out = [torch.zeros(n_elements, device=GPU)]
 
     def run():
         gram = ops.task_gram(gradients)

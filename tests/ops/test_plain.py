@@ -1,10 +1,13 @@
 """Gradients that native code reads by itself: the same numbers as on the way through torch."""
 
+import contextlib
 import gc
+import threading
 
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taskgroup import ops
@@ -145,6 +148,7 @@ def test_outputs_that_do_not_fit_go_through_torch(through_torch):
         ops.combine(gradients, [1.0, 2.0], out=[])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 def test_modes_and_transforms_see_the_ops():
     class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), options=None):
@@ -155,10 +159,58 @@ def test_modes_and_transforms_see_the_ops():
     with Seen():
         ops.task_gram(plain())
     assert "task_gram" in names
+    traced = torch.jit.trace(
+        lambda x, y: ops.task_gram([[x], [y]]), (torch.ones(3), torch.ones(3)), check_trace=False
+    )
+    assert traced(torch.full((3,), 2.0), torch.ones(3)).tolist() == [[12, 6], [6, 3]]
+    graph = make_fx(lambda x: ops.task_gram([[x], [x]]), pre_dispatch=True)(torch.ones(3))
+    assert graph(torch.full((3,), 2.0)).tolist() == [[12, 12], [12, 12]]
+    with torch.device("cpu"):  # a mode, which a function of somebody's own could be as well
+        assert _plain.read_plain(plain()) is None
     compiled = torch.compile(ops.task_gram, fullgraph=True, backend="eager")
     assert torch.equal(compiled(plain()), ops.task_gram(plain()))
     with pytest.raises(RuntimeError, match=r"vmap|Batch"):  # not wrong numbers
         torch.vmap(lambda g: ops.task_gram([[g], [g]]))(torch.ones(2, 3))
+
+
+def test_lists_may_change_while_they_are_read():
+    """A tensor of one element is asked for a mark, by a method that anybody can replace."""
+    own = [torch.ones(1) for _ in range(1000)]
+    own[0].is_neg = own.clear
+    gram = ops.task_gram([own])
+    assert gram.item() == 1000
+    changing, stop = [torch.ones(1) for _ in range(100)], threading.Event()
+
+    def change():
+        while not stop.is_set():
+            changing.clear()
+            changing.extend(torch.ones(1) for _ in range(100))
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(300):
+            with contextlib.suppress(ValueError, IndexError):  # it was empty, or became so
+                assert ops.task_gram([changing]).item() <= 100
+    finally:
+        stop.set()
+        thread.join()
+
+
+class Doubled(list):
+    def __getitem__(self, index):
+        return super().__getitem__(index) * 2
+
+
+def test_lists_of_other_classes_are_asked_for_their_items():
+    assert ops.task_gram([Doubled([torch.ones(3)])]).item() == 12
+
+
+def test_out_may_be_an_iterator():
+    for tensor in (torch.zeros(3, 2).t(), torch.zeros(2, 3)):
+        (total,) = ops.combine([[torch.ones(2, 3)]], [2.0], out=iter([tensor]))
+        assert total is tensor
+        assert tensor.eq(2).all()
 
 
 def test_memory_is_kept_while_it_is_needed():

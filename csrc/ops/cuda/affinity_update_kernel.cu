@@ -14,6 +14,7 @@ using torch::stable::Tensor;
 
 namespace {
 
+constexpr int64_t kMostBlocks = 128;  // about as many as an H100 has multiprocessors
 constexpr int64_t kMostTasks = 6144;  // 48 KB of ratios, what a block has without asking for more
 
 template <typename scalar_t>
@@ -33,7 +34,8 @@ void affinity_update_cuda(Tensor matrix, Tensor before, Tensor after, Tensor mas
   const auto run = [&](auto zero) {
     using scalar_t = decltype(zero);
     const auto threads = static_cast<unsigned>(std::min<int64_t>((K + 31) / 32 * 32, 1024));
-    affinity_update<<<1, threads, K * sizeof(double), launch.stream()>>>(
+    const auto blocks = static_cast<unsigned>(std::min(K, kMostBlocks));
+    affinity_update<<<blocks, threads, K * sizeof(double), launch.stream()>>>(
         matrix.mutable_data_ptr<float>(), before.const_data_ptr<scalar_t>(),
         after.const_data_ptr<scalar_t>(), mask.const_data_ptr<bool>(), K, decay, counts(observed));
   };

@@ -19,7 +19,8 @@ __device__ inline double observe_inside(double ri, double rk, bool same_task) {
   return product < 0.0 ? -(ri < rk ? rk : ri) : NAN;
 }
 
-// One block of any number of threads; ratio is [K] of shared memory.
+// Blocks of any number of threads, which deal the rows among them; ratio is [K] of shared memory.
+// Each of them works out all ratios.
 template <typename scalar_t>
 __device__ void affinity_update_block(float* matrix,           // [K, K]
                                       const scalar_t* before,  // [K]
@@ -51,7 +52,7 @@ __device__ void affinity_update_block(float* matrix,           // [K, K]
   // Losses that did not move at all tell of a step that did not happen.
   if (!stepped) return;
 
-  for (int64_t i = 0; i < K; ++i) {
+  for (int64_t i = blockIdx.x; i < K; i += gridDim.x) {
     if (!mask[i]) continue;
     for (int64_t k = threadIdx.x; k < K; k += blockDim.x) {
       const double seen = mask[k] ? observe_inside(ratio[i], ratio[k], i == k) : ratio[k];

@@ -13,6 +13,8 @@ struct CombineTable {
   static constexpr int kMostParameters = 256;
   static constexpr int kMostRows = 2480;
 
+  const void* weights;  // [K] double if wide_weights, else float
+  bool wide_weights;
   void* out[kMostParameters];
   int64_t numel[kMostParameters];
   int64_t end_block[kMostParameters];  // one behind the last block of each
@@ -21,8 +23,6 @@ struct CombineTable {
   const void* row[kMostRows];          // its gradients, one parameter behind the other
   uint16_t task[kMostRows];            // of each row
   int32_t parameters;
-  const void* weights;  // [K] double if wide_weights, else float
-  bool wide_weights;
 };
 
 static_assert(sizeof(CombineTable) <= 32764, "the parameters of a kernel");

@@ -30,7 +30,7 @@ template <typename T>
 using MmaRectangle = GramMma<T, kMmaHalf / 8, kMmaHalf / 8, false, kWarps>;
 
 template <int R>
-__global__ void __launch_bounds__(kSummingThreads + kFillingThreads)
+__global__ void __launch_bounds__(kSummingThreads + kFillingThreads, R <= 8 ? 2 : 1)
     gram_fma_float(const __grid_constant__ GramTable table, double* partial, int stages) {
   extern __shared__ __align__(128) unsigned char shared[];
   gram_fma_block<FloatFma<R>, kHasBulkCopies>(table, 0, 0, partial, shared, stages);
@@ -89,12 +89,10 @@ bool has_bulk_copies(Kernel kernel) {
 // The blocks of one segment side by side: what one of them reads the others find in the cache.
 template <typename Kernel, typename... Arguments>
 void launch(Kernel kernel, const GramTable& table, int64_t blocks, int threads, size_t shared_bytes,
-            cudaStream_t stream, double* partial, Arguments... arguments) {
+            int carve_out, cudaStream_t stream, double* partial, Arguments... arguments) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        static_cast<int>(shared_bytes));
-  // Nothing is read twice: what would be L1 cache is worth more as shared memory of more blocks.
-  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                       cudaSharedmemCarveoutMaxShared);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, carve_out);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(table.segments));
   kernel<<<grid, threads, shared_bytes, stream>>>(table, partial, arguments...);
 }
@@ -109,18 +107,34 @@ void launch_fma(const GramTable& table, double* partial, cudaStream_t stream) {
     stages = std::min(most, kMostStages);
     threads += 32;  // by the device's, not the host's, kFillingThreads
   }
-  launch(kernel, table, 1, threads, G::shared_bytes(stages), stream, partial, stages);
+  // What the copy engine reads does not go through the L1 cache.
+  const int carve_out = stages > 0 ? cudaSharedmemCarveoutMaxShared : cudaSharedmemCarveoutDefault;
+  launch(kernel, table, 1, threads, G::shared_bytes(stages), carve_out, stream, partial, stages);
+}
+
+// Per cent of a multiprocessor's memory: shared memory for the blocks that have room there, and the
+// rest for the L1 cache, through which their loads come.
+template <typename G>
+int carve_out() {
+  constexpr size_t kOfSystem = 1024;  // bytes of each block
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  const size_t needed = G::kBlocks * (G::kSharedBytes + kOfSystem);
+  return bytes > 0 ? static_cast<int>(std::min<size_t>((100 * needed + bytes - 1) / bytes, 100))
+                   : cudaSharedmemCarveoutDefault;
 }
 
 template <typename T, int kTasks>
 void launch_mma(const GramTable& table, double* partial, cudaStream_t stream) {
   using G = Mma<T, kTasks>;
   const int64_t blocks = (table.K + kMmaBlock - 1) / kMmaBlock;
-  launch(gram_mma<T, kTasks>, table, blocks, G::kThreads, G::kSharedBytes, stream, partial);
+  launch(gram_mma<T, kTasks>, table, blocks, G::kThreads, G::kSharedBytes, carve_out<G>(), stream,
+         partial);
   if (blocks == 1) return;
   using Rectangle = MmaRectangle<T>;
   launch(gram_mma_rectangle<T>, table, pairs_of_halves(table.K), Rectangle::kThreads,
-         Rectangle::kSharedBytes, stream, partial);
+         Rectangle::kSharedBytes, carve_out<Rectangle>(), stream, partial);
 }
 
 using Launch = void (*)(const GramTable&, double* partial, cudaStream_t);
@@ -128,7 +142,7 @@ using Launch = void (*)(const GramTable&, double* partial, cudaStream_t);
 void launch_double(const GramTable& table, double* partial, cudaStream_t stream) {
   const int64_t blocks = (table.K + DoubleFma::R - 1) / DoubleFma::R;
   launch(gram_fma_double, table, blocks * (blocks + 1) / 2, DoubleFma::kThreads,
-         DoubleFma::shared_bytes(0), stream, partial);
+         DoubleFma::shared_bytes(0), cudaSharedmemCarveoutDefault, stream, partial);
 }
 
 // What reads gradients of a dtype, and its tile.

@@ -105,6 +105,25 @@ class Ring {
   int stages_;
 };
 
+// Adds the products of the tasks that have a gradient here. A task that has none adds nothing, to
+// infinity neither, of which the products with its zeros would make NaN.
+// absent: a bit for each left task, and above them for each right one.
+template <typename G>
+__device__ inline void add_present(typename G::T* sum,                  // [kSums]
+                                   const Vector<typename G::T>* left,   // [R]
+                                   const Vector<typename G::T>* right,  // [R]
+                                   uint32_t absent) {
+  const uint32_t absent_right = G::kTriangle ? absent : absent >> G::R;
+#pragma unroll 1
+  for (int i = 0; i < G::R; ++i) {
+#pragma unroll 1
+    for (int j = G::kTriangle ? i : 0; j < G::R; ++j, ++sum) {
+      if ((absent >> i | absent_right >> j) & 1) continue;
+      for (int e = 0; e < kPerVector<typename G::T>; ++e) *sum += left[i].at[e] * right[j].at[e];
+    }
+  }
+}
+
 template <typename G>
 __device__ inline bool in_ring(const GramTable& table, const TileWalk& at) {
   return table.aligned[at.p] && at.x + G::kTile <= table.numel[at.p];
@@ -113,7 +132,7 @@ __device__ inline bool in_ring(const GramTable& table, const TileWalk& at) {
 // The tiles of a segment that go through the ring, by one warp: lane r asks for row r.
 template <typename G>
 __device__ void fill_ring(const GramTable& table, int first, int64_t begin, int64_t end,
-                          Ring<G> ring) {
+                          Ring<G> ring, int stages) {
   constexpr uint32_t kRowBytes = G::kTile * sizeof(typename G::T);
   const int lane = threadIdx.x % 32;
   const typename G::T* row = nullptr;
@@ -139,6 +158,10 @@ __device__ void fill_ring(const GramTable& table, int first, int64_t begin, int6
       ring.next();
     }
     if (tile + 1 < end) at.next(G::kTile);
+  }
+  // Until all stages have been read: no barrier is waited for, or arrived at, after this.
+  for (int s = 0; s < stages; ++s, ring.next()) {
+    mbarrier_wait(ring.empty + ring.stage, ring.parity ^ 1);
   }
 }
 
@@ -170,7 +193,7 @@ __device__ void gram_fma_block(const GramTable& table, int first, int other, dou
     __syncthreads();
   }
   const bool fills = kBulk && threadIdx.x >= G::kThreads;
-  if (fills) fill_ring<G>(table, first, begin, end, ring);
+  if (fills) fill_ring<G>(table, first, begin, end, ring, stages);
 
   T sum[G::kSums] = {};
   double total[G::kShare] = {};
@@ -186,24 +209,25 @@ __device__ void gram_fma_block(const GramTable& table, int first, int other, dou
   TileWalk at(table, begin, G::kTile);
   for (int64_t tile = begin; tile < end && !fills; ++tile) {
     Vector<T> a[R], b[G::kTriangle ? 1 : R];
+    // A bit for each task that there is, but not on this parameter: of a, and above them of b.
+    uint32_t absent = 0;
     if (kBulk && in_ring<G>(table, at)) {
       mbarrier_wait(ring.full + ring.stage, ring.parity);
-      const uint32_t absent = ~ring.present[ring.stage] & ((1u << (table.K - first)) - 1);
+      absent = ~ring.present[ring.stage] & ((1u << (table.K - first)) - 1);
 #pragma unroll
       for (int r = 0; r < R; ++r) a[r] = load_vector(ring.row(r) + threadIdx.x * kPerVector<T>);
-      if (absent != 0) {  // there the ring holds what was there before
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-          if (absent >> r & 1) a[r] = {};
-        }
-      }
       __syncwarp();
       if (lane == 0) mbarrier_arrive(ring.empty + ring.stage);
       ring.next();
     } else {
       const int64_t x = at.x + threadIdx.x * kPerVector<T>, n = table.numel[at.p];
       const bool whole = table.aligned[at.p] && x + kPerVector<T> <= n;
-      const auto load = [&](Vector<T>(&rows)[R], int task) {
+      const auto load = [&](Vector<T>(&rows)[R], int task, int bit) {
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          const bool is_absent = task + r < table.K && table.gradient<T>(at.p, task + r) == nullptr;
+          absent |= static_cast<uint32_t>(is_absent) << (bit + r);
+        }
         if (whole) {
 #pragma unroll
           for (int r = 0; r < R; ++r) {
@@ -218,17 +242,44 @@ __device__ void gram_fma_block(const GramTable& table, int first, int other, dou
           }
         }
       };
-      load(a, first);
-      if constexpr (!G::kTriangle) load(b, other);
+      load(a, first, 0);
+      if constexpr (!G::kTriangle) load(b, other, R);
     }
+    bool added = false;
+    if (absent != 0) {
+      T probe = 0;  // NaN if any number is not finite
 #pragma unroll
-    for (int e = 0; e < kPerVector<T>; ++e) {
-      int s = 0;
+      for (int r = 0; r < R; ++r) {
+        if (absent >> r & 1) a[r] = {};  // the ring holds what was there before
 #pragma unroll
-      for (int i = 0; i < R; ++i) {
+        for (int e = 0; e < kPerVector<T>; ++e) {
+          probe += T(0) * a[r].at[e];
+          if constexpr (!G::kTriangle) probe += T(0) * b[r].at[e];
+        }
+      }
+      if (!(probe == T(0))) {
+        T own[G::kSums];
+        Vector<T> left[R], right[G::kTriangle ? 1 : R];
+        for (int i = 0; i < G::kSums; ++i) own[i] = sum[i];
+        for (int r = 0; r < R; ++r) left[r] = a[r];
+        if constexpr (!G::kTriangle) {
+          for (int r = 0; r < R; ++r) right[r] = b[r];
+        }
+        add_present<G>(own, left, G::kTriangle ? left : right, absent);
+        for (int i = 0; i < G::kSums; ++i) sum[i] = own[i];
+        added = true;
+      }
+    }
+    if (!added) {
 #pragma unroll
-        for (int j = G::kTriangle ? i : 0; j < R; ++j) {
-          sum[s++] += a[i].at[e] * (G::kTriangle ? a[j].at[e] : b[j].at[e]);
+      for (int e = 0; e < kPerVector<T>; ++e) {
+        int s = 0;
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+#pragma unroll
+          for (int j = G::kTriangle ? i : 0; j < R; ++j) {
+            sum[s++] += a[i].at[e] * (G::kTriangle ? a[j].at[e] : b[j].at[e]);
+          }
         }
       }
     }

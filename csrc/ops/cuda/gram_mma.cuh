@@ -99,7 +99,7 @@ struct GramMma {
   // Tiles side by side, so that the products of one need not wait for those of another.
   static constexpr int kBeside = Fragment<T>::kProducts > 1 ? 4 : 2;
   // Blocks of a multiprocessor: as many as the registers that the sums need leave room for.
-  static constexpr int kBlocks = kRows <= 2 ? 4 : kSums <= 32 ? 3 : kSums <= 64 ? 2 : 1;
+  static constexpr int kBlocks = kRows <= 2 ? 4 : kSums <= 32 ? 3 : 2;
   static constexpr size_t kSumBytes = kWarps * kSums * 32 * sizeof(double);
   static constexpr size_t kSharedBytes = kSumBytes + kWarps * 8 * kRows * sizeof(T*);
 
@@ -123,8 +123,9 @@ __device__ inline Place place_of_sum(int s, int lane) {
   return {16 * i + lane / 4 + s % 4 / 2 * 8, 8 * j + lane % 4 * 2 + s % 2};
 }
 
-// A unit once more, by plain multiply-adds: splitting infinity gives infinity less infinity, and
-// numbers next to the largest float round to infinity.
+// A unit once more, by plain multiply-adds: splitting infinity gives infinity less infinity,
+// numbers next to the largest float round to infinity, and zeros in the place of a gradient that
+// there is not give NaN with infinity.
 template <typename G>
 __device__ __noinline__ void gram_mma_plain_unit(const GramTable& table, int first, int other,
                                                  int64_t tile, double* own) {
@@ -224,7 +225,7 @@ __device__ void gram_mma_block(const GramTable& table, int first, int other, dou
 #pragma unroll
         for (int r = 0; r < G::kRows; ++r) {
           const T* row = rows[8 * r + lane / 4];
-          ahead[l][r] = stream_words(row + x + y + l * G::kWidth, row != nullptr);
+          ahead[l][r] = stream_words<true>(row + x + y + l * G::kWidth, row != nullptr);
         }
       }
     } else {
@@ -303,15 +304,12 @@ __device__ void gram_mma_block(const GramTable& table, int first, int other, dou
       }
     }
     if (ends_unit) {
-      bool plain = false;
-      if constexpr (F::kParts > 1) {
-        float probe = 0;  // NaN if any sum is not finite
+      float probe = 0;  // NaN if any sum is not finite
 #pragma unroll
-        for (int s = 0; s < G::kSums; ++s) probe += 0.0f * sum[s];
-        plain = __any_sync(~0u, !(probe == 0.0f));
-        if (plain) gram_mma_plain_unit<G>(table, first, other, begin + was, own);
-      }
-      if (!plain) {
+      for (int s = 0; s < G::kSums; ++s) probe += 0.0f * sum[s];
+      if (__any_sync(~0u, !(probe == 0.0f))) {
+        gram_mma_plain_unit<G>(table, first, other, begin + was, own);
+      } else {
 #pragma unroll
         for (int s = 0; s < G::kSums; ++s) own[s * 32 + lane] += sum[s];
       }

@@ -25,18 +25,32 @@ __device__ inline Words load_words(const void* from) {
   return {{v.x, v.y, v.z, v.w}};
 }
 
-// 16 aligned bytes of global memory that are read once, without a branch; zeros if `there` is
-// false.
+// 16 aligned bytes of global memory that are read once, without a branch; zeros if not `there`.
+// kNeighbours: soon the other 240 bytes around them are read as well, and come to the L2 cache now.
+template <bool kNeighbours = false>
 __device__ inline Words stream_words(const void* from, bool there) {
   Words words = {};
-  asm volatile(
-      "{\n"
-      ".reg .pred there;\n"
-      "setp.ne.u32 there, %5, 0;\n"
-      "@there ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-      "}"
-      : "+r"(words.word[0]), "+r"(words.word[1]), "+r"(words.word[2]), "+r"(words.word[3])
-      : "l"(__cvta_generic_to_global(from)), "r"(static_cast<uint32_t>(there)));
+  const size_t address = __cvta_generic_to_global(from);
+  const uint32_t is_there = there;
+  if constexpr (kNeighbours) {
+    asm volatile(
+        "{\n"
+        ".reg .pred there;\n"
+        "setp.ne.u32 there, %5, 0;\n"
+        "@there ld.global.L1::no_allocate.L2::256B.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+        "}"
+        : "+r"(words.word[0]), "+r"(words.word[1]), "+r"(words.word[2]), "+r"(words.word[3])
+        : "l"(address), "r"(is_there));
+  } else {
+    asm volatile(
+        "{\n"
+        ".reg .pred there;\n"
+        "setp.ne.u32 there, %5, 0;\n"
+        "@there ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+        "}"
+        : "+r"(words.word[0]), "+r"(words.word[1]), "+r"(words.word[2]), "+r"(words.word[3])
+        : "l"(address), "r"(is_there));
+  }
   return words;
 }
 
