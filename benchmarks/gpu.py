@@ -142,7 +142,7 @@ def steps(dry: bool) -> list[Step]:
         return Step(name, command, seconds, environment, needs)
 
     return [
-        Step("doctor", [sys.executable, "-m", "taskgroup.doctor"], 30),
+        Step("doctor", [sys.executable, "-m", "taskgroup"], 30),
         test("correctness", "kernels", "doctor", seconds=110, parallel=side_by_side),
         *(interpreter() if dry else []),
         benchmark("task_gram", "task_gram", seconds=75),

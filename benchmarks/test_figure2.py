@@ -37,12 +37,12 @@ from torch import Tensor, nn
 
 import taskgroup as tg
 from benchmarks import record
-from taskgroup.experiment.memory import peak_bytes
+from taskgroup.lab.train.memory import peak_bytes
+from taskgroup.lab.vision.backbones import ViTFeatures, backbone
+from taskgroup.lab.vision.criterion import criterion
+from taskgroup.lab.vision.models import dense_model
+from taskgroup.lab.vision.tasks import PASCAL, TASKONOMY, Task
 from taskgroup.methods.gradient_space import GramMethod
-from taskgroup.vision.backbones import ViTFeatures, backbone
-from taskgroup.vision.losses import criterion
-from taskgroup.vision.models import dense_model
-from taskgroup.vision.tasks import PASCAL, TASKONOMY, Task
 
 SECONDS = {"cuda": 110.0, "cpu": 30.0}
 GROUPS = (2, 3, 4)  # M

@@ -17,8 +17,8 @@ from PIL import Image
 from skimage.data import stereo_motorcycle
 from skimage.morphology import thin
 
-from taskgroup.vision.datasets import DATASETS, Augment, Resize, Taskonomy
-from taskgroup.vision.datasets.mini import write_mini
+from taskgroup.lab.data import DATASETS, Augment, Resize, Taskonomy
+from taskgroup.lab.data.mini import write_mini
 
 PUBLIC = {"nyud-v2": (425, 560), "pascal-context": (375, 500), "taskonomy": (512, 512)}
 PAPER = {"nyud-v2": (448, 576), "pascal-context": (512, 512), "taskonomy": (256, 256)}

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 import taskgroup as tg
 from benchmarks.record import results
 from benchmarks.test_scaling import know
-from taskgroup.host import HostCopy
+from taskgroup.loop.host_copy import HostCopy
 
 TASKS = [f"task{k}" for k in range(11)]
 GOAL = 1 / 0.15

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import taskgroup as tg
-from taskgroup.experiment.memory import peak_bytes
+from taskgroup.lab.train.memory import peak_bytes
 
 TASKS = [f"task{k}" for k in range(11)]
 METHODS = ["UPGrad", "PCGrad", "MGDA"]

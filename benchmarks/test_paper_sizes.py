@@ -14,11 +14,11 @@ from functools import partial
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from taskgroup.experiment.memory import peak_bytes
-from taskgroup.vision.backbones import backbone
-from taskgroup.vision.losses import criterion
-from taskgroup.vision.models import dense_model
-from taskgroup.vision.tasks import NYUD, PASCAL, TASKONOMY
+from taskgroup.lab.train.memory import peak_bytes
+from taskgroup.lab.vision.backbones import backbone
+from taskgroup.lab.vision.criterion import criterion
+from taskgroup.lab.vision.models import dense_model
+from taskgroup.lab.vision.tasks import NYUD, PASCAL, TASKONOMY
 
 DATA = {
     "NYUD-v2": (NYUD, (448, 576)),

@@ -106,7 +106,7 @@ def command_line() -> Iterator[str]:
     """What ``taskgroup COMMAND --help`` prints, command by command, as Markdown."""
     from typer.testing import CliRunner
 
-    from taskgroup.cli import app
+    from taskgroup.lab.cli import app
 
     def describe(app: Any, name: str) -> Iterator[str]:
         for command in app.registered_commands:

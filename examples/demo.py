@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 import taskgroup as tg
-from taskgroup.experiment.history import load_run_data
-from taskgroup.experiment.recipe import read_recipe
-from taskgroup.experiment.run import Run
-from taskgroup.report.live import Display
-from taskgroup.report.page import write_report
-from taskgroup.report.tables import groups_line
-from taskgroup.vision import TASKONOMY
+from taskgroup.lab.report.live import Display
+from taskgroup.lab.report.page import write_report
+from taskgroup.lab.report.reader import load_run_data
+from taskgroup.lab.report.tables import groups_line
+from taskgroup.lab.train.recipe import read_recipe
+from taskgroup.lab.train.run import Run
+from taskgroup.lab.vision import TASKONOMY
 
 OUT = Path("runs/demo")
 TITLES = {task.name: task.title for task in TASKONOMY.values()}

@@ -15,25 +15,23 @@ Tasks are updated group by group inside every batch, and the groups are learned 
 """
 
 from taskgroup import checkpoint, methods, ops
-from taskgroup.affinity import GradientAffinity, ProximalAffinity
-from taskgroup.clustering import (
-    AffinityPropagation,
-    Exhaustive,
-    GraphColoring,
-    Heterogeneous,
-    KMeans,
-    Spectral,
-)
-from taskgroup.gradients import (
-    conflicts,
-    pareto_stationarity,
-    streaming_task_gram,
-    task_gradients,
-)
-from taskgroup.grouping import Fixed, Grouping, RandomGroups, Singletons, Together
-from taskgroup.lookahead import lookahead_affinity
-from taskgroup.metrics import delta_m
-from taskgroup.modules import MultiTaskModel
+from taskgroup._delta_m import delta_m
+from taskgroup.affinity.gradient import GradientAffinity
+from taskgroup.affinity.lookahead import lookahead_affinity
+from taskgroup.affinity.proximal import ProximalAffinity
+from taskgroup.gradients.analysis import conflicts, pareto_stationarity
+from taskgroup.gradients.per_task import task_gradients
+from taskgroup.gradients.streaming import streaming_task_gram
+from taskgroup.grouping.base import Grouping
+from taskgroup.grouping.coloring import GraphColoring
+from taskgroup.grouping.exhaustive import Exhaustive
+from taskgroup.grouping.fixed import Fixed, RandomGroups, Singletons, Together
+from taskgroup.grouping.propagation import AffinityPropagation, Heterogeneous
+from taskgroup.grouping.sklearn import KMeans, Spectral
+from taskgroup.loop.schedule import Group, TaskGroups
+from taskgroup.nn.batched import BatchedHeads
+from taskgroup.nn.model import MultiTaskModel
+from taskgroup.nn.norm import statistics_once
 from taskgroup.ops import (
     affinity_propagation,
     affinity_update_,
@@ -41,9 +39,6 @@ from taskgroup.ops import (
     gram_affinity_update_,
     task_gram,
 )
-from taskgroup.schedule import Group, TaskGroups
-from taskgroup.statistics import statistics_once
-from taskgroup.task_heads import BatchedHeads
 
 __all__ = [
     "AffinityPropagation",

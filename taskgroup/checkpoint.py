@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from taskgroup.sentences import listed
+from taskgroup._arguments import listed
 
 __all__ = ["load", "save", "write_atomically"]
 

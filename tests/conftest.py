@@ -45,8 +45,8 @@ def accelerate():
 @pytest.fixture(scope="session")
 def minis(tmp_path_factory):
     """A folder with a small tree of each data set; not to be changed."""
-    from taskgroup.vision.datasets import DATASETS
-    from taskgroup.vision.datasets.mini import write_mini
+    from taskgroup.lab.data import DATASETS
+    from taskgroup.lab.data.mini import write_mini
 
     folder = tmp_path_factory.mktemp("mini")
     for name in DATASETS:

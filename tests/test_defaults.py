@@ -15,7 +15,7 @@ PACKAGE = Path(tg.__file__).parent
 # Calls that make a tensor, and which of the two they take from torch's defaults.
 BOTH = {"empty", "eye", "full", "linspace", "ones", "rand", "randn", "tensor", "zeros"}
 DEVICE = {"arange", "randint", "randperm"}  # whose dtype follows from their arguments
-LAB = {"experiment", "report", "vision", "cli.py", "doctor.py"}
+LAB = {"lab", "__main__.py"}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import taskgroup as tg
 from taskgroup import doctor
-from taskgroup.cli import app
+from taskgroup.lab.cli import app
 from taskgroup.ops import _backend
 
 OPS = set(tg.ops.__all__) - {"backends", "use_backend"}
@@ -129,7 +129,7 @@ def copied(tmp_path):
     def run(**environment):
         inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         done = subprocess.run(
-            [sys.executable, "-m", "taskgroup.doctor"],
+            [sys.executable, "-m", "taskgroup"],
             cwd=tmp_path,
             env={**inherited, **environment},
             capture_output=True,

@@ -28,15 +28,19 @@ def run(code):
 
 def test_core_needs_torch_and_numpy_alone():
     blocked = "".join(f"sys.modules[{name!r}] = None; " for name in [*EXTRAS, "yaml"])
-    done = run(f"import sys; {blocked} import taskgroup.doctor; print(taskgroup.__version__)")
+    done = run(f"import sys; {blocked} import taskgroup.__main__; print(taskgroup.__version__)")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == tg.__version__
 
 
 def test_networks_and_losses_of_dense_tasks_need_no_more():
     blocked = "".join(f"sys.modules[{name!r}] = None; " for name in [*EXTRAS, "yaml"])
-    parts = "taskgroup.vision.models, taskgroup.vision.losses, taskgroup.experiment.memory"
-    done = run(f"import sys; {blocked} import {parts}; from taskgroup.vision import vit, TASKONOMY")
+    parts = (
+        "taskgroup.lab.vision.models, taskgroup.lab.vision.criterion, taskgroup.lab.train.memory"
+    )
+    done = run(
+        f"import sys; {blocked} import {parts}; from taskgroup.lab.vision import vit, TASKONOMY"
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -48,7 +52,7 @@ def test_public_names_are_there():
 
 
 def test_command_line_without_its_extra_says_what_to_install():
-    done = run("import sys; sys.modules['typer'] = None; import taskgroup.cli")
+    done = run("import sys; sys.modules['typer'] = None; import taskgroup.lab.cli")
     assert done.returncode == 1
     assert "pip install 'taskgroup[train]'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -111,7 +111,7 @@ def test_trainers(tmp_path, accelerate, monkeypatch):
 
 
 def test_reproduce(tmp_path):
-    from taskgroup.vision.datasets.mini import write_mini
+    from taskgroup.lab.data.mini import write_mini
 
     write_mini("nyud-v2", tmp_path / "nyud")
     for split, n_samples in (("train", 4), ("val", 1)):  # a batch of each
@@ -285,6 +285,6 @@ def test_the_reference_is_whole():
     shown = {name.split(".")[-1] for name in re.findall(r"^\.\. auto\w+:: (\S+)", pages, re.M)}
     public = {*tg.__all__, *tg.ops.__all__, *tg.methods.__all__, *tg.checkpoint.__all__}
     assert public - shown == {"checkpoint", "methods", "ops"}  # modules
-    import taskgroup.vision.datasets
+    import taskgroup.lab.data
 
-    assert not {*taskgroup.vision.__all__, *taskgroup.vision.datasets.__all__} - shown
+    assert not {*taskgroup.lab.vision.__all__, *taskgroup.lab.data.__all__} - shown

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from taskgroup.gradients import hooks_held
+from taskgroup.gradients.through_grad import hooks_held
 from taskgroup.methods.method import JointMethod, enabled, torch_as_it_comes
 from taskgroup.ops import combine, task_gram
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from taskgroup.distributed import Ranks
+from taskgroup.loop.ranks import Ranks
 from tests.gpu.device import GPU
 from tests.gpu.test_loop import no_waiting
+from tests.loop.test_ranks import AFFINITIES, assert_alike, train
 from tests.ranks import on_ranks
-from tests.test_distributed import AFFINITIES, assert_alike, train
 
 # A backend, the device of each rank, and what wraps the model. NCCL and FSDP want a GPU for each
 # rank.

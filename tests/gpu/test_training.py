@@ -10,13 +10,13 @@ import taskgroup as tg
 
 pytest.importorskip("yaml", reason="recipes need PyYAML, which is not installed")
 
-from taskgroup.experiment import trainer as of_trainer
-from taskgroup.experiment.cost import step_seconds
-from taskgroup.experiment.recipe import read_recipe
-from taskgroup.experiment.trainer import Trainer
-from taskgroup.vision.losses import criterion
-from taskgroup.vision.samples import Samples
-from taskgroup.vision.tasks import TASKONOMY
+from taskgroup.lab.compare.cost import step_seconds
+from taskgroup.lab.data.samples import Samples
+from taskgroup.lab.train import trainer as of_trainer
+from taskgroup.lab.train.recipe import read_recipe
+from taskgroup.lab.train.trainer import Trainer
+from taskgroup.lab.vision.criterion import criterion
+from taskgroup.lab.vision.tasks import TASKONOMY
 from tests.gpu.device import GPU, needs_cuda
 from tests.gpu.test_loop import no_waiting
 
@@ -145,7 +145,7 @@ def test_too_little_memory_is_said_in_a_sentence(random_images):
 
 def test_a_run_says_what_memory_it_took(photograph, tmp_path):
     pytest.importorskip("tensorboard", reason="runs need tensorboard, which is not installed")
-    from taskgroup.experiment.run import Run
+    from taskgroup.lab.train.run import Run
 
     summary = Run(recipe(batches=3), tmp_path / "run").train()
     assert summary["batches"] == 3

@@ -1,0 +1,267 @@
+"""What is installed, what runs here, and why the rest does not: ``taskgroup doctor``.
+
+Needs torch and numpy alone; ``python -m taskgroup`` runs where the command line does not.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+import textwrap
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy
+import torch
+
+import taskgroup
+from taskgroup import ops
+from taskgroup.ops import _backend
+
+__all__ = ["main"]
+
+_WIDTH = 80
+
+
+def main() -> int:
+    """Prints the report.
+
+    Returns:
+        The exit status: 1 if something is broken, that is, there and not working; else 0. What is
+        merely not installed breaks nothing: its row says how to have it.
+    """
+    broken: list[str] = []
+    _print("Versions", _versions(broken))
+    _print("Hardware", _hardware(broken))
+    _print("Backends, in order of preference", _backends(broken))
+    _print("Backend in use, of each op", _ops(broken))
+    _print("Extras", _extras())
+    for sentence in broken or ["Nothing is broken."]:
+        print(_fill(f"Broken: {sentence}" if broken else sentence))
+    return 1 if broken else 0
+
+
+def _print(title: str, rows: Collection[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    print(title)
+    for name, text in rows:
+        print(_fill(text, first=f"  {name:{width}}  ", other=" " * (width + 4)))
+    print()
+
+
+def _fill(text: str, first: str = "", other: str = "  ") -> str:
+    # Nothing is broken inside a word: paths and options are there to be copied.
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=first,
+        subsequent_indent=other,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _requirements() -> list[str]:
+    """What the installation requires, as its metadata has it; empty where it has none."""
+    try:
+        return importlib.metadata.requires("taskgroup") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def _versions(broken: list[str]) -> list[tuple[str, str]]:
+    for line in _requirements():
+        wanted = re.match(r"torch>=(\d+)\.(\d+)", line)
+        here = re.match(r"(\d+)\.(\d+)", torch.__version__)
+        if wanted and here and tuple(map(int, here.groups())) < tuple(map(int, wanted.groups())):
+            broken.append(
+                f"torch {torch.__version__} is too old: pip install --upgrade '{wanted.group()}'."
+            )
+    cuda = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return [
+        ("taskgroup", f"{taskgroup.__version__} in {Path(taskgroup.__file__).parent}"),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", f"{torch.__version__}, {cuda}"),
+        ("numpy", numpy.__version__),
+        ("triton", _version("triton") or "not installed"),
+    ]
+
+
+def _hardware(broken: list[str]) -> list[tuple[str, str]]:
+    native = _backend.native.problem is None
+    rows = []
+    if native:
+        names = {"avx512": "AVX-512", "avx2": "AVX2", "portable": "portable vectors"}
+        used = torch.ops.taskgroup.cpu_instruction_set()
+        asked = os.environ.get("TASKGROUP_CPU_ISA")
+        chosen = f", because TASKGROUP_CPU_ISA={asked}; unset it to have the best" if asked else ""
+        rows.append(("CPU", f"gradients are read with {names[used]}{chosen}"))
+    compiled = torch.ops.taskgroup.cuda_architectures() if native else []
+    for index, device in enumerate(_gpus()):
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+        rows.append((f"GPU {index}", name))
+        wanted = os.environ.get("TASKGROUP_BACKEND", "cuda")
+        if wanted == "cuda" and compiled and not covers(compiled, major, minor):
+            broken.append(
+                f"The CUDA kernels were compiled for {_numbers(compiled)}, and GPU {index} has "
+                f"{major}.{minor}: build them again from the sources (CUDAARCHS={major}{minor} "
+                "TASKGROUP_CUDA=1 pip install --force-reinstall --no-deps --no-build-isolation .), "
+                "or set TASKGROUP_BACKEND=triton."
+            )
+    if not _gpus():
+        why = "torch sees none" if torch.version.cuda else "this torch is built without CUDA"
+        rows.append(("GPU", f"none: {why}; where there is one, install a torch for CUDA"))
+    return rows
+
+
+def _gpus() -> list[torch.device]:
+    if not torch.cuda.is_available():  # which warns where the driver is too old, say
+        return []
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+def covers(compiled: list[int], major: int, minor: int) -> bool:
+    """Whether kernels run on a GPU.
+
+    Args:
+        compiled (list of int): The architectures they were compiled for: 80, 90, ...
+        major (int): Compute capability of the GPU.
+        minor (int): Its second number.
+
+    Example:
+        >>> covers([80, 90], 8, 6), covers([80, 90], 7, 5), covers([80, 90], 12, 0)
+        (True, False, True)
+    """
+    # Machine code runs on what has the same first number and no smaller second one. The last
+    # architecture is also there as PTX, which the driver compiles for what is newer.
+    own = any(number // 10 == major and number % 10 <= minor for number in compiled)
+    return own or 10 * major + minor >= max(compiled)
+
+
+def _numbers(architectures: list[int]) -> str:
+    return ", ".join(f"{number // 10}.{number % 10}" for number in architectures)
+
+
+def _backends(broken: list[str]) -> list[tuple[str, str]]:
+    native = _backend.native
+    if native.broken:
+        broken.append(f"taskgroup: {native.problem}.")
+    compiled = [] if native.problem else torch.ops.taskgroup.cuda_architectures()
+    what = {
+        "cpp": "C++, for the CPU",
+        "cuda": f"CUDA kernels, for compute capability {_numbers(compiled)}",
+        "triton": "for GPUs",
+        "reference": "plain PyTorch and NumPy, anywhere",
+    }
+    rows = []
+    for name, problem in ops.backends().items():
+        if native.broken and problem == native.problem:
+            rows.append((name, "broken: see the end"))
+        elif problem:
+            rows.append((name, f"off: {problem}"))
+        elif name in ("cuda", "triton") and not _gpus():
+            rows.append((name, f"there, and no GPU to run on: {what[name]}"))
+        else:
+            rows.append((name, f"on: {what[name]}"))
+    for variable in ("TASKGROUP_BACKEND", "TRITON_INTERPRET"):
+        if value := os.environ.get(variable):
+            rows += [("override", f"{variable}={value}; unset it to have the choice above")]
+    return rows
+
+
+def _try(op: str, device: torch.device) -> None:
+    """A small call of an op."""
+    matrix, ones = torch.zeros(2, 2, device=device), torch.ones(2, device=device)
+    gradients = [[ones], [ones]]
+    arguments = {
+        "affinity_propagation": (matrix,),
+        "affinity_update_": (matrix, ones, ones, ones.bool(), 0.5),
+        "combine": (gradients, [0.5, 0.5]),
+        "gram_affinity_update_": (matrix, gradients, ones, 0.5),
+        "task_gram": (gradients,),
+    }
+    getattr(ops, op)(*arguments[op])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _choices() -> Iterator[list[tuple[str, str, Collection[str]]]]:
+    """What ops choose meanwhile: for which type of device, which backend, of which."""
+    choices: list[tuple[str, str, Collection[str]]] = []
+    preferred = _backend.preferred
+
+    def noted(device: str, implemented: Collection[str]) -> str:
+        name = preferred(device, implemented)
+        choices.append((device, name, implemented))
+        return name
+
+    _backend.preferred = noted
+    try:
+        yield choices
+    finally:
+        _backend.preferred = preferred
+
+
+def _ops(broken: list[str]) -> list[tuple[str, str]]:
+    # The ops are run: what was not run is not known to work.
+    rows = []
+    requested = _backend._BACKENDS.get(_backend._requested or "")
+    only = None if requested is None else requested.devices
+    devices = [torch.device("cpu"), *_gpus()]
+    devices = [device for device in devices if only is None or device.type in only]
+    if not devices:
+        return [("", f"not tried: {_backend._requested} runs on a GPU, and there is none")]
+    failures: dict[str, list[str]] = {}
+    for op in sorted(set(ops.__all__) - {"backends", "use_backend"}):
+        where, of = [], ""
+        for device in devices:
+            try:
+                with _choices() as choices:
+                    _try(op, device)
+            except Exception as error:  # of any kind: to tell of it is what this is for
+                failures.setdefault(" ".join(str(error).split()), []).append(f"{op} on {device}")
+                where.append(f"broken on {device}")
+                continue
+            ran_on, name, implemented = choices[0]
+            if ran_on == device.type:  # clustering runs on the host, wherever the matrix is
+                where.append(f"{name} on {device}")
+                of = f" (of {', '.join(implemented)})"
+        rows.append((op, ", ".join(where) + of))
+    # Where the native code does not load, every op says so, and one sentence is enough.
+    for text, calls in failures.items():
+        if not (_backend.native.broken and str(_backend.native.problem) in text):
+            broken.append(f"{', '.join(calls)}: {text}")
+    return rows
+
+
+def _extras() -> list[tuple[str, str]]:
+    extras: dict[str, list[str]] = {}
+    for line in _requirements():
+        name = re.match(r"[\w.-]+", line)
+        extra = re.search(r"extra == ['\"]([\w-]+)", line)
+        python = re.search(r"python_version >= ['\"](\d+)\.(\d+)", line)
+        if name and extra and not (python and sys.version_info < tuple(map(int, python.groups()))):
+            extras.setdefault(extra[1], []).append(name[0])
+    rows = []
+    for title in extras.keys() - {"dev", "docs"}:  # these are for work on taskgroup itself
+        missing = [package for package in extras[title] if _version(package) is None]
+        cure = f"pip install 'taskgroup[{title}]' brings {', '.join(missing)}"
+        rows.append((title, cure if missing else "complete"))
+    return sorted(rows) or [("", "not known: taskgroup is not installed, it runs from its sources")]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,52 @@
+"""Checks of arguments, and the words for them, that several parts share."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+
+__all__ = ["listed", "whole_number"]
+
+
+def whole_number(name: str, value: object, at_least: int) -> int:
+    """The argument as a plain int.
+
+    Args:
+        name: of the argument, for the message.
+        value: an integer of Python, NumPy or torch; no bool.
+        at_least: the smallest number allowed.
+
+    Raises:
+        ValueError: if it is no integer, or too small.
+
+    Example:
+        >>> import numpy as np
+        >>> whole_number("warmup", np.int64(5), at_least=0)
+        5
+    """
+    try:
+        # True is an integer to Python, and never the number that was meant.
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < at_least:
+        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}.")
+    return number
+
+
+_MOST = 12
+
+
+def listed(names: Collection[str]) -> str:
+    """The names as a list, of many the first few.
+
+    Example:
+        >>> listed(["depth", "normal"])
+        "['depth', 'normal']"
+        >>> listed([f"task{k}" for k in range(1000)])[-36:]
+        "'task8', 'task9', ... (1000 in all)]"
+    """
+    names = list(names)
+    if len(names) <= _MOST:
+        return repr(names)
+    return f"{repr(names[:10])[:-1]}, ... ({len(names)} in all)]"

@@ -1,0 +1,53 @@
+"""A random generator on the host that can be copied, pickled and sent to another process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["HostGenerator"]
+
+
+class HostGenerator(torch.Generator):
+    """A generator of the CPU whose copies go on with the same numbers.
+
+    A plain ``torch.Generator`` travels as a tensor in shared memory, which a spawned process cannot
+    open; this one travels as bytes.
+
+    Args:
+        seed: of the numbers.
+
+    Example:
+        >>> import copy
+        >>> generator = HostGenerator(seed=7)
+        >>> other = copy.deepcopy(generator)
+        >>> torch.equal(generator.get_state(), other.get_state())
+        True
+    """
+
+    def __new__(cls, seed: int = 0) -> HostGenerator:
+        return super().__new__(cls, device="cpu")  # type: ignore[call-arg]
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.manual_seed(seed)
+
+    def permutation(self, n: int) -> list[int]:
+        """The numbers 0 to n-1 in random order."""
+        order: list[int] = torch.randperm(n, generator=self, device="cpu").tolist()
+        return order
+
+    def below(self, n: int) -> int:
+        """A random number from 0 to n-1."""
+        return int(torch.randint(n, (), generator=self, device="cpu"))
+
+    def __reduce__(self) -> Any:
+        return _from_state, (self.get_state().numpy().tobytes(),)
+
+
+def _from_state(state: bytes) -> HostGenerator:
+    generator = HostGenerator()
+    # A copy of the bytes, which are read-only.
+    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    return generator

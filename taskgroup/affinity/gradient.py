@@ -1,0 +1,208 @@
+"""The affinity to first order, from inner products of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from taskgroup._arguments import whole_number
+from taskgroup._generator import HostGenerator
+from taskgroup.affinity.base import Affinity
+from taskgroup.gradients.per_task import task_gradients
+from taskgroup.gradients.through_grad import gradients_through_grad
+from taskgroup.loop.ranks import Ranks
+from taskgroup.ops import gram_affinity_update_
+from taskgroup.ops._sharded import any_sharded, put_shards_back
+
+__all__ = ["GradientAffinity"]
+
+
+# What task_gram takes in one call.
+_MOST_MEASURED = 1024
+
+
+class GradientAffinity(Affinity):
+    r"""The affinity to first order, from the gradients of single tasks.
+
+    A small gradient step on task :math:`i` lowers the loss of task :math:`k` by the step size times
+    :math:`\langle g_i, g_k \rangle`, with the gradients on the shared parameters; relative to that
+    loss,
+
+    .. math::
+        A_{ik} \leftarrow (1 - \beta) A_{ik} + \beta \, \langle g_i, g_k \rangle / L_k
+
+    The step size is left out: it cancels where the matrix is normalised for clustering. Where a
+    gradient or loss is not finite, or the loss not positive, the entry stays.
+
+    It needs no second step in a batch and tells the tasks of a group apart, at the price of a
+    backward pass through the shared parameters for every measured task: in the first step of every
+    ``every``-th round, for all tasks or a random ``sample`` of them, so that the price need not
+    grow with K. Where batches have labels of some tasks only, every task is measured in every
+    ``every``-th of the rounds that begin with a label of it, so that data sets that take turns are
+    all measured. The losses of the measured tasks must then carry a graph: :class:`MultiTaskModel`
+    keeps it for the tasks in ``group.graph``, a model called whole has it anyway. A compiled model
+    needs ``torch._functorch.config.donated_buffer = False``.
+
+    In data-parallel training gradients are averaged over the ranks, one all-reduce for each
+    measured task; for parameters that FSDP2 shards, call the :class:`MultiTaskModel` with
+    ``group=group`` and make this object after ``fully_shard()``. With gradient accumulation the
+    first micro-batch is measured. ``observe_every`` plays no part.
+
+    Args:
+        shared: the parameters that the tasks share, or the module that holds them (the encoder).
+        decay: the weight :math:`\beta` of a new observation, in (0, 1].
+        every: rounds from one measurement to the next.
+        sample: how many tasks to measure at a time, 2 to 1024; None is all of them.
+
+    Raises:
+        ValueError: if an argument is out of its range, or nothing is shared; for more than 1024
+            tasks without ``sample``; in the loop, if no task reaches what is shared.
+
+    Example:
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> target = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([3.0, -1.0])}
+        >>> import taskgroup as tg
+        >>> groups = tg.TaskGroups(list(target), affinity=GradientAffinity([x], decay=1.0))
+        >>> for group in groups:
+        ...     losses = {t: (x - target[t]).square().sum() for t in group.observed}
+        ...     group.loss(losses).backward()
+        >>> groups.affinity.matrix
+        tensor([[4.0000, 3.2000],
+                [3.2000, 4.0000]])
+    """
+
+    def __init__(
+        self,
+        shared: nn.Module | Iterable[Tensor],
+        decay: float = 1e-2,
+        every: int = 1,
+        sample: int | None = None,
+    ) -> None:
+        super().__init__(decay)
+        found = shared.parameters() if isinstance(shared, nn.Module) else shared
+        self._shared = list(dict.fromkeys(found))  # each once, or it would count twice
+        if not self._shared:
+            raise ValueError("shared is empty: name the parameters that the tasks share.")
+        for parameter in self._shared:
+            if not isinstance(parameter, Tensor):
+                raise TypeError(
+                    "shared takes a module or its parameters, model.encoder for instance; got a "
+                    f"{type(parameter).__name__} among them."
+                )
+        self.every = whole_number("every", every, at_least=1)
+        self._sample = None
+        if sample is not None:
+            self._sample = whole_number("sample", sample, at_least=2)
+            if self._sample > _MOST_MEASURED:
+                raise ValueError(f"sample must be at most {_MOST_MEASURED}, got {sample}.")
+
+    def start(self, tasks: tuple[str, ...]) -> None:
+        """Begin with zeros for these tasks; :class:`TaskGroups` calls it once."""
+        if self._sample is None and len(tasks) > _MOST_MEASURED:
+            raise ValueError(
+                f"GradientAffinity measures at most {_MOST_MEASURED} tasks at a time, and there "
+                f"are {len(tasks)}: pass sample=, the number of tasks to measure at a time, such "
+                "as GradientAffinity(shared, sample=8)."
+            )
+        super().start(tasks)
+        # How much of each entry has been observed: a pair is drawn less often than a task, and the
+        # zero that the average starts from would pull it down further.
+        self._weight = torch.zeros_like(self._matrix)
+        self._generator = HostGenerator(seed=0)  # the same on every rank
+
+    @property
+    def matrix(self) -> Tensor:
+        """Float32 ``[K, K]``, a copy; the average over what was observed, 0 where nothing was."""
+        if self._sample is None:
+            return super().matrix
+        return self._matrix / torch.where(self._weight > 0, self._weight, 1.0)
+
+    def to(self, device: torch.device) -> None:
+        """Move to ``device``, the one of the losses, without waiting for it."""
+        super().to(device)
+        self._weight = self._weight.to(device, non_blocking=True)
+
+    def draw(self, present: Sequence[int]) -> tuple[int, ...]:
+        """Which of the tasks at these positions to measure: all, or a random sample of them."""
+        if self._sample is None or self._sample >= len(present):
+            return tuple(present)
+        drawn = self._generator.permutation(len(present))[: self._sample]
+        return tuple(sorted(present[k] for k in drawn))
+
+    def measure(
+        self,
+        losses: dict[int, Tensor],
+        values: Tensor,
+        ranks: Ranks,
+        model: nn.Module | None = None,
+    ) -> None:
+        """Take in the gradients of some tasks; their graph is kept.
+
+        Args:
+            losses: scalars with a graph, by the position of the task.
+            values: losses of all tasks, ``[K]``, without a graph; NaN for a task not measured.
+            ranks: those whose gradients are averaged.
+            model: that gave the losses; None where it is not known.
+
+        Raises:
+            ValueError: if no task reaches any of the shared parameters.
+            RuntimeError: if these are sharded and the model is not known.
+        """
+        self.to(values.device)
+        if not any_sharded(self._shared):
+            found = task_gradients(list(losses.values()), self._shared, retain_graph=True)
+        elif model is None:
+            raise RuntimeError(
+                "GradientAffinity on sharded parameters must know the model, whose .grad it puts "
+                "back: call the MultiTaskModel with group=group."
+            )
+        else:
+            put_shards_back(model)
+            found = gradients_through_grad(
+                list(losses.values()), self._shared, model.parameters(), retain_graph=True
+            )
+        if all(gradient is None for own in found for gradient in own):
+            raise ValueError(
+                "No task reaches any of the shared parameters that GradientAffinity was given. If "
+                "the model has got others since, from fully_shard() for instance, make the "
+                "GradientAffinity after that; if gradients are accumulated under FSDP, keep "
+                "set_requires_gradient_sync(True) in the first micro-batch, which is measured."
+            )
+        if ranks.number > 1:
+            ranks.mean_gradients(found, self._shared)
+        self._take_in(list(losses), found, values)
+
+    def _take_in(
+        self, measured: list[int], gradients: list[list[Tensor | None]], values: Tensor
+    ) -> None:
+        """The inner products of n tasks, at their places in the matrix."""
+        if len(measured) == len(self._matrix) and self._sample is None:
+            gram_affinity_update_(
+                self._matrix, gradients, values, self.decay, observed=self._observed
+            )
+            return
+        index = torch.tensor(measured, dtype=torch.int64, device="cpu")
+        index = index.to(values.device, non_blocking=True)
+        at = (index[:, None], index)
+        matrix, observed = self._matrix[at], self._observed[at]
+        gram_affinity_update_(matrix, gradients, values[index], self.decay, observed=observed)
+        if self._sample is not None:
+            weight = self._weight[at]
+            more = weight + self.decay * (1 - weight)
+            self._weight[at] = torch.where(observed > self._observed[at], more, weight)
+        self._matrix[at], self._observed[at] = matrix, observed
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What :meth:`state_dict` copies; the state of the generator is a copy already."""
+        return {
+            **super().tensors(),
+            "weight": self._weight,
+            "generator": self._generator.get_state(),
+        }
+
+    def _load(self, state: dict[str, Tensor]) -> None:
+        self._generator.set_state(state["generator"])
+        super()._load(state)
+        self._weight = state["weight"]

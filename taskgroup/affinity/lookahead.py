@@ -1,0 +1,302 @@
+"""The inter-task affinity by its definition: step, look, go back."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from taskgroup._random_state import RandomState
+from taskgroup.loop.losses import Losses
+
+__all__ = ["lookahead_affinity"]
+
+
+def lookahead_affinity(
+    closure: Callable[[], Losses],
+    optimizer: Optimizer,
+    shared: nn.Module | Iterable[Tensor],
+) -> Tensor:
+    r"""Measures the inter-task affinity once, by stepping on each task and taking the step back.
+
+    .. math::
+        A_{ik} = 1 - \frac{L_k(\Theta_s - \Delta_i)}{L_k(\Theta_s)}
+
+    with :math:`\Delta_i` the optimizer's step on the loss of task :math:`i`, of which the shared
+    parameters :math:`\Theta_s` alone are moved (Fifty et al., "Efficiently Identifying Task
+    Groupings for Multi-Task Learning", NeurIPS 2021). Afterwards everything is as it was, to the
+    bit: parameters, gradients, the optimizer's state and torch's random state. The parameters, the
+    tensors of the optimizer's state and its lists and dicts stay the same objects.
+
+    It takes 2K forward and K backward passes. Every call of ``closure`` starts from the same
+    random state, so that dropout draws the same masks. What a forward pass changes besides is not
+    known here: keep BatchNorm's running statistics from moving, with ``model.eval()`` say. In mixed
+    precision the closure runs the model in ``torch.autocast``; losses are not scaled, so prefer
+    bfloat16 to float16.
+
+    Args:
+        closure: runs the model on one batch and returns the losses, ``{task: scalar}`` or a tensor
+            ``[K]``, the same tasks at every call. It takes no backward pass.
+        optimizer: whose step is measured; any whose ``step()`` needs no closure, so neither L-BFGS
+            nor SAM. One that a trainer has wrapped will do.
+        shared: the parameters that the tasks share, or the module that holds them.
+
+    Returns:
+        Float32 ``[K, K]`` on the device of the losses; row i is the effect of stepping task i,
+        column k the effect on task k. NaN where :math:`L_k` is not finite and positive.
+
+    Raises:
+        TypeError: if ``optimizer`` is no optimizer, or ``shared`` holds no tensors.
+        ValueError: if a loss is not a scalar with a graph, the tasks change from call to call, the
+            optimizer holds none of the shared parameters, or its step needs a closure.
+
+    Example:
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> target = {"a": torch.tensor([2.0, 0.0]), "b": torch.tensor([0.0, 2.0])}
+        >>> closure = lambda: {t: (x - y).square().sum() for t, y in target.items()}
+        >>> lookahead_affinity(closure, torch.optim.SGD([x], lr=0.25), [x])
+        tensor([[ 0.7500, -0.2500],
+                [-0.2500,  0.7500]])
+    """
+    optimizer = _checked_optimizer(optimizer)
+    moving = _moving(shared, optimizer)
+    kept = _Kept(optimizer, moving)
+    random_states = [RandomState(device) for device in {p.device: None for p in moving}]
+
+    def run() -> Losses:
+        for state in random_states:
+            state.replay()
+        torch.clear_autocast_cache()  # of weights from before a step
+        return closure()
+
+    names: tuple[Any, ...] | None = None
+    rows: list[Tensor] = []
+    try:
+        while names is None or len(rows) < len(names):
+            with torch.enable_grad():
+                losses = run()
+            before = _stacked(losses).detach().double()
+            if names is not None and _names(losses) != names:
+                raise ValueError(
+                    f"The closure returned losses of {list(names)} and then of "
+                    f"{list(_names(losses))}: it must name the same tasks at every call."
+                )
+            names = _names(losses)
+            loss = list(losses.values() if isinstance(losses, Mapping) else losses)[len(rows)]
+            if not loss.requires_grad:
+                raise ValueError(
+                    f"The loss of task {names[len(rows)]!r} has no graph, so no step can be taken "
+                    "on it; compute it with gradients on, from outputs that are not detached."
+                )
+            gradients = torch.autograd.grad(loss, moving, allow_unused=True)
+            kept.clear_gradients()
+            for parameter, gradient in zip(moving, gradients, strict=True):
+                parameter.grad = None if gradient is None else _of_its_own(gradient, parameter)
+            _step(optimizer)
+            kept.restore_parameters(besides=moving)  # weight decay, say, may move the others
+            with torch.no_grad():
+                after = _stacked(run()).double()
+            kept.restore()
+            valid = before.isfinite() & (before > 0)
+            rows.append(torch.where(valid, 1 - after / before, torch.nan))
+    finally:
+        kept.restore()
+        for state in random_states:
+            state.replay()
+        torch.clear_autocast_cache()
+    return torch.stack(rows).float()
+
+
+def _checked_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer itself, without what a trainer has wrapped around it."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            "lookahead_affinity takes the optimizer whose step it measures, got "
+            f"{type(optimizer).__name__}; pass a torch.optim.Optimizer."
+        )
+    return optimizer
+
+
+def _needs_closure(optimizer: Optimizer) -> str:
+    return (
+        f"The step of {type(optimizer).__name__} needs a closure, and lookahead_affinity takes "
+        "steps without one, on given gradients: pass an optimizer of such steps on the same "
+        "parameters, torch.optim.SGD(model.parameters(), lr) or the one that "
+        f"{type(optimizer).__name__} wraps."
+    )
+
+
+def _step(optimizer: Optimizer) -> None:
+    try:
+        optimizer.step()
+    except Exception as error:  # each optimizer raises what it likes
+        if "closure" not in str(error).lower():
+            raise
+        raise ValueError(_needs_closure(optimizer)) from error
+
+
+def _moving(shared: nn.Module | Iterable[Tensor], optimizer: Optimizer) -> list[Tensor]:
+    """The shared parameters that have a gradient."""
+    if isinstance(shared, Tensor):
+        shared = [shared]
+    found = list(shared.parameters() if isinstance(shared, nn.Module) else shared)
+    for parameter in found:
+        if not isinstance(parameter, Tensor):
+            raise TypeError(
+                "shared must be the encoder or its parameters, encoder.parameters(), got "
+                f"{type(parameter).__name__} in it."
+            )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    moving = [parameter for parameter in found if parameter.requires_grad]
+    if not any(id(parameter) in held for parameter in moving):
+        raise ValueError(
+            "The optimizer holds none of the shared parameters: pass the one that trains the "
+            "encoder, and the encoder's parameters as shared."
+        )
+    return moving
+
+
+def _of_its_own(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """As backward() leaves it: not shared with another parameter, and laid out as its own."""
+    if gradient.layout is not torch.strided:
+        return gradient.clone()
+    return torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+
+
+class _Kept:
+    """All that a step changes, and the way back."""
+
+    def __init__(self, optimizer: Optimizer, shared: list[Tensor]) -> None:
+        in_groups = [p for group in optimizer.param_groups for p in group["params"]]
+        self._parameters = list({id(p): p for p in (*in_groups, *shared)}.values())
+        self._values = [parameter.detach().clone() for parameter in self._parameters]
+        self._gradients = [parameter.grad for parameter in self._parameters]
+        self._restore_optimizer = _way_back(optimizer, {id(p) for p in self._parameters})
+
+    def clear_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def restore_parameters(self, besides: list[Tensor] | None = None) -> None:
+        left = {id(parameter) for parameter in besides or ()}
+        for parameter, value in zip(self._parameters, self._values, strict=True):
+            if id(parameter) not in left:
+                parameter.copy_(value)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        self.restore_parameters()
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        self._restore_optimizer()
+
+
+def _way_back(value: Any, seen: set[int], stands_in: bool = True) -> Callable[[], Any]:
+    """What makes the value again what it is now, and returns it.
+
+    Tensors, generators, lists, dicts and optimizers stay the objects they are, which others may
+    hold as well.
+
+    Args:
+        value: an optimizer, or a part of one.
+        seen: ids of the objects that are brought back elsewhere.
+        stands_in: what is of another kind is replaced by a copy, as in the state of an optimizer;
+            otherwise it is left alone, as its attributes are, of which one may be the model.
+    """
+    if id(value) in seen or value is None or isinstance(value, str | int | float | complex):
+        return lambda: value
+    if isinstance(value, Optimizer):
+        seen.add(id(value))
+        inside = {
+            name: _way_back(part, seen, name in ("state", "param_groups"))
+            for name, part in vars(value).items()
+        }
+        return _in_place(value, vars(value), inside)
+    if isinstance(value, dict):
+        seen.add(id(value))
+        return _in_place(
+            value, value, {key: _way_back(part, seen, stands_in) for key, part in value.items()}
+        )
+    if isinstance(value, list | tuple | deque):
+        seen.add(id(value))
+        parts = [_way_back(part, seen, stands_in) for part in value]
+
+        def refill() -> Any:
+            restored = [part() for part in parts]
+            if not isinstance(value, tuple):
+                value.clear()
+                value.extend(restored)
+            return value
+
+        return refill
+    if isinstance(value, Tensor):
+        seen.add(id(value))
+        kept = value.detach().clone()
+
+        def rewrite() -> Tensor:
+            value.copy_(kept)
+            return value
+
+        return rewrite
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+
+        def rewind() -> torch.Generator:
+            return value.set_state(state)
+
+        return rewind
+    if stands_in and not callable(value):
+        copied = copy.deepcopy(value)
+        return lambda: copy.deepcopy(copied)
+    return lambda: value
+
+
+def _in_place(
+    value: Any, mapping: dict[Any, Any], parts: dict[Any, Callable[[], Any]]
+) -> Callable[[], Any]:
+    """What refills the mapping, which is the value or holds its attributes."""
+
+    def refill() -> Any:
+        restored = {key: part() for key, part in parts.items()}
+        mapping.clear()
+        mapping.update(restored)
+        return value
+
+    return refill
+
+
+def _names(losses: Losses) -> tuple[Any, ...]:
+    return tuple(losses) if isinstance(losses, Mapping) else tuple(range(len(losses)))
+
+
+def _stacked(losses: Losses) -> Tensor:
+    if isinstance(losses, Mapping):
+        for task, loss in losses.items():
+            if not isinstance(loss, Tensor):
+                raise ValueError(
+                    f"The loss of task {task!r} must be a scalar tensor, got {loss!r}; return the "
+                    "loss itself, without .item()."
+                )
+            if loss.dim() != 0 or not loss.is_floating_point():
+                raise ValueError(
+                    f"The loss of task {task!r} must be a scalar floating-point tensor, got "
+                    f"{loss.dtype} of shape {list(loss.shape)}; reduce it, with .mean() for "
+                    "instance."
+                )
+        losses = (
+            torch.stack(list(losses.values()))
+            if losses
+            else torch.empty(0, dtype=torch.float32, device="cpu")
+        )
+    if not isinstance(losses, Tensor) or losses.dim() != 1 or len(losses) == 0:
+        got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"The closure must return {{task: scalar}} or a tensor [K], got {got}.")
+    return losses

@@ -1,0 +1,1 @@
+"""The gradients of single tasks, and what their inner products tell."""

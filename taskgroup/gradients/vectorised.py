@@ -1,0 +1,114 @@
+"""What all gradients from one vectorised backward pass need, and why some graphs have none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _cotangents(stacked: Tensor) -> Tensor:
+    """``[K + 1, K]``: a row for every task, and one of zeros.
+
+    A backward pass is linear, so the gradient of the last row is zero. Where it is not, something
+    in it does not depend on the losses, and the other rows hold it even for tasks that do not
+    reach it.
+    """
+    n_tasks = len(stacked)
+    return torch.eye(n_tasks + 1, n_tasks, dtype=stacked.dtype, device=stacked.device)
+
+
+def _is_constant(gradient: Tensor) -> Tensor:
+    """Whether the gradient of the row of zeros is something else: a flag on its device."""
+    return gradient.nan_to_num(0.0, 0.0, 0.0).any()  # NaN is 0 * inf, and shows by itself
+
+
+def _check_vanishing(flags: list[Tensor]) -> None:
+    if any(flags):
+        raise _constant()
+
+
+def _check_batched(node: Any, found: tuple[Any, ...], given: tuple[Any, ...]) -> None:
+    batched = torch._C._functorch.is_batchedtensor
+    if any(g is not None and batched(g) for g in given) and not all(
+        g is None or batched(g) or g.numel() == 0 for g in found
+    ):
+        raise _constant(node.name())
+
+
+_ONE_BY_ONE = "take the gradients one by one, with task_gradients(losses, params)"
+
+
+# What torch says, and what to do about it.
+_CURES = {
+    "donated buffer": (
+        "The compiled model frees its buffers in its first backward pass, and gradients of single "
+        "tasks need one pass each: set torch._functorch.config.donated_buffer = False before the "
+        "model is compiled."
+    ),
+    "use_reentrant": (
+        "Activation checkpointing with use_reentrant=True writes gradients to .grad alone, where "
+        "those of single tasks are not: checkpoint with use_reentrant=False."
+    ),
+    "compiled backward function within vmap": (
+        f"A compiled model has no vectorised backward pass: {_ONE_BY_ONE}, or leave the model "
+        "uncompiled."
+    ),
+    "Batching rule not implemented": (
+        f"An operation of the model has no vectorised backward pass: {_ONE_BY_ONE}."
+    ),
+}
+
+
+# Errors of any backward pass, whether it is vectorised or not.
+_OF_ANY_PASS = (
+    "a second time",
+    "modified by an inplace operation",
+    "returned nan values",
+    "can't allocate memory",
+)
+
+
+class _NotVectorisedError(RuntimeError):
+    """A vectorised backward pass whose result would be wrong; it says what to do."""
+
+
+def _constant(node: str = "") -> _NotVectorisedError:
+    where = f" of {node}" if node else ""
+    return _NotVectorisedError(
+        f"The vectorised backward pass{where} gives a gradient that does not depend on the loss, "
+        f"or that torch gets wrong: {_ONE_BY_ONE}."
+    )
+
+
+@contextmanager
+def _explained(*, vectorised: bool = False) -> Iterator[None]:
+    """Says what to do about the backward passes that torch refuses."""
+    try:
+        yield
+    except (_NotVectorisedError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # under vmap each operation has its own
+        said = " ".join(f"{error}".split())
+        of_any_pass = any(part in said for part in _OF_ANY_PASS)
+        if vectorised and torch.is_anomaly_enabled() and not of_any_pass:
+            raise RuntimeError(
+                "Anomaly mode (torch.autograd.set_detect_anomaly) has no vectorised backward pass: "
+                f"leave the mode, or {_ONE_BY_ONE}."
+            ) from error
+        for part, cure in _CURES.items():
+            if part in said:
+                raise RuntimeError(cure) from error
+        if not vectorised or of_any_pass:
+            raise
+        if "sparse" in said.lower():
+            raise RuntimeError(
+                "Sparse gradients have no vectorised backward pass: build the embedding with "
+                f"sparse=False, or {_ONE_BY_ONE}, and call .to_dense() on the sparse ones."
+            ) from error
+        raise RuntimeError(
+            f"The model has no vectorised backward pass: {_ONE_BY_ONE}. Torch says: {said[:300]}"
+        ) from error

@@ -1,0 +1,1 @@
+"""From the affinity to a partition of the tasks."""

@@ -1,0 +1,137 @@
+"""Groupings that do not read the affinity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taskgroup._arguments import listed, whole_number
+from taskgroup._generator import HostGenerator
+from taskgroup.grouping.base import Grouping
+
+__all__ = ["Fixed", "RandomGroups", "Singletons", "Together"]
+
+
+class Singletons(Grouping):
+    """Every task in a group of its own: K steps a batch."""
+
+    reads_affinity = False
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        """Labels 0 to K-1."""
+        return torch.arange(len(matrix), dtype=torch.int64, device="cpu")
+
+
+class Together(Grouping):
+    """All tasks in one group: plain joint training, one step a batch."""
+
+    reads_affinity = False
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        """Labels all 0."""
+        return torch.zeros(len(matrix), dtype=torch.int64, device="cpu")
+
+
+class Fixed(Grouping):
+    """The partition you give, for good.
+
+    Args:
+        partition: groups of task names; every task in exactly one group.
+
+    Raises:
+        ValueError: if a group is empty or a task stands twice; when the tasks are known
+            (:class:`TaskGroups`), if one is unknown or missing.
+
+    Example:
+        >>> from taskgroup import TaskGroups
+        >>> grouping = Fixed([("depth", "normal"), ("edges",)])
+        >>> TaskGroups(["depth", "edges", "normal"], grouping=grouping).partition
+        [('depth', 'normal'), ('edges',)]
+    """
+
+    reads_affinity = False
+
+    def __init__(self, partition: Iterable[Iterable[str]]) -> None:
+        self._partition: list[tuple[str, ...]] = []
+        seen: set[str] = set()
+        for members in partition:
+            if isinstance(members, str):
+                raise TypeError(
+                    f"Fixed takes groups of task names, got the string {members!r} as a group; "
+                    f"write [{members!r}]."
+                )
+            group = tuple(members)
+            if not group:
+                raise ValueError("Fixed got an empty group; leave it out.")
+            for task in group:
+                if task in seen:
+                    raise ValueError(f"Fixed got task {task!r} twice; put it in one group.")
+                seen.add(task)
+            self._partition.append(group)
+
+    def start(self, tasks: tuple[str, ...]) -> None:
+        """Check the partition against the tasks."""
+        given = {task for group in self._partition for task in group}
+        for task in tasks:
+            if task not in given:
+                raise ValueError(f"Fixed has no group for task {task!r}; put it in one.")
+        if unknown := given - set(tasks):
+            raise ValueError(
+                f"Fixed has unknown tasks {sorted(unknown, key=repr)}; the tasks are "
+                f"{listed(tasks)}."
+            )
+        group_of = {task: label for label, group in enumerate(self._partition) for task in group}
+        self._labels = [group_of[task] for task in tasks]
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        """The label of each task: the place of its group in the partition."""
+        return torch.tensor(self._labels, dtype=torch.int64, device="cpu")
+
+
+class RandomGroups(Grouping):
+    """Random groups, drawn anew at every regrouping; a control for learned ones.
+
+    Args:
+        m: the number of groups, none of them empty; at most the number of tasks.
+        seed: of the draws; their state is saved and resumed with the groups.
+
+    Raises:
+        ValueError: if ``m`` is below 1 or, once the tasks are known, above their number.
+    """
+
+    reads_affinity = False
+
+    def __init__(self, m: int, seed: int = 0) -> None:
+        self.m = whole_number("m of RandomGroups", m, at_least=1)
+        self._generator = HostGenerator(seed)
+
+    def start(self, tasks: tuple[str, ...]) -> None:
+        """Check that there are tasks enough for ``m`` groups."""
+        if self.m > len(tasks):
+            raise ValueError(
+                f"RandomGroups(m={self.m}) cannot fill {self.m} groups with {len(tasks)} tasks; "
+                f"take m up to {len(tasks)}."
+            )
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        """Random labels 0 to m-1, each at least once."""
+        tasks = len(matrix)
+        order = self._generator.permutation(tasks)
+        labels = torch.empty(tasks, dtype=torch.int64, device="cpu")
+        labels[order[: self.m]] = torch.arange(self.m, dtype=torch.int64, device="cpu")
+        labels[order[self.m :]] = torch.randint(
+            self.m, (tasks - self.m,), generator=self._generator, device="cpu"
+        )
+        return labels
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the draws."""
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the draws where :meth:`state_dict` was taken."""
+        super().load_state_dict(state)
+        self._generator.set_state(state["generator"].cpu())

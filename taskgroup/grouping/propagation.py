@@ -1,0 +1,119 @@
+"""Affinity propagation, the grouping of the paper."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from taskgroup._arguments import whole_number
+from taskgroup.grouping.clustering import _Clustering, _Floats, _Integers, _Mask
+from taskgroup.ops.affinity_propagation import propagate
+
+__all__ = ["AffinityPropagation", "Heterogeneous"]
+
+
+class AffinityPropagation(_Clustering):
+    r"""Clusters the tasks by affinity propagation; the paper's choice and the default.
+
+    Tasks whose self-affinity :math:`A_{kk}` is not positive keep a group of their own. For the
+    others the affinity is made comparable over tasks and symmetric,
+    :math:`X_{ik} = A_{ik} / A_{kk}`, :math:`X \leftarrow (X + X^\top) / 2`, and clustered (Frey &
+    Dueck, Science 2007) with the median of :math:`X` as preference. Up to three tasks, where the
+    median says nothing, the preference is 0: tasks join where their affinity is positive. Where it
+    does not converge the partition is kept.
+
+    Tasks that were never observed together, as in data sets that have no task in common, are
+    clustered apart: of the parts that no known pair connects, each for itself.
+
+    Args:
+        preference: self-similarity of every task; more gives more groups. None is the rule above.
+        damping: in [0.5, 1), the weight of the old messages.
+        max_iter: iterations after which the partition is kept as it was.
+        convergence_iter: iterations without a change of exemplars that count as converged.
+
+    Raises:
+        ValueError: if ``damping``, ``max_iter`` or ``convergence_iter`` is out of its range.
+
+    Example:
+        >>> matrix = torch.tensor([[1.0, 0.8, -0.5], [0.7, 1.0, -0.4], [-0.6, -0.5, 1.0]])
+        >>> AffinityPropagation()(matrix)
+        tensor([0, 0, 1])
+    """
+
+    def __init__(
+        self,
+        preference: float | None = None,
+        damping: float = 0.5,
+        max_iter: int = 200,
+        convergence_iter: int = 50,
+    ) -> None:
+        if preference is not None and not math.isfinite(preference):
+            raise ValueError(f"preference must be finite, got {preference!r}.")
+        if not 0.5 <= damping < 1.0:
+            raise ValueError(f"damping must be in [0.5, 1), got {damping!r}.")
+        self.preference = preference
+        self.damping = damping
+        self.max_iter = whole_number("max_iter", max_iter, at_least=1)
+        self.convergence_iter = whole_number("convergence_iter", convergence_iter, at_least=1)
+
+    def _cluster(self, similarity: _Floats, known: _Mask | None) -> npt.NDArray[Any] | None:
+        if known is None:
+            return self._propagate(similarity, known)
+        labels = np.zeros(len(similarity), dtype=np.int64)
+        for part in _parts(known):
+            found = self._propagate(similarity[np.ix_(part, part)], known[np.ix_(part, part)])
+            if found is None:
+                return None
+            labels[part] = found + (labels.max() + 1)
+        return np.unique(labels, return_inverse=True)[1]
+
+    def _propagate(self, similarity: _Floats, known: _Mask | None) -> npt.NDArray[Any] | None:
+        """Labels 0 to M-1 for tasks that known pairs connect."""
+        n, preference = len(similarity), self.preference
+        if preference is None and n <= 3:
+            # The least number above 0: an affinity of exactly 0 is no reason to join.
+            preference = np.finfo(np.float64).tiny
+        elif preference is None and known is not None:
+            preference = float(np.median(similarity[known]))
+        preferences = None if preference is None else np.full(n, preference)
+        return propagate(
+            similarity, preferences, self.damping, self.max_iter, self.convergence_iter
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(preference={self.preference}, damping={self.damping})"
+
+
+def _parts(known: _Mask) -> list[_Integers]:
+    """The connected parts of the graph whose edges are the known pairs, as positions."""
+    part = np.arange(len(known))
+    for _ in range(len(known)):  # each takes the lowest number among its neighbours
+        lowest = np.where(known, part, len(known)).min(1)
+        if np.array_equal(lowest, part):
+            break
+        part = lowest
+    return [np.flatnonzero(part == number) for number in np.unique(part)]
+
+
+class Heterogeneous(AffinityPropagation):
+    """Groups of tasks that conflict; a control for :class:`AffinityPropagation`.
+
+    Finds the same clusters, and deals the members of each out over the groups, so that tasks that
+    serve each other are kept apart. There are as many groups as clusters: a batch costs the same.
+
+    Example:
+        >>> matrix = torch.tensor([[1.0, 0.8, -0.5], [0.7, 1.0, -0.4], [-0.6, -0.5, 1.0]])
+        >>> Heterogeneous()(matrix)      # tasks 0 and 1 agree
+        tensor([0, 1, 0])
+    """
+
+    def _propagate(self, similarity: _Floats, known: _Mask | None) -> npt.NDArray[Any] | None:
+        clusters = super()._propagate(similarity, known)
+        if clusters is None:
+            return None
+        groups = np.empty_like(clusters)
+        groups[clusters.argsort(kind="stable")] = np.arange(len(clusters)) % (clusters.max() + 1)
+        return groups

@@ -1,0 +1,1 @@
+"""Everything to run, compare, draw and report experiments from the command line."""

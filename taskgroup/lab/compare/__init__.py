@@ -1,0 +1,1 @@
+"""Methods times seeds on a data set, side by side."""

@@ -1,0 +1,180 @@
+"""One run of a comparison: trained in a worker process, kept as one small file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import taskgroup as tg
+from taskgroup.lab.train.lock import hold, is_empty
+from taskgroup.lab.train.memory import peak_bytes
+from taskgroup.lab.train.recipe import Recipe, read_recipe
+from taskgroup.lab.train.trainer import Trainer
+
+__all__ = ["Cell", "Result", "open_folder", "train_cell"]
+
+Result = dict[str, Any]
+
+_VERSION = 1  # of what a file holds; a file of another one is not read
+# Settings that change nothing about the result of a cell.
+_IRRELEVANT = ("checkpoint_every", "evaluate_every", "conflicts_every", "baseline", "workers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A run of a comparison.
+
+    Attributes:
+        name: of the variant.
+        recipe: all settings, seed and length among them.
+        lookahead_every: batches from one measurement of the lookahead affinity to the next, whose
+            mean takes the place of the affinity in the result; None does not measure it.
+    """
+
+    name: str
+    recipe: Recipe
+    lookahead_every: int | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides how the run goes, as JSON can hold it."""
+        settings = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
+        return {key: settings[key] for key in settings if key not in _IRRELEVANT}
+
+    def file(self, folder: Path) -> Path:
+        """Where the result is kept: the name holds a digest of all settings."""
+        key = [_VERSION, self.settings, self.lookahead_every]
+        text = json.dumps(key, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return folder / f"{self.name}-{self.recipe.seed}-{digest}.json"
+
+    def read(self, folder: Path) -> Result | None:
+        """The result, if the run is finished and its file is whole."""
+        try:
+            result: Result = json.loads(self.file(folder).read_text())
+        except (OSError, ValueError):
+            return None
+        return result
+
+
+def train_cell(cell: Cell, folder: Path) -> Result:
+    """Train, evaluate, and write the result.
+
+    Returns:
+        ``{"settings", "metrics": {split: {task: value}}, "peak_bytes": of the last batch,
+        "steps_per_batch", "groups": groups per batch, "changes": batches after which the partition
+        changed, "partition", "affinity": [K, K] at the end, NaN where it was never observed,
+        "skipped": batches for which the method found no weights, "diverged": batch or None}``
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a run that diverges; the result says so
+        # Cells run side by side, one per core: none has workers of its own.
+        result = _train(dataclasses.replace(cell.recipe, workers=0), cell.lookahead_every)
+    result["settings"] = cell.settings
+    text = json.dumps(result)
+    tg.checkpoint.write_atomically(cell.file(folder), lambda file: file.write(text.encode()))
+    return result
+
+
+def _train(recipe: Recipe, lookahead_every: int | None) -> Result:
+    trainer = Trainer(recipe)
+    steps = 0
+    groups: list[int] = []
+    changes: list[int] = []
+    partition = trainer.groups.partition
+    diverged: int | None = None
+    peak = 0
+    lookaheads: list[torch.Tensor] = []
+
+    def step() -> None:
+        nonlocal steps, partition
+        progress = trainer.step()
+        steps += len(progress.groups)
+        groups.append(len(progress.partition))
+        if progress.partition != partition:
+            changes.append(progress.batch)
+            partition = progress.partition
+
+    try:
+        for batch in range(recipe.batches):
+            if batch == recipe.batches - 1:
+                standing = _standing_bytes(trainer)
+                peak = standing + peak_bytes(step, trainer.device)
+            else:
+                step()
+            if lookahead_every is not None and batch % lookahead_every == 0:
+                lookaheads.append(trainer.lookahead())
+    except FloatingPointError:
+        diverged = trainer.batch
+    metrics = {}
+    if diverged is None:
+        metrics = {split: trainer.evaluate(split) for split in trainer.problem.splits}
+        if not all(math.isfinite(v) for values in metrics.values() for v in values.values()):
+            diverged = trainer.batch
+    affinity = trainer.affinity()
+    if lookaheads:
+        affinity = torch.stack(lookaheads).nanmean(0)
+    return {
+        "metrics": metrics,
+        "peak_bytes": peak,
+        "steps_per_batch": steps / max(1, trainer.batch),
+        "groups": groups,
+        "changes": changes,
+        "partition": [list(group) for group in partition],
+        "affinity": affinity.tolist(),
+        "skipped": trainer.skipped,
+        "diverged": diverged,
+    }
+
+
+def open_folder(folder: Path, recipe: Recipe) -> Path:
+    """Where the results of many runs of one recipe are kept; made if it is not there.
+
+    The seed and what single runs change may differ; ``base.yaml`` holds the rest.
+
+    Returns:
+        The folder of the results.
+
+    Raises:
+        ValueError: if the folder holds runs of other settings, or something else.
+    """
+    file = folder / "base.yaml"
+    settings = Cell("", dataclasses.replace(recipe, seed=0)).settings
+    if file.is_file():
+        there = Cell("", dataclasses.replace(read_recipe(file), seed=0)).settings
+        if differing := [key for key in settings if settings[key] != there[key]]:
+            raise ValueError(
+                f"{folder} holds runs with other settings "
+                f"({', '.join(f'{k}: {there[k]}' for k in differing)}); name another folder with "
+                "--out, or keep to the settings it has."
+            )
+    elif folder.exists() and (not folder.is_dir() or not is_empty(folder)):
+        raise ValueError(f"{folder} is not empty and holds no runs; name another with --out.")
+    try:
+        (folder / "cells").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be made ({error.strerror}); name another folder with --out."
+        ) from None
+    if not file.is_file():
+        text = yaml.safe_dump(settings, sort_keys=False)
+        with hold(folder):
+            tg.checkpoint.write_atomically(file, lambda opened: opened.write(text.encode()))
+    return folder / "cells"
+
+
+def _standing_bytes(trainer: Trainer) -> int:
+    """Parameters, their gradients, and the state of the optimizer."""
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    state = [v for values in trainer.optimizer.state.values() for v in values.values()]
+    tensors = [*parameters, *gradients, *state]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))

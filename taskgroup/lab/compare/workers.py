@@ -1,0 +1,121 @@
+"""Processes that train cells side by side."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+
+from taskgroup.lab.compare.cell import Cell, Result, train_cell
+from taskgroup.lab.compare.cost import step_seconds
+from taskgroup.lab.train.recipe import Recipe
+
+__all__ = ["Listener", "Workers"]
+
+#: Called after every run: what is being run, runs done, all of them, the run, and its result, None
+#: if it failed.
+Listener = Callable[[str, int, int, Cell, Result | None], None]
+
+
+class Workers:
+    """A pool of processes, one thread each; a context manager.
+
+    Args:
+        folder: of the results.
+        jobs: processes; None is one per core, or a single one where they would share a GPU.
+        device: that the cells are trained on.
+
+    Attributes:
+        failed: what runs that failed said, a sentence each; they are run again next time.
+
+    Raises:
+        ValueError: for less than one process.
+    """
+
+    def __init__(self, folder: Path, jobs: int | None, device: torch.device) -> None:
+        if jobs is None:
+            jobs = 1 if device.type == "cuda" else len(os.sched_getaffinity(0))
+        if jobs < 1:
+            raise ValueError(f"jobs must be at least 1, got {jobs}.")
+        self.failed: list[str] = []
+        self._folder = folder
+        # Spawned: a forked process would inherit the threads of torch in an unknown state.
+        self._pool = ProcessPoolExecutor(
+            jobs,
+            multiprocessing.get_context("spawn"),
+            _prepare,
+        )
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # Ctrl-C, say: what is half done is of no use
+            for process in self._children():
+                process.terminate()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _children(self) -> list[multiprocessing.Process]:
+        # Python 3.14 has a public method.
+        return list((getattr(self._pool, "_processes", None) or {}).values())
+
+    def measure(self, recipes: Mapping[str, Recipe]) -> dict[str, float]:
+        """:func:`~taskgroup.lab.compare.cost.step_seconds` in one process, the others idle."""
+        return self._pool.submit(step_seconds, recipes).result()
+
+    def run(self, title: str, cells: Sequence[Cell], listen: Listener) -> None:
+        """Run the cells that are not finished; where one fails, the others go on.
+
+        Raises:
+            RuntimeError: if a process died; what was finished is kept.
+        """
+        cells = list({cell.file(self._folder): cell for cell in cells}.values())
+        missing = []
+        done = 0
+        for cell in cells:
+            result = cell.read(self._folder)
+            if result is None:
+                missing.append(cell)
+            else:
+                done += 1
+                listen(title, done, len(cells), cell, result)
+        running = {self._pool.submit(train_cell, cell, self._folder): cell for cell in missing}
+        for future in as_completed(running):
+            cell = running[future]
+            result = None
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                raise RuntimeError(
+                    "A worker process died, of too little memory maybe; what was finished is kept. "
+                    "Start the same command again, with fewer --jobs."
+                ) from None
+            except Exception as error:  # the others go on
+                self.failed.append(f"{cell.name}, seed {cell.recipe.seed}: {error}")
+            done += 1
+            listen(title, done, len(cells), cell, result)
+
+
+def _prepare() -> None:
+    """In every worker: one thread, as many of them train side by side; and an end with the parent.
+
+    A worker that waits for its next run does not notice that the parent was killed.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C at the terminal: no traceback
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

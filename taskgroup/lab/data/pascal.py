@@ -1,0 +1,230 @@
+# mypy: untyped-calls-exclude=skimage
+"""PASCAL-Context: classes, human parts, saliency, edges and normals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from skimage.morphology import thin
+
+from taskgroup.lab.data.dense import DenseDataset, read_lines, resized
+from taskgroup.lab.data.files import BadSampleError, read_grey, read_mat
+from taskgroup.lab.data.nyud import NORMALS, read_vectors, unit_normals
+from taskgroup.lab.data.values import (
+    doubt_of_normals,
+    fault_of_binary,
+    fault_of_classes,
+    fault_of_normals,
+)
+from taskgroup.lab.vision.tasks import PASCAL, Task
+
+__all__ = ["PARTS", "PERSON", "SURFACES", "PASCALContext"]
+
+#: The class of people in ``human_parts`` and ``ImageSets/Parts``.
+PERSON = 15
+
+#: ``{part of PASCAL-Part: of the six}``: head, torso, upper and lower arms, upper and lower legs.
+PARTS: dict[str, int] = {
+    name: number
+    for number, names in enumerate(
+        (
+            "head hair lear lebrow leye mouth nose rear rebrow reye",
+            "torso neck",
+            "luarm ruarm",
+            "llarm lhand rlarm rhand",
+            "luleg ruleg",
+            "llleg lfoot rlleg rfoot",
+        ),
+        start=1,
+    )
+    for name in names.split()
+}
+
+#: Numbers of the PASCAL-Context classes on which distilled normals count: those whose name is also
+#: one of NYUD's 894, on which the teacher was trained, and tvmonitor (db_info of ASTMT, CVPR 2019).
+# fmt: off
+SURFACES: frozenset[int] = frozenset((
+    3, 4, 6, 9, 10, 11, 13, 15, 17, 18, 22, 23, 29, 30, 33, 34, 36, 37, 38, 39, 41, 43, 46, 49, 50,
+    51, 53, 55, 56, 59, 61, 62, 65, 66, 68, 69, 72, 73, 78, 83, 84, 85, 87, 88, 95, 96, 101, 104,
+    105, 107, 111, 113, 115, 122, 124, 135, 141, 142, 143, 146, 150, 154, 157, 158, 159, 165, 172,
+    174, 181, 183, 184, 191, 193, 195, 197, 199, 202, 213, 215, 216, 219, 220, 223, 225, 228, 230,
+    232, 233, 238, 239, 242, 243, 246, 250, 251, 252, 255, 260, 261, 263, 269, 272, 273, 275, 281,
+    283, 284, 285, 286, 287, 288, 290, 291, 292, 293, 295, 304, 307, 309, 310, 314, 315, 319, 323,
+    329, 330, 331, 336, 342, 345, 349, 350, 351, 352, 355, 357, 368, 370, 371, 374, 379, 380, 383,
+    384, 397, 401, 403, 405, 407, 408, 411, 412, 413, 414, 417, 419, 421, 423, 427, 429, 430, 432,
+    440, 441, 442, 443, 444, 446, 454, 457,
+))
+# fmt: on
+
+_CLASSES = "the layout has 0 to {most}, and 255 where it is unknown"
+_CONTEXT_CLASSES = 459
+_DISTILLED = {"sal": "sal_distill", "normals": "normals_distill"}
+
+
+class PASCALContext(DenseDataset):
+    """PASCAL-Context (Chen et al., CVPR 2014) with the labels of ASTMT (Maninis et al., CVPR 2019).
+
+    ========================================  ======================================================
+    ``ImageSets/Context/{train,val}.txt``     ids, one a line: 4,998 and 5,105
+    ``JPEGImages/<id>.jpg``                   8-bit RGB
+    ``semseg/VOC12/<id>.png``, else           8 bit: one of 21 classes, 255 where unknown
+    ``semseg/pascal-context/<id>.png``
+    ``pascal-context/trainval/<id>.mat``      ``LabelMap``: one of 459 classes. Edges are where its
+                                              Laplacian is not 0, thinned
+    ``normals_distill/<id>.png``              8-bit RGB: n = 2 p / 255 - 1; known on the classes of
+                                              ``SURFACES`` alone
+    ``sal_distill/<id>.png``                  8 bit: salient above 127
+    ``human_parts/<id>.mat``                  ``anno``: objects with masks and parts; six parts, and
+                                              unknown in an image without any
+    ``ImageSets/Parts/{train,val}.txt``       optional, JSON: ``{id: [classes of its objects]}``;
+                                              images without a person are spared the reading
+    ========================================  ======================================================
+
+    Maps of another size than their image, but of its shape, are brought to it by the nearest pixel,
+    as the published loader does.
+    """
+
+    TASKS: ClassVar[Mapping[str, Task]] = PASCAL
+    SPLITS: ClassVar[Mapping[str, int | None]] = {"train": 4998, "val": 5105}
+    RESIZES: ClassVar[bool] = True
+    ROLES: ClassVar[Mapping[str, str]] = {"train": "train", "held_out": "val"}
+
+    def __init__(self, root: Any, split: str = "train", **options: Any) -> None:
+        super().__init__(root, split, **options)
+        self._objects = self._read_objects() if "human_parts" in self.tasks else {}
+
+    def list_file(self) -> Path:
+        """The file that lists the split."""
+        return self.root / "ImageSets" / "Context" / f"{self.split}.txt"
+
+    def listed_ids(self) -> list[str]:
+        """The ids of the split."""
+        return read_lines(self.list_file(), self.root)
+
+    def files(self, sample: str) -> dict[str, tuple[Path, ...]]:
+        """``{"image" or task: files}`` of an id."""
+        context = self.root / "pascal-context" / "trainval" / f"{sample}.mat"
+        found: dict[str, tuple[Path, ...]] = {
+            "image": (self.root / "JPEGImages" / f"{sample}.jpg",)
+        }
+        for task in self.tasks:
+            if task == "semseg":
+                found[task] = (self._semseg(sample),)
+            elif task == "human_parts":
+                found[task] = (self.root / "human_parts" / f"{sample}.mat",)
+            elif task == "edge":
+                found[task] = (context,)
+            else:
+                found[task] = (self.root / _DISTILLED[task] / f"{sample}.png",)
+                if task == "normals":
+                    found[task] += (context,)
+        return found
+
+    def read_label(self, task: str, sample: str) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+        """A label and where it is known."""
+        path = self.files(sample)[task][0]
+        if task == "semseg":
+            classes = read_grey(path)
+            most = self.TASKS[task].channels - 1
+            highest = int((classes + np.uint8(1)).max(initial=0)) - 1  # of those that are not 255
+            self.refuse(fault_of_classes(path, highest, most, _CLASSES.format(most=most)))
+            return classes, classes <= most
+        if task == "human_parts":
+            return self._human_parts(path, sample)
+        if task == "edge":
+            return _edges(self._label_map(path)), None
+        if task == "sal":
+            stored = read_grey(path)
+            self.refuse(fault_of_binary(path, stored, 255))
+            return stored > 127, None
+        vectors = read_vectors(path)
+        self.refuse(fault_of_normals(path, vectors[::4, ::4], NORMALS))
+        normals, known = unit_normals(vectors)
+        surface = np.isin(self._label_map(self.files(sample)[task][1]), list(SURFACES))
+        normals, known = resized(normals, surface.shape), resized(known, surface.shape)
+        return normals, known & surface
+
+    def doubt(
+        self, task: str, sample: str, label: NDArray[Any], known: NDArray[np.bool_]
+    ) -> str | None:
+        """What is odd about a label, as a sentence; None if nothing is."""
+        if task == "normals":  # unknown in an image without a surface; the file tells more
+            path = self.files(sample)[task][0]
+            return doubt_of_normals(path, read_vectors(path), NORMALS)
+        if task == "human_parts":  # unknown in an image without people
+            return None
+        return super().doubt(task, sample, label, known)
+
+    def _semseg(self, sample: str) -> Path:
+        folders = [self.root / "semseg" / name for name in ("VOC12", "pascal-context")]
+        paths = [folder / f"{sample}.png" for folder in folders]
+        return paths[0] if paths[0].is_file() else paths[1]
+
+    def _label_map(self, path: Path) -> NDArray[Any]:
+        """Class numbers of PASCAL-Context, [H, W]."""
+        classes = read_mat(path, "LabelMap")
+        whole = classes.dtype.kind in "ui" or (
+            classes.dtype.kind == "f" and bool((np.trunc(classes) == classes).all())  # nor NaN
+        )
+        if classes.ndim != 2 or not whole or classes.min(initial=0) < 0:
+            raise BadSampleError(
+                f"The LabelMap of {path} must hold class numbers, H x W; it holds {classes.dtype} "
+                f"of shape {classes.shape}, negative numbers or fractions."
+            )
+        how = f"LabelMap has {_CONTEXT_CLASSES} of them"
+        self.refuse(fault_of_classes(path, int(classes.max(initial=0)), _CONTEXT_CLASSES, how))
+        return classes
+
+    def _read_objects(self) -> dict[str, list[int]]:
+        path = self.root / "ImageSets" / "Parts" / f"{self.split}.txt"
+        try:
+            found = json.loads(path.read_text("utf-8-sig"))
+        except (OSError, ValueError):
+            return {}  # the annotations themselves say it too
+        if not isinstance(found, dict):
+            return {}
+        return {sample: ids for sample, ids in found.items() if isinstance(ids, list)}
+
+    def _human_parts(
+        self, path: Path, sample: str
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+        found: NDArray[np.uint8] | None = None
+        if PERSON in self._objects.get(sample, [PERSON]):
+            found = _parts(path)
+        if found is None:
+            shape = self.read_image(sample).shape[:2]
+            return np.zeros(shape, dtype=np.uint8), np.zeros(shape, dtype=bool)
+        return found, None
+
+
+def _parts(path: Path) -> NDArray[np.uint8] | None:
+    """The six parts of all people, 0 elsewhere; None if nobody has a part."""
+    try:
+        objects = read_mat(path, "anno")[0][0][1][0]
+        people = [thing for thing in objects if thing[1][0][0] == PERSON and thing[3].size]
+        if not people:
+            return None
+        parts = np.zeros(people[0][2].shape, dtype=np.uint8)
+        for person in people:
+            for part in person[3][0]:
+                name = str(part[0][0])
+                if name not in PARTS:
+                    raise BadSampleError(f"{path} names a part {name!r}, which is none of a body.")
+                parts[part[1].astype(bool)] = PARTS[name]
+    except (IndexError, TypeError, AttributeError):
+        raise BadSampleError(f"{path} does not hold the nested structs of PASCAL-Part.") from None
+    return parts
+
+
+def _edges(classes: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where neighbours differ in class, thinned to lines of one pixel."""
+    # The four neighbours' sum less four times the pixel; beyond the border lies its mirror image.
+    laplacian = ndimage.laplace(classes.astype(np.int64), mode="mirror")
+    edges: NDArray[np.bool_] = thin(laplacian != 0)
+    return edges

@@ -1,0 +1,209 @@
+"""Taskonomy: eleven single-image tasks in real buildings."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taskgroup.lab.data.dense import DenseDataset, Problem, file_names
+from taskgroup.lab.data.files import read_grey, read_grey16, read_rgb
+from taskgroup.lab.data.values import (
+    doubt_of_depth,
+    doubt_of_normals,
+    fault_of_binary,
+    fault_of_normals,
+)
+from taskgroup.lab.vision.encoding import normalise
+from taskgroup.lab.vision.tasks import TASKONOMY, Task
+
+__all__ = ["Taskonomy"]
+
+_SUBSETS = ("tiny", "medium", "fullplus")
+_ROLES = ("train", "val", "test")
+_NAME = re.compile(r"point_(\d+)_view_(\d+)_domain_(\w+)\.png")
+_COLOURED = ("normal", "reshading", "principal_curvature")
+_DEPTHS = ("depth_euclidean", "depth_zbuffer")
+_WIDE = (*_DEPTHS, "edge_occlusion", "edge_texture", "keypoints2d", "keypoints3d")
+_NO_DEPTH = 2**16 - 1
+_NORMALS = "p = 127 + 127 n"
+
+
+class Taskonomy(DenseDataset):
+    """Taskonomy (Zamir et al., CVPR 2018), its folders and file names as omnidata lays them out.
+
+    ``<task>/taskonomy/<building>/point_<p>_view_<v>_domain_<domain>.png``, or without the folder in
+    the middle as in older dumps; the image's task is ``rgb``. Buildings are listed in
+    ``splits_taskonomy/train_val_test_{tiny,medium,fullplus}.csv`` with the header
+    ``id,train,val,test``. How labels are stored and normalised is said in
+    ``taskgroup.lab.vision.encoding``. Depth is unknown where it is stored as 65535, a normal where
+    it is stored as zero (127 or 128 three times); nothing tells where other labels are unknown.
+
+    An id is ``<building>/<p>/<v>``; the samples of a split are those with an image.
+
+    Args:
+        root: see :class:`~taskgroup.lab.data.DenseDataset`, as for all that follow.
+        split: ``"tiny/train"``, ``"tiny/val"``, ``"tiny/test"``, and so for medium and fullplus.
+        **options: tasks, transform, bad.
+    """
+
+    TASKS: ClassVar[Mapping[str, Task]] = TASKONOMY
+    SPLITS: ClassVar[Mapping[str, int | None]] = {
+        f"{subset}/{role}": None for subset in _SUBSETS for role in _ROLES
+    }
+    RESIZES: ClassVar[bool] = True
+    ROLES: ClassVar[Mapping[str, str]] = {"train": "train", "validation": "val", "held_out": "test"}
+    MEAN: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
+    STD: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
+
+    def __init__(
+        self, root: str | os.PathLike[str], split: str = "tiny/train", **options: Any
+    ) -> None:
+        self._domains: dict[str, str] = {}
+        self._tops: dict[str, Path] = {}
+        super().__init__(root, split, **options)
+
+    def list_file(self) -> Path:
+        """The file that lists the buildings of the split."""
+        return self.list_of(self.root, self.split)
+
+    @staticmethod
+    def list_of(root: Path, split: str) -> Path:
+        """The file that lists the buildings of a split of some root."""
+        return root / "splits_taskonomy" / f"train_val_test_{split.split('/')[0]}.csv"
+
+    def buildings(self) -> list[str]:
+        """The buildings of the split.
+
+        Raises:
+            ValueError: if the list cannot be read.
+        """
+        file, role = self.list_file(), self.split.split("/")[1]
+        try:
+            with file.open(newline="", encoding="utf-8-sig") as opened:
+                return [row["id"] for row in csv.DictReader(opened) if row[role].strip() == "1"]
+        except (OSError, UnicodeDecodeError, csv.Error):
+            raise ValueError(
+                f"{file} cannot be read, the list of buildings; is {self.root} the right folder?"
+            ) from None
+        except (KeyError, AttributeError):
+            raise ValueError(
+                f"{file} must have the header id,train,val,test and as many entries a row."
+            ) from None
+
+    def listed_ids(self) -> list[str]:
+        """The ids of the split: the images of its buildings."""
+        ids = []
+        for building in self.buildings():
+            folder = self._folder("rgb", building)
+            names = file_names(folder)
+            matches = [match for name in names if (match := _NAME.fullmatch(name))]
+            found = sorted((int(match[1]), int(match[2])) for match in matches)
+            if matches:
+                self._domains.setdefault("rgb", matches[0][3])
+            ids += [f"{building}/{point}/{view}" for point, view in found]
+        return ids
+
+    def problems(self, ids: Iterable[str]) -> Iterator[Problem]:
+        """What is wrong with some ids, and buildings of the split without an image."""
+        buildings = Counter(self.buildings())
+        of_building: dict[str, list[str]] = {building: [] for building in buildings}
+        for building, times in buildings.items():
+            if times > 1:
+                sentence = f"{self.list_file()} lists {building} {times} times."
+                yield Problem(building, sentence, usable=True)
+        for sample in dict.fromkeys(ids):
+            of_building[sample.split("/")[0]].append(sample)
+        for building, samples in of_building.items():
+            if not samples:
+                folder = self._folder("rgb", building)
+                sentence = f"{folder} holds no image, and {self.list_file()} lists the building."
+                yield Problem(building, sentence, usable=False)
+            for task in self.tasks:  # names, not paths: there are millions
+                there = frozenset(file_names(self._folder(task, building)))
+                for sample in samples:
+                    name = self._name(task, sample)
+                    if name not in there:
+                        path = self._folder(task, building) / name
+                        yield Problem(sample, f"{path} is missing.", usable=False)
+
+    def files(self, sample: str) -> dict[str, tuple[Path, ...]]:
+        """``{"image" or task: files}`` of an id."""
+        building = sample.split("/")[0]
+        found: dict[str, tuple[Path, ...]] = {}
+        for task in ("rgb", *self.tasks):
+            path = self._folder(task, building) / self._name(task, sample)
+            found["image" if task == "rgb" else task] = (path,)
+        return found
+
+    def read_label(self, task: str, sample: str) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+        """A normalised label and where it is known."""
+        path = self.files(sample)[task][0]
+        stored: NDArray[Any]
+        if task in _COLOURED:
+            stored = read_rgb(path)[..., : TASKONOMY[task].channels]
+        else:
+            stored = (read_grey16(path) if task in _WIDE else read_grey(path))[..., None]
+        self.refuse(fault_of_binary(path, stored, 2**16 - 1 if task in _WIDE else 255))
+        known: Any = None
+        if task in _DEPTHS:
+            known = stored[..., 0] != _NO_DEPTH
+        elif task == "normal":
+            # A sixteenth of them tells as much.
+            self.refuse(fault_of_normals(path, _vectors(stored[::4, ::4]), _NORMALS))
+            known = ((stored < 127) | (stored > 128)).any(-1)
+        return normalise(task, stored), known
+
+    def doubt(
+        self, task: str, sample: str, label: NDArray[Any], known: NDArray[np.bool_]
+    ) -> str | None:
+        """What is odd about a label, as a sentence; None if nothing is."""
+        path = self.files(sample)[task][0]
+        found = super().doubt(task, sample, label, known)
+        if found is None and task in _DEPTHS:
+            metres = read_grey16(path)[known] / np.float32(512)
+            return doubt_of_depth(path, metres)
+        if found is None and task == "normal":
+            return doubt_of_normals(path, _vectors(read_rgb(path)), _NORMALS)
+        return found
+
+    def _name(self, task: str, sample: str) -> str:
+        _, point, view = sample.split("/")
+        return f"point_{point}_view_{view}_domain_{self._domain(task)}.png"
+
+    def _folder(self, task: str, building: str) -> Path:
+        return self._top(task) / building
+
+    def _top(self, task: str) -> Path:
+        """The folder of a task that holds its buildings."""
+        if task not in self._tops:
+            middle = self.root / task / "taskonomy"
+            self._tops[task] = middle if middle.is_dir() else middle.parent
+        return self._tops[task]
+
+    def _domain(self, task: str) -> str:
+        """What file names call a task, which older dumps do in other words than folder names."""
+        if task not in self._domains:
+            self._domains[task] = _domain_of(self._top(task)) or task
+        return self._domains[task]
+
+
+def _vectors(stored: NDArray[Any]) -> NDArray[np.float32]:
+    vectors: NDArray[np.float32] = stored.astype(np.float32) / np.float32(127) - np.float32(1)
+    return vectors
+
+
+def _domain_of(folder: Path) -> str | None:
+    """The domain in the name of the first file below a folder; None if there is none."""
+    for building in sorted(file_names(folder)):
+        for name in file_names(folder / building):
+            if match := _NAME.fullmatch(name):
+                return match[3]
+    return None

@@ -1,0 +1,44 @@
+"""The paper's benchmarks: data, losses, metrics and networks for dense prediction.
+
+Needs the extra ``train``: ``pip install 'taskgroup[train]'``. Networks and losses need torch alone,
+since a part is imported when it is first asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taskgroup.lab.data.motorcycle import Motorcycle
+    from taskgroup.lab.data.samples import Samples
+    from taskgroup.lab.vision.criterion import criterion
+    from taskgroup.lab.vision.metrics import evaluate
+    from taskgroup.lab.vision.models import ViTFeatures, vit
+    from taskgroup.lab.vision.tasks import NYUD, PASCAL, TASKONOMY, Task
+
+__all__ = [
+    "NYUD",
+    "PASCAL",
+    "TASKONOMY",
+    "Motorcycle",
+    "Samples",
+    "Task",
+    "ViTFeatures",
+    "criterion",
+    "evaluate",
+    "vit",
+]
+
+_WHERE = {
+    "Motorcycle": "taskgroup.lab.data.motorcycle",
+    "Samples": "taskgroup.lab.data.samples",
+    "ViTFeatures": f"{__name__}.models",
+    "criterion": f"{__name__}.criterion",
+    "evaluate": f"{__name__}.metrics",
+    "vit": f"{__name__}.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE.get(name, f"{__name__}.tasks")), name)

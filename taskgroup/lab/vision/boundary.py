@@ -1,0 +1,294 @@
+# mypy: untyped-calls-exclude=skimage
+r"""The boundary benchmark of the Berkeley segmentation data set, in one number: the ODS F-measure.
+
+A predicted boundary pixel is right when a labelled one lies near it that no other predicted pixel
+has taken. Martin, Fowlkes & Malik, PAMI 2004; Arbelaez, Maire, Fowlkes & Malik, PAMI 2011.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import maximum_flow
+from skimage.morphology import thin
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import Metric
+
+from taskgroup.lab.data.processes import begin_worker
+
+__all__ = ["OdsF", "match"]
+
+Bools = NDArray[np.bool_]
+
+_STEPS = 100  # of the interpolation between two thresholds, both ends among them
+
+
+def match(predicted: Bools, label: Bools, distance: float) -> int:
+    """How many predicted pixels can be given a label pixel of their own nearby.
+
+    That is the size of a maximum one-to-one matching between pixels at a Euclidean distance of at
+    most ``distance``. The benchmark takes the assignment of least cost, where a pixel left over
+    costs 100 ``distance``. Its count is the same, unless one more match would have to move others
+    over more than 100 ``distance`` in all.
+
+    Args:
+        predicted: [H, W], bool.
+        label: [H, W], bool.
+        distance: In pixels, at least 0.
+
+    Returns:
+        The number of pairs.
+
+    Raises:
+        ValueError: The maps are not of one shape [H, W], or the distance is negative.
+
+    Example:
+        >>> label = np.array([[1, 0, 0, 1, 0, 0, 0]], dtype=bool)
+        >>> match(np.array([[0, 1, 0, 0, 0, 0, 1]], dtype=bool), label, 2)
+        1
+    """
+    if predicted.ndim != 2 or predicted.shape != label.shape:
+        raise ValueError(
+            f"predicted and label: one shape [H, W] is needed, got {predicted.shape} and "
+            f"{label.shape}"
+        )
+    if not distance >= 0:
+        raise ValueError(f"distance: must be at least 0 pixels, got {distance}")
+    few, many = sorted((predicted, label), key=np.count_nonzero)
+    n, m = np.count_nonzero(few), np.count_nonzero(many)
+    if n == 0:
+        return 0
+
+    # In every row of the disc around a pixel, those of the other map are consecutive in its order.
+    radius = int(min(distance, max(label.shape)))
+    rows = np.arange(-radius, radius + 1)
+    half = (rows[:, None] ** 2 + np.arange(1, radius + 1) ** 2 <= distance * distance).sum(1)
+    padded = np.pad(many, radius)
+    before = np.cumsum(np.append(False, padded), dtype=np.int32)  # how many precede each pixel
+    centres = np.flatnonzero(np.pad(few, radius))[:, None] + rows * padded.shape[1]
+    first = before.take(centres - half)
+    runs = before.take(centres + half + 1) - first
+    lengths = runs.ravel()
+    ends = lengths.cumsum(dtype=np.int32)
+    pairs = int(ends[-1])
+    near = np.repeat(first.ravel() - (ends - lengths), lengths) + np.arange(pairs, dtype=np.int32)
+
+    # A flow of unit capacities: the source, the n, the m, the sink. Dinic's algorithm takes
+    # hundredths of a second, several times that with the larger map at the source;
+    # maximum_bipartite_matching takes minutes on some maps.
+    source, sink = n + m, n + m + 1
+    heads = np.concatenate([n + near, np.full(m, sink), np.arange(n)]).astype(np.int32)
+    degrees = np.concatenate([[0], runs.sum(1), np.ones(m, int), [n, 0]])
+    tails = degrees.cumsum().astype(np.int32)
+    graph = csr_matrix((np.ones(len(heads), np.int32), heads, tails), shape=(n + m + 2,) * 2)
+    return int(maximum_flow(graph, source, sink).flow_value)
+
+
+class _Image(NamedTuple):
+    """What counting needs of an image.
+
+    Attributes:
+        reached: [H, W], uint8: how many of the thresholds the probability reaches.
+        label: [H, W], bool.
+        known: [H, W], bool.
+    """
+
+    reached: NDArray[np.uint8]
+    label: Bools
+    known: Bools
+
+
+class _Counts(Dataset[NDArray[np.int64]]):
+    """The counts of some images, so that a DataLoader's processes can count them."""
+
+    def __init__(self, images: list[_Image], max_dist: float, thresholds: int) -> None:
+        self._images = images
+        self._count = partial(_count, max_dist=max_dist, n=thresholds)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        return self._count(self._images[index])
+
+
+class OdsF(Metric):
+    r"""F-measure of boundaries at the optimal data-set scale: one threshold for all images.
+
+    At each of the thresholds k / (n + 1), k = 1 to n, the pixels whose probability reaches the
+    threshold are thinned (``skimage.morphology.thin``, MATLAB's ``bwmorph(..., 'thin', Inf)``) and
+    matched one to one with those of the label (``match``). Summed over all images, at a
+    threshold t,
+
+    .. math::
+        P_t = \frac{\text{matched}}{\text{predicted}}, \qquad
+        R_t = \frac{\text{matched}}{\text{labelled}}, \qquad
+        F = \max_t \frac{2 P_t R_t}{P_t + R_t},
+
+    where a quotient 0 / 0 is 0, so P is where nothing is predicted. Between neighbouring thresholds
+    P and R are interpolated linearly, in 100 steps, and the maximum is over these too. Martin,
+    Fowlkes & Malik, PAMI 2004; Arbelaez et al., PAMI 2011, and their ``collect_eval_bdry.m``.
+
+    As in the benchmark the label is not thinned, and probabilities are judged as given: without the
+    non-maximum suppression after which some publish F. Unlike there, they are not rounded to 8
+    bits, and an image has one label, not one by each of several people.
+
+    Args:
+        max_dist: Largest distance of a match, as a share of the diagonal
+            :math:`\sqrt{H^2 + W^2}` of the rectangle around the known pixels: of the image
+            without its padding. The benchmark's is 0.0075; 0.011 is usual on NYUD-v2.
+        thresholds: Their number n.
+        workers: Processes that match, forked as those of a ``DataLoader``; 0 is this one.
+        **kwargs: Passed on to ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: ``max_dist`` is not in [0, 1], or ``thresholds`` is less than 1.
+
+    Example:
+        >>> label = torch.zeros(1, 20, 20, dtype=torch.bool)
+        >>> label[:, 10] = True
+        >>> metric = OdsF(max_dist=0.05)
+        >>> metric.update(0.7 * label, label)
+        >>> metric.compute()
+        tensor(1.)
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    counts: Tensor  # [3, n]: pixels matched, predicted and labelled, int64
+
+    def __init__(
+        self, max_dist: float, thresholds: int = 99, workers: int = 0, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        if not 0 <= max_dist <= 1:
+            raise ValueError(f"max_dist: a share of the diagonal, in [0, 1], got {max_dist}")
+        if not 1 <= thresholds <= 255:
+            raise ValueError(f"thresholds: 1 to 255 of them, got {thresholds}")
+        self.max_dist = max_dist
+        self.thresholds = thresholds
+        self._workers = workers
+        self._pending: list[_Image] = []  # not counted yet
+        self.add_state("counts", torch.zeros(3, thresholds, dtype=torch.int64), "sum")
+
+    def update(
+        self,
+        probability: Tensor,
+        label: Tensor,
+        known: Tensor | None = None,
+    ) -> None:
+        """Takes in a batch. At 425 x 560 pixels and 99 thresholds an image takes some ten seconds.
+
+        Args:
+            probability: [B, H, W] or [B, 1, H, W], floating, in [0, 1], on any device. Compared
+                with the thresholds in float32, or float64 if it is that.
+            label: Of the same shape, bool.
+            known: Of the same shape, bool: pixels elsewhere are neither predicted nor labelled.
+                They are dropped after thinning. None: all are known.
+
+        Raises:
+            TypeError: ``probability`` is not floating, or ``label`` or ``known`` is not bool.
+            ValueError: The shapes are not as above, or a probability is not in [0, 1].
+        """
+        if known is None:
+            known = torch.ones_like(label)
+        _check(probability, label, known)
+        exact = torch.float64 if probability.dtype == torch.float64 else torch.float32
+        n = self.thresholds
+        thresholds = (torch.arange(1, n + 1, dtype=torch.float64, device="cpu") / (n + 1)).to(exact)
+        reached = torch.bucketize(probability.detach().cpu().to(exact), thresholds, right=True)
+        maps = (reached.byte(), label.cpu(), known.cpu())
+        self._pending += map(_Image, *(x.flatten(0, -3).numpy() for x in maps))
+        # Many at a time, to be worth the forking; not all, whose maps would take gigabytes.
+        if len(self._pending) >= 32 * self._workers:
+            self._count()
+
+    def _count(self) -> None:
+        """Count what is pending."""
+        counted: DataLoader[NDArray[np.int64]] = DataLoader(
+            _Counts(self._pending, self.max_dist, self.thresholds),
+            batch_size=None,
+            num_workers=min(self._workers, len(self._pending)),
+            worker_init_fn=begin_worker,
+            generator=torch.Generator(),  # the global one is left alone
+        )
+        for counts in counted:
+            self.counts += torch.as_tensor(counts).to(self.counts.device)
+        self._pending = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The F of one batch, which is taken in too."""
+        self._count()
+        return super().forward(*args, **kwargs)
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Add up over the ranks."""
+        self._count()
+        super().sync(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        super().reset()
+        self._pending = []
+
+    def compute(self) -> Tensor:
+        """F at the best threshold.
+
+        Returns:
+            Scalar in [0, 1], float32; 0 if nothing predicted was matched, NaN if no label pixel was
+            seen.
+        """
+        self._count()
+        matched, predicted, labelled = self.counts.double()
+        if not labelled.any():
+            return torch.full_like(labelled[0], torch.nan, dtype=torch.float32)
+        at = torch.stack([matched / predicted.clamp(min=1), matched / labelled.clamp(min=1)])
+        following = torch.cat([at[:, 1:], at[:, -1:]], 1)
+        steps = torch.linspace(0, 1, _STEPS, dtype=at.dtype, device=at.device)
+        p, r = torch.lerp(at[..., None], following[..., None], steps)
+        f: Tensor = (2 * p * r / (p + r)).nan_to_num(0).max()
+        return f.float()
+
+
+def _check(probability: Tensor, label: Tensor, known: Tensor) -> None:
+    shape = probability.shape
+    if len(shape) != 3 and not (len(shape) == 4 and shape[1] == 1):
+        raise ValueError(f"probability: [B, H, W] or [B, 1, H, W] is needed, got {list(shape)}")
+    if not probability.is_floating_point():
+        raise TypeError(f"probability: floating point is needed, got {probability.dtype}")
+    for name, mask in (("label", label), ("known", known)):
+        if mask.shape != shape:
+            raise ValueError(f"{name}: {list(shape)}, as probability, got {list(mask.shape)}")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{name}: bool is needed, got {mask.dtype}")
+    if not ((probability >= 0) & (probability <= 1)).all():
+        raise ValueError("probability: not in [0, 1]; a sigmoid turns logits into probabilities")
+
+
+def _count(image: _Image, max_dist: float, n: int) -> NDArray[np.int64]:
+    """Pixels of one image matched, predicted and labelled, at every threshold: [3, n]."""
+    reached, label, known = image
+    sides = [np.flatnonzero(known.any(axis)) for axis in (1, 0)]
+    distance = max_dist * math.hypot(*(np.ptp(side) + 1 if len(side) else 0 for side in sides))
+    label = label & known
+    lost = np.bincount(reached.ravel(), minlength=n)  # how many pixels at the threshold of that no.
+    counts = np.empty((3, n), np.int64)
+    for k in range(n):
+        if k and not lost[k]:
+            counts[:, k] = counts[:, k - 1]  # the same map again
+            continue
+        predicted = thin(reached > k) & known
+        counts[:, k] = (
+            match(predicted, label, distance),
+            np.count_nonzero(predicted),
+            np.count_nonzero(label),
+        )
+    return counts

@@ -1,0 +1,138 @@
+"""Labels and predictions as colours to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from taskgroup.lab.data.samples import Samples
+from taskgroup.lab.report import plots
+from taskgroup.lab.vision.tasks import Task
+
+__all__ = ["colour", "draw", "draw_panel", "predict"]
+
+_UNKNOWN = 0.75  # grey
+
+
+def colour(task: Task, values: Tensor, known: Tensor, low: float, high: float) -> Tensor:
+    """Values of a task as RGB.
+
+    Classes have colours of their own; a probability and one channel are grey levels, two channels
+    red and green, three red, green and blue.
+
+    Args:
+        task: what the values are of.
+        values: [N, C, H, W]; of classes their numbers and of a binary task probabilities, C = 1.
+        known: [N, 1, H, W], bool; the rest is grey.
+        low: what is shown as black; of values alone.
+        high: what is shown as white.
+
+    Returns:
+        [N, H, W, 3] in [0, 1].
+    """
+    if task.kind == "classes":
+        picture = _palette(task.channels)[values[:, 0].long().clamp(0, task.channels - 1)]
+    else:
+        if task.kind == "binary":
+            low, high = 0.0, 1.0
+        scaled = ((values.float() - low) / (high - low)).clamp(0, 1)
+        channels = {1: [0, 0, 0], 2: [0, 1, 1], 3: [0, 1, 2]}[scaled.shape[1]]
+        picture = scaled[:, channels].movedim(1, -1).clone()
+        if scaled.shape[1] == 2:
+            picture[..., 2] = 0.5
+    return torch.where(known.movedim(1, -1), picture, _UNKNOWN)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, tasks: Mapping[str, Task]) -> dict[str, Tensor]:
+    """What a model says, as labels: {task: [N, C, H, W]}, on the CPU.
+
+    Class numbers, probabilities, normals of unit length, and values as they are. The model is in
+    evaluation mode meanwhile.
+
+    Args:
+        model: ``model(images)`` gives {task: [N, C, H, W]}.
+        images: [N, 3, H, W].
+        tasks: what is known of the tasks.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    training = model.training
+    outputs = model.eval()(images.to(device))
+    model.train(training)
+    found = {}
+    for name, output in outputs.items():
+        task, output = tasks[name], output.float().cpu()
+        if task.kind == "classes":
+            output = output.argmax(1, keepdim=True)
+        elif task.kind == "binary":
+            output = output.sigmoid()
+        elif task.loss in ("cosine", "unit_l1"):
+            output = F.normalize(output, dim=1)
+        found[name] = output
+    return found
+
+
+def draw(
+    model: nn.Module, samples: Samples, rgb: Tensor, tasks: Mapping[str, Task], path: Path
+) -> None:
+    """Input, target and prediction on some samples, as a PNG.
+
+    Args:
+        model: what predicts.
+        samples: some.
+        rgb: their images [N, 3, H, W] in [0, 1].
+        tasks: what is known of the tasks.
+        path: of the PNG.
+    """
+    targets, outputs = {}, {}
+    for name, output in predict(model, samples.images, tasks).items():
+        label, known = samples.labels[name], samples.masks[name]
+        low, high = _range(label, known)
+        targets[name] = colour(tasks[name], label, known, low, high)
+        outputs[name] = colour(tasks[name], output, known, low, high)
+    titles = {name: tasks[name].title for name in outputs}
+    plots.predictions(rgb.movedim(1, -1), targets, outputs, titles, path)
+
+
+def draw_panel(
+    model: nn.Module, image: Tensor, rgb: Tensor, tasks: Mapping[str, Task], path: Path
+) -> None:
+    """An image without labels and all predictions for it, as a PNG.
+
+    Args:
+        model: what predicts.
+        image: [3, H, W] as the model takes it.
+        rgb: the same in [0, 1].
+        tasks: what is known of the tasks.
+        path: of the PNG.
+    """
+    pictures = {}
+    for name, output in predict(model, image[None], tasks).items():
+        known = torch.ones_like(output[:, :1], dtype=torch.bool)
+        pictures[name] = colour(tasks[name], output, known, *_range(output, known))[0]
+    titles = {name: tasks[name].title for name in pictures}
+    plots.panel(rgb.movedim(0, -1), pictures, titles, path)
+
+
+def _palette(n_classes: int) -> Tensor:
+    """A colour for each class, [n, 3]: hues around the circle, neighbours apart and unlike."""
+    numbers = np.arange(n_classes)
+    colours = colormaps["hsv"](numbers * 0.618034 % 1)[:, :3] * (1 - 0.25 * (numbers[:, None] % 3))
+    colours[0] = 0.15  # the background, where there is one
+    return torch.from_numpy(colours).float()
+
+
+def _range(values: Tensor, known: Tensor) -> tuple[float, float]:
+    """What to show as black and white: the 2nd and 98th percentile of all that is known."""
+    inside = values[known.expand_as(values)].float()
+    if inside.numel() == 0:
+        return -1.0, 1.0
+    inside = inside[:: max(1, inside.numel() // 10**6)]  # quantile takes no more than 16 million
+    low, high = torch.quantile(inside, inside.new_tensor([0.02, 0.98])).tolist()
+    return low, max(high, low + 1e-6)

@@ -1,0 +1,1 @@
+"""The loop over the task groups of a batch."""

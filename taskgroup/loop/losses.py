@@ -1,0 +1,377 @@
+"""From the losses of a training loop to the two things a step needs of them.
+
+The loss to step on, with a graph, and the losses of the observed tasks, without one. Every check is
+made before anything changes; none of them synchronises with a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from taskgroup._arguments import listed
+from taskgroup.loop.host_copy import waits_for
+
+__all__ = ["ZERO_LOSS", "LossReader", "LossWatch", "Losses", "Members", "send_like"]
+
+Losses = Mapping[str, Tensor] | Tensor
+Members = tuple[int, ...]  # positions of tasks, ascending
+
+# What to do about a task that other ranks have labels of.
+ZERO_LOSS = (
+    "Give a zero that hangs on the output: output.sum() * 0, or a masked mean, "
+    "(error * mask).sum() / mask.sum().clamp(min=1)."
+)
+
+_STILL = 20  # steps without a change of any loss, after which it is no accident
+
+# More groups than recur in a run; those of K = 1000 singletons fit.
+_GROUPS_KEPT = 4096
+
+
+@dataclass(frozen=True)
+class GroupTensors:
+    """What a group needs on the device of the losses; made once per group and kept."""
+
+    mask: Tensor  # bool [K]
+    index: Tensor  # int64 [n]
+    weights: Tensor | None  # float64 [n]; None where all are 1
+
+
+class LossReader:
+    """Reads losses given as ``{task: scalar}``, or stacked in task order.
+
+    Args:
+        tasks: the K task names.
+        weights: of the losses, ``{task: weight}``, one per task, or None for 1 each.
+        reduction: ``"sum"`` or ``"mean"`` over the losses of a group.
+
+    Raises:
+        ValueError: for an unknown, missing, negative or infinite weight or another reduction.
+    """
+
+    def __init__(
+        self,
+        tasks: tuple[str, ...],
+        weights: Mapping[str, float] | Sequence[float] | None,
+        reduction: str,
+    ) -> None:
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}.")
+        self.tasks = tasks
+        self.everyone: Members = tuple(range(len(tasks)))
+        self.device: torch.device | None = None  # of the losses, once seen
+        self.later = False  # reading a loss on the host would have to wait for that device
+        self._known = frozenset(tasks)
+        self.weights = _checked_weights(weights, tasks)
+        self.reduction = reduction
+        self._kept: dict[Members, GroupTensors] = {}
+
+    def names(self, members: Members) -> tuple[str, ...]:
+        """The tasks at these positions."""
+        return tuple(self.tasks[k] for k in members)
+
+    def forget_device(self) -> None:
+        """Forget the device; the next call to :meth:`read` sets it."""
+        self.device = None
+        self._kept.clear()
+
+    def group(self, members: Members) -> GroupTensors:
+        """The tensors of a group, on the device of the losses."""
+        kept = self._kept.get(members)
+        if kept is None:
+            if len(self._kept) >= _GROUPS_KEPT:
+                self._kept.clear()
+            index = torch.tensor(members, dtype=torch.int64, device="cpu")
+            mask = torch.zeros(len(self.tasks), dtype=torch.bool, device="cpu")
+            mask[index] = True
+            weights = None
+            if self.weights is not None:
+                own = [self.weights[k] for k in members]
+                weights = self._send(torch.tensor(own, dtype=torch.float64, device="cpu"))
+            kept = GroupTensors(self._send(mask), self._send(index), weights)
+            self._kept[members] = kept
+        return kept
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        """To the device of the losses, without waiting for it: new groups come while training."""
+        return tensor.to(self.device, non_blocking=True)
+
+    def read(
+        self,
+        losses: Losses,
+        members: Members,
+        needed: Members,
+        factors: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Check the losses and take what a step needs of them.
+
+        Args:
+            losses: ``{task: scalar}``, ``[K]``, or one for each task in ``needed``.
+            members: the tasks to step on, n of them.
+            needed: the tasks to measure; ``members`` are among them.
+            factors: float64 ``[K]`` on the host, of the losses to step on; None is 1 for each.
+
+        Returns:
+            The weighted sum (or mean) over ``members``, a scalar with a graph, and the losses of
+            ``needed``, a copy without a graph; float32 or float64 both.
+
+        Raises:
+            ValueError: where a loss is unknown, missing, not scalar, on another device or, for a
+                member, without a graph.
+            TypeError: where ``losses`` is neither a mapping nor a tensor.
+        """
+        if isinstance(losses, Tensor):
+            own, measured = self._read_stacked(losses, members, needed)
+        elif isinstance(losses, Mapping):
+            own, measured = self._read_named(losses, members, needed)
+        else:
+            raise TypeError(
+                f"Losses must be {{task: scalar tensor}} or one tensor [{len(self.tasks)}] in the "
+                f"order {listed(self.tasks)}, got {type(losses).__name__}."
+            )
+        own = _at_least_float32(own)
+        if self.weights is not None:
+            weights = self.group(members).weights
+            assert weights is not None
+            own = own * weights.to(own.dtype)
+        if factors is not None:
+            own = own * send_like(factors[list(members)], own)
+        if own.dim() > 0:
+            own = own.mean() if self.reduction == "mean" else own.sum()
+        return own, _at_least_float32(measured)
+
+    def with_graph(self, losses: Losses, members: Members, needed: Members) -> list[Tensor]:
+        """The losses of ``members`` one by one, with their graph; ``losses`` have been read.
+
+        Raises:
+            ValueError: if one has no graph.
+        """
+        if isinstance(losses, Tensor):
+            stacked = len(losses) == len(self.tasks)
+            return [losses[k if stacked else bisect_left(needed, k)] for k in members]
+        found = [losses[self.tasks[k]] for k in members]
+        for k, loss in zip(members, found, strict=True):
+            if not loss.requires_grad:
+                raise ValueError(
+                    f"The loss of task {self.tasks[k]!r} has no graph, and this step measures its "
+                    "gradient: call the MultiTaskModel with group=group, or compute the losses of "
+                    "the tasks in group.graph with gradients on."
+                )
+        return found
+
+    def spread(self, measured: Tensor, needed: Members) -> Tensor:
+        """The losses of ``needed`` at their places in ``[K]``, NaN for the other tasks."""
+        if needed == self.everyone:
+            return measured
+        losses = measured.new_full((len(self.tasks),), math.nan)
+        return losses.index_copy_(0, self.group(needed).index, measured)
+
+    def _read_named(
+        self, losses: Mapping[str, Tensor], members: Members, needed: Members
+    ) -> tuple[Tensor, Tensor]:
+        try:
+            if needed == self.everyone and tuple(losses) == self.tasks:  # as many models give them
+                values = list(losses.values())
+            else:
+                values = [losses[self.tasks[k]] for k in needed]
+            mine = values if members == needed else [losses[self.tasks[k]] for k in members]
+            measured = torch.stack(values).detach()
+            own = torch.stack(mine) if len(mine) > 1 else mine[0].clone()
+        except (KeyError, TypeError, RuntimeError):
+            self._explain(losses, members, needed)
+            raise
+        if (
+            not self._known.issuperset(losses)
+            or measured.dim() != 1
+            or not measured.is_floating_point()
+            or not all(value.requires_grad for value in mine)
+        ):
+            self._explain(losses, members, needed)
+        self._settle_on(measured.device)
+        return own, measured
+
+    def _explain(self, losses: Mapping[str, Tensor], members: Members, needed: Members) -> None:
+        """Raise with a sentence on what is wrong with the losses."""
+        if unknown := [task for task in losses if task not in self._known]:
+            raise ValueError(
+                f"Unknown task {unknown[0]!r} among the losses; the tasks are "
+                f"{listed(self.tasks)}. "
+                "Leave it out: group.loss({t: losses[t] for t in group.observed})."
+            )
+        for k in needed:
+            value = losses.get(self.tasks[k])
+            if value is None:
+                raise ValueError(
+                    f"The loss of task {self.tasks[k]!r} is missing; this step needs those of "
+                    f"group.observed, {listed(self.names(needed))}."
+                )
+            if not isinstance(value, Tensor) or value.dim() != 0 or not value.is_floating_point():
+                cure = "reduce it, with .mean() for instance"
+                if isinstance(value, int | float):
+                    cure = "hand over the tensor itself, without .item() or float()"
+                raise ValueError(
+                    f"The loss of task {self.tasks[k]!r} must be a floating-point scalar tensor, "
+                    f"got {_described(value)}; {cure}."
+                )
+            first = losses[self.tasks[needed[0]]]
+            if value.device != first.device:
+                raise ValueError(
+                    f"The loss of task {self.tasks[k]!r} is on {value.device}, that of "
+                    f"{self.tasks[needed[0]]!r} on {first.device}; move them to one device."
+                )
+        for k in members:
+            if not losses[self.tasks[k]].requires_grad:
+                raise ValueError(
+                    f"The loss of task {self.tasks[k]!r} has no graph, so the group "
+                    f"{listed(self.names(members))} cannot be stepped on; compute it with "
+                    "gradients on, from outputs that are not detached."
+                )
+
+    def _read_stacked(
+        self, losses: Tensor, members: Members, needed: Members
+    ) -> tuple[Tensor, Tensor]:
+        if losses.shape not in ((len(self.tasks),), (len(needed),)) or not (
+            losses.is_floating_point()
+        ):
+            few = f" or [{len(needed)}], those of group.observed;" * (needed != self.everyone)
+            raise ValueError(
+                f"Stacked losses must be floating point [{len(self.tasks)}], one per task in the "
+                f"order {listed(self.tasks)},{few} got {_described(losses)}."
+            )
+        if not losses.requires_grad:
+            raise ValueError(
+                "The stacked losses have no graph, so the group "
+                f"{listed(self.names(members))} cannot be stepped on; compute them with gradients "
+                "on and join them with torch.stack."
+            )
+        self._settle_on(losses.device)
+        given = self.everyone if len(losses) == len(self.tasks) else needed
+        # Copies: compiled models may write their next output over this one.
+        return self._select(losses, given, members), self._select(losses.detach(), given, needed)
+
+    def _select(self, losses: Tensor, given: Members, wanted: Members) -> Tensor:
+        """A copy of the losses of the ``wanted`` tasks, where there are those of ``given``."""
+        if wanted == given:
+            return losses.clone()
+        # By index: a mask would have to be read on the host, and 0 * NaN is NaN.
+        if given == self.everyone:
+            return losses.index_select(0, self.group(wanted).index)
+        places = [bisect_left(given, k) for k in wanted]
+        index = torch.tensor(places, dtype=torch.int64, device="cpu")
+        return losses.index_select(0, self._send(index))
+
+    def _settle_on(self, device: torch.device) -> None:
+        if self.device is None:
+            self.forget_device()  # masks asked for before the first loss lie on the CPU
+            self.device = device
+            self.later = waits_for(device)
+        elif device != self.device:
+            raise ValueError(
+                f"The losses are on {device}, those before were on {self.device}; "
+                "keep the losses on one device."
+            )
+
+
+class LossWatch:
+    """Warns of losses from which no affinity can be measured, once per task and kind."""
+
+    def __init__(self, tasks: tuple[str, ...]) -> None:
+        self._tasks = tasks
+        self._warned: set[int] = set()
+        self._last: list[float] = []
+        self._still = 0  # consecutive steps that changed no loss
+
+    def look(
+        self,
+        values: list[float],
+        members: Members,
+        absent: frozenset[int] = frozenset(),
+        follows: bool = False,
+    ) -> None:
+        """Warn of the first NaN, infinite, zero or negative loss of each task.
+
+        Also of many steps in a row that changed no loss.
+
+        Args:
+            values: the losses.
+            members: whose they are.
+            absent: the tasks without a label, whose losses are zero.
+            follows: whether there was a step since the losses before these, of the same tasks.
+        """
+        if follows and self._still <= _STILL:
+            self._still = self._still + 1 if values == self._last else 0
+            if self._still == _STILL:
+                self._still += 1  # said once
+                warnings.warn(
+                    f"The last {_STILL} steps changed no loss by a bit, so no affinity can be "
+                    "observed: run the forward pass inside the loop over the groups, call "
+                    "optimizer.step() for every group, and look whether the optimizer holds the "
+                    "parameters of the model and its learning rate is above zero. This is said "
+                    "once.",
+                    stacklevel=5,  # the loop's call of group.loss
+                )
+        self._last = values
+        if values and min(values) > 0.0 and sum(values) < math.inf:  # false where one is NaN
+            return
+        for k, value in zip(members, values, strict=True):
+            if 0.0 < value < math.inf or k in self._warned or (k in absent and value == 0.0):
+                continue
+            self._warned.add(k)
+            if k in absent:
+                meaning = f"on a rank where it has no label. {ZERO_LOSS}"
+            else:
+                meaning = (
+                    "without a finite, positive loss no affinity is measured for it. Look at its "
+                    "data and loss, or shift the loss above zero."
+                )
+            warnings.warn(
+                f"The loss of task {self._tasks[k]!r} is {value}: {meaning} This is said once per "
+                "task.",
+                stacklevel=5,  # the loop's call of group.loss
+            )
+
+
+def _checked_weights(
+    weights: Mapping[str, float] | Sequence[float] | None, tasks: tuple[str, ...]
+) -> list[float] | None:
+    if weights is None:
+        return None
+    if isinstance(weights, Mapping):
+        if differing := sorted(set(weights) ^ set(tasks)):
+            raise ValueError(
+                f"weights must name every task once and no other; {listed(differing)} are missing "
+                "or unknown."
+            )
+        floats = [float(weights[task]) for task in tasks]
+    else:
+        floats = [float(weight) for weight in weights]
+        if len(floats) != len(tasks):
+            raise ValueError(f"weights has {len(floats)} entries for {len(tasks)} tasks.")
+    for task, weight in zip(tasks, floats, strict=True):
+        if not 0.0 <= weight < math.inf:
+            raise ValueError(
+                f"The weight of task {task!r} must be finite and not negative, got {weight}."
+            )
+    return floats
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {list(value.shape)}"
+    return type(value).__name__
+
+
+def send_like(values: Tensor, like: Tensor) -> Tensor:
+    """To the device and dtype of ``like``, without waiting for it."""
+    return values.to(like.device, like.dtype, non_blocking=True)
+
+
+def _at_least_float32(losses: Tensor) -> Tensor:
+    return losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses

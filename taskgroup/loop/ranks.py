@@ -1,0 +1,301 @@
+"""Every rank takes the same decision, because every rank decides on the same numbers."""
+
+from __future__ import annotations
+
+import gc
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from taskgroup._arguments import listed
+from taskgroup.ops._sharded import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # which not every build of torch has
+
+__all__ = ["Ranks"]
+
+
+_PARTS = 5  # that check_alike() compares
+
+
+class Ranks:
+    """The ranks that train one model, one process each; a single one where torch joins none.
+
+    All exchanges are sums of float64 numbers, of one length from the second on, and tell which
+    exchange of which batch they are: ranks that are at different places of the loop find out
+    instead of adding up what does not belong together.
+
+    A copy is of the same ranks; what is unpickled finds those of its own process.
+
+    Args:
+        process_group: the ranks; None is all of them.
+
+    Attributes:
+        number: how many there are; 1 before :meth:`join`.
+    """
+
+    def __init__(self, process_group: ProcessGroup | None) -> None:
+        self.number = 1
+        self._joined = False
+        self._process_group = process_group
+        self._length = 2 * _PARTS
+        self._joins = _Joins()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        other = Ranks(self._process_group)  # which cannot be copied
+        other.number, other._joined, other._length = self.number, self._joined, self._length
+        other._joins = self._joins
+        return other
+
+    def __reduce__(self) -> tuple[type[Ranks], tuple[None]]:
+        if self._process_group is not None:
+            raise TypeError(
+                "TaskGroups with a process_group cannot be pickled, because the group belongs to "
+                "this process: make the TaskGroups in the process that uses it, and load "
+                "state_dict() there."
+            )
+        return Ranks, (None,)
+
+    def changed(self) -> bool:
+        """Whether torch has joined processes, or parted them, since :meth:`join`."""
+        return self._joined != (dist.is_available() and dist.is_initialized())
+
+    def join(self) -> None:
+        """Find the other ranks.
+
+        Raises:
+            RuntimeError: if this process is none of them.
+        """
+        self.number, self._joined = 1, dist.is_available() and dist.is_initialized()
+        if not self._joined:
+            return
+        number = dist.get_world_size(self._process_group)
+        if number < 1:
+            raise RuntimeError(
+                f"Rank {dist.get_rank()} is not in the process_group of its TaskGroups: name the "
+                "one it is in."
+            )
+        self.number = number
+
+    def check_alike(self, parts: Mapping[str, object], n_tasks: int) -> None:
+        """Raise, on every rank, if the ranks differ in any part. Waits for the other ranks.
+
+        Args:
+            parts: what decisions follow from, by name; the same names on every rank.
+            n_tasks: the number of tasks.
+
+        Raises:
+            RuntimeError: naming the parts; or inside of ``DistributedDataParallel.join()``.
+        """
+        assert len(parts) == _PARTS
+        self._joins.find()
+        # Sums tell whether all are the same: of n numbers that are, and of no others, n times the
+        # sum of squares is the square of the sum. In float64 that is exact for 8,000 ranks.
+        checksums = [zlib.crc32(repr(_plain(part)).encode()) >> 12 for part in parts.values()]
+        squares = [checksum**2 for checksum in checksums]
+        found = self._sum(
+            torch.tensor(checksums + squares, dtype=torch.int64, device="cpu"), "alike", 0
+        )
+        sums, of_squares = found[:_PARTS].tolist(), found[_PARTS : 2 * _PARTS].tolist()
+        if differing := [
+            name
+            for name, total, squared in zip(parts, sums, of_squares, strict=True)
+            if self.number * round(squared) != round(total) ** 2
+        ]:
+            raise RuntimeError(
+                f"The ranks differ in the {' and the '.join(differing)} of their TaskGroups: make "
+                "it with the same arguments on every rank, and load the same checkpoint on all; if "
+                "they train models of their own, name the ranks of each with process_group=."
+            )
+        self._length = max(2 * n_tasks, 2 * _PARTS)
+
+    def count(self, labelled: Sequence[bool], batch: int) -> list[int]:
+        """On how many ranks each task is labelled. Waits for the other ranks.
+
+        Args:
+            labelled: for each of the K tasks, whether it is labelled here.
+            batch: the number of the batch.
+        """
+        found = self._sum(torch.tensor(labelled, dtype=torch.bool, device="cpu"), "count", batch)
+        return [round(count) for count in found[: len(labelled)].tolist()]
+
+    def mean(self, losses: Tensor, mask: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """The losses averaged over the ranks, bitwise the same on each; one all-reduce.
+
+        Args:
+            losses: ``[K]``, without a graph.
+            mask: bool ``[K]``, True for the tasks of the group at hand.
+            batch: the number of the batch.
+
+        Returns:
+            ``[K]`` the mean, NaN for a task that is NaN on any rank, and votes for
+            :meth:`check_votes`.
+        """
+        n_tasks = len(losses)
+        values = torch.cat([losses.double(), mask.double()])
+        found = self._reduced(values, "mean", batch)
+        return (found[:n_tasks] / self.number).to(losses.dtype), found[n_tasks:]
+
+    def check_votes(self, votes: list[float], tasks: tuple[str, ...]) -> None:
+        """Raise, on every rank, if the ranks did not step on the same group.
+
+        Args:
+            votes: as :meth:`mean` gave them.
+            tasks: those of the group on this rank.
+
+        Raises:
+            RuntimeError: naming the tasks.
+        """
+        self._check_place(votes[-_HEADER:])
+        if not {0, self.number}.issuperset(votes[:-_HEADER]):
+            raise RuntimeError(
+                f"The ranks step on different groups; rank {dist.get_rank()} steps on "
+                f"{listed(tasks)}. {_LOOP_ALIKE}"
+            )
+
+    def mean_gradients(
+        self, gradients: list[list[Tensor | None]], params: Sequence[Tensor]
+    ) -> None:
+        """Averages the gradients of single tasks over the ranks, in place.
+
+        Args:
+            gradients: ``[K][T]`` on the parameters; the same tasks on every rank. None counts as
+                zero; only for frozen parameters it stays.
+            params: the T parameters. Sharded ones are passed over: FSDP has averaged theirs.
+        """
+        active = [t for t, p in enumerate(params) if p.requires_grad and not is_sharded(p)]
+        if not active:
+            return
+        for own in gradients:  # one task at a time: no second copy of all gradients
+            parts = [torch.zeros_like(params[t]) if own[t] is None else own[t] for t in active]
+            flat = torch.cat([part.flatten() for part in parts if part is not None])
+            flat /= self.number
+            self._all_reduce(flat)
+            means = flat.split([params[t].numel() for t in active])
+            for t, mean in zip(active, means, strict=True):
+                own[t] = mean.view(params[t].shape).to(params[t].dtype)
+
+    def _sum(self, values: Tensor, kind: str, batch: int) -> Tensor:
+        """Summed over the ranks, on the host if the ranks can talk there; checked."""
+        backends = dist.get_backend_config(self._process_group)  # such as "cpu:gloo,cuda:nccl"
+        devices = [backend.partition(":")[0] for backend in backends.split(",")]
+        values = values.to("cpu" if "cpu" in devices else devices[0], torch.float64)
+        found = self._reduced(values, kind, batch).cpu()
+        self._check_place(found[-_HEADER:].tolist())
+        return found
+
+    def _reduced(self, values: Tensor, kind: str, batch: int) -> Tensor:
+        """Summed over the ranks, padded to the length of all exchanges, with the place at the end.
+
+        The place is which exchange it is, one of three, and the number of the batch and its square.
+        """
+        place = [float(kind == other) for other in _KINDS]
+        place += [float(batch % _BATCHES), float((batch % _BATCHES) ** 2)]
+        end = torch.tensor(place, dtype=torch.float64, device="cpu")
+        padding = values.new_zeros(self._length - len(values))
+        end = end.to(values.device, non_blocking=True)
+        values = torch.cat([values, padding, end])
+        self._all_reduce(values)
+        return values
+
+    def _all_reduce(self, values: Tensor) -> None:
+        """Sum over the ranks, in place.
+
+        Raises:
+            RuntimeError: if another rank does not take part, as far as the backend tells, or inside
+                of ``join()``, where it need not.
+        """
+        self._joins.refuse()
+        try:
+            dist.all_reduce(values, group=self._process_group)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RuntimeError(
+                f"Rank {dist.get_rank()} waited for another rank in vain ({reason}): that one has "
+                f"ended, has failed or has fewer batches. {_EVEN}"
+            ) from error
+
+    def _check_place(self, place: list[float]) -> None:
+        *kinds, batch, squared = place
+        alike = self.number * round(squared) == round(batch) ** 2
+        if not {0, self.number}.issuperset(kinds) or not alike:
+            raise RuntimeError(
+                f"Rank {dist.get_rank()} is at another place of the loop than others. {_LOOP_ALIKE}"
+            )
+
+
+_KINDS = ("alike", "count", "mean")
+_BATCHES = 2**20  # after which their number begins again, so that sums of squares are exact
+_HEADER = len(_KINDS) + 2
+_LOOP_ALIKE = (
+    "Loop over the same TaskGroups on every rank: call iter() or batch() equally often, load a "
+    "checkpoint on all ranks or on none, and so skip a group or leave a batch early."
+)
+_EVEN = (
+    "Give every rank as many batches: take a DistributedSampler, with drop_last=True in it and in "
+    "the DataLoader, or leave the loop on all ranks once one of them has no batch left."
+)
+
+
+class _Joins:
+    """Notices ``DistributedDataParallel.join()``, for data that end earlier on some ranks.
+
+    A rank without data then repeats the exchanges of DDP, and of nobody else. One of them would
+    meet an exchange of ours, of another size: gloo aborts the process, NCCL may hang or add up what
+    does not belong together.
+    """
+
+    def __init__(self) -> None:
+        self._joinables: WeakSet[Any] = WeakSet()
+        self._left: list[object] = []  # settings of the contexts that have been left
+
+    def find(self) -> None:
+        """Find the models that ``join()`` can be called on. That takes a while."""
+        from torch.distributed.algorithms.join import Joinable  # which not every build of torch has
+
+        self._joinables.update(_alive(Joinable))
+
+    def refuse(self) -> None:
+        """Raise inside of ``join()``.
+
+        Raises:
+            RuntimeError: saying what to do instead.
+        """
+        for joinable in self._joinables:
+            settings = joinable._join_config
+            if not settings.enable or any(settings is left for left in self._left):
+                continue
+            # They stay when the context is left; the context itself does not.
+            from torch.distributed.algorithms.join import Join
+
+            if any(joinable in context._joinables for context in _alive(Join)):
+                raise RuntimeError(
+                    "join() cannot work with TaskGroups: a rank that has joined takes part in the "
+                    "exchanges of DistributedDataParallel, but not in those of the losses. Leave "
+                    f"join() out. {_EVEN}"
+                )
+            self._left.append(settings)
+
+
+def _alive(kind: type) -> list[Any]:
+    """All objects of that class, of which torch keeps no list."""
+    objects = gc.get_objects()
+    kinds = {found for found in set(map(type, objects)) if kind in found.__mro__}
+    return [found for found in objects if type(found) in kinds]
+
+
+def _plain(part: object) -> object:
+    """The same with tensors as bytes: alike where its ``repr`` is."""
+    if isinstance(part, Tensor):
+        return part.numpy(force=True).tobytes()
+    if isinstance(part, Mapping):
+        return [(key, _plain(part[key])) for key in sorted(part)]
+    if isinstance(part, list | tuple):
+        return [_plain(item) for item in part]
+    return part

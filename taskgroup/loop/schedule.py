@@ -1,0 +1,973 @@
+"""Which groups are updated, in what order, on which batch."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from taskgroup._arguments import listed, whole_number
+from taskgroup._generator import HostGenerator
+from taskgroup._random_state import RandomState
+from taskgroup.affinity.base import Affinity
+from taskgroup.affinity.gradient import GradientAffinity
+from taskgroup.affinity.proximal import ProximalAffinity
+from taskgroup.grouping.propagation import AffinityPropagation
+from taskgroup.loop.host_copy import HostCopy
+from taskgroup.loop.losses import ZERO_LOSS, Losses, LossReader, LossWatch, Members, send_like
+from taskgroup.loop.partial_labels import Meetings, Turns
+from taskgroup.loop.ranks import Ranks
+from taskgroup.loop.trainers import in_signal_handler, refuse_accumulation
+from taskgroup.nn.outside import Attachment, Heads, Outside, unwrapped
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # which not every build of torch has
+
+    from taskgroup.nn.model import MultiTaskModel
+
+__all__ = ["Group", "TaskGroups"]
+
+_STATE_VERSION = 2
+_SHARES_TOLERANCE = 1e-6  # ten shares of 0.1 add up to 1, up to rounding
+_LEFT_EARLY = 20  # batches in a row, after which it is no accident
+
+
+class Group:
+    """One step of a batch: the tasks to step on, and whose losses it needs.
+
+    :class:`TaskGroups` makes these; the loop calls :meth:`loss`, or :meth:`skip`, on each.
+
+    Attributes:
+        first: True for the first group of the batch.
+        last: True for the last one.
+        observes: True where the batch observes the affinity.
+        model: the :class:`MultiTaskModel` that ran for this group, which sets it.
+    """
+
+    def __init__(
+        self,
+        groups: TaskGroups,
+        batch: _Batch,
+        members: Members,
+        needed: Members,
+        measures: Members,
+        *,
+        observes: bool,
+        place: int,
+        last: bool,
+    ) -> None:
+        self.first = place == 0
+        self.last = last
+        self.observes = observes
+        self.model: MultiTaskModel | None = None
+        self._groups = groups
+        self._batch = batch
+        self._place = place  # in the batch
+        self._members = members
+        self._needed = needed
+        self._measures = measures  # whose gradients are taken
+        self._shares = 0.0  # of the step, so far
+        self._measured: Tensor | None = None  # share-weighted losses of the needed tasks, so far
+        self._skipped = False
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks of the group, in task order."""
+        return self._groups._reader.names(self._members)
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """The tasks whose losses this step needs, its own and those it observes or measures."""
+        return self._groups._reader.names(self._needed)
+
+    @property
+    def graph(self) -> tuple[str, ...]:
+        """The tasks whose losses must carry a graph, the group's own and those it measures."""
+        return self._groups._reader.names(_union(self._members, self._measures))
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool ``[K]``, True for the tasks of the group; a copy on the device of the losses."""
+        return self._groups._reader.group(self._members).mask.clone()
+
+    def loss(self, losses: Losses, share: float = 1.0, again: bool = False) -> Tensor:
+        """The loss to step on: the weighted sum (or mean) over the tasks of the group.
+
+        Also hands the losses to the affinity, without a synchronisation. Over several ranks, whose
+        gradients are averaged, the loss of a task that only some have labels of counts for more on
+        these, so that the gradient is the mean over them.
+
+        Args:
+            losses: ``{task: scalar}`` with at least the tasks in :attr:`observed`, or one tensor in
+                task order, of these tasks or of all K. Those of the group's own carry a graph.
+            share: the part of the step that this micro-batch is, for gradient accumulation; the
+                shares of a step add up to 1.
+            again: True where a step takes several passes over its losses, in the second pass of
+                SAM and the closure of L-BFGS: once the shares add up to 1, further losses are not
+                observed. Those of the tasks of the group alone will do then.
+
+        Returns:
+            ``share`` times the loss, a scalar with a graph.
+
+        Raises:
+            ValueError: if a loss is unknown, missing, not scalar, on another device or without a
+                graph, or if the shares exceed 1. Nothing has changed then.
+            RuntimeError: if the group was skipped, or the ranks step on different groups.
+        """
+        return self._groups._loss(self, losses, share, again)
+
+    def skip(self) -> None:
+        """Pass over this group: no step is taken on it in this batch."""
+        self._skipped = True
+
+    def runs_first(self, module: nn.Module) -> bool:
+        """Whether no group before this one, in its batch, has run the module; now it has."""
+        return self._batch.ran.setdefault(id(module), self._place) == self._place
+
+    def __repr__(self) -> str:
+        return f"Group({listed(self.tasks)})"
+
+
+class _Batch:
+    """What the groups of one batch have in common.
+
+    Args:
+        present: the tasks to deal, labelled on any rank.
+        absent: those of them without a label on this rank.
+        factors: float64 ``[K]`` on the host, of the losses on this rank, whose mean over all ranks
+            is then the mean over those with a label; None where all have one.
+    """
+
+    def __init__(
+        self,
+        present: Members,
+        absent: frozenset[int] = frozenset(),
+        factors: Tensor | None = None,
+    ) -> None:
+        self.present = present
+        self.absent = absent
+        self.factors = factors
+        self.ran: dict[int, int] = {}  # by the id of the module, the place of its first group
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "ran": {}}  # the modules of a copy have ids of their own
+
+
+class _Step(NamedTuple):
+    """A step taken on this batch, whose effect shows in the next losses."""
+
+    mask: Tensor  # bool [K]
+    losses: Tensor  # [K], before the step
+
+
+@dataclass
+class _State:
+    """What :meth:`TaskGroups.state_dict` saves."""
+
+    partition: list[Members]
+    queue: list[Members]
+    rounds: int
+    batches: int
+    turns: list[int]
+    unconverged: int
+    generator: Tensor
+    affinity: dict[str, Tensor]  # those that are in use, not copies
+    grouping: dict[str, Any]
+
+    def saved(self, tasks: tuple[str, ...]) -> dict[str, Any]:
+        """Copies, of types that load under ``weights_only=True``."""
+        return {
+            "version": _STATE_VERSION,
+            "tasks": list(tasks),
+            "partition": [list(members) for members in self.partition],
+            "queue": [list(members) for members in self.queue],
+            "rounds": self.rounds,
+            "batches": self.batches,
+            "turns": self.turns,
+            "unconverged": self.unconverged,
+            "generator": self.generator,
+            "affinity": {name: t.to("cpu", copy=True) for name, t in self.affinity.items()},
+            "grouping": self.grouping,
+        }
+
+
+class TaskGroups:
+    """Deals the tasks of every batch out in groups, and learns the groups while training.
+
+    Iterate over it inside a batch; each :class:`Group` is one forward, backward and optimizer
+    step. Model, optimizer and loop stay yours::
+
+        groups = tg.TaskGroups(["depth", "normal", "edges"], warmup=100)
+
+        for images, labels in loader:
+            for group in groups:
+                losses = criterion(model(images), labels)
+                optimizer.zero_grad()
+                group.loss(losses).backward()
+                optimizer.step()
+
+    The partition is learned from the affinity, as in "Selective Task Group Updates for Multi-Task
+    Optimization" (ICLR 2025, arXiv 2502.11986): for ``warmup`` rounds every task is a group of its
+    own, then the affinity is clustered. A round deals the whole partition out once; by default
+    every batch is a round. A batch costs its steps, one forward and backward pass per group.
+
+    Leaving a batch early (``break``, an exception) is legal; so is :meth:`Group.skip`. In the loop
+    above the heads of the tasks outside the group stay where they are; :meth:`attach` makes sure of
+    it for stacked losses and models compiled whole, or chooses otherwise.
+
+    Args:
+        tasks: names of the K tasks, in the order of stacked losses.
+        weights: of the losses, ``{task: weight}`` or one per task; 1 by default.
+        affinity: estimates how each task's step changes every loss; ``ProximalAffinity()`` by
+            default.
+        grouping: from affinity to partition; ``AffinityPropagation()`` by default. Any callable
+            that takes the matrix ``[K, K]`` and returns labels ``[K]``, or None for "keep".
+        warmup: rounds that step on every task alone, before the first regrouping.
+        regroup_every: rounds from one regrouping to the next, of which the first ends the warm-up.
+        groups_per_batch: groups dealt to one batch; None is the whole partition.
+        observe_every: batches from one that observes the affinity to the next; where batches have
+            labels of some tasks only, every task is observed in every n-th of its own. Between
+            them a step needs the losses of its own tasks only, so the other heads need not run.
+        reduction: ``"sum"`` or ``"mean"`` over the losses of the group.
+        replay_rng: start every forward of a batch from the same random state, so that dropout
+            draws the same masks and a change of loss shows the step, not the draw.
+        process_group: the ranks that train one model, whose losses are averaged; None is all of
+            them, where ``torch.distributed`` runs. Every rank makes the same calls.
+        seed: of the order of the groups; the same on every rank.
+
+    Attributes:
+        affinity: estimates how each task's step changes every loss. ``groups.affinity.matrix`` is
+            ``[K, K]``, ``groups.affinity.observed`` how often each entry was observed.
+        unconverged: how often the grouping found no partition and the old one was kept.
+
+    Raises:
+        ValueError: for an empty or duplicate task, an unknown, missing or negative weight, or a
+            setting out of range; the sentence names it.
+        TypeError: for an affinity or grouping that is none.
+        RuntimeError: at the first batch, if the ranks' settings or states differ.
+
+    Example:
+        >>> groups = TaskGroups(["a", "b"], warmup=1)
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> for batch in range(3):
+        ...     for group in groups:
+        ...         losses = {"a": (x - 3).square().sum(), "b": (x - 4).square().sum()}
+        ...         (gradient,) = torch.autograd.grad(group.loss(losses), x)
+        ...         _ = x.data.sub_(0.01 * gradient)
+        >>> groups.partition        # both pull the same way
+        [('a', 'b')]
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        *,
+        weights: Mapping[str, float] | Sequence[float] | None = None,
+        affinity: Affinity | None = None,
+        grouping: Callable[[Tensor], Tensor | None] | None = None,
+        warmup: int = 100,
+        regroup_every: int = 1,
+        groups_per_batch: int | None = None,
+        observe_every: int = 1,
+        reduction: Literal["sum", "mean"] = "sum",
+        replay_rng: bool = True,
+        process_group: ProcessGroup | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._tasks = _checked_tasks(tasks)
+        self._reader = LossReader(self._tasks, weights, reduction)
+        self._watch = LossWatch(self._tasks)
+        self._warmup = whole_number("warmup", warmup, at_least=0)
+        self._regroup_every = whole_number("regroup_every", regroup_every, at_least=1)
+        self._groups_per_batch = None
+        if groups_per_batch is not None:
+            self._groups_per_batch = whole_number("groups_per_batch", groups_per_batch, at_least=1)
+        self._observe_every = whole_number("observe_every", observe_every, at_least=1)
+        self._replay_rng = replay_rng
+        self._ranks = Ranks(process_group)
+        self._alike = False  # the ranks have been compared
+        self._grouping = AffinityPropagation() if grouping is None else _checked_grouping(grouping)
+        # With one task there is nothing to learn.
+        self._learns = len(self._tasks) > 1 and getattr(self._grouping, "reads_affinity", True)
+        self.affinity = ProximalAffinity() if affinity is None else _checked_affinity(affinity)
+        if hasattr(self._grouping, "start"):
+            self._grouping.start(self._tasks)
+        self.affinity.start(self._tasks)
+
+        # Saved by state_dict(), with the affinity and the grouping.
+        self._partition: list[Members] = [(k,) for k in range(len(self._tasks))]
+        self._queue: list[Members] = []  # groups of this round not dealt yet
+        self._rounds = 0  # begun
+        self._batches = 0  # begun
+        self._turns = Turns(len(self._tasks), self.affinity.every or self._observe_every)
+        self._generator = HostGenerator(seed)
+        self.unconverged = 0
+
+        # Of the batch at hand, if any.
+        self._batch: _Batch | None = None
+        self._group: Group | None = None  # handed out last
+        self._before: _Step | None = None
+        self._whole: _State | None = None  # of the last whole batch, while one is open
+        self._given: weakref.ref[Tensor] | None = None  # the first loss that this group was given
+
+        # Of tasks that are never labelled in one batch; None where that is not to be told of.
+        self._meetings = Meetings(self._tasks) if self._learns else None
+        self._left_early = 0  # consecutive batches of several steps that were left before the last
+        self._stepping: Group | None = None  # whose loss was asked for last
+        self._asked = 0  # how often a loss was asked for
+        self._told_of_one_forward = False
+        self._copy: HostCopy | None = None  # of the affinity as it is, and what was not read
+        # On the GPU, and what is to look at them on the host.
+        self._unread: list[tuple[Tensor, Callable[[list[float]], None]]] = []
+        self._copied = 0  # of these, the first that are in the copy
+
+        if not self._learns:
+            self._regroup()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The task names, in the order of stacked losses and of the affinity matrix."""
+        return self._tasks
+
+    @property
+    def partition(self) -> list[tuple[str, ...]]:
+        """Today's groups, as task names in task order."""
+        return [self._reader.names(members) for members in self._partition]
+
+    def __iter__(self) -> Iterator[Group]:
+        """Start a batch in which all tasks are labelled, on every rank."""
+        return self._deal(self._reader.everyone, everywhere=True)
+
+    def batch(self, present: Iterable[str]) -> Iterator[Group]:
+        """Start a batch in which only some tasks are labelled.
+
+        Over several ranks every one names the tasks labelled in its own part of the batch, and the
+        tasks of all are dealt; that takes one exchange among the ranks, which does not wait for a
+        GPU where they can talk on the host (a backend such as ``"cpu:gloo,cuda:nccl"``, torch's
+        default). A task in :attr:`Group.observed` that has no label on this rank takes a zero with
+        a graph, ``output.sum() * 0`` or a masked mean.
+
+        Args:
+            present: the labelled tasks. Groups keep only these; groups left empty are dropped.
+                Absent tasks are neither stepped nor observed. Without any there is no group.
+
+        Raises:
+            ValueError: if a task is unknown.
+            TypeError: if ``present`` is a string or a mapping.
+        """
+        if isinstance(present, str):
+            raise TypeError(f"batch() takes a collection of tasks, got {present!r}; put it in [].")
+        if isinstance(present, Mapping):
+            raise TypeError(
+                "batch() takes the names of the labelled tasks, got a mapping, whose values it "
+                "would not look at: write groups.batch([task for task, mask in masks.items() if "
+                "mask.any()]), or groups.batch(labels.keys()) if every task in it is labelled."
+            )
+        present = set(present)
+        if unknown := sorted(present.difference(self._tasks), key=repr):
+            raise ValueError(
+                f"batch() got unknown tasks {listed(unknown)}; they are {listed(self._tasks)}."
+            )
+        here = tuple(k for k, task in enumerate(self._tasks) if task in present)
+        return self._deal(here, everywhere=False)
+
+    def attach(
+        self,
+        optimizer: Optimizer | Sequence[Optimizer],
+        heads: Heads | None = None,
+        outside: Outside = "hold",
+    ) -> Attachment:
+        """Decide what a step does to the heads of the tasks outside the group.
+
+        In every ``optimizer.step()`` they have no gradient (``"hold"``: they do not move at all) or
+        a gradient of zero (``"coast"``: momentum and weight decay go on moving them, as in the
+        published runs), also where the step is given a closure that makes the gradients. Without
+        this call they hold, unless the losses are stacked, the model is compiled whole or
+        ``zero_grad(set_to_none=False)`` is called: then they coast. After the step the gradients
+        that were held back are in their place again.
+
+        One layer for the heads of all tasks, ``nn.Linear(d, K)``, is named by its rows::
+
+            rows = {t: [head.weight[k], head.bias[k]] for k, t in enumerate(tasks)}
+            groups.attach(optimizer, rows)
+
+        The rows outside the group are put back after the step, with the optimizer's state of them;
+        that costs a copy of the layer a step, and the count of steps in the state (Adam's, for its
+        bias correction) stays one for all rows.
+
+        A copy of the groups or of the optimizer is not attached: call this again for it.
+
+        Args:
+            optimizer: whose steps are prepared, one or a list of those that hold the heads; what a
+                trainer has wrapped will do. Not LBFGS.
+            heads: the parameters of each task alone, ``{task: module or parameters}``, an empty
+                list for a task without any; for a parameter of several tasks, its rows. Not needed
+                where a :class:`MultiTaskModel` is called with ``group=group``.
+            outside: ``"hold"`` or ``"coast"``.
+
+        Returns:
+            An object whose ``remove()`` takes the call back.
+
+        Raises:
+            ValueError: if a task is unknown or missing, a parameter belongs to two tasks or is not
+                in the optimizer, the optimizer is LBFGS, or ``outside`` is neither of the two.
+            TypeError: if ``optimizer`` is none, or ``heads`` no mapping.
+        """
+        if outside not in ("hold", "coast"):
+            raise ValueError(f"outside must be 'hold' or 'coast', got {outside!r}.")
+        return Attachment(unwrapped(optimizer), self._tasks, heads, outside, self._about_to_step)
+
+    def _about_to_step(self, prepared: int) -> tuple[frozenset[int] | None, Heads | None, int]:
+        """The members of the group whose step is about to be taken, and its model's heads.
+
+        Args:
+            prepared: the number that this gave at the last step.
+        """
+        group, asked = self._stepping, self._asked
+        in_loop = self._batch is not None and group is self._group
+        if group is None or (asked == prepared and not in_loop):
+            return None, None, prepared  # a step of other losses, after the loop
+        heads = None if group.model is None else group.model.heads
+        return frozenset(group._members), heads, asked
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything an exact resume needs; it loads under ``weights_only=True``.
+
+        In the handler of a signal, where a trainer saves at whatever line the loop is (Lightning
+        on SLURM), it is the state of the last whole batch.
+
+        Raises:
+            RuntimeError: inside a batch, whose open step would be lost.
+        """
+        if self._batch is None:
+            return self._state().saved(self._tasks)
+        if not in_signal_handler():
+            raise RuntimeError(
+                "state_dict() inside a batch would lose its open step; call it after the loop "
+                "over the groups."
+            )
+        assert self._whole is not None
+        return self._whole.saved(self._tasks)
+
+    def _state(self) -> _State:
+        grouping = self._grouping
+        return _State(
+            partition=[*self._partition],
+            queue=[*self._queue],
+            rounds=self._rounds,
+            batches=self._batches,
+            turns=self._turns.state(),
+            unconverged=self.unconverged,
+            generator=self._generator.get_state(),
+            affinity=self.affinity.tensors(),
+            grouping=grouping.state_dict() if hasattr(grouping, "state_dict") else {},
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where :meth:`state_dict` was taken.
+
+        The settings (warm-up, decay, grouping and so on) stay those of this object.
+
+        Raises:
+            ValueError: if the state is of other tasks, of another version or not whole. Nothing has
+                changed then.
+            RuntimeError: inside a batch.
+        """
+        if self._batch is not None:
+            raise RuntimeError("load_state_dict() inside a batch; call it before the loop.")
+        kept = self.state_dict()
+        if differing := sorted(set(kept) ^ set(state)):
+            raise ValueError(
+                f"This is not the state of a TaskGroups: {', '.join(differing)} missing or "
+                "unexpected; pass what state_dict() returned."
+            )
+        if state["version"] != _STATE_VERSION:
+            raise ValueError(
+                f"The state has version {state['version']}, this taskgroup reads version "
+                f"{_STATE_VERSION}; load it with the taskgroup that wrote it."
+            )
+        if tuple(state["tasks"]) != self._tasks:
+            raise ValueError(
+                f"The state is of the tasks {listed(state['tasks'])}, these are "
+                f"{listed(self._tasks)}; name the same tasks in the same order."
+            )
+        partition = [tuple(members) for members in state["partition"]]
+        queue = [tuple(members) for members in state["queue"]]
+        if sorted(sum(partition, ())) != list(range(len(self._tasks))) or not all(partition):
+            raise ValueError("The partition in the state does not hold every task once.")
+        if not set(queue) <= set(partition):
+            raise ValueError("The state deals out groups that are not in its partition.")
+        if len(state["turns"]) != len(self._tasks):
+            raise ValueError("The turns in the state are not one number for every task.")
+        self.affinity.load_state_dict(state["affinity"])
+        try:
+            if hasattr(self._grouping, "load_state_dict"):
+                self._grouping.load_state_dict(state["grouping"])
+            self._generator.set_state(state["generator"].cpu())
+        except Exception:
+            self.affinity.load_state_dict(kept["affinity"])
+            raise
+        self._partition = partition
+        self._queue = queue
+        self._rounds = state["rounds"]
+        self._batches = state["batches"]
+        self._turns.load(state["turns"])
+        self.unconverged = state["unconverged"]
+        self._stepping = self._copy = None
+        self._alike = False
+        self._unread.clear()
+        self._copied = 0
+        self._reader.forget_device()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy stands between two batches, and what was on its way to the host is not copied."""
+        return {
+            **self.__dict__,
+            "_batch": None,
+            "_group": None,
+            "_before": None,
+            "_whole": None,
+            "_given": None,
+            "_stepping": None,
+            "_copy": None,
+            "_unread": [],
+            "_copied": 0,
+            "_alike": False,
+        }
+
+    def __repr__(self) -> str:
+        return f"TaskGroups({len(self._tasks)} tasks in {len(self._partition)} groups)"
+
+    def _deal(self, here: Members, *, everywhere: bool) -> Iterator[Group]:
+        """One batch: its groups one by one, each from the same random state."""
+        refuse_accumulation()
+        if self._ranks.changed():
+            self._ranks.join()
+            self._alike = False
+        if self._ranks.number > 1 and not self._alike:
+            self._ranks.check_alike(self._decisive(), len(self._tasks))
+            self._alike = True
+        if self._left_early == _LEFT_EARLY:
+            self._left_early += 1  # said once in a row
+            warnings.warn(
+                f"The last {_LEFT_EARLY} batches of several steps were left before their last "
+                "group, so that not all groups were stepped on and little was observed. Where a "
+                "trainer takes one step per batch, take the steps yourself (in Lightning: "
+                "self.automatic_optimization = False), or choose groups_per_batch=1 with "
+                "GradientAffinity.",
+                stacklevel=2,
+            )
+        several = self._ranks.number > 1
+        batch = self._batch_of_ranks(here) if several and not everywhere else _Batch(here)
+        if not batch.present:
+            return
+        if len(self._unread) > self._copied:  # of a batch that did not get to its last group
+            self._copy_to_host(self._unread[0][0].device)
+        # Of several ranks each must find out at the same place that they differ.
+        if self._copy is not None and (several or self._copy.ready()):
+            self._read_copy(self._copy)
+        if self._meetings is not None:
+            self._tell_of_strangers(batch.present)
+        whole = self._whole = self._state()
+        self._batch = batch
+        self._group = self._before = self._given = None
+        try:
+            self._batches += 1
+            steps, observes, to_measure = self._plan(batch.present)
+            if observes or to_measure:
+                whole.affinity = {name: t.clone() for name, t in whole.affinity.items()}
+            replay = self._replay_rng and len(steps) > 1
+            random_state = RandomState(self._reader.device) if replay else None
+            self._left_early += len(steps) > 1
+            for place, members in enumerate(steps):
+                if random_state is not None and place > 0:
+                    random_state.replay()
+                # Inside one autocast block for several steps its copies of the weights would stay
+                # those from before the first.
+                torch.clear_autocast_cache()
+                measures = to_measure if place == 0 else ()
+                group = self._group = Group(
+                    self,
+                    batch,
+                    members,
+                    batch.present if observes else _union(members, measures),
+                    measures,
+                    observes=observes,
+                    place=place,
+                    last=place == len(steps) - 1,
+                )
+                if group.last and len(steps) > 1:
+                    self._left_early = 0
+                yield group
+                if self._batch is not batch:
+                    raise RuntimeError(
+                        "Another batch of these TaskGroups has begun; finish one loop over the "
+                        "groups before the next."
+                    )
+                self._close(group)
+        finally:
+            if self._batch is batch:  # the group outlives it, until the next batch begins
+                self._batch = self._before = self._whole = None
+
+    def _decisive(self) -> dict[str, object]:
+        """What the decisions follow from, by the name a user knows it by."""
+        state = self.state_dict()
+        generator = state.pop("generator")
+        return {
+            "tasks": self._tasks,
+            "weights": self._reader.weights,
+            "settings": (
+                self._reader.reduction,
+                self._warmup,
+                self._regroup_every,
+                self._groups_per_batch,
+                self._observe_every,
+                _settings_of(self.affinity),
+                _settings_of(self._grouping),
+            ),
+            "seed": generator,
+            "state": state,
+        }
+
+    def _batch_of_ranks(self, here: Members) -> _Batch:
+        """The batch of all ranks, of which ``here`` are the tasks labelled on this one."""
+        mine = set(here)
+        counts = self._ranks.count([k in mine for k in self._reader.everyone], self._batches)
+        present = tuple(k for k, count in enumerate(counts) if count)
+        if all(counts[k] == self._ranks.number for k in present):
+            return _Batch(present)
+        factors = torch.zeros(len(counts), dtype=torch.float64, device="cpu")
+        for k in here:
+            factors[k] = self._ranks.number / counts[k]
+        return _Batch(present, frozenset(present) - mine, factors)
+
+    def _tell_of_strangers(self, present: Members) -> None:
+        assert self._meetings is not None
+        if present != self._reader.everyone:
+            told = self._meetings.note(present)
+            if told is not None:
+                warnings.warn(told, stacklevel=3)
+            elif not self._meetings.all_met():
+                return
+        self._meetings = None
+
+    def _plan(self, present: Members) -> tuple[list[Members], bool, Members]:
+        """What to do in one batch.
+
+        Returns:
+            The groups, cut down to the present tasks, at least one; whether they are observed; the
+            tasks whose gradients to measure in the first step.
+        """
+        # One task alone has nothing to be compared with.
+        due = len(present) > 1 and self.affinity.reads_steps and self._turns.due(present)
+        rounds = self._rounds
+        steps = self._dealt(present, again=due and self._learns)
+        observes = due and len(steps) > 1
+        to_measure: Members = ()
+        if self.affinity.every is not None and self._rounds > rounds and len(present) > 1:
+            due = self._turns.due(present)
+            to_measure = self.affinity.draw(present) if due else ()
+        if observes or to_measure:
+            self._turns.taken(present)
+        return steps, observes, to_measure
+
+    def _dealt(self, present: Members, again: bool) -> list[Members]:
+        """The groups of one batch, two at least if one must be stepped on ``again``."""
+        here = None if present == self._reader.everyone else frozenset(present)
+        steps: list[Members] = []
+        while not steps:  # twice at most: a whole round holds every present task
+            if not self._queue:
+                self._begin_round()
+            while self._queue and len(steps) != self._groups_per_batch:
+                if members := _cut(self._queue.pop(0), here):
+                    steps.append(members)
+        if again and len(steps) == 1:
+            steps.append(self._another(steps[0], here))
+        return steps
+
+    def _another(self, dealt: Members, here: frozenset[int] | None) -> Members:
+        """A second group for a batch that observes: one more of the round, or the same again."""
+        while self._queue:
+            if members := _cut(self._queue.pop(0), here):
+                return members
+        others = [_cut(members, here) for members in self._partition]
+        others = [members for members in others if members and members != dealt]
+        if not others:
+            return dealt
+        return others[self._generator.below(len(others))]
+
+    def _begin_round(self) -> None:
+        """Regroup where it is time, and shuffle the partition."""
+        first = self._warmup if self._learns else self._regroup_every
+        if self._rounds >= first and (self._rounds - first) % self._regroup_every == 0:
+            self._regroup()
+        self._rounds += 1
+        order = self._generator.permutation(len(self._partition))
+        self._queue = [self._partition[i] for i in order]
+
+    def _regroup(self) -> None:
+        if not self._learns:  # no reason to wait for what is not looked at
+            n_tasks = len(self._tasks)
+            matrix = torch.full((n_tasks, n_tasks), math.nan, dtype=torch.float32, device="cpu")
+        elif self._copy is not None:
+            matrix = self._read_copy(self._copy)
+        else:
+            matrix = self.affinity.known().to("cpu")
+        if not getattr(self._grouping, "takes_nan", False):
+            matrix = matrix.nan_to_num(nan=0.0)
+        labels = self._grouping(matrix)
+        if labels is None:
+            self.unconverged += 1
+            return
+        if (
+            not isinstance(labels, Tensor)
+            or labels.shape != (len(self._tasks),)
+            or labels.dtype != torch.int64
+        ):
+            got = f"{labels.dtype} {[*labels.shape]}" if isinstance(labels, Tensor) else labels
+            raise ValueError(
+                f"The grouping must return an int64 tensor of {len(self._tasks)} labels, one per "
+                f"task, or None to keep the partition; got {got}."
+            )
+        members: dict[int, list[int]] = {}
+        for k, label in enumerate(labels.tolist()):
+            members.setdefault(label, []).append(k)
+        self._partition = [tuple(group) for group in members.values()]
+
+    def _loss(self, group: Group, losses: Losses, share: float, again: bool) -> Tensor:
+        """See :meth:`Group.loss`."""
+        if group._skipped:
+            raise RuntimeError(
+                f"The group {listed(group.tasks)} was skipped and takes no loss any more."
+            )
+        if not 0.0 < share <= 1.0:
+            raise ValueError(f"share must be in (0, 1], got {share!r}.")
+        again = again and group._shares > 1 - _SHARES_TOLERANCE
+        shares = group._shares + (0.0 if again else share)
+        if shares > 1 + _SHARES_TOLERANCE:
+            raise ValueError(
+                f"The shares of the group {listed(group.tasks)} would add up to {shares:g}: call "
+                "group.loss(losses) once per step, or with share=1/n in each of n micro-batches. "
+                "Where one step takes several passes over its losses, in the second pass of SAM "
+                "or the closure of L-BFGS, write group.loss(losses, again=True)."
+            )
+        batch = group._batch
+        needed = group._needed
+        if again and isinstance(losses, Mapping):
+            needed = group._members
+        if batch.absent and isinstance(losses, Mapping):
+            self._check_absent(losses, group, needed)
+        value, measured = self._reader.read(losses, group._members, needed, batch.factors)
+        self._stepping = group
+        self._asked += 1
+        if again:
+            return value * share
+        self._tell_of_one_forward(group, losses)
+        if group._measures and group._measured is None and group is self._group:
+            self._measure_gradients(group, losses, measured)
+        if share != 1.0:
+            value, measured = value * share, measured * share
+        if group._measured is not None:
+            measured += group._measured
+        group._measured = measured
+        group._shares = shares
+        if shares > 1 - _SHARES_TOLERANCE and group is self._group:
+            self._measure(group, measured)
+        return value
+
+    def _tell_of_one_forward(self, group: Group, losses: Losses) -> None:
+        """Warn, once, where a group is given the very losses of the group before it."""
+        if group._shares > 0 or self._told_of_one_forward:
+            return
+        first = losses if isinstance(losses, Tensor) else next(iter(losses.values()))
+        if not isinstance(first, Tensor):
+            return  # of a task that this step does not need, which may be anything
+        if self._given is not None and self._given() is first and first.grad_fn is not None:
+            self._told_of_one_forward = True
+            warnings.warn(
+                "group.loss() was given the same losses as for the group before, so no forward "
+                "pass was run in between: move it into the loop over the groups. Otherwise every "
+                "step after the first follows gradients from before it, and no affinity can be "
+                "observed. This is said once.",
+                stacklevel=4,  # the loop's call of group.loss
+            )
+        self._given = weakref.ref(first)
+
+    def _check_absent(self, losses: Mapping[str, Tensor], group: Group, needed: Members) -> None:
+        """The losses of the tasks that other ranks have labels of hang on the outputs."""
+        for k in sorted(group._batch.absent.intersection(needed)):
+            task = self._tasks[k]
+            if task not in losses:
+                wrong = "is missing"
+            elif k in group._members and getattr(losses[task], "is_leaf", False):
+                wrong = "hangs on nothing"
+            else:
+                continue
+            raise ValueError(
+                f"The loss of task {task!r} {wrong}: without a label on this rank, it has one on "
+                f"another, and all take the same steps. {ZERO_LOSS}"
+            )
+
+    def _measure(self, group: Group, measured: Tensor) -> None:
+        """Take in the losses from before a step: they show what the last step did."""
+        needed, absent = group._needed, group._batch.absent
+        later = self._reader.later
+        follows = group.observes and not group.first
+        if later:
+            self._unread.append(
+                (measured, lambda seen: self._watch.look(seen, needed, absent, follows))
+            )
+        else:
+            self._watch.look(measured.tolist(), needed, absent, follows)
+        if group.observes or self._ranks.number > 1:  # over ranks, to know that all step alike
+            losses = self._mean_over_ranks(group, measured)
+            if group.observes:
+                self._observe(group, losses)
+        if later and group.last:
+            self._copy_to_host(measured.device)
+
+    def _observe(self, group: Group, losses: Tensor) -> None:
+        """What the step before did, seen in the losses ``[K]`` before this one."""
+        assert isinstance(self.affinity, ProximalAffinity)
+        if self._before is not None:
+            self.affinity.observe(self._before.losses, losses, self._before.mask)
+            self._copy = None  # it is not of the affinity as it is any more
+        self._before = _Step(group.mask, losses)
+
+    def _copy_to_host(self, device: torch.device) -> None:
+        """Send the affinity and all that was not read on their way, without waiting for them."""
+        self.affinity.to(device)  # where it is not before it has observed
+        self._copy = HostCopy([self.affinity.known(), *(values for values, _ in self._unread)])
+        self._copied = len(self._unread)
+
+    def _mean_over_ranks(self, group: Group, measured: Tensor) -> Tensor:
+        """The losses ``[K]`` over all ranks; NaN for the tasks that the group does not need."""
+        losses = self._reader.spread(measured, group._needed)
+        if self._ranks.number == 1:
+            return losses
+        if group._batch.factors is not None:
+            losses = losses * send_like(group._batch.factors, losses)
+        losses, votes = self._ranks.mean(losses, group.mask, self._batches)
+        tasks = group.tasks
+        if self._reader.later:
+            self._unread.append((votes, lambda seen: self._ranks.check_votes(seen, tasks)))
+        else:
+            self._ranks.check_votes(votes.tolist(), tasks)
+        return losses
+
+    def _measure_gradients(self, group: Group, losses: Losses, measured: Tensor) -> None:
+        """Take in the gradients of single tasks, before the backward pass of the step."""
+        assert isinstance(self.affinity, GradientAffinity)
+        with_graph = dict(
+            zip(
+                group._measures,
+                self._reader.with_graph(losses, group._measures, group._needed),
+                strict=True,
+            )
+        )
+        if (factors := group._batch.factors) is not None:
+            with_graph = {k: loss * factors[k].item() for k, loss in with_graph.items()}
+        values = self._mean_over_ranks(group, measured)
+        self.affinity.measure(with_graph, values, self._ranks, group.model)
+        self._copy = None  # it is not of the affinity as it is any more
+
+    def _read_copy(self, copy: HostCopy) -> Tensor:
+        """Wait for the copy and look at the numbers in it; the affinity matrix on the host."""
+        matrix, *seen = copy.wait()
+        looks = [look for _, look in self._unread[: self._copied]]
+        del self._unread[: self._copied]
+        self._copied = 0  # looked at once, however often the matrix is read
+        for look, values in zip(looks, seen, strict=False):
+            look(values.tolist())
+        return matrix.float()
+
+    def _close(self, group: Group) -> None:
+        """The loop asks for the next group: the step on this one must have been taken."""
+        if group._skipped:
+            if group._shares > 0:  # its losses were seen, but no step followed
+                self._before = None
+        elif group._shares == 0:
+            raise RuntimeError(
+                f"The group {listed(group.tasks)} got no loss: call group.loss(losses) on every "
+                "group, or group.skip() to pass over it."
+            )
+        elif group._shares < 1 - _SHARES_TOLERANCE:
+            raise RuntimeError(
+                f"The shares of the group {listed(group.tasks)} add up to {group._shares:g}, not "
+                "to 1; pass share=1/n in each of the n micro-batches of a step."
+            )
+
+
+def _cut(members: Members, here: frozenset[int] | None) -> Members:
+    """The members that are here; None is everyone."""
+    return members if here is None else tuple(k for k in members if k in here)
+
+
+def _settings_of(part: object) -> tuple[str, dict[str, object]]:
+    """The name of its class, or of a function, and the plain values it was made with."""
+    plain = (bool, int, float, str, type(None))
+    return (
+        getattr(part, "__qualname__", type(part).__qualname__),
+        {
+            name: value
+            for name, value in getattr(part, "__dict__", {}).items()
+            if isinstance(value, plain)
+        },
+    )
+
+
+def _union(members: Members, others: Members) -> Members:
+    return members if not others else tuple(sorted({*members, *others}))
+
+
+def _checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(tasks, str):
+        raise TypeError(f"tasks takes a list of names, got the string {tasks!r}; put it in [].")
+    names = tuple(tasks)
+    if not names:
+        raise ValueError("tasks is empty; name at least one.")
+    seen: set[str] = set()
+    for k, task in enumerate(names):
+        if not isinstance(task, str) or not task:
+            raise ValueError(f"Task {k} must be a non-empty string, got {task!r}.")
+        if task in seen:
+            raise ValueError(f"Task {task!r} is named twice; give every task a name of its own.")
+        seen.add(task)
+    # Plain strings, whatever kind they are of: NumPy's would not load under weights_only=True.
+    return tuple(str.__str__(task) for task in names)
+
+
+def _checked_affinity(affinity: object) -> Affinity:
+    if isinstance(affinity, type):
+        raise TypeError(
+            f"affinity takes an object, got the class {affinity.__name__}; call it, as in "
+            "tg.ProximalAffinity()."
+        )
+    if not isinstance(affinity, Affinity):
+        raise TypeError(
+            "affinity takes an object, such as tg.ProximalAffinity() or "
+            f"tg.GradientAffinity(model.encoder), got {affinity!r}."
+        )
+    return affinity
+
+
+def _checked_grouping(grouping: object) -> Callable[[Tensor], Tensor | None]:
+    if isinstance(grouping, type):
+        raise TypeError(
+            f"grouping takes an object, got the class {grouping.__name__}; call it, as in "
+            "tg.AffinityPropagation() or tg.KMeans(m)."
+        )
+    if not callable(grouping):
+        raise TypeError(
+            "grouping takes an object such as tg.AffinityPropagation(), tg.KMeans(m) or "
+            "tg.Fixed(partition), or a function from the affinity [K, K] to labels [K]; got "
+            f"{grouping!r}."
+        )
+    return grouping

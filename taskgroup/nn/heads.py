@@ -1,0 +1,223 @@
+"""The heads of a model with many tasks, run one by one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from taskgroup._arguments import listed
+from taskgroup.nn.norm import statistics_once
+from taskgroup.ops._sharded import is_sharded
+
+if TYPE_CHECKING:
+    from taskgroup.loop.schedule import Group
+
+__all__ = ["TaskHeads", "kind_of"]
+
+
+_CURE = "give MultiTaskModel the heads in a plain dict."
+
+
+class TaskHeads(nn.Module, Mapping[str, nn.Module]):
+    """A mapping from task to head that is a module; task names may hold dots.
+
+    Args:
+        heads: ``{task: module}``.
+
+    Raises:
+        ValueError: if there are none, or two names differ only in ``.`` and ``/``.
+        TypeError: if ``heads`` is no mapping, a task is not named by a string or a head is no
+            module.
+    """
+
+    __eq__ = object.__eq__  # a module is itself, whatever its contents
+    __hash__ = object.__hash__
+
+    def __init__(self, heads: Mapping[str, nn.Module] | nn.ModuleDict) -> None:
+        super().__init__()
+        checked = _checked_heads(heads)
+        # Module names may hold no dot: it separates them in the keys of a state_dict.
+        self._module_name = {task: task.replace(".", "/") for task in checked}
+        if len(set(self._module_name.values())) < len(checked):
+            raise ValueError(
+                f"Two of the tasks {listed(checked)} differ only in '.' and '/'; rename one."
+            )
+        for task, head in checked.items():
+            # Not by add_module(), which refuses a task called "keys" or "type".
+            self._modules[self._module_name[task]] = head
+
+    def __getitem__(self, task: str) -> nn.Module:
+        head = self._modules[self._module_name[task]]
+        assert head is not None
+        return head
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._module_name)
+
+    def __len__(self) -> int:
+        return len(self._module_name)
+
+    def forward(
+        self, features: Any, group: Group | None = None, graph_for_all: bool = False
+    ) -> dict[str, Any]:
+        """The outputs of the heads.
+
+        Args:
+            features: of the encoder, any nesting of tensors.
+            group: the heads of ``group.graph`` run with a graph, the other observed ones without,
+                on detached features, and the rest not at all; None runs all with a graph.
+            graph_for_all: run the other observed heads with a graph as well, which leads to the
+                features but not to their parameters, so that derivatives can be taken.
+
+        Returns:
+            ``{task: output}``.
+        """
+        if group is None:
+            return self.run(self, features)
+        return self.run_group(features, group, graph_for_all)
+
+    def run(self, tasks: Collection[str], features: Any) -> dict[str, Any]:
+        """The outputs of the heads of ``tasks``, in their order."""
+        return {task: self[task](features) for task in tasks}
+
+    def run_group(self, features: Any, group: Group, graph_for_all: bool) -> dict[str, Any]:
+        """The outputs of the heads that a step needs, with a graph and without."""
+        outputs = {}
+        learned, observed = set(group.graph), set(group.observed)
+        graph = observed if graph_for_all else learned
+        detached = _detached(features) if observed > graph else None
+        # In the order of the heads, whatever the group: replayed dropout then draws the same masks.
+        wanted = (task for task in self if task in graph or task in observed)
+        for inside, tasks in itertools.groupby(wanted, graph.__contains__):
+            given = features if inside else detached
+            for task in tasks:
+                head = self[task]
+                how = nullcontext() if inside else _without_graph([task])
+                with how, statistics_once(head, group):
+                    held = inside and task not in learned
+                    outputs[task] = (_held(head) if held else head)(given)
+        return outputs
+
+
+def _twin(
+    module: nn.Module, tensors: Mapping[int, Tensor], made: dict[int, nn.Module]
+) -> nn.Module:
+    """The same module with other tensors for its parameters, by their id; the rest is shared."""
+    if (twin := made.get(id(module))) is None:
+        twin = made[id(module)] = object.__new__(type(module))
+        vars(twin).update(vars(module))
+        vars(twin)["_parameters"] = {
+            name: None if parameter is None else tensors[id(parameter)]
+            for name, parameter in module._parameters.items()
+        }
+        vars(twin)["_modules"] = {
+            name: None if part is None else _twin(part, tensors, made)
+            for name, part in module._modules.items()
+        }
+        vars(twin).pop("_compiled_call_impl", None)  # it calls the module
+        if isinstance(module, nn.RNNBase):  # which lists its parameters once more
+            weights = module._flat_weights
+            vars(twin)["_flat_weights"] = [tensors.get(id(own), own) for own in weights]
+    return twin
+
+
+def _held(head: nn.Module) -> nn.Module:
+    """The same head with its parameters kept out of the graph."""
+    parameters = [*head.parameters()]
+    if any(map(is_sharded, parameters)):  # FSDP gathers them when the head itself is called
+        return head
+    return _twin(head, {id(own): own.detach() for own in parameters}, {})
+
+
+def _detached(features: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.detach, features)
+
+
+def _without_graph(tasks: Collection[str]) -> AbstractContextManager[None]:
+    """As ``torch.no_grad()``; a head that takes a derivative there is told how it can.
+
+    Args:
+        tasks: whose heads run.
+    """
+    return torch.no_grad() if torch.compiler.is_compiling() else _explained_no_grad(tasks)
+
+
+@contextmanager
+def _explained_no_grad(tasks: Collection[str]) -> Iterator[None]:
+    try:
+        with torch.no_grad():
+            yield
+    except RuntimeError as error:
+        if "not require grad" not in str(error) and "differentiated Tensors" not in str(error):
+            raise
+        raise RuntimeError(
+            f"The head of {listed(sorted(tasks))} takes a derivative, and heads outside the group "
+            "run without a graph; call the model whole, model(x) instead of model(x, group=group), "
+            "or give it inputs that require a gradient."
+        ) from error
+
+
+def _checked_heads(heads: object) -> dict[str, nn.Module]:
+    """The heads by task, as plain strings."""
+    wanted = "heads must be {task: module}, with tasks named by strings as in TaskGroups"
+    if not isinstance(heads, Mapping | nn.ModuleDict):
+        raise TypeError(
+            f"{wanted}, got {type(heads).__name__}; name the task of each, "
+            '{"depth": module, "edges": module}.'
+        )
+    if not heads:
+        raise ValueError("MultiTaskModel needs at least one head, got none.")
+    checked = {}
+    for task, head in heads.items():
+        if not isinstance(task, str) or not task:
+            raise TypeError(f"{wanted}, got the task {task!r}; name it, as in {{'depth': module}}.")
+        if not isinstance(head, nn.Module):
+            raise TypeError(
+                f"The head of task {task!r} must be a module, got {type(head).__name__}."
+            )
+        checked[str.__str__(task)] = head  # NumPy's strings and enumerations are strings as well
+    return checked
+
+
+def kind_of(module: nn.Module) -> str:
+    """The same for modules that differ in nothing but the values of their parameters."""
+    of_every_module = vars(nn.Module()).keys()
+    numbers: dict[int, int] = {}  # by id, of modules and parameters: shows which are the same
+
+    def number(thing: object) -> int:
+        return numbers.setdefault(id(thing), len(numbers))
+
+    return repr(
+        [
+            (
+                path,
+                number(part),
+                type(part),
+                part.training,
+                {
+                    name: value if _is_plain(value) else id(value)
+                    for name, value in vars(part).items()
+                    if name not in of_every_module
+                },
+                [
+                    (name, number(own), own.shape, own.dtype, own.device, own.requires_grad)
+                    for name, own in (*part._parameters.items(), *part._buffers.items())
+                    if own is not None
+                ],
+            )
+            for path, part in module.named_modules(remove_duplicate=False)
+        ]
+    )
+
+
+def _is_plain(value: object) -> bool:
+    """Whether its ``repr`` says all."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str | None)

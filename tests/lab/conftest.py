@@ -1,0 +1,69 @@
+import json
+
+import pytest
+import torch
+
+from taskgroup.lab.compare import workers
+from tests.lab.small import InThisProcess
+
+
+@pytest.fixture(autouse=True)
+def _keep_the_generator():
+    """A trainer seeds the global one."""
+    with torch.random.fork_rng():
+        yield
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The cells that are trained, in this process and in order."""
+    cells = []
+    train = workers.train_cell
+
+    def note(cell, folder):
+        cells.append(cell)
+        return train(cell, folder)
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(workers, "train_cell", note)
+    monkeypatch.setattr(workers, "step_seconds", lambda recipes: dict.fromkeys(recipes, 1.0))
+    return cells
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Call it with a function from cell to result: that is what the files then hold, untrained.
+
+    A step takes the seconds of its variant, or one.
+    """
+
+    def use(make, seconds=None):
+        cells = []
+
+        def write(cell, folder):
+            cells.append(cell)
+            result = {
+                "metrics": {},
+                "peak_bytes": 1000,
+                "steps_per_batch": 1.0,
+                "groups": [1] * cell.recipe.batches,
+                "changes": [],
+                "partition": [],
+                "affinity": [],
+                "skipped": 0,
+                "diverged": None,
+                **make(cell),
+            }
+            cell.file(folder).write_text(json.dumps(result))
+            return result
+
+        monkeypatch.setattr(workers, "ProcessPoolExecutor", InThisProcess)
+        monkeypatch.setattr(workers, "train_cell", write)
+        monkeypatch.setattr(
+            workers,
+            "step_seconds",
+            lambda recipes: {name: (seconds or {}).get(name, 1.0) for name in recipes},
+        )
+        return cells
+
+    return use

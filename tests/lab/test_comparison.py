@@ -1,0 +1,462 @@
+"""What is run, what is not run again, and that the table says what the files hold."""
+
+import itertools
+import json
+import math
+import statistics
+
+import pytest
+
+import taskgroup as tg
+from taskgroup.lab.compare import cost, workers
+from taskgroup.lab.compare.comparison import Comparison, Row
+from taskgroup.lab.compare.presets import PRESETS, Variant, preset, variants_by_name
+from taskgroup.lab.compare.statistics import Estimate
+from taskgroup.lab.train.problem import make_problem
+from taskgroup.lab.train.recipe import Recipe, read_recipe
+from taskgroup.lab.train.trainer import Trainer, task_names
+from tests.lab.small import InThisProcess, yeast
+
+GD = Variant("gd", "GD", {"method": "gd"})
+UW = Variant("uw", "UW", {"method": "uw"})
+SELECTIVE = Variant("selective", "Selective", {"method": "selective"})
+WILD = Variant("wild", "Wild", {"method": "gd", "lr": 1e20})
+TASKS = ["class1", "class2", "class3"]
+
+
+def comparison(out, variants=(GD, SELECTIVE), seeds=2, budgets=("batches",), **options):
+    return Comparison(yeast(), variants, seeds, out, budgets=budgets, **options)
+
+
+def names(cells):
+    return [(cell.name, cell.recipe.seed) for cell in cells]
+
+
+def files(out):
+    return {path.name: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+
+
+# What is run.
+
+
+def test_finished_runs_are_not_run_again(tmp_path, trained):
+    first = comparison(tmp_path).run()
+    # Two seeds of two variants and three single tasks.
+    assert sorted(names(trained)) == sorted(
+        (name, seed)
+        for name in ("gd", "selective", *(f"single-{task}" for task in TASKS))
+        for seed in (0, 1)
+    )
+    before = files(tmp_path)
+    trained.clear()
+    heard = []
+    again = comparison(tmp_path).run(lambda *said: heard.append(said[1:3]))
+    assert trained == []
+    assert files(tmp_path) == before
+    assert heard == [(n, 10) for n in range(1, 11)]
+    assert again.rows == first.rows
+    assert again.single == first.single
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate", "empty"])
+def test_a_lost_result_is_run_again_alone(damage, tmp_path, trained):
+    first = comparison(tmp_path).run()
+    (lost,) = (tmp_path / "cells").glob("selective-1-*.json")
+    text = lost.read_text()
+    if damage == "delete":
+        lost.unlink()
+    else:
+        lost.write_text(text[: len(text) // 2] if damage == "truncate" else "")
+    trained.clear()
+    again = comparison(tmp_path).run()
+    assert names(trained) == [("selective", 1)]
+    assert again.rows[1].delta == first.rows[1].delta  # from the seed, the same to the bit
+
+
+def test_more_seeds_and_variants_add_what_is_missing(tmp_path, trained):
+    comparison(tmp_path, seeds=1).run()
+    trained.clear()
+    comparison(tmp_path, seeds=2).run()
+    assert set(names(trained)) == {
+        *((f"single-{task}", 1) for task in TASKS),
+        ("gd", 1),
+        ("selective", 1),
+    }
+    trained.clear()
+    table = comparison(tmp_path, variants=[GD, UW, SELECTIVE]).run()
+    assert names(trained) == [("uw", 0), ("uw", 1)]
+    assert [row.variant.name for row in table.rows] == ["gd", "uw", "selective"]
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    comparison(tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"runs with other settings \(dim: 4, batches: 4\)"):
+        Comparison(yeast(dim=8, batches=6), [GD], 1, tmp_path / "mine", budgets=["batches"])
+    # The seed is where the seeds start, and no setting of the folder.
+    Comparison(yeast(seed=7), [GD], 1, tmp_path / "mine", budgets=["batches"])
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="is not empty and holds no runs; name another with --out"):
+        comparison(tmp_path / "full")
+    with pytest.raises(ValueError, match="is not empty and holds no runs"):
+        comparison(tmp_path / "full" / "thesis.tex")
+    with pytest.raises(ValueError, match=r"cannot be made .* name another folder with --out"):
+        comparison(tmp_path / "full" / "thesis.tex" / "below")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_a_diverged_run_is_kept_as_such(tmp_path, trained):
+    table = comparison(tmp_path, variants=[GD, WILD, SELECTIVE]).run()
+    wild = table.rows[1]
+    assert wild.diverged == {"batches": 2}
+    assert wild.delta["batches", "held_out"].n == 0
+    assert wild.verdict("batches", "held_out") == ""
+    assert table.rows[2].delta["batches", "held_out"].n == 2
+    (file,) = (tmp_path / "cells").glob("wild-0-*.json")
+    assert json.loads(file.read_text())["diverged"] in (1, 2)
+    trained.clear()
+    comparison(tmp_path, variants=[GD, WILD, SELECTIVE]).run()
+    assert trained == []
+
+
+def test_metrics_that_are_not_numbers_are_a_divergence(tmp_path, trained, monkeypatch):
+    problem = type(make_problem(yeast()))
+    evaluate = problem.evaluate
+
+    def lose(self, model, split, quick=False):
+        return dict.fromkeys(evaluate(self, model, split), math.nan)
+
+    monkeypatch.setattr(problem, "evaluate", lose)
+    table = comparison(tmp_path).run()
+    assert [row.diverged["batches"] for row in table.rows] == [2, 2]
+    assert all(math.isnan(row.delta["batches", "held_out"].mean) for row in table.rows)
+
+
+def test_a_run_that_raises_is_said_and_not_kept(tmp_path, trained, monkeypatch):
+    train = workers.train_cell
+
+    def fail(cell, folder):
+        if cell.name == "selective" and cell.recipe.seed == 0:
+            raise ValueError("the solver gave up")
+        return train(cell, folder)
+
+    monkeypatch.setattr(workers, "train_cell", fail)
+    heard = []
+    table = comparison(tmp_path).run(lambda *said: heard.append((said[3].name, said[4] is None)))
+    assert table.failed == ["selective, seed 0: the solver gave up"]
+    assert [row.delta["batches", "held_out"].n for row in table.rows] == [2, 1]
+    assert len(heard) == 10
+    assert [name for name, lost in heard if lost] == ["selective"]
+    assert len(files(tmp_path)) == 9
+    monkeypatch.setattr(workers, "train_cell", train)
+    trained.clear()
+    comparison(tmp_path).run()
+    assert names(trained) == [("selective", 0)]
+
+
+def test_as_many_processes_as_asked_for(tmp_path, trained):
+    comparison(tmp_path, seeds=1).run(jobs=3)
+    assert InThisProcess.jobs == 3
+
+
+# What is refused, before anything is run.
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"seeds": 0}, "at least one seed, got 0"),
+        ({"seeds": -1}, "at least one seed, got -1"),
+        ({"variants": [SELECTIVE]}, "joint training to compare with: add 'gd'"),
+        ({"variants": [GD, Variant("x", "X", {}, against="gd-8")]}, "add 'gd-8'"),
+        ({"budgets": ["batches", "money"]}, "no budget money; take some of batches, time, tuned"),
+        ({"budgets": ["tuned"]}, "give another one than that of the recipe"),
+        ({"budgets": ["tuned"], "rates": [1e-2, -1.0]}, "lr must be finite and not negative"),
+        ({"budgets": ["tuned"], "rates": [math.nan]}, "lr must be finite and not negative"),
+        (
+            {"variants": [GD, Variant("r", "Random", {"grouping": "random:9"})], "strict": True},
+            "Random cannot be compared here: .*cannot fill 9 groups with 3 tasks",
+        ),
+    ],
+)
+def test_bad_arguments(options, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        comparison(tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tasks": "class1"}, "at least two tasks"),
+        ({"tasks": "class1,clas2"}, "yeast has no task 'clas2'; its tasks are class1"),
+        ({"batches": 1}, "at least two batches"),
+    ],
+)
+def test_bad_recipes(changes, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        Comparison(yeast(**changes), [GD], 1, tmp_path / "out", budgets=["batches"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_work_is_left_out_and_said(tmp_path):
+    impossible = Variant("random-9", "Random", {"grouping": "random:9"})
+    made = comparison(tmp_path, variants=[GD, impossible])
+    assert [variant.name for variant in made.variants] == ["gd"]
+    assert list(made.refused) == ["Random"]
+    assert "cannot fill 9 groups with 3 tasks" in made.refused["Random"]
+
+
+def test_unknown_names_list_the_known_ones_nearest_first():
+    variants = preset("methods", yeast(), TASKS)
+    with pytest.raises(ValueError, match="no method 'pc-grad' here; there are pcgrad, upgrad"):
+        variants_by_name(["gd", "pc-grad"], variants)
+    with pytest.raises(ValueError, match="no preset 'decays'; there are decay"):
+        preset("decays", yeast(), TASKS)
+    with pytest.raises(ValueError, match="no method 'cagard'; the methods are cagrad"):
+        Recipe(method="cagard")
+
+
+def test_chosen_variants_bring_what_they_are_measured_against():
+    variants = preset("batch-size", yeast(), TASKS)
+    chosen = variants_by_name(["gd", "selective-batch-16", "gd"], variants)
+    assert [variant.name for variant in chosen] == ["gd", "gd-batch-16", "selective-batch-16"]
+
+
+@pytest.mark.parametrize("data", ["yeast", "motorcycle", "motorcycle-small"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_make_valid_recipes(name, data):
+    recipe = read_recipe(data)
+    tasks = task_names(recipe, make_problem(recipe))
+    variants = preset(name, recipe, tasks)
+    by_name = {variant.name: variant for variant in variants}
+    assert len(by_name) == len({variant.title for variant in variants}) == len(variants)
+    assert {"gd", "selective"} <= set(by_name)
+    made = {Recipe(**{**vars(recipe), **variant.settings}) for variant in variants}
+    assert len(made) == len(variants)  # nothing is trained twice under two names
+    for variant in variants:
+        against = by_name[variant.against]
+        assert against.settings["method"] == "gd"
+        # A joint run of the same batches and tasks.
+        for key in ("batch_size", "tasks"):
+            assert against.settings.get(key) == variant.settings.get(key)
+
+
+def test_three_tasks_are_spread_over_all():
+    recipe = read_recipe("yeast")
+    variants = preset("three-tasks", recipe, [f"class{k}" for k in range(1, 15)])
+    three = [variant for variant in variants if "tasks" in variant.settings]
+    assert {variant.settings["tasks"] for variant in three} == {("class1", "class5", "class10")}
+    assert [variant.name for variant in three] == [
+        "gd-three",
+        "selective-three",
+        "singletons-three",
+    ]
+
+
+# What is read.
+
+
+def metrics(held_out, validation=0.5, tasks=TASKS):
+    values = {"train": 0.9, "validation": validation, "held_out": held_out}
+    return {"metrics": {split: dict.fromkeys(tasks, value) for split, value in values.items()}}
+
+
+def test_delta_m_is_that_of_the_files_by_hand(tmp_path, trained):
+    table = comparison(tmp_path, seeds=3).run()
+    results = {path.name: json.loads(path.read_text()) for path in (tmp_path / "cells").iterdir()}
+
+    def held_out(name, task):
+        found = [r for file, r in sorted(results.items()) if file.startswith(f"{name}-")]
+        return [result["metrics"]["held_out"][task] for result in found]
+
+    single = {task: statistics.fmean(held_out(f"single-{task}", task)) for task in TASKS}
+    assert table.single["held_out"] == pytest.approx(single)
+    deltas = {}
+    for name in ("gd", "selective"):
+        by_task = {task: held_out(name, task) for task in TASKS}
+        deltas[name] = [
+            100 * statistics.fmean((by_task[t][s] - single[t]) / single[t] for t in TASKS)
+            for s in range(3)
+        ]
+        assert deltas[name][0] == pytest.approx(
+            tg.delta_m({t: by_task[t][0] for t in TASKS}, single, set())
+        )
+    gd, selective = table.rows
+    key = ("batches", "held_out")
+    assert gd.delta[key].mean == pytest.approx(statistics.fmean(deltas["gd"]))
+    assert selective.delta[key].mean == pytest.approx(statistics.fmean(deltas["selective"]))
+    differences = [b - a for a, b in zip(deltas["gd"], deltas["selective"], strict=True)]
+    gain = selective.gain[key]
+    assert gain.mean == pytest.approx(statistics.fmean(differences))
+    t = 4.302653  # of two degrees of freedom
+    assert gain.half == pytest.approx(t * statistics.stdev(differences) / 3**0.5, rel=1e-6)
+    floor = t * statistics.stdev(deltas["gd"]) * (2 / 3) ** 0.5
+    assert selective.floor[key] == pytest.approx(floor, rel=1e-6)
+    assert selective.metrics[key] == pytest.approx(
+        {task: statistics.fmean(held_out("selective", task)) for task in TASKS}
+    )
+
+
+def test_best_rate_is_that_of_other_seeds(tmp_path, made_up):
+    # For the tuning seeds 0.01 is best; for the seeds compared 0.1 is.
+    tuning = {0.003: 0.6, 0.01: 0.8, 0.1: 0.7}
+    then = {0.003: 0.6, 0.01: 0.7, 0.1: 0.9}
+
+    def make(cell):
+        rate = cell.recipe.lr
+        if cell.recipe.seed < 1000:
+            return metrics(then[rate])
+        if cell.name == "selective" and rate == 0.01 and cell.recipe.seed == 1001:
+            return {**metrics(0.9), "diverged": 3}
+        return metrics(tuning[rate])
+
+    cells = made_up(make)
+    compared = comparison(tmp_path, budgets=["tuned"], rates=[0.1, 0.01])
+    compared.read()  # nothing yet, and nothing of that is kept
+    table = compared.run()
+    assert [row.rate for row in table.rows] == [0.01, 0.1]  # 0.01 diverged once
+    assert compared.best_rate(GD) == 0.01
+    tuning = {(c.name, c.recipe.seed, c.recipe.lr) for c in cells if c.recipe.seed >= 1000}
+    assert tuning == {
+        (name, seed, rate)
+        for name in ("gd", "selective")
+        for seed in (1000, 1001, 1002)
+        for rate in (0.003, 0.01, 0.1)
+    }
+    tuned = {(c.name, c.recipe.seed, c.recipe.lr) for c in cells if c.recipe.seed < 1000}
+    assert {("gd", 0, 0.01), ("gd", 1, 0.01), ("selective", 0, 0.1)} <= tuned
+
+
+def test_where_all_rates_diverge_the_recipes_is_kept(tmp_path, made_up):
+    made_up(lambda cell: {**metrics(0.7), "diverged": 1 if cell.recipe.seed >= 1000 else None})
+    table = comparison(tmp_path, budgets=["tuned"], rates=[0.1]).run()
+    assert [row.rate for row in table.rows] == [0.003, 0.003]
+
+
+def test_the_rate_of_the_heads_goes_with_that_of_the_encoder(tmp_path, made_up):
+    cells = made_up(lambda cell: metrics(0.7))
+    recipe = yeast(lr=0.01, head_lr=0.02)
+    Comparison(recipe, [GD], 1, tmp_path, budgets=["tuned"], rates=[0.1]).run()
+    rates = {(c.recipe.lr, c.recipe.head_lr) for c in cells if c.recipe.seed >= 1000}
+    assert rates == {(0.01, 0.02), (0.1, 0.2)}
+
+
+def test_as_much_time_is_the_cost_of_the_reference(tmp_path, made_up):
+    # Of a step; a batch of selective updates takes 1 or 2 or 3 of them, seed by seed.
+    seconds = {"gd": 1.2, "uw": 4.0, "selective": 1.5}
+
+    def make(cell):
+        steps = 1 + cell.recipe.seed % 3 if cell.name == "selective" else 1
+        return {**metrics(0.7), "steps_per_batch": steps}
+
+    made_up(make, seconds)
+    recipe = yeast(batches=40)
+
+    def table(*variants, seeds=3):
+        return Comparison(recipe, variants, seeds, tmp_path, budgets=["time"]).run()
+
+    rows = table(GD, UW, SELECTIVE).rows
+    assert [row.time for row in rows] == [1, pytest.approx(4 / 1.2), pytest.approx(3 / 1.2)]
+    assert [row.batches for row in rows] == [
+        {"batches": 40, "time": 100},  # 40 * 3 / 1.2
+        {"batches": 40, "time": 30},
+        {"batches": 40, "time": 40},
+    ]
+    # Opened again, with seeds on a machine that has become slower: the same.
+    seconds["gd"] = 90.0
+    rows = table(GD, UW, SELECTIVE, seeds=6).rows
+    assert [row.batches["time"] for row in rows] == [100, 30, 40]
+
+
+def test_without_selective_updates_the_time_is_that_of_gd(tmp_path, made_up):
+    made_up(lambda cell: metrics(0.7), {"gd": 1.0, "uw": 2.0, "selective": 4.0})
+
+    def batches(*variants):
+        table = comparison(tmp_path, variants=variants, budgets=["time"]).run()
+        return table.reference, [row.batches["time"] for row in table.rows]
+
+    assert batches(GD, UW) == ("GD", [4, 2])
+    # And another reference in the same folder has its own.
+    assert batches(GD, UW, SELECTIVE) == ("Selective", [16, 8, 4])
+    assert batches(GD, UW) == ("GD", [4, 2])
+
+
+def test_costs_are_measured_in_turns_over_whole_runs(monkeypatch):
+    """The clock goes on by a second at every step of GD and by ten at every one of the others."""
+    now = 0.0
+    turns = []
+
+    class Counted(Trainer):
+        def step(self):
+            nonlocal now
+            if self.recipe.method == "dwa":
+                raise ValueError("the solver gave up")
+            progress = super().step()
+            now += sum(1.0 if self.recipe.method == "gd" else 10.0 for _ in progress.groups)
+            turns.append(self.recipe.method)
+            return progress
+
+    monkeypatch.setattr(cost, "Trainer", Counted)
+    monkeypatch.setattr(cost.time, "process_time", lambda: now)
+    recipes = {
+        "joint": yeast(method="gd", batches=12),
+        "groups": yeast(method="selective", grouping="singletons", batches=12),
+        "lost": yeast(method="uw", lr=1e20, batches=12),
+        "fails": yeast(method="dwa", batches=12),
+    }
+    found = cost.step_seconds(recipes)
+    assert (found["joint"], found["groups"]) == (1.0, 10.0)
+    assert math.isnan(found["lost"])
+    assert math.isnan(found["fails"])
+    assert turns.count("gd") == turns.count("selective") == 12
+    # One to allocate, then by fives.
+    lasting = [turn for turn in turns if turn != "uw"]
+    assert [(turn, len(list(run))) for turn, run in itertools.groupby(lasting)] == [
+        *(("gd", 1), ("selective", 1), ("gd", 5), ("selective", 5), ("gd", 5), ("selective", 5)),
+        *(("gd", 1), ("selective", 1)),
+    ]
+
+
+def test_read_before_and_after_the_runs(tmp_path, made_up):
+    made_up(lambda cell: metrics(0.6 if cell.name.startswith("single") else 0.75))
+    made = comparison(tmp_path)
+    assert math.isnan(made.read().single["held_out"]["class1"])
+    assert made.run().rows[0].delta["batches", "held_out"].mean == pytest.approx(25)
+
+
+def test_groups_and_changes(tmp_path, made_up):
+    groups = {"groups": [3, 3, 3, 3, 2, 2, 1, 1], "changes": [4, 6, 7]}
+    made_up(lambda cell: {**metrics(0.7), **groups} if cell.name == "selective" else metrics(0.7))
+    recipe = yeast(batches=8)
+    row = Comparison(recipe, [GD, SELECTIVE], 1, tmp_path, budgets=["batches"]).run().rows[1]
+    assert row.groups == 1.5  # of the second half
+    assert row.changes == 0.5  # in the batches 7 and 8
+
+
+def row(gain, floor):
+    nothing = dict.fromkeys(("time", "memory", "steps", "groups", "changes", "rate"), None)
+    key = ("batches", "held_out")
+    return Row(
+        variant=GD, batches={}, delta={}, metrics={}, diverged={}, skipped=0, **nothing,
+        gain={key: gain}, floor={key: floor},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gain", "floor", "verdict"),
+    [
+        (Estimate(2.0, 1.0, 5), 1.5, "better"),
+        (Estimate(-2.0, 1.0, 5), 1.5, "worse"),
+        (Estimate(2.0, 2.5, 5), 1.5, ""),  # the interval holds zero
+        (Estimate(2.0, 1.0, 5), 2.5, ""),  # less than joint runs differ by
+        (Estimate(-2.0, 1.0, 5), 2.5, ""),
+        (Estimate(2.0, math.nan, 1), math.nan, ""),
+        (Estimate(2.0, 1.0, 5), math.nan, ""),
+        (Estimate(math.nan, math.nan, 0), 1.0, ""),
+    ],
+)
+def test_verdict(gain, floor, verdict):
+    assert row(gain, floor).verdict("batches", "held_out") == verdict
+    assert row(gain, floor).verdict("time", "held_out") == ""

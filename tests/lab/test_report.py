@@ -1,0 +1,244 @@
+"""The tables of a comparison hold its numbers, whole, however wide the terminal."""
+
+import csv
+import dataclasses
+import io
+import math
+import re
+
+import pytest
+from rich.console import Console
+
+from taskgroup.lab.compare import comparison_tables as report
+from taskgroup.lab.compare.comparison import BUDGETS, Row, Table
+from taskgroup.lab.compare.presets import PRESETS, preset
+from taskgroup.lab.compare.statistics import Estimate
+from taskgroup.lab.train.problem import make_problem
+from taskgroup.lab.train.recipe import read_recipe
+
+SPLITS = ("train", "validation", "held_out")
+
+
+def fabricated(variants, seeds=5, diverged=()):
+    """A table of numbers that are all different."""
+    recipe = read_recipe("yeast")
+    problem = make_problem(recipe)
+    tasks = list(problem.titles)
+    keys = [(budget.name, split) for budget in BUDGETS for split in SPLITS]
+    nothing = Estimate(math.nan, math.nan, 0)
+    rows = []
+    for n, variant in enumerate(variants):
+        lost = variant.name in diverged
+
+        def about(scale, n=n, lost=lost):
+            def one(k):
+                half = math.nan if seeds == 1 else 0.11 * (k + 1)
+                return nothing if lost else Estimate(scale * (n + 1) + k / 10, half, seeds)
+
+            return {key: one(k) for k, key in enumerate(keys)}
+
+        rows.append(
+            Row(
+                variant=variant,
+                time=math.nan if lost else 1 + 0.71 * n,
+                memory=math.nan if lost else 1 + 0.13 * n,
+                steps=1.0 + n,
+                groups=math.nan if lost else 2.0 + n,
+                changes=math.nan if lost else 0.05,
+                rate=0.003,
+                batches={"batches": 300, "time": 280 + n, "tuned": 280 + n},
+                delta=about(-1.3),
+                gain=about(1.7),
+                floor=dict.fromkeys(keys, math.nan if seeds == 1 else 1.25),
+                metrics={} if lost else {k: dict.fromkeys(tasks, 0.7 + 0.001 * n) for k in keys},
+                diverged=dict.fromkeys((b.name for b in BUDGETS), seeds if lost else 0),
+                skipped=0,
+            )
+        )
+    return Table(
+        recipe=recipe,
+        problem=problem,
+        tasks=tasks,
+        seeds=seeds,
+        rates=[0.001, 0.003, 0.009],
+        budgets=list(BUDGETS),
+        reference="Selective",
+        rows=rows,
+        single={split: dict.fromkeys(tasks, 0.65) for split in SPLITS},
+        refused={"DTP": "it needs a score"},
+        failed=[],
+    )
+
+
+def variants(name="methods"):
+    recipe = read_recipe("yeast")
+    return preset(name, recipe, list(make_problem(recipe).titles))
+
+
+def printed(table, width):
+    console = Console(width=width, file=io.StringIO())
+    for shown in report.tables(table):
+        console.print(shown)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 140])
+@pytest.mark.parametrize("name", PRESETS)
+def test_terminal_tables_are_whole(name, width):
+    table = fabricated(variants(name))
+    text = printed(table, width)
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= width
+    for row in table.rows:
+        # In the table of gains, and but for joint runs in that of the differences.
+        lines = [line for line in text.splitlines() if line.strip().startswith(row.variant.title)]
+        lines = [
+            line
+            for line in lines
+            if re.match(r" +[-+\d.]+[±x]", line.strip()[len(row.variant.title) :])
+        ]
+        assert len(lines) == (1 if row.variant.name == row.variant.against else 2), row.variant
+        for budget in ("batches", "time", "tuned"):
+            mean, half, _ = row.delta[budget, "held_out"]
+            assert f"{mean:+.1f}±{half:.1f}" in lines[0]
+            if len(lines) == 2:
+                mean, half, _ = row.gain[budget, "held_out"]
+                assert f"{mean:+.1f}±{half:.1f}" in lines[1]
+        assert f"{row.time:.2f}x" in lines[0]
+
+
+def test_diverged_runs_are_called_so():
+    text = printed(fabricated(variants(), diverged=["uw"]), 140)
+    lines = [line.split() for line in text.splitlines() if line.strip().startswith("UW ")]
+    assert lines[0] == ["UW", "diverged", "diverged", "diverged", "(0.003)"]
+    assert "nan" not in text
+    partly = fabricated(variants())
+    partly.rows[2].diverged["batches"] = 2
+    assert "(2 diverged)" in printed(partly, 140)
+
+
+def test_one_seed_has_no_intervals():
+    table = fabricated(variants(), seeds=1)
+    text = printed(table, 140) + report.markdown(table, "x")
+    assert "nan" not in text
+    assert "±" not in text
+    assert "Noise floor: unknown" in text
+
+
+def test_notes_name_what_was_left_out_and_what_was_tried():
+    text = report.markdown(fabricated(variants()), "taskgroup compare yeast")
+    assert "```\ntaskgroup compare yeast\n```" in text
+    assert "- DTP is left out: it needs a score" in text
+    assert "Best rate: of 3," in text
+    assert "two sets of 5 joint runs differ by up to 1.2 by chance" in text
+    assert "as take the time of Selective." in text
+
+
+def markdown_tables(text):
+    found, rows = [], []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif rows:
+            found.append([rows[0], *rows[2:]])  # without the rule
+            assert len({len(row) for row in rows}) == 1
+            rows = []
+    return found
+
+
+def estimate(cell):
+    mean, half = re.match(
+        r"([-+]\d+\.\d) ± (\d+\.\d)", cell.replace("\N{NO-BREAK SPACE}", " ")
+    ).groups()
+    return pytest.approx((float(mean), float(half)), abs=0.05)
+
+
+def test_markdown_holds_the_numbers():
+    table = fabricated(variants())
+    gains, differences, *by_task, groups = markdown_tables(report.markdown(table, "x"))
+    by_title = {row.variant.title: row for row in table.rows}
+    assert [cells[0] for cells in gains[1:]] == list(by_title)
+    for cells in gains[1:]:
+        row = by_title[cells[0]]
+        assert cells[1:3] == [f"{row.time:.2f}x", f"{row.memory:.2f}x"]
+        for cell, budget in zip(cells[3:], ("batches", "time", "tuned"), strict=True):
+            assert row.delta[budget, "held_out"][:2] == estimate(cell)
+        assert cells[-1].endswith("(0.003)")
+    assert [cells[0] for cells in differences[1:]] == list(by_title)[1:]
+    for cells in differences[1:]:
+        row = by_title[cells[0]]
+        keys = [*((b, "held_out") for b in ("batches", "time", "tuned")), ("tuned", "train")]
+        for cell, key in zip(cells[1:], keys, strict=True):
+            assert row.gain[key][:2] == estimate(cell)
+            assert cell.endswith(f" {row.verdict(*key)}")
+    assert len(by_task) == 6  # three budgets, held-out and training data
+    assert by_task[0][1][1:] == ["0.6500"] * 14
+    # 0.701 over 0.65 is a gain of 7.8 per cent.
+    assert by_task[0][3] == ["UW", *["0.7010 (+7.8)"] * 14]
+    selective = [row for row in table.rows if row.variant.settings["method"] == "selective"]
+    assert groups[1:] == [[r.variant.title, f"{r.groups:.1f}", "5 %"] for r in selective]
+
+
+def test_csv_holds_the_numbers(tmp_path):
+    table = fabricated(variants(), diverged=["uw"])
+    report.write_csv(table, tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 9 * len(table.rows) + 3
+    found = {(line["variant"], line["budget"], line["split"]): line for line in lines}
+    for row in table.rows:
+        for key, delta in row.delta.items():
+            budget, split = key
+            line = found[row.variant.name, budget, split]
+            if row.variant.name == "uw":
+                assert (line["delta_m"], line["runs"], line["diverged"]) == ("", "0", "5")
+                assert line["AUC class1"] == ""
+                continue
+            for column, value in (
+                ("batches", row.batches[budget]),
+                ("rate", 0.003),
+                ("runs", 5),
+                ("diverged", 0),
+                ("delta_m", delta.mean),
+                ("delta_m_half", delta.half),
+                ("gain", row.gain[key].mean),
+                ("gain_half", row.gain[key].half),
+                ("noise_floor", 1.25),
+                ("time", row.time),
+                ("memory", row.memory),
+                ("steps", row.steps),
+                ("groups", row.groups),
+                ("changes", row.changes),
+                ("AUC class14", row.metrics[key]["class14"]),
+            ):
+                assert float(line[column]) == pytest.approx(value, rel=1e-5), column
+            assert line["verdict"] == row.verdict(*key)
+    single = found["single-task", "batches", "held_out"]
+    assert (single["AUC class1"], single["runs"], single["delta_m"]) == ("0.65", "5", "")
+
+
+@pytest.mark.parametrize("time", [0.2, 1.0, 1.001, 40.0])
+def test_picture_of_methods_that_cost_alike_or_not(time, tmp_path):
+    table = fabricated(variants()[:2])
+    table.rows[1] = dataclasses.replace(table.rows[1], time=time)
+    report.delta_m_plot(table, tmp_path / "a.png")  # a warning would be an error
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("seeds", "diverged"),
+    [
+        (5, ()),
+        (1, ()),
+        (5, ("selective",)),
+        (5, ("gd",)),
+        (5, tuple(variant.name for variant in variants("cheap"))),
+    ],
+    ids=["all", "one seed", "one diverged", "joint diverged", "all diverged"],
+)
+def test_pictures_are_drawn(seeds, diverged, tmp_path):
+    table = fabricated(variants("cheap"), seeds, diverged)
+    for budgets in (BUDGETS, BUDGETS[:1]):
+        report.delta_m_plot(dataclasses.replace(table, budgets=list(budgets)), tmp_path / "a.png")
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+        assert "nan" not in printed(table, 80)
