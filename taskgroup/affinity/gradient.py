@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from taskgroup._generator import HostGenerator
 from taskgroup.affinity.base import Affinity
 from taskgroup.gradients.per_task import task_gradients
 from taskgroup.gradients.through_grad import gradients_through_grad
-from taskgroup.loop.ranks import Ranks
 from taskgroup.ops import gram_affinity_update_
 from taskgroup.ops._sharded import any_sharded, put_shards_back
 
@@ -135,7 +134,7 @@ class GradientAffinity(Affinity):
         self,
         losses: dict[int, Tensor],
         values: Tensor,
-        ranks: Ranks,
+        average: Callable[[list[list[Tensor | None]], list[Tensor]], None] | None = None,
         model: nn.Module | None = None,
     ) -> None:
         """Take in the gradients of some tasks; their graph is kept.
@@ -143,7 +142,8 @@ class GradientAffinity(Affinity):
         Args:
             losses: scalars with a graph, by the position of the task.
             values: losses of all tasks, ``[K]``, without a graph; NaN for a task not measured.
-            ranks: those whose gradients are averaged.
+            average: replaces gradients ``[n][T]`` on the shared parameters by their mean over the
+                ranks; None where there is one rank.
             model: that gave the losses; None where it is not known.
 
         Raises:
@@ -170,8 +170,8 @@ class GradientAffinity(Affinity):
                 "GradientAffinity after that; if gradients are accumulated under FSDP, keep "
                 "set_requires_gradient_sync(True) in the first micro-batch, which is measured."
             )
-        if ranks.number > 1:
-            ranks.mean_gradients(found, self._shared)
+        if average is not None:
+            average(found, self._shared)
         self._take_in(list(losses), found, values)
 
     def _take_in(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taskgroup._random_state import RandomState
-from taskgroup.loop.losses import Losses
+from taskgroup.affinity.base import Losses
 
 __all__ = ["lookahead_affinity"]
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from taskgroup._arguments import listed
+from taskgroup.affinity.base import Losses
 from taskgroup.loop.host_copy import waits_for
 
-__all__ = ["ZERO_LOSS", "LossReader", "LossWatch", "Losses", "Members", "send_like"]
+__all__ = ["ZERO_LOSS", "LossReader", "LossWatch", "Members", "send_like"]
 
-Losses = Mapping[str, Tensor] | Tensor
 Members = tuple[int, ...]  # positions of tasks, ascending
 
 # What to do about a task that other ranks have labels of.

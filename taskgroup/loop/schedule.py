@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 from taskgroup._arguments import listed, whole_number
 from taskgroup._generator import HostGenerator
 from taskgroup._random_state import RandomState
-from taskgroup.affinity.base import Affinity
+from taskgroup.affinity.base import Affinity, Losses
 from taskgroup.affinity.gradient import GradientAffinity
 from taskgroup.affinity.proximal import ProximalAffinity
 from taskgroup.grouping.propagation import AffinityPropagation
 from taskgroup.loop.host_copy import HostCopy
-from taskgroup.loop.losses import ZERO_LOSS, Losses, LossReader, LossWatch, Members, send_like
+from taskgroup.loop.losses import ZERO_LOSS, LossReader, LossWatch, Members, send_like
 from taskgroup.loop.partial_labels import Meetings, Turns
 from taskgroup.loop.ranks import Ranks
 from taskgroup.loop.trainers import in_signal_handler, refuse_accumulation
@@ -48,7 +48,7 @@ class Group:
         first: True for the first group of the batch.
         last: True for the last one.
         observes: True where the batch observes the affinity.
-        model: the :class:`MultiTaskModel` that ran for this group, which sets it.
+        model: the :class:`MultiTaskModel` that ran for this group.
     """
 
     def __init__(
@@ -126,6 +126,10 @@ class Group:
     def skip(self) -> None:
         """Pass over this group: no step is taken on it in this batch."""
         self._skipped = True
+
+    def ran(self, model: MultiTaskModel) -> None:
+        """Say which model runs for this group."""
+        self.model = model
 
     def runs_first(self, module: nn.Module) -> bool:
         """Whether no group before this one, in its batch, has run the module; now it has."""
@@ -875,7 +879,8 @@ class TaskGroups:
         if (factors := group._batch.factors) is not None:
             with_graph = {k: loss * factors[k].item() for k, loss in with_graph.items()}
         values = self._mean_over_ranks(group, measured)
-        self.affinity.measure(with_graph, values, self._ranks, group.model)
+        average = self._ranks.mean_gradients if self._ranks.number > 1 else None
+        self.affinity.measure(with_graph, values, average, group.model)
         self._copy = None  # it is not of the affinity as it is any more
 
     def _read_copy(self, copy: HostCopy) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,9 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from taskgroup._arguments import listed
-from taskgroup.ops._sharded import is_sharded
-
-if TYPE_CHECKING:
-    from taskgroup.loop.schedule import Group
 from taskgroup.nn.heads import _CURE, TaskHeads, _detached, _twin, _without_graph, kind_of
+from taskgroup.nn.step import Step
+from taskgroup.ops._sharded import is_sharded
 
 __all__ = ["BatchedHeads"]
 
@@ -92,7 +90,7 @@ class BatchedHeads(TaskHeads):
             run_all = torch.compiler.disable(run_all)
         return run_all(tasks, features, hold)
 
-    def run_group(self, features: Any, group: Group, graph_for_all: bool) -> dict[str, Any]:
+    def run_group(self, features: Any, group: Step, graph_for_all: bool) -> dict[str, Any]:
         """The outputs of the heads that a step needs, with a graph and without."""
         graph = set(group.graph)
         others = set(group.observed) - graph

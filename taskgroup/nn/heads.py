@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,8 @@ from torch.utils._pytree import tree_map_only
 
 from taskgroup._arguments import listed
 from taskgroup.nn.norm import statistics_once
+from taskgroup.nn.step import Step
 from taskgroup.ops._sharded import is_sharded
-
-if TYPE_CHECKING:
-    from taskgroup.loop.schedule import Group
 
 __all__ = ["TaskHeads", "kind_of"]
 
@@ -64,7 +62,7 @@ class TaskHeads(nn.Module, Mapping[str, nn.Module]):
         return len(self._module_name)
 
     def forward(
-        self, features: Any, group: Group | None = None, graph_for_all: bool = False
+        self, features: Any, group: Step | None = None, graph_for_all: bool = False
     ) -> dict[str, Any]:
         """The outputs of the heads.
 
@@ -86,7 +84,7 @@ class TaskHeads(nn.Module, Mapping[str, nn.Module]):
         """The outputs of the heads of ``tasks``, in their order."""
         return {task: self[task](features) for task in tasks}
 
-    def run_group(self, features: Any, group: Group, graph_for_all: bool) -> dict[str, Any]:
+    def run_group(self, features: Any, group: Step, graph_for_all: bool) -> dict[str, Any]:
         """The outputs of the heads that a step needs, with a graph and without."""
         outputs = {}
         learned, observed = set(group.graph), set(group.observed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import CodeType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,7 @@ from taskgroup._arguments import listed
 from taskgroup.nn.batched import BatchedHeads
 from taskgroup.nn.heads import TaskHeads, kind_of
 from taskgroup.nn.norm import statistics_once
-
-if TYPE_CHECKING:
-    from taskgroup.loop.schedule import Group
+from taskgroup.nn.step import Step
 
 __all__ = ["MultiTaskModel"]
 
@@ -72,7 +70,7 @@ class MultiTaskModel(nn.Module):
         self.encoder = encoder
         self.heads = heads if isinstance(heads, TaskHeads) else TaskHeads(heads)
 
-    def forward(self, *args: Any, group: Group | None = None, **kwargs: Any) -> dict[str, Any]:
+    def forward(self, *args: Any, group: Step | None = None, **kwargs: Any) -> dict[str, Any]:
         """The outputs of the tasks.
 
         Args:
@@ -98,7 +96,7 @@ class MultiTaskModel(nn.Module):
         learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if learns and len(graph) < len(self.heads):
             _check_that_ddp_finds_unused_parameters()
-        group.model = self
+        group.ran(self)
         with statistics_once(self.encoder, group):
             features = self.encoder(*args, **kwargs)
         graph_for_all = learns and observed > graph and _is_derived((args, kwargs), features)

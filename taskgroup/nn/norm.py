@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-if TYPE_CHECKING:
-    from taskgroup.loop.schedule import Group
+from taskgroup.nn.step import Step
 
 __all__ = ["statistics_once"]
 
@@ -23,7 +22,7 @@ _scratch: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
-def statistics_once(module: nn.Module, group: Group) -> AbstractContextManager[None]:
+def statistics_once(module: nn.Module, group: Step) -> AbstractContextManager[None]:
     """Around a forward: running statistics move only for the first group that runs the module.
 
     A batch of M groups has M forwards, on each of which BatchNorm (SyncBatchNorm, InstanceNorm)
@@ -61,7 +60,7 @@ def statistics_once(module: nn.Module, group: Group) -> AbstractContextManager[N
 
 
 @contextmanager
-def _hold(module: nn.Module, group: Group) -> Iterator[None]:
+def _hold(module: nn.Module, group: Step) -> Iterator[None]:
     held = [
         layer
         for layer in _layers_of(module)

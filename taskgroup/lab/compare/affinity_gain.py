@@ -15,8 +15,8 @@ from scipy import stats
 from taskgroup.lab.compare.cell import Cell, open_folder
 from taskgroup.lab.compare.workers import Listener, Workers
 from taskgroup.lab.train.lock import hold
-from taskgroup.lab.train.problem import Problem, make_problem
-from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.train.problem import Problem
+from taskgroup.lab.train.recipe import Recipe, make_problem
 from taskgroup.lab.train.trainer import find_device, task_names
 
 __all__ = ["AffinityGain", "Correlation", "Gains", "spearman"]

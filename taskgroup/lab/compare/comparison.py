@@ -18,8 +18,8 @@ from taskgroup.lab.compare.statistics import Estimate, estimate, noise_floor
 from taskgroup.lab.compare.workers import Listener, Workers
 from taskgroup.lab.train.evaluation import delta_m
 from taskgroup.lab.train.lock import hold
-from taskgroup.lab.train.problem import Problem, make_problem
-from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.train.problem import Problem
+from taskgroup.lab.train.recipe import Recipe, make_problem
 from taskgroup.lab.train.trainer import Trainer, find_device, task_names
 
 __all__ = ["Budget", "Comparison", "Row", "Table"]

@@ -13,8 +13,8 @@ import yaml
 
 import taskgroup as tg
 from taskgroup._arguments import listed
-from taskgroup.lab.train.problem import Problem, make_problem
-from taskgroup.lab.train.recipe import CHANGEABLE, Recipe, read_recipe
+from taskgroup.lab.train.problem import Problem
+from taskgroup.lab.train.recipe import CHANGEABLE, Recipe, make_problem, read_recipe
 from taskgroup.lab.train.trainer import find_device, make_model, task_names
 
 __all__ = [

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 import taskgroup as tg
 
-if TYPE_CHECKING:
-    from taskgroup.lab.train.recipe import Recipe
-
-__all__ = ["IN_MEMORY", "Problem", "data_names", "make_problem"]
+__all__ = ["IN_MEMORY", "Problem", "data_names", "where"]
 
 # Imported when asked for: each needs libraries of its own.
 _WHERE = {
@@ -91,12 +87,6 @@ def data_names() -> list[str]:
     return list(_WHERE)
 
 
-def make_problem(recipe: Recipe) -> Problem:
-    """The data set that a recipe names, with the recipe's settings.
-
-    Raises:
-        ImportError: if a library that it needs is missing; the sentence says what to install.
-    """
-    module, name = _WHERE[recipe.data]
-    problem: Problem = getattr(importlib.import_module(module), name)(recipe)
-    return problem
+def where(data: str) -> tuple[str, str]:
+    """The module and the name of the class of a data set that ships with the package."""
+    return _WHERE[data]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 import taskgroup as tg
-from taskgroup.lab.train.problem import IN_MEMORY, data_names
+from taskgroup.lab.train.problem import IN_MEMORY, Problem, data_names, where
 
 __all__ = ["CHANGEABLE", "Recipe", "parse_changes", "read_recipe", "recipe_names"]
 
@@ -331,3 +332,14 @@ def _typed(name: str, kind: str, value: Any) -> Any:
         return value
     wanted = {"float": "a number", "int": "a whole number", "str": "a word"}[kind.split(" ")[0]]
     raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+
+
+def make_problem(recipe: Recipe) -> Problem:
+    """The data set that a recipe names, with the recipe's settings.
+
+    Raises:
+        ImportError: if a library that it needs is missing; the sentence says what to install.
+    """
+    module, name = where(recipe.data)
+    problem: Problem = getattr(importlib.import_module(module), name)(recipe)
+    return problem

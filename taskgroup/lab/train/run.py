@@ -31,8 +31,7 @@ from taskgroup.lab.train.evaluation import (
     without_source,
 )
 from taskgroup.lab.train.lock import Hold, hold, is_empty
-from taskgroup.lab.train.problem import make_problem
-from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.train.recipe import Recipe, make_problem
 from taskgroup.lab.train.trainer import MODEL_SECTIONS, Progress, Trainer, task_names
 from taskgroup.loop.host_copy import HostCopy, waits_for
 

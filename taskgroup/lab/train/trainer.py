@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_map
 import taskgroup as tg
 from taskgroup.lab.compare.credit import PublishedCredit
 from taskgroup.lab.train.clock import Clock
-from taskgroup.lab.train.problem import Problem, make_problem
-from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.train.problem import Problem
+from taskgroup.lab.train.recipe import Recipe, make_problem
 from taskgroup.loop.host_copy import HostCopy, waits_for
 
 __all__ = ["MODEL_SECTIONS", "Progress", "Trainer", "find_device", "make_model", "task_names"]
