@@ -28,7 +28,8 @@ from taskgroup.grouping.exhaustive import Exhaustive
 from taskgroup.grouping.fixed import Fixed, RandomGroups, Singletons, Together
 from taskgroup.grouping.propagation import AffinityPropagation, Heterogeneous
 from taskgroup.grouping.sklearn import KMeans, Spectral
-from taskgroup.loop.schedule import Group, TaskGroups
+from taskgroup.loop.group import Group
+from taskgroup.loop.schedule import TaskGroups
 from taskgroup.nn.batched import BatchedHeads
 from taskgroup.nn.model import MultiTaskModel
 from taskgroup.nn.norm import statistics_once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import shlex
 import sys
 from collections.abc import Iterator
@@ -257,9 +258,7 @@ def report(
 @app.command()
 def doctor() -> None:
     """Say what is installed, what runs here, and why the rest does not; status 1 if broken."""
-    from taskgroup.__main__ import main
-
-    raise typer.Exit(main())
+    runpy.run_module("taskgroup", run_name="__main__")  # python -m taskgroup
 
 
 @data_app.command()
@@ -576,9 +575,9 @@ def _command() -> str:
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all: what was there before may be of hours."""
-    from taskgroup.checkpoint import write_atomically
+    import taskgroup as tg
 
-    write_atomically(path, lambda file: file.write(text.encode()))
+    tg.checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _say_where(what: str, folder: Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from taskgroup._arguments import listed, whole_number
@@ -20,6 +20,7 @@ from taskgroup.affinity.base import Affinity, Losses
 from taskgroup.affinity.gradient import GradientAffinity
 from taskgroup.affinity.proximal import ProximalAffinity
 from taskgroup.grouping.propagation import AffinityPropagation
+from taskgroup.loop.group import Batch, Group, union
 from taskgroup.loop.host_copy import HostCopy
 from taskgroup.loop.losses import ZERO_LOSS, LossReader, LossWatch, Members, send_like
 from taskgroup.loop.partial_labels import Meetings, Turns
@@ -30,138 +31,12 @@ from taskgroup.nn.outside import Attachment, Heads, Outside, unwrapped
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # which not every build of torch has
 
-    from taskgroup.nn.model import MultiTaskModel
 
-__all__ = ["Group", "TaskGroups"]
+__all__ = ["TaskGroups"]
 
 _STATE_VERSION = 2
 _SHARES_TOLERANCE = 1e-6  # ten shares of 0.1 add up to 1, up to rounding
 _LEFT_EARLY = 20  # batches in a row, after which it is no accident
-
-
-class Group:
-    """One step of a batch: the tasks to step on, and whose losses it needs.
-
-    :class:`TaskGroups` makes these; the loop calls :meth:`loss`, or :meth:`skip`, on each.
-
-    Attributes:
-        first: True for the first group of the batch.
-        last: True for the last one.
-        observes: True where the batch observes the affinity.
-        model: the :class:`MultiTaskModel` that ran for this group.
-    """
-
-    def __init__(
-        self,
-        groups: TaskGroups,
-        batch: _Batch,
-        members: Members,
-        needed: Members,
-        measures: Members,
-        *,
-        observes: bool,
-        place: int,
-        last: bool,
-    ) -> None:
-        self.first = place == 0
-        self.last = last
-        self.observes = observes
-        self.model: MultiTaskModel | None = None
-        self._groups = groups
-        self._batch = batch
-        self._place = place  # in the batch
-        self._members = members
-        self._needed = needed
-        self._measures = measures  # whose gradients are taken
-        self._shares = 0.0  # of the step, so far
-        self._measured: Tensor | None = None  # share-weighted losses of the needed tasks, so far
-        self._skipped = False
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The tasks of the group, in task order."""
-        return self._groups._reader.names(self._members)
-
-    @property
-    def observed(self) -> tuple[str, ...]:
-        """The tasks whose losses this step needs, its own and those it observes or measures."""
-        return self._groups._reader.names(self._needed)
-
-    @property
-    def graph(self) -> tuple[str, ...]:
-        """The tasks whose losses must carry a graph, the group's own and those it measures."""
-        return self._groups._reader.names(_union(self._members, self._measures))
-
-    @property
-    def mask(self) -> Tensor:
-        """Bool ``[K]``, True for the tasks of the group; a copy on the device of the losses."""
-        return self._groups._reader.group(self._members).mask.clone()
-
-    def loss(self, losses: Losses, share: float = 1.0, again: bool = False) -> Tensor:
-        """The loss to step on: the weighted sum (or mean) over the tasks of the group.
-
-        Also hands the losses to the affinity, without a synchronisation. Over several ranks, whose
-        gradients are averaged, the loss of a task that only some have labels of counts for more on
-        these, so that the gradient is the mean over them.
-
-        Args:
-            losses: ``{task: scalar}`` with at least the tasks in :attr:`observed`, or one tensor in
-                task order, of these tasks or of all K. Those of the group's own carry a graph.
-            share: the part of the step that this micro-batch is, for gradient accumulation; the
-                shares of a step add up to 1.
-            again: True where a step takes several passes over its losses, in the second pass of
-                SAM and the closure of L-BFGS: once the shares add up to 1, further losses are not
-                observed. Those of the tasks of the group alone will do then.
-
-        Returns:
-            ``share`` times the loss, a scalar with a graph.
-
-        Raises:
-            ValueError: if a loss is unknown, missing, not scalar, on another device or without a
-                graph, or if the shares exceed 1. Nothing has changed then.
-            RuntimeError: if the group was skipped, or the ranks step on different groups.
-        """
-        return self._groups._loss(self, losses, share, again)
-
-    def skip(self) -> None:
-        """Pass over this group: no step is taken on it in this batch."""
-        self._skipped = True
-
-    def ran(self, model: MultiTaskModel) -> None:
-        """Say which model runs for this group."""
-        self.model = model
-
-    def runs_first(self, module: nn.Module) -> bool:
-        """Whether no group before this one, in its batch, has run the module; now it has."""
-        return self._batch.ran.setdefault(id(module), self._place) == self._place
-
-    def __repr__(self) -> str:
-        return f"Group({listed(self.tasks)})"
-
-
-class _Batch:
-    """What the groups of one batch have in common.
-
-    Args:
-        present: the tasks to deal, labelled on any rank.
-        absent: those of them without a label on this rank.
-        factors: float64 ``[K]`` on the host, of the losses on this rank, whose mean over all ranks
-            is then the mean over those with a label; None where all have one.
-    """
-
-    def __init__(
-        self,
-        present: Members,
-        absent: frozenset[int] = frozenset(),
-        factors: Tensor | None = None,
-    ) -> None:
-        self.present = present
-        self.absent = absent
-        self.factors = factors
-        self.ran: dict[int, int] = {}  # by the id of the module, the place of its first group
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "ran": {}}  # the modules of a copy have ids of their own
 
 
 class _Step(NamedTuple):
@@ -315,7 +190,7 @@ class TaskGroups:
         self.unconverged = 0
 
         # Of the batch at hand, if any.
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
         self._group: Group | None = None  # handed out last
         self._before: _Step | None = None
         self._whole: _State | None = None  # of the last whole batch, while one is open
@@ -569,7 +444,7 @@ class TaskGroups:
                 stacklevel=2,
             )
         several = self._ranks.number > 1
-        batch = self._batch_of_ranks(here) if several and not everywhere else _Batch(here)
+        batch = self._batch_of_ranks(here) if several and not everywhere else Batch(here)
         if not batch.present:
             return
         if len(self._unread) > self._copied:  # of a batch that did not get to its last group
@@ -598,10 +473,11 @@ class TaskGroups:
                 torch.clear_autocast_cache()
                 measures = to_measure if place == 0 else ()
                 group = self._group = Group(
-                    self,
+                    self._reader,
+                    self._loss,
                     batch,
                     members,
-                    batch.present if observes else _union(members, measures),
+                    batch.present if observes else union(members, measures),
                     measures,
                     observes=observes,
                     place=place,
@@ -640,17 +516,17 @@ class TaskGroups:
             "state": state,
         }
 
-    def _batch_of_ranks(self, here: Members) -> _Batch:
+    def _batch_of_ranks(self, here: Members) -> Batch:
         """The batch of all ranks, of which ``here`` are the tasks labelled on this one."""
         mine = set(here)
         counts = self._ranks.count([k in mine for k in self._reader.everyone], self._batches)
         present = tuple(k for k, count in enumerate(counts) if count)
         if all(counts[k] == self._ranks.number for k in present):
-            return _Batch(present)
+            return Batch(present)
         factors = torch.zeros(len(counts), dtype=torch.float64, device="cpu")
         for k in here:
             factors[k] = self._ranks.number / counts[k]
-        return _Batch(present, frozenset(present) - mine, factors)
+        return Batch(present, frozenset(present) - mine, factors)
 
     def _tell_of_strangers(self, present: Members) -> None:
         assert self._meetings is not None
@@ -926,10 +802,6 @@ def _settings_of(part: object) -> tuple[str, dict[str, object]]:
             if isinstance(value, plain)
         },
     )
-
-
-def _union(members: Members, others: Members) -> Members:
-    return members if not others else tuple(sorted({*members, *others}))
 
 
 def _checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from taskgroup._arguments import listed
 from taskgroup.lab.data.files import BadSampleError, read_rgb
 from taskgroup.lab.data.samples import Samples
 from taskgroup.lab.data.values import doubt, doubt_of_image
 from taskgroup.lab.vision.tasks import Task
+from taskgroup.lab.words import listed
 
 __all__ = ["DenseDataset", "Problem", "Scene", "Transform", "file_names", "read_lines", "resized"]
 

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 import taskgroup as tg
-from taskgroup._arguments import listed
 from taskgroup.lab.report import cards
 from taskgroup.lab.report import run_data as history
 from taskgroup.lab.report.cards import Card, colour_of_run
 from taskgroup.lab.report.run_data import RunData
+from taskgroup.lab.words import listed
 
 __all__ = ["write_report"]
 

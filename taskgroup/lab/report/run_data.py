@@ -14,8 +14,8 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import squareform
 
-from taskgroup._arguments import listed
 from taskgroup.lab.report.thinning import Thinned, thin
+from taskgroup.lab.words import listed
 
 __all__ = [
     "SECTIONS",

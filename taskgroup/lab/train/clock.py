@@ -1,4 +1,4 @@
-"""The time that parts of a training take, on the host or on a GPU."""
+"""The time that parts of a training take, and numbers that a GPU sends while it works on."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections import deque
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-__all__ = ["Clock"]
+__all__ = ["Clock", "LateCopy"]
 
 
 class Clock:
@@ -73,3 +74,27 @@ class Clock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+class LateCopy:
+    """A copy of a tensor on its way from a GPU to the host, which waits for it in :meth:`wait`.
+
+    A tensor on the host is taken as it is.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._on_host = tensor
+        self._event: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._on_host = torch.empty(
+                tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True
+            )
+            self._on_host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tensor.device))
+
+    def wait(self) -> Tensor:
+        """The tensor on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._on_host

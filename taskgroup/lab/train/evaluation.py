@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import yaml
 
 import taskgroup as tg
-from taskgroup._arguments import listed
 from taskgroup.lab.train.problem import Problem
 from taskgroup.lab.train.recipe import CHANGEABLE, Recipe, make_problem, read_recipe
 from taskgroup.lab.train.trainer import find_device, make_model, task_names
+from taskgroup.lab.words import listed
 
 __all__ = [
     "CHECKPOINT_VERSION",

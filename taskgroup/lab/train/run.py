@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 import taskgroup as tg
-from taskgroup._arguments import listed
 from taskgroup.lab.report import plots
 from taskgroup.lab.report.reader import read_lines
+from taskgroup.lab.train.clock import LateCopy
 from taskgroup.lab.train.evaluation import (
     CHECKPOINT_VERSION,
     change_settings,
@@ -33,7 +33,7 @@ from taskgroup.lab.train.evaluation import (
 from taskgroup.lab.train.lock import Hold, hold, is_empty
 from taskgroup.lab.train.recipe import Recipe, make_problem
 from taskgroup.lab.train.trainer import MODEL_SECTIONS, Progress, Trainer, task_names
-from taskgroup.loop.host_copy import HostCopy, waits_for
+from taskgroup.lab.words import listed
 
 __all__ = ["Interrupted", "Run", "load_metrics"]
 
@@ -148,7 +148,7 @@ class Run:
         self._evaluated = 0  # the batch of the last evaluation
         self._saved: int | None = None  # that of the checkpoint
         # Recorded after this batch, and not written yet.
-        self._affinity: tuple[int, Tensor | HostCopy] | None = None
+        self._affinity: tuple[int, LateCopy] | None = None
         self._baseline: dict[str, float] | None = None
         if recipe.baseline:
             tasks = task_names(recipe, make_problem(recipe))
@@ -250,9 +250,8 @@ class Run:
         if self.recipe.method != "selective":
             return
         matrix = self.trainer.affinity()
-        late = waits_for(matrix.device)
-        self._affinity = self.batch, HostCopy([matrix]) if late else matrix
-        if not late:
+        self._affinity = self.batch, LateCopy(matrix)
+        if matrix.device.type == "cpu":
             self._write_affinity()
 
     def _write_affinity(self) -> None:
@@ -261,10 +260,8 @@ class Run:
         From a GPU that is after the next step, when it has long arrived and nobody waits for it.
         """
         if self._affinity is not None:
-            (batch, matrix), self._affinity = self._affinity, None
-            if isinstance(matrix, HostCopy):
-                (matrix,) = matrix.wait()
-            self._append_matrix("affinity.jsonl", batch, matrix)
+            (batch, copy), self._affinity = self._affinity, None
+            self._append_matrix("affinity.jsonl", batch, copy.wait())
 
     def _record_conflicts(self) -> None:
         """Of the batch to come, whose number the line has."""

@@ -15,10 +15,9 @@ from torch.utils._pytree import tree_map
 
 import taskgroup as tg
 from taskgroup.lab.compare.credit import PublishedCredit
-from taskgroup.lab.train.clock import Clock
+from taskgroup.lab.train.clock import Clock, LateCopy
 from taskgroup.lab.train.problem import Problem
 from taskgroup.lab.train.recipe import Recipe, make_problem
-from taskgroup.loop.host_copy import HostCopy, waits_for
 
 __all__ = ["MODEL_SECTIONS", "Progress", "Trainer", "find_device", "make_model", "task_names"]
 
@@ -220,11 +219,10 @@ class Trainer:
         launched waits for the forward pass alone, and the GPU goes on with what follows it.
         """
         tasks, values = tuple(losses), torch.stack([loss.detach() for loss in losses.values()])
-        copy = HostCopy([values]) if waits_for(values.device) else None
+        copy = LateCopy(values)
 
         def read() -> dict[str, float]:
-            numbers = values.tolist() if copy is None else copy.wait()[0].tolist()
-            found = dict(zip(tasks, numbers, strict=True))
+            found = dict(zip(tasks, copy.wait().tolist(), strict=True))
             if lost := [task for task, value in found.items() if not math.isfinite(value)]:
                 raise FloatingPointError(
                     f"The loss of {', '.join(lost)} is not finite after batch {self.batch}; take a "

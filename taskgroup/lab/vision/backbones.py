@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from taskgroup._arguments import listed
+from taskgroup.lab.words import listed
 
 __all__ = ["StochasticDepth", "ViTFeatures", "backbone", "save_config"]
 

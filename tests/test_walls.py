@@ -1,0 +1,84 @@
+"""The walls of the house: who may import whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import taskgroup as tg
+
+PACKAGE = Path(tg.__file__).parent
+STANDS_ON = {  # what each part of the core may import of the others
+    "ops": set(),
+    "gradients": {"ops"},
+    "grouping": {"ops"},
+    "affinity": {"ops", "gradients"},
+    "nn": {"ops"},
+    "methods": {"ops", "gradients"},
+    "loop": {"ops", "gradients", "grouping", "affinity", "nn"},
+}
+
+
+def imports():
+    """``{module: modules of the package that it imports}``, those for type checking included."""
+    files = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        files[".".join(parts).removesuffix(".__init__")] = path
+    found = {}
+    for module, path in files.items():
+        named = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                named.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inside = {f"{node.module}.{alias.name}" for alias in node.names} & files.keys()
+                named.update(inside or {node.module})
+        found[module] = (named & files.keys()) - {module}
+    return found
+
+
+IMPORTS = imports()
+
+
+def is_lab(module):
+    return module == "taskgroup.lab" or module.startswith("taskgroup.lab.")
+
+
+def part(module):
+    """Of the core: ``"ops"`` for ``taskgroup.ops.combine``; None at the top level."""
+    names = module.split(".")
+    return names[1] if len(names) > 1 and names[1] in STANDS_ON else None
+
+
+def test_the_core_never_imports_the_lab():
+    wrong = {m: sorted(filter(is_lab, named)) for m, named in IMPORTS.items() if not is_lab(m)}
+    assert not {m: named for m, named in wrong.items() if named}
+
+
+def test_the_lab_imports_of_the_core_the_package_alone():
+    core = {m: {n for n in named if not is_lab(n)} for m, named in IMPORTS.items() if is_lab(m)}
+    assert not {m: named for m, named in core.items() if named - {"taskgroup"}}
+
+
+@pytest.mark.parametrize("name", STANDS_ON)
+def test_the_parts_of_the_core_stand_on_each_other_one_way(name):
+    for module, named in IMPORTS.items():
+        if part(module) == name:
+            others = {part(other) for other in named} - {None, name}
+            assert others <= STANDS_ON[name], f"{module} imports {others - STANDS_ON[name]}"
+
+
+def test_no_imports_in_a_circle():
+    done, on_the_way = set(), []
+
+    def follow(module):
+        assert module not in on_the_way, " -> ".join([*on_the_way, module])
+        if module not in done:
+            on_the_way.append(module)
+            for other in sorted(IMPORTS[module]):
+                follow(other)
+            done.add(on_the_way.pop())
+
+    for module in IMPORTS:
+        follow(module)
