@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from taskgroup._arguments import listed
 from taskgroup.affinity.base import Losses
-from taskgroup.loop.losses import LossReader, Members
+from taskgroup.loop.losses import LossReader
+from taskgroup.loop.rounds import Members, union
 
 if TYPE_CHECKING:
     from taskgroup.nn.model import MultiTaskModel
 
-__all__ = ["Batch", "Group", "union"]
+__all__ = ["Batch", "Group"]
 
 
 class Batch:
@@ -142,8 +143,3 @@ class Group:
 
     def __repr__(self) -> str:
         return f"Group({listed(self.tasks)})"
-
-
-def union(members: Members, others: Members) -> Members:
-    """The tasks of both, in task order."""
-    return members if not others else tuple(sorted({*members, *others}))

@@ -18,10 +18,10 @@ from torch import Tensor
 from taskgroup._arguments import listed
 from taskgroup.affinity.base import Losses
 from taskgroup.loop.host_copy import waits_for
+from taskgroup.loop.rounds import Members
 
-__all__ = ["ZERO_LOSS", "LossReader", "LossWatch", "Members", "send_like"]
+__all__ = ["ZERO_LOSS", "LossReader", "LossWatch", "send_like"]
 
-Members = tuple[int, ...]  # positions of tasks, ascending
 
 # What to do about a task that other ranks have labels of.
 ZERO_LOSS = (

@@ -20,11 +20,12 @@ from taskgroup.affinity.base import Affinity, Losses
 from taskgroup.affinity.gradient import GradientAffinity
 from taskgroup.affinity.proximal import ProximalAffinity
 from taskgroup.grouping.propagation import AffinityPropagation
-from taskgroup.loop.group import Batch, Group, union
+from taskgroup.loop.group import Batch, Group
 from taskgroup.loop.host_copy import HostCopy
-from taskgroup.loop.losses import ZERO_LOSS, LossReader, LossWatch, Members, send_like
+from taskgroup.loop.losses import ZERO_LOSS, LossReader, LossWatch, send_like
 from taskgroup.loop.partial_labels import Meetings, Turns
 from taskgroup.loop.ranks import Ranks
+from taskgroup.loop.rounds import Members, Rounds, union
 from taskgroup.loop.trainers import in_signal_handler, refuse_accumulation
 from taskgroup.nn.outside import Attachment, Heads, Outside, unwrapped
 
@@ -181,12 +182,16 @@ class TaskGroups:
         self.affinity.start(self._tasks)
 
         # Saved by state_dict(), with the affinity and the grouping.
-        self._partition: list[Members] = [(k,) for k in range(len(self._tasks))]
-        self._queue: list[Members] = []  # groups of this round not dealt yet
-        self._rounds = 0  # begun
+        self._generator = HostGenerator(seed)
+        self._rounds = Rounds(
+            len(self._tasks),
+            warmup=self._warmup if self._learns else self._regroup_every,
+            regroup_every=self._regroup_every,
+            groups_per_batch=self._groups_per_batch,
+            random=self._generator,
+        )
         self._batches = 0  # begun
         self._turns = Turns(len(self._tasks), self.affinity.every or self._observe_every)
-        self._generator = HostGenerator(seed)
         self.unconverged = 0
 
         # Of the batch at hand, if any.
@@ -208,7 +213,7 @@ class TaskGroups:
         self._copied = 0  # of these, the first that are in the copy
 
         if not self._learns:
-            self._regroup()
+            self._rounds.partition = self._regroup() or self._rounds.partition
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -218,7 +223,7 @@ class TaskGroups:
     @property
     def partition(self) -> list[tuple[str, ...]]:
         """Today's groups, as task names in task order."""
-        return [self._reader.names(members) for members in self._partition]
+        return [self._reader.names(members) for members in self._rounds.partition]
 
     def __iter__(self) -> Iterator[Group]:
         """Start a batch in which all tasks are labelled, on every rank."""
@@ -338,9 +343,9 @@ class TaskGroups:
     def _state(self) -> _State:
         grouping = self._grouping
         return _State(
-            partition=[*self._partition],
-            queue=[*self._queue],
-            rounds=self._rounds,
+            partition=[*self._rounds.partition],
+            queue=[*self._rounds.queue],
+            rounds=self._rounds.begun,
             batches=self._batches,
             turns=self._turns.state(),
             unconverged=self.unconverged,
@@ -393,9 +398,9 @@ class TaskGroups:
         except Exception:
             self.affinity.load_state_dict(kept["affinity"])
             raise
-        self._partition = partition
-        self._queue = queue
-        self._rounds = state["rounds"]
+        self._rounds.partition = partition
+        self._rounds.queue = queue
+        self._rounds.begun = state["rounds"]
         self._batches = state["batches"]
         self._turns.load(state["turns"])
         self.unconverged = state["unconverged"]
@@ -422,7 +427,7 @@ class TaskGroups:
         }
 
     def __repr__(self) -> str:
-        return f"TaskGroups({len(self._tasks)} tasks in {len(self._partition)} groups)"
+        return f"TaskGroups({len(self._tasks)} tasks in {len(self._rounds.partition)} groups)"
 
     def _deal(self, here: Members, *, everywhere: bool) -> Iterator[Group]:
         """One batch: its groups one by one, each from the same random state."""
@@ -547,52 +552,19 @@ class TaskGroups:
         """
         # One task alone has nothing to be compared with.
         due = len(present) > 1 and self.affinity.reads_steps and self._turns.due(present)
-        rounds = self._rounds
-        steps = self._dealt(present, again=due and self._learns)
+        begun = self._rounds.begun
+        steps = self._rounds.deal(present, self._regroup, again=due and self._learns)
         observes = due and len(steps) > 1
         to_measure: Members = ()
-        if self.affinity.every is not None and self._rounds > rounds and len(present) > 1:
+        if self.affinity.every is not None and self._rounds.begun > begun and len(present) > 1:
             due = self._turns.due(present)
             to_measure = self.affinity.draw(present) if due else ()
         if observes or to_measure:
             self._turns.taken(present)
         return steps, observes, to_measure
 
-    def _dealt(self, present: Members, again: bool) -> list[Members]:
-        """The groups of one batch, two at least if one must be stepped on ``again``."""
-        here = None if present == self._reader.everyone else frozenset(present)
-        steps: list[Members] = []
-        while not steps:  # twice at most: a whole round holds every present task
-            if not self._queue:
-                self._begin_round()
-            while self._queue and len(steps) != self._groups_per_batch:
-                if members := _cut(self._queue.pop(0), here):
-                    steps.append(members)
-        if again and len(steps) == 1:
-            steps.append(self._another(steps[0], here))
-        return steps
-
-    def _another(self, dealt: Members, here: frozenset[int] | None) -> Members:
-        """A second group for a batch that observes: one more of the round, or the same again."""
-        while self._queue:
-            if members := _cut(self._queue.pop(0), here):
-                return members
-        others = [_cut(members, here) for members in self._partition]
-        others = [members for members in others if members and members != dealt]
-        if not others:
-            return dealt
-        return others[self._generator.below(len(others))]
-
-    def _begin_round(self) -> None:
-        """Regroup where it is time, and shuffle the partition."""
-        first = self._warmup if self._learns else self._regroup_every
-        if self._rounds >= first and (self._rounds - first) % self._regroup_every == 0:
-            self._regroup()
-        self._rounds += 1
-        order = self._generator.permutation(len(self._partition))
-        self._queue = [self._partition[i] for i in order]
-
-    def _regroup(self) -> None:
+    def _regroup(self) -> list[Members] | None:
+        """The new partition, or None where the grouping found none."""
         if not self._learns:  # no reason to wait for what is not looked at
             n_tasks = len(self._tasks)
             matrix = torch.full((n_tasks, n_tasks), math.nan, dtype=torch.float32, device="cpu")
@@ -605,7 +577,7 @@ class TaskGroups:
         labels = self._grouping(matrix)
         if labels is None:
             self.unconverged += 1
-            return
+            return None
         if (
             not isinstance(labels, Tensor)
             or labels.shape != (len(self._tasks),)
@@ -619,7 +591,7 @@ class TaskGroups:
         members: dict[int, list[int]] = {}
         for k, label in enumerate(labels.tolist()):
             members.setdefault(label, []).append(k)
-        self._partition = [tuple(group) for group in members.values()]
+        return [tuple(group) for group in members.values()]
 
     def _loss(self, group: Group, losses: Losses, share: float, again: bool) -> Tensor:
         """See :meth:`Group.loss`."""
@@ -784,11 +756,6 @@ class TaskGroups:
                 f"The shares of the group {listed(group.tasks)} add up to {group._shares:g}, not "
                 "to 1; pass share=1/n in each of the n micro-batches of a step."
             )
-
-
-def _cut(members: Members, here: frozenset[int] | None) -> Members:
-    """The members that are here; None is everyone."""
-    return members if here is None else tuple(k for k in members if k in here)
 
 
 def _settings_of(part: object) -> tuple[str, dict[str, object]]:

@@ -112,7 +112,7 @@ def drift(rank):
     x = torch.ones(3, requires_grad=True)
     for group in groups:
         group.loss(x * 2)
-    groups._partition = [(0, 1), (2,)] if rank else [(0, 2), (1,)]
+    groups._rounds.partition = [(0, 1), (2,)] if rank else [(0, 2), (1,)]
     for group in groups:
         group.loss(x * 2)  # nothing is read here
     try:

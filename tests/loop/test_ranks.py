@@ -393,7 +393,7 @@ def mistakes(rank):
 
     drifted = tg.TaskGroups(TASKS)
     steps(drifted)
-    drifted._partition = [(0, 1), (2, 3)] if rank else [(0, 2), (1, 3)]
+    drifted._rounds.partition = [(0, 1), (2, 3)] if rank else [(0, 2), (1, 3)]
     found["drift"] = said(steps, drifted)
 
     with warnings.catch_warnings(record=True) as caught:
