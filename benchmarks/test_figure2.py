@@ -39,7 +39,7 @@ import taskgroup as tg
 from benchmarks import record
 from taskgroup.lab.train.memory import peak_bytes
 from taskgroup.lab.vision.backbones import ViTFeatures, backbone
-from taskgroup.lab.vision.criterion import criterion
+from taskgroup.lab.vision.dense_losses import criterion
 from taskgroup.lab.vision.models import dense_model
 from taskgroup.lab.vision.tasks import PASCAL, TASKONOMY, Task
 from taskgroup.methods.gradient_space import GramMethod

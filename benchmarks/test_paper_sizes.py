@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from taskgroup.lab.train.memory import peak_bytes
 from taskgroup.lab.vision.backbones import backbone
-from taskgroup.lab.vision.criterion import criterion
+from taskgroup.lab.vision.dense_losses import criterion
 from taskgroup.lab.vision.models import dense_model
 from taskgroup.lab.vision.tasks import NYUD, PASCAL, TASKONOMY
 

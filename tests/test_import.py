@@ -36,7 +36,7 @@ def test_core_needs_torch_and_numpy_alone():
 def test_networks_and_losses_of_dense_tasks_need_no_more():
     blocked = "".join(f"sys.modules[{name!r}] = None; " for name in [*EXTRAS, "yaml"])
     parts = (
-        "taskgroup.lab.vision.models, taskgroup.lab.vision.criterion, taskgroup.lab.train.memory"
+        "taskgroup.lab.vision.models, taskgroup.lab.vision.dense_losses, taskgroup.lab.train.memory"
     )
     done = run(
         f"import sys; {blocked} import {parts}; from taskgroup.lab.vision import vit, TASKONOMY"

@@ -15,7 +15,7 @@ from taskgroup.lab.data.samples import Samples
 from taskgroup.lab.train import trainer as of_trainer
 from taskgroup.lab.train.recipe import read_recipe
 from taskgroup.lab.train.trainer import Trainer
-from taskgroup.lab.vision.criterion import criterion
+from taskgroup.lab.vision.dense_losses import criterion
 from taskgroup.lab.vision.tasks import TASKONOMY
 from tests.gpu.device import GPU, needs_cuda
 from tests.gpu.test_loop import no_waiting

@@ -30,7 +30,7 @@ from taskgroup.lab.data.files import read_photo
 from taskgroup.lab.data.samples import Samples
 from taskgroup.lab.vision import pictures
 from taskgroup.lab.vision.backbones import ViTFeatures, backbone, save_config
-from taskgroup.lab.vision.criterion import criterion
+from taskgroup.lab.vision.dense_losses import criterion
 from taskgroup.lab.vision.metrics import evaluate
 from taskgroup.lab.vision.models import dense_model
 

@@ -19,7 +19,7 @@ from taskgroup.lab.data.files import read_photo
 from taskgroup.lab.data.motorcycle import Motorcycle
 from taskgroup.lab.data.samples import Samples
 from taskgroup.lab.vision import pictures
-from taskgroup.lab.vision.criterion import criterion
+from taskgroup.lab.vision.dense_losses import criterion
 from taskgroup.lab.vision.metrics import evaluate
 from taskgroup.lab.vision.models import vit
 from taskgroup.lab.vision.tasks import TASKONOMY

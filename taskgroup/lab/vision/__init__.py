@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from taskgroup.lab.data.motorcycle import Motorcycle
     from taskgroup.lab.data.samples import Samples
-    from taskgroup.lab.vision.criterion import criterion
+    from taskgroup.lab.vision.dense_losses import criterion
     from taskgroup.lab.vision.metrics import evaluate
     from taskgroup.lab.vision.models import ViTFeatures, vit
     from taskgroup.lab.vision.tasks import NYUD, PASCAL, TASKONOMY, Task
@@ -32,7 +32,7 @@ _WHERE = {
     "Motorcycle": "taskgroup.lab.data.motorcycle",
     "Samples": "taskgroup.lab.data.samples",
     "ViTFeatures": f"{__name__}.models",
-    "criterion": f"{__name__}.criterion",
+    "criterion": f"{__name__}.dense_losses",
     "evaluate": f"{__name__}.metrics",
     "vit": f"{__name__}.models",
 }
