@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,12 +17,11 @@ from taskgroup._arguments import listed, whole_number
 from taskgroup._generator import HostGenerator
 from taskgroup._random_state import RandomState
 from taskgroup.affinity.base import Affinity, Losses
-from taskgroup.affinity.gradient import GradientAffinity
 from taskgroup.affinity.proximal import ProximalAffinity
 from taskgroup.grouping.propagation import AffinityPropagation
 from taskgroup.loop.group import Batch, Group
-from taskgroup.loop.host_copy import HostCopy
-from taskgroup.loop.losses import ZERO_LOSS, LossReader, LossWatch, send_like
+from taskgroup.loop.losses import ZERO_LOSS, LossReader
+from taskgroup.loop.observer import Observer
 from taskgroup.loop.partial_labels import Meetings, Turns
 from taskgroup.loop.ranks import Ranks
 from taskgroup.loop.rounds import Members, Rounds, union
@@ -38,13 +37,6 @@ __all__ = ["TaskGroups"]
 _STATE_VERSION = 2
 _SHARES_TOLERANCE = 1e-6  # ten shares of 0.1 add up to 1, up to rounding
 _LEFT_EARLY = 20  # batches in a row, after which it is no accident
-
-
-class _Step(NamedTuple):
-    """A step taken on this batch, whose effect shows in the next losses."""
-
-    mask: Tensor  # bool [K]
-    losses: Tensor  # [K], before the step
 
 
 @dataclass
@@ -163,7 +155,6 @@ class TaskGroups:
     ) -> None:
         self._tasks = _checked_tasks(tasks)
         self._reader = LossReader(self._tasks, weights, reduction)
-        self._watch = LossWatch(self._tasks)
         self._warmup = whole_number("warmup", warmup, at_least=0)
         self._regroup_every = whole_number("regroup_every", regroup_every, at_least=1)
         self._groups_per_batch = None
@@ -180,6 +171,7 @@ class TaskGroups:
         if hasattr(self._grouping, "start"):
             self._grouping.start(self._tasks)
         self.affinity.start(self._tasks)
+        self._observer = Observer(self._reader, self.affinity, self._ranks)
 
         # Saved by state_dict(), with the affinity and the grouping.
         self._generator = HostGenerator(seed)
@@ -197,7 +189,6 @@ class TaskGroups:
         # Of the batch at hand, if any.
         self._batch: Batch | None = None
         self._group: Group | None = None  # handed out last
-        self._before: _Step | None = None
         self._whole: _State | None = None  # of the last whole batch, while one is open
         self._given: weakref.ref[Tensor] | None = None  # the first loss that this group was given
 
@@ -207,10 +198,6 @@ class TaskGroups:
         self._stepping: Group | None = None  # whose loss was asked for last
         self._asked = 0  # how often a loss was asked for
         self._told_of_one_forward = False
-        self._copy: HostCopy | None = None  # of the affinity as it is, and what was not read
-        # On the GPU, and what is to look at them on the host.
-        self._unread: list[tuple[Tensor, Callable[[list[float]], None]]] = []
-        self._copied = 0  # of these, the first that are in the copy
 
         if not self._learns:
             self._rounds.partition = self._regroup() or self._rounds.partition
@@ -404,10 +391,9 @@ class TaskGroups:
         self._batches = state["batches"]
         self._turns.load(state["turns"])
         self.unconverged = state["unconverged"]
-        self._stepping = self._copy = None
+        self._stepping = None
         self._alike = False
-        self._unread.clear()
-        self._copied = 0
+        self._observer.forget_all()
         self._reader.forget_device()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -416,13 +402,9 @@ class TaskGroups:
             **self.__dict__,
             "_batch": None,
             "_group": None,
-            "_before": None,
             "_whole": None,
             "_given": None,
             "_stepping": None,
-            "_copy": None,
-            "_unread": [],
-            "_copied": 0,
             "_alike": False,
         }
 
@@ -452,16 +434,13 @@ class TaskGroups:
         batch = self._batch_of_ranks(here) if several and not everywhere else Batch(here)
         if not batch.present:
             return
-        if len(self._unread) > self._copied:  # of a batch that did not get to its last group
-            self._copy_to_host(self._unread[0][0].device)
-        # Of several ranks each must find out at the same place that they differ.
-        if self._copy is not None and (several or self._copy.ready()):
-            self._read_copy(self._copy)
+        self._observer.look()
         if self._meetings is not None:
             self._tell_of_strangers(batch.present)
         whole = self._whole = self._state()
         self._batch = batch
-        self._group = self._before = self._given = None
+        self._group = self._given = None
+        self._observer.forget_step()
         try:
             self._batches += 1
             steps, observes, to_measure = self._plan(batch.present)
@@ -499,7 +478,8 @@ class TaskGroups:
                 self._close(group)
         finally:
             if self._batch is batch:  # the group outlives it, until the next batch begins
-                self._batch = self._before = self._whole = None
+                self._batch = self._whole = None
+                self._observer.forget_step()
 
     def _decisive(self) -> dict[str, object]:
         """What the decisions follow from, by the name a user knows it by."""
@@ -568,10 +548,8 @@ class TaskGroups:
         if not self._learns:  # no reason to wait for what is not looked at
             n_tasks = len(self._tasks)
             matrix = torch.full((n_tasks, n_tasks), math.nan, dtype=torch.float32, device="cpu")
-        elif self._copy is not None:
-            matrix = self._read_copy(self._copy)
         else:
-            matrix = self.affinity.known().to("cpu")
+            matrix = self._observer.matrix()
         if not getattr(self._grouping, "takes_nan", False):
             matrix = matrix.nan_to_num(nan=0.0)
         labels = self._grouping(matrix)
@@ -623,7 +601,7 @@ class TaskGroups:
             return value * share
         self._tell_of_one_forward(group, losses)
         if group._measures and group._measured is None and group is self._group:
-            self._measure_gradients(group, losses, measured)
+            self._observer.measure_gradients(group, losses, measured, self._batches)
         if share != 1.0:
             value, measured = value * share, measured * share
         if group._measured is not None:
@@ -631,7 +609,7 @@ class TaskGroups:
         group._measured = measured
         group._shares = shares
         if shares > 1 - _SHARES_TOLERANCE and group is self._group:
-            self._measure(group, measured)
+            self._observer.measure(group, measured, self._batches)
         return value
 
     def _tell_of_one_forward(self, group: Group, losses: Losses) -> None:
@@ -667,85 +645,11 @@ class TaskGroups:
                 f"another, and all take the same steps. {ZERO_LOSS}"
             )
 
-    def _measure(self, group: Group, measured: Tensor) -> None:
-        """Take in the losses from before a step: they show what the last step did."""
-        needed, absent = group._needed, group._batch.absent
-        later = self._reader.later
-        follows = group.observes and not group.first
-        if later:
-            self._unread.append(
-                (measured, lambda seen: self._watch.look(seen, needed, absent, follows))
-            )
-        else:
-            self._watch.look(measured.tolist(), needed, absent, follows)
-        if group.observes or self._ranks.number > 1:  # over ranks, to know that all step alike
-            losses = self._mean_over_ranks(group, measured)
-            if group.observes:
-                self._observe(group, losses)
-        if later and group.last:
-            self._copy_to_host(measured.device)
-
-    def _observe(self, group: Group, losses: Tensor) -> None:
-        """What the step before did, seen in the losses ``[K]`` before this one."""
-        assert isinstance(self.affinity, ProximalAffinity)
-        if self._before is not None:
-            self.affinity.observe(self._before.losses, losses, self._before.mask)
-            self._copy = None  # it is not of the affinity as it is any more
-        self._before = _Step(group.mask, losses)
-
-    def _copy_to_host(self, device: torch.device) -> None:
-        """Send the affinity and all that was not read on their way, without waiting for them."""
-        self.affinity.to(device)  # where it is not before it has observed
-        self._copy = HostCopy([self.affinity.known(), *(values for values, _ in self._unread)])
-        self._copied = len(self._unread)
-
-    def _mean_over_ranks(self, group: Group, measured: Tensor) -> Tensor:
-        """The losses ``[K]`` over all ranks; NaN for the tasks that the group does not need."""
-        losses = self._reader.spread(measured, group._needed)
-        if self._ranks.number == 1:
-            return losses
-        if group._batch.factors is not None:
-            losses = losses * send_like(group._batch.factors, losses)
-        losses, votes = self._ranks.mean(losses, group.mask, self._batches)
-        tasks = group.tasks
-        if self._reader.later:
-            self._unread.append((votes, lambda seen: self._ranks.check_votes(seen, tasks)))
-        else:
-            self._ranks.check_votes(votes.tolist(), tasks)
-        return losses
-
-    def _measure_gradients(self, group: Group, losses: Losses, measured: Tensor) -> None:
-        """Take in the gradients of single tasks, before the backward pass of the step."""
-        assert isinstance(self.affinity, GradientAffinity)
-        with_graph = dict(
-            zip(
-                group._measures,
-                self._reader.with_graph(losses, group._measures, group._needed),
-                strict=True,
-            )
-        )
-        if (factors := group._batch.factors) is not None:
-            with_graph = {k: loss * factors[k].item() for k, loss in with_graph.items()}
-        values = self._mean_over_ranks(group, measured)
-        average = self._ranks.mean_gradients if self._ranks.number > 1 else None
-        self.affinity.measure(with_graph, values, average, group.model)
-        self._copy = None  # it is not of the affinity as it is any more
-
-    def _read_copy(self, copy: HostCopy) -> Tensor:
-        """Wait for the copy and look at the numbers in it; the affinity matrix on the host."""
-        matrix, *seen = copy.wait()
-        looks = [look for _, look in self._unread[: self._copied]]
-        del self._unread[: self._copied]
-        self._copied = 0  # looked at once, however often the matrix is read
-        for look, values in zip(looks, seen, strict=False):
-            look(values.tolist())
-        return matrix.float()
-
     def _close(self, group: Group) -> None:
         """The loop asks for the next group: the step on this one must have been taken."""
         if group._skipped:
             if group._shares > 0:  # its losses were seen, but no step followed
-                self._before = None
+                self._observer.forget_step()
         elif group._shares == 0:
             raise RuntimeError(
                 f"The group {listed(group.tasks)} got no loss: call group.loss(losses) on every "

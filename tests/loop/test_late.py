@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import taskgroup as tg
-from taskgroup.loop import losses, schedule
+from taskgroup.loop import losses, observer
 from tests.nn.test_outside import TASKS
 from tests.planted import Planted
 from tests.ranks import on_ranks
@@ -28,7 +28,7 @@ class LateCopy:
 
 @pytest.fixture
 def late(monkeypatch):
-    monkeypatch.setattr(schedule, "HostCopy", LateCopy)
+    monkeypatch.setattr(observer, "HostCopy", LateCopy)
     monkeypatch.setattr(losses, "waits_for", lambda device: True)
 
 
@@ -59,7 +59,9 @@ def test_each_loss_is_looked_at_once_and_by_its_name(late, monkeypatch):
     groups = tg.TaskGroups(TASKS, observe_every=2)
     x = torch.ones(3, requires_grad=True)
     looked = []
-    monkeypatch.setattr(groups._watch, "look", lambda values, members, *_: looked.append(members))
+    monkeypatch.setattr(
+        groups._observer.watch, "look", lambda values, members, *_: looked.append(members)
+    )
     expected = []
     for n in range(8):
         for group in groups:
@@ -90,9 +92,9 @@ def test_nothing_piles_up_where_batches_are_left_early(late, monkeypatch):
         for group in groups:
             group.loss(x * 2)
             break
-    assert len(groups._unread) <= 2
+    assert len(groups._observer._unread) <= 2
     groups.load_state_dict(tg.TaskGroups(TASKS).state_dict())
-    assert groups._unread == []
+    assert groups._observer._unread == []
 
 
 def test_bad_losses_are_told_a_batch_late(late, monkeypatch):
@@ -106,7 +108,7 @@ def test_bad_losses_are_told_a_batch_late(late, monkeypatch):
 
 
 def drift(rank):
-    schedule.HostCopy = LateCopy
+    observer.HostCopy = LateCopy
     losses.waits_for = lambda device: True
     groups = tg.TaskGroups(TASKS)
     x = torch.ones(3, requires_grad=True)
