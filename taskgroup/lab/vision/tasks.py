@@ -28,7 +28,7 @@ class Task:
     Attributes:
         name: as the data set calls it.
         channels: of the prediction: values, classes, or one logit.
-        loss: see :func:`taskgroup.lab.vision.dense_losses`.
+        loss: see :func:`taskgroup.lab.vision.criterion`.
         metric: see :func:`taskgroup.lab.vision.evaluate`.
         title: Short title for figures.
         max_dist: of ``"ods_f"``: how far a predicted edge may lie from a true one, as a share of
