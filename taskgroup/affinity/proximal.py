@@ -35,6 +35,7 @@ class ProximalAffinity(Affinity):
         ValueError: if ``decay`` is outside (0, 1].
 
     Example:
+        >>> import torch
         >>> affinity = ProximalAffinity(decay=0.5)
         >>> affinity.start(("depth", "normal"))
         >>> before, after = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 3.0])

@@ -33,6 +33,7 @@ class GraphColoring(_Clustering):
         ValueError: if ``threshold`` is not a finite number.
 
     Example:
+        >>> import torch
         >>> matrix = torch.tensor([[1.0, 0.8, -0.5], [0.7, 1.0, -0.4], [-0.6, -0.5, 1.0]])
         >>> GraphColoring()(matrix)
         tensor([1, 1, 0])

@@ -42,6 +42,7 @@ class Exhaustive(_Clustering):
             14.
 
     Example:
+        >>> import torch
         >>> matrix = torch.tensor([[1.0, 0.8, -0.5], [0.7, 1.0, -0.4], [-0.6, -0.5, 1.0]])
         >>> Exhaustive(max_groups=3)(matrix)
         tensor([0, 0, 1])

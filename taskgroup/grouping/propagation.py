@@ -38,6 +38,7 @@ class AffinityPropagation(_Clustering):
         ValueError: if ``damping``, ``max_iter`` or ``convergence_iter`` is out of its range.
 
     Example:
+        >>> import torch
         >>> matrix = torch.tensor([[1.0, 0.8, -0.5], [0.7, 1.0, -0.4], [-0.6, -0.5, 1.0]])
         >>> AffinityPropagation()(matrix)
         tensor([0, 0, 1])
@@ -105,6 +106,7 @@ class Heterogeneous(AffinityPropagation):
     serve each other are kept apart. There are as many groups as clusters: a batch costs the same.
 
     Example:
+        >>> import torch
         >>> matrix = torch.tensor([[1.0, 0.8, -0.5], [0.7, 1.0, -0.4], [-0.6, -0.5, 1.0]])
         >>> Heterogeneous()(matrix)      # tasks 0 and 1 agree
         tensor([0, 1, 0])

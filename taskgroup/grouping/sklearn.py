@@ -62,6 +62,7 @@ class KMeans(_ScikitLearn):
         ImportError: without scikit-learn.
 
     Example:
+        >>> import torch
         >>> matrix = torch.tensor([[1.0, 0.8, -0.5], [0.7, 1.0, -0.4], [-0.6, -0.5, 1.0]])
         >>> KMeans(2)(matrix).unique(return_counts=True)[1].sort().values
         tensor([1, 2])
@@ -93,6 +94,7 @@ class Spectral(_ScikitLearn):
         ImportError: without scikit-learn.
 
     Example:
+        >>> import torch
         >>> matrix = torch.tensor([[1.0, 0.8, -0.5], [0.7, 1.0, -0.4], [-0.6, -0.5, 1.0]])
         >>> Spectral(2)(matrix).unique(return_counts=True)[1].sort().values
         tensor([1, 2])
