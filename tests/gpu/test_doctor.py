@@ -1,4 +1,4 @@
-from taskgroup import doctor
+from taskgroup import __main__ as doctor
 from tests.gpu.device import GPU, needs_cuda
 
 OPS = ("affinity_update_", "combine", "gram_affinity_update_", "task_gram")
