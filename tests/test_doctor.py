@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import taskgroup as tg
-from taskgroup import doctor
+from taskgroup import __main__ as doctor
 from taskgroup.lab.cli import app
 from taskgroup.ops import _backend
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
+import importlib
 import shlex
 import sys
 from collections.abc import Iterator
@@ -258,7 +258,8 @@ def report(
 @app.command()
 def doctor() -> None:
     """Say what is installed, what runs here, and why the rest does not; status 1 if broken."""
-    runpy.run_module("taskgroup", run_name="__main__")  # python -m taskgroup
+    program = importlib.import_module("taskgroup.__main__")  # python -m taskgroup
+    raise typer.Exit(program.main())
 
 
 @data_app.command()
