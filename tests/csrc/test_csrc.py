@@ -200,6 +200,7 @@ def test_the_hot_loops(compiled):
                 assert not [i for i in loop if re.search(r"F2FP|HADD2|F2F|PRMT", i)], name
         elif bulk:
             tasks = int(name.rstrip(">").partition("<")[2])
-            assert most_at_once(kernel.sass, r"LDS\.128", 4) >= tasks, name
+            # With 16 tasks one register is taken by the address of the last.
+            assert most_at_once(kernel.sass, r"LDS\.128", 4) >= min(tasks, 15), name
         elif name.startswith("gram_finish"):
             assert most_at_once(kernel.sass, r"LDG\.E\.64", 2) >= 15, name
