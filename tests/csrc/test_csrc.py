@@ -122,17 +122,10 @@ def compiled(request, nvcc, tmp_path_factory):
 
 @pytest.mark.full
 def test_cuda_budget(nvcc, compiled):
-    """Registers and shared memory of each kernel: no more, and no fewer, than is written down.
-
-    Nothing is spilled but one register of two kernels on sm_80, between pieces of 80 products.
-    """
+    """Registers and shared memory of each kernel: no more, and no fewer, than is written down."""
     architecture, kernels = compiled
     for name, kernel in kernels.items():
-        allowed = (
-            4 if architecture == "sm_80" and re.match(r"gram_mma<\w*(Half|16), 64>", name) else 0
-        )
-        told = f"{name} spills {kernel.spilled_bytes} bytes"
-        assert kernel.spilled_bytes <= allowed, told
+        assert kernel.spilled_bytes == 0, f"{name} spills {kernel.spilled_bytes} bytes"
 
     written = json.loads(BUDGET.read_text())
     (version,) = re.findall(r"release (\d+\.\d+)", run(nvcc, "--version"))
@@ -193,9 +186,7 @@ def test_the_hot_loops(compiled):
             assert most_at_once(kernel.sass, r"LDG\.E\S*\.128", 4) >= at_once, name
             products = [n for n, i in enumerate(kernel.sass) if "HMMA" in i]
             loop = kernel.sass[products[0] : products[-1]]
-            spilled = 1 if kernel.spilled_bytes else 0  # a register
-            assert len([i for i in loop if re.search(r"\b(LDL|STL)\b", i)]) <= spilled, name
-            assert not [i for i in loop if re.search(r"\b(BRA|CALL|F2F)\b", i)], name
+            assert not [i for i in loop if re.search(r"\b(BRA|CALL|F2F|LDL|STL)\b", i)], name
             if dtype != "float":  # 16-bit numbers go to the tensor cores as they lie in memory
                 assert not [i for i in loop if re.search(r"F2FP|HADD2|F2F|PRMT", i)], name
         elif bulk:

@@ -128,10 +128,10 @@ __device__ inline Place place_of_sum(int s, int lane) {
 // there is not give NaN with infinity.
 template <typename G>
 __device__ __noinline__ void gram_mma_plain_unit(const GramTable& table, int first, int other,
-                                                 int64_t tile, double* own) {
+                                                 int tile, double* own) {
   using T = typename G::T;
   const int lane = threadIdx.x % 32;
-  const TileWalk at(table, tile, G::kTile);
+  const TileWalk at(table, blockIdx.y * table.tiles_per_segment + tile, G::kTile);
   const int p = at.p;
   const int64_t x = at.x + threadIdx.x / 32 * G::kUnit;
   const int64_t end = x + G::kUnit < table.numel[p] ? x + G::kUnit : table.numel[p];
@@ -160,8 +160,10 @@ class PieceWalk {
   __device__ int p() const { return at_.p; }
   __device__ int64_t unit() const { return at_.x + threadIdx.x / 32 * G::kUnit; }  // first column
 
-  __device__ void next() {
-    if (++piece < G::kPieces) return;
+  // At the end of a unit, until it moves on to the next one.
+  __device__ bool ends_unit() const { return piece == G::kPieces; }
+
+  __device__ void move_on() {
     piece = 0;
     step();
     skip();
@@ -246,7 +248,6 @@ __device__ void gram_mma_block(const GramTable& table, int first, int other, dou
 
   float sum[G::kSums] = {};
   PieceWalk<G> next(table, begin, end);
-  int tile = 0;  // of what is ahead, of the segment
   bool more;
 #pragma unroll 1
   do {  // at first with zeros
@@ -260,13 +261,13 @@ __device__ void gram_mma_block(const GramTable& table, int first, int other, dou
         for (int r = 0; r < G::kRows; ++r) fragments[l][step][r] = fragment<T>(ahead[l][r], step);
       }
     }
-    const int was = tile;
-    const bool ends_unit = next.piece == 0;
+    const int tile = next.tile();
+    const bool ends_unit = next.ends_unit();
+    if (ends_unit) next.move_on();
     more = !next.done();
     if (more) {
       load(next);
-      tile = next.tile();
-      next.next();
+      ++next.piece;
     }
 #pragma unroll
     for (int l = 0; l < G::kLoads; ++l) {
@@ -308,7 +309,7 @@ __device__ void gram_mma_block(const GramTable& table, int first, int other, dou
 #pragma unroll
       for (int s = 0; s < G::kSums; ++s) probe += 0.0f * sum[s];
       if (__any_sync(~0u, !(probe == 0.0f))) {
-        gram_mma_plain_unit<G>(table, first, other, begin + was, own);
+        gram_mma_plain_unit<G>(table, first, other, tile, own);
       } else {
 #pragma unroll
         for (int s = 0; s < G::kSums; ++s) own[s * 32 + lane] += sum[s];
