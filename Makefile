@@ -1,21 +1,6 @@
-# make demo   train on the embedded photograph, three ways, and compare      (about 5 minutes)
-# make test   run the tests                                                  (about 5 minutes)
-# make full   what make test leaves out to be quick; CI runs both            (about 4 minutes)
-# make lint   linters and type checker
-# make docs   the documentation as a site, in build/docs                     (under a minute)
-# make links  the links to other hosts in it; needs network
-# make examples    the programs in examples/, one after the other               (under a minute)
-# make bench  benchmarks, printed as ratios                                  (about 5 minutes)
-#             ARGS="--save --full" for all sizes, kept in benchmarks/results
-# make dist   source distribution and wheel, in dist/; make check-dist proves that they install and
-#             run where they should                                          (about 5 minutes)
-# make aarch64  the native code for 64-bit ARM: compiled here, its tests run in an emulator
-#                                                                             (about 2 minutes)
-# make gpu    build, tests, benchmarks and sanitizers on a GPU               (under 9 minutes)
-#             ARGS=--dry-run: its steps on the CPU with small sizes           (about 3 minutes)
-#
-# Everything lives in .venv, made on first use. Nothing is installed or built again before a file it
-# depends on changes. `make gpu` alone uses what is there: GPU_PYTHON, with a torch that sees the GPU.
+# `make help` lists the commands. Everything lives in .venv, made on first use; nothing is installed or
+# built again before a file it depends on changes. `make gpu` alone uses what is there: GPU_PYTHON, with
+# a torch that sees the GPU.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -28,39 +13,42 @@ BUILD := setup.py CMakeLists.txt pyproject.toml taskgroup/__init__.py $(shell fi
 TORCH_STAMP := .venv/$(subst /,-,$(subst $(eval ) ,-,$(TORCH))).stamp
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test full lint docs links examples bench dist check-dist aarch64 gpu format clean
+.PHONY: help demo test full lint format docs links examples bench dist check-dist aarch64 gpu clean
 .DELETE_ON_ERROR:
 
-demo: .venv/report.stamp
+help: ## list the commands
+	@awk -F ' *:[^#]*## ' '/^[a-z0-9-]+:[^#]*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/report.stamp ## train on the photograph in three ways and compare them (5 minutes)
 	$(BIN)/python examples/demo.py
 
-test: .venv/dev.stamp
+test: .venv/dev.stamp ## run the tests (8 minutes on 2 cores); ARGS="-k affinity" runs some
 	$(BIN)/python -m pytest --numprocesses=auto --dist=worksteal $(ARGS)
 
-full: .venv/dev.stamp
+full: .venv/dev.stamp ## run the tests that `make test` leaves out because they are slow (4 minutes)
 	$(BIN)/python -m pytest --numprocesses=auto --dist=worksteal -m full $(ARGS)
 
-lint: .venv/dev.stamp
+lint: .venv/dev.stamp ## run the linters and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-# Warnings are errors. The pages load nothing from other hosts.
-docs: .venv/dev.stamp
-	$(BIN)/python -m sphinx -q -E -n -W --keep-going -d build/doctrees docs build/docs
-	@! grep -rnE '<(script|link|img|iframe)[^>]* (src|href)="(https?:)?//' build/docs --include='*.html'
-
-links: .venv/dev.stamp
-	$(BIN)/python -m sphinx -q -E -b linkcheck -d build/doctrees docs build/links
-
-format: .venv/dev.stamp
+format: .venv/dev.stamp ## format the code and fix what the linters can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+# Warnings are errors. The pages load nothing from other hosts.
+docs: .venv/dev.stamp ## build the documentation in build/docs (under a minute)
+	$(BIN)/python -m sphinx -q -E -n -W --keep-going -d build/doctrees docs build/docs
+	@! grep -rnE '<(script|link|img|iframe)[^>]* (src|href)="(https?:)?//' build/docs --include='*.html'
+
+links: .venv/dev.stamp ## check the links to other sites in the documentation; needs network
+	$(BIN)/python -m sphinx -q -E -b linkcheck -d build/doctrees docs build/links
+
 # They write into runs/, and go on with what they find there.
-examples: .venv/dev.stamp
+examples: .venv/dev.stamp ## run the programs in examples/ (under a minute)
 	$(BIN)/python examples/plain.py
 	$(BIN)/python examples/with_lightning.py
 	$(BIN)/accelerate launch --cpu --num_processes 1 examples/with_accelerate.py
@@ -70,24 +58,24 @@ examples: .venv/dev.stamp
 	$(BIN)/torchrun --nproc-per-node 2 examples/several_data_sets.py
 	$(BIN)/python examples/tabular.py
 
-bench: .venv/dev.stamp
+bench: .venv/dev.stamp ## run the benchmarks, which print ratios (5 minutes); ARGS="--save --full" keeps all sizes
 	$(BIN)/python -m pytest benchmarks -s $(ARGS)
 
 # The wheel is built from the source distribution, against the torch that is here. auditwheel gives
 # it the tag of the systems it runs on; torch's libraries are torch's to bring.
-dist: .venv/dev.stamp
+dist: .venv/dev.stamp ## build the source distribution and the wheel in dist/
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist/linux
 	mv dist/linux/*.tar.gz dist
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --wheel-dir dist dist/linux/*.whl
 	rm -r dist/linux
 
-check-dist: .venv/dev.stamp
+check-dist: .venv/dev.stamp ## check that the files in dist/ install and run (5 minutes)
 	$(BIN)/python -m pytest tests/check_dist.py $(ARGS)
 
 # The tests are C++ and need no torch of that processor; the tensor ops are compiled with the headers
 # of the torch that is here.
-aarch64: $(TORCH_STAMP)
+aarch64: $(TORCH_STAMP) ## compile the native code for 64-bit ARM and run its tests in an emulator (2 minutes)
 	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool > /dev/null || { \
 	  echo "make aarch64 needs $$tool: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
 	$(BIN)/cmake -S tests/csrc -B build/csrc-tests/aarch64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
@@ -98,10 +86,10 @@ aarch64: $(TORCH_STAMP)
 	$(BIN)/cmake --build build/csrc-tests/aarch64
 	$(BIN)/ctest --test-dir build/csrc-tests/aarch64 --output-on-failure --timeout 300
 
-gpu:
+gpu: ## build, test and measure on a GPU (9 minutes); ARGS=--dry-run runs its steps on the CPU
 	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
-clean:
+clean: ## remove .venv and all that was built
 	rm -rf .venv build dist *.egg-info taskgroup/*.so
 
 .venv/bin/python:
