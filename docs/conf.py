@@ -65,12 +65,6 @@ TREES: dict[str, dict[str, list[str]]] = {
             *("checkpoints", "experiments", "vision", "command-line"),
         ]
     },
-    "results/README": {
-        "": [
-            f"{path.parent.name}: {path.stem} <{path.parent.name}/{path.stem}>"
-            for path in sorted(Path(__file__).parent.glob("results/*/*.md"))
-        ]
-    },
 }
 
 # Pages of the site that are files elsewhere in the repository; in docs/ they are links to these.
@@ -90,11 +84,11 @@ def complete(app: Sphinx, page: str, source: list[str]) -> None:
     for own, path in ELSEWHERE.items():
         source[0] = source[0].replace(f"](../{path}", f"]({own}.md")
     if page == "examples":
-        for program in re.findall(r"^## (\w+\.py)$", source[0], re.MULTILINE):
-            whole = f"```{{literalinclude}} ../examples/{program}\n```"
-            source[0] = re.sub(rf"(## {program}\n\n(?:.+\n)+)", rf"\1\n{whole}\n", source[0])
+        section = re.compile(r"^(## .*?(\w+)\.py\n\n(?:.+\n)+)", re.MULTILINE)
+        whole = r"(examples-\2)=\n\1\n```{literalinclude} ../examples/\2.py\n```\n"
+        source[0] = section.sub(whole, source[0])
     else:
-        source[0] = re.sub(r"\]\(\.\./examples/(\w+)\.py", r"](examples.md#\1py", source[0])
+        source[0] = re.sub(r"\]\(\.\./examples/(\w+)\.py", r"](#examples-\1", source[0])
     for caption, entries in TREES.get(page, {}).items():
         options = [":hidden:", f":caption: {caption}"] if caption else [":hidden:"]
         source[0] += "\n".join(["", "```{toctree}", *options, *entries, "```", ""])
