@@ -123,7 +123,7 @@ def test_what_is_too_large_for_the_folder_is_left_out_and_named(run, tmp_path, m
     run.step(measuring("small"))
     run.step(program("loud", "for n in range(1000): print('loud', n)"))
     assert list(packed(tmp_path / "out")) == ["abacus/small.csv"]
-    assert "trace.json: too large for the folder" in capsys.readouterr().out
+    assert "trace.json is too large for results.tar.gz" in capsys.readouterr().out
     assert (tmp_path / "out" / "gpu.log").stat().st_size < 5000
 
 
