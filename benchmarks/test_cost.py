@@ -48,7 +48,7 @@ OPTIONS = {
     "all groups, observed every 5th": {"observe_every": EVERY},
     "one group, observed every 5th": {"observe_every": EVERY, "groups_per_batch": 1},
 }
-JOINT_STEPS = {"one group, observed every 5th": 1}  # to compare with, in the place of M
+JOINT_STEPS = {"one group, observed every 5th": 1}  # joint steps to compare with; otherwise M
 
 
 def decoder(channels, out):

@@ -47,7 +47,7 @@ def labels_of(tasks, n_images, size):
 def test_step(record, device, data, vit):
     tasks, size = DATA[data]
     n_images = 1
-    if record.full:  # on the CPU as many as fit into memory and take minutes
+    if record.full:  # on the CPU, as many images as fit into memory
         n_images = 8 if device.type == "cuda" else ON_A_HOST[vit]
     encoder = backbone(vit, size=size, weights="random", drop_path=0.15)
     model = dense_model(encoder, {name: task.channels for name, task in tasks.items()}).to(device)
