@@ -26,7 +26,7 @@ class PublishedTaskAffinity:
       caused the change. The first group of a batch gets no credit, and the last step is never seen.
     - It normalises each column for the clustering, but not the entries below the diagonal.
     - A task that never improved by its own step has zero on the diagonal, so the clustering raises.
-    - If the clustering does not converge, it asks for longer convergence with equally many iterations.
+    - If the clustering does not converge, it raises ``convergence_iter``, not the iterations.
 
     The published training also logs K * K numbers per batch; this class does not.
 
