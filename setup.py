@@ -1,7 +1,7 @@
-"""Calls CMake, which describes the native build; everything else is in pyproject.toml.
+"""Builds the native code with CMake. All other settings are in pyproject.toml.
 
-``TASKGROUP_PURE=1`` installs without native code. ``TASKGROUP_CUDA=0`` leaves the CUDA kernels out
-and ``TASKGROUP_CUDA=1`` requires them; by default they are built where there is an nvcc.
+``TASKGROUP_PURE=1`` installs without native code. ``TASKGROUP_CUDA=0`` builds without the CUDA
+kernels, and ``TASKGROUP_CUDA=1`` requires them; by default they are built if there is an nvcc.
 """
 
 import importlib
@@ -22,25 +22,25 @@ CUDA = os.environ.get("TASKGROUP_CUDA", "")
 
 
 def stop(sentence):
-    # SystemExit, because pip and setuptools print any other exception as a page of traceback.
+    # SystemExit, because pip and setuptools print a long traceback for any other exception.
     raise SystemExit(
         f"taskgroup: {sentence}, or set TASKGROUP_PURE=1 to install without native code."
     )
 
 
 def build_tool(name):
-    """The module of a build requirement that is a Python package."""
+    """Import a build requirement that is a Python package."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         stop(
-            f"{name} is needed to build the native code and does not import ({error}): install it "
-            f"with `{Path(sys.executable).name} -m pip install {name}`"
+            f"{name} is needed to build the native code and cannot be imported ({error}): install "
+            f"it with `{Path(sys.executable).name} -m pip install {name}`"
         )
 
 
 def executable(name):
-    """Path of cmake or ninja: the pip package's own, since its scripts need not be on PATH."""
+    """The path of cmake or ninja: in the pip package first, whose scripts may not be on PATH."""
     directory = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}[name]
     try:
         path = getattr(importlib.import_module(name), directory)
@@ -55,7 +55,7 @@ def executable(name):
 
 def check_compiler():
     named = os.environ.get("CXX")
-    # CXX may carry a launcher or flags: "ccache g++".
+    # CXX may contain a launcher or flags, as in "ccache g++".
     candidates = [named.split()[0]] if named else ["c++", "g++", "clang++"]
     if not any(shutil.which(candidate) for candidate in candidates):
         stop(
@@ -72,7 +72,7 @@ def check_compiler():
 
 
 def nvcc():
-    """Path of the CUDA compiler, as CMake will look for it, or None."""
+    """The path of the CUDA compiler, found as CMake finds it, or None."""
     if CUDA not in ("", "0", "1"):
         stop(f"TASKGROUP_CUDA must be 0, 1 or empty, got {CUDA!r}")
     named = os.environ.get("CUDACXX")
@@ -86,14 +86,14 @@ def nvcc():
         stop(
             "TASKGROUP_CUDA=1 requires the CUDA kernels, and no nvcc was found"
             + (f" (CUDACXX={named})" if named else "")
-            + ": install the CUDA toolkit 12.1 or later, or name its nvcc with CUDACXX, or leave "
-            "TASKGROUP_CUDA empty to build without"
+            + ": install the CUDA toolkit 12.1 or later, or set CUDACXX to its nvcc, or leave "
+            "TASKGROUP_CUDA empty to build without them"
         )
     return found
 
 
 class CMakeBuild(build_ext):
-    """Builds every extension in one run of CMake."""
+    """Builds all extensions in one run of CMake."""
 
     def build_extensions(self):
         check_compiler()
@@ -114,14 +114,15 @@ class CMakeBuild(build_ext):
         }
         compiler = nvcc()
         if compiler is not None:
-            os.environ["CUDACXX"] = compiler  # where CMake looks first
-        # Kept between builds, one for each Python, so that only what changed is compiled again.
+            os.environ["CUDACXX"] = compiler  # CMake looks here first
+        # The folder stays, one for each Python, so that the next build compiles only what changed.
         build_dir = (
             ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         )
         build_dir.mkdir(parents=True, exist_ok=True)
-        # CMake reads the environment at its first run only: when anything it was given differs
-        # from the last build, start afresh rather than keep, silently, the old compiler or torch.
+        # CMake reads the environment in its first run only. If any input differs from the last
+        # build, start from an empty folder; otherwise CMake would silently keep the old compiler
+        # or torch.
         names = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CUDAHOSTCXX", "CUDAARCHS")
         environment = {name: os.environ.get(name) for name in names}
         given = json.dumps([str(ROOT), cmake, options, environment], indent=1)
@@ -154,7 +155,7 @@ class CMakeBuild(build_ext):
         try:
             subprocess.run([str(word) for word in command], check=True)
         except subprocess.CalledProcessError:
-            stop("the native code did not build: CMake says why above; correct that")
+            stop("the native code did not build: correct the error that CMake shows above")
 
 
 setup(
@@ -162,7 +163,7 @@ setup(
     ext_modules=[]
     if PURE
     else [
-        # Loaded by torch, not imported: any Python will do.
+        # torch loads this library; it is not imported, so it works with any Python.
         Extension("taskgroup._ops", sources=[], py_limited_api=True),
         Extension("taskgroup._host", sources=[]),
     ],

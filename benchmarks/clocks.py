@@ -1,4 +1,4 @@
-"""How long a call takes: by the wall on the CPU, between two events on a GPU."""
+"""Measure how long a call takes: with the wall clock on the CPU, between two events on a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 Call = Callable[[], object]
 
-LONGEST_WAIT = 0.1  # seconds that a GPU is held up; a GPU queues a thousand launches, no more
+LONGEST_WAIT = 0.1  # seconds to delay the GPU; it queues at most about a thousand launches
 
 
 class Measured(NamedTuple):
@@ -24,12 +24,12 @@ Clock = Callable[[Call, int], Measured]
 
 
 def clock_of(device: torch.device) -> Clock:
-    """What measures calls on a device."""
+    """The clock that measures calls on a device."""
     return CudaClock() if device.type == "cuda" else wall
 
 
 def wall(function: Call, calls: int) -> Measured:
-    """The mean of so many calls in a row."""
+    """The mean wall-clock time of consecutive calls."""
     start = time.perf_counter()
     for _ in range(calls):
         function()
@@ -37,11 +37,11 @@ def wall(function: Call, calls: int) -> Measured:
 
 
 class CudaClock:
-    """Measures the GPU's time apart from the host's, each as the mean of so many calls in a row.
+    """Measures the times of the GPU and of the host separately, each as a mean over calls.
 
-    The GPU is held up by a kernel that waits for longer than the host takes to queue the calls.
-    So it finds all of them queued when it comes to the first event, and the time between the events
-    is its own. Where the calls themselves wait for the GPU, it is that of host and GPU together.
+    A kernel that waits delays the GPU for longer than the host needs to queue the calls. All calls
+    are therefore queued when the GPU reaches the first event, and the time between the events is
+    the time of the GPU alone. If the calls themselves wait for the GPU, it includes the host.
     """
 
     def __init__(self) -> None:
@@ -64,8 +64,8 @@ class CudaClock:
         return Measured(start.elapsed_time(end) * 1e-3 / calls, host)
 
     def _calibrate(self) -> None:
-        cycles = 10_000_000  # some milliseconds
-        torch.cuda._sleep(cycles)  # the clock of an idle GPU is slower
+        cycles = 10_000_000  # a few milliseconds
+        torch.cuda._sleep(cycles)  # warm up: the clock of an idle GPU is slower
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         torch.cuda._sleep(cycles)

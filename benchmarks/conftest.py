@@ -1,4 +1,4 @@
-"""Options of the benchmarks, and the cases and the record that follow from them."""
+"""Options, cases and fixtures of the benchmarks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DEFAULT = [
     Case("ViT-T", 11, torch.bfloat16),
 ]
 TINY = [Case("ViT-T", 3, torch.float32), Case("ViT-T", 2, torch.bfloat16)]
-# On a GPU: what memory bounds first, then what the host does.
+# On a GPU: first the cases that the memory bandwidth limits, then those that the host limits.
 GPU = [
     *(Case("ViT-B", n_tasks, torch.float32) for n_tasks in (11, 64, 2, 5, 16, 26)),
     *(Case("ViT-B", n_tasks, torch.bfloat16) for n_tasks in (11, 64)),
@@ -51,9 +51,9 @@ FULL = [
 
 def pytest_addoption(parser):
     group = parser.getgroup("taskgroup")
-    group.addoption("--full", action="store_true", help="every size, however long it takes")
+    group.addoption("--full", action="store_true", help="run every size, however long it takes")
     group.addoption("--save", action="store_true", help="append to the files in results/")
-    group.addoption("--tiny", action="store_true", help="one small case of each, once")
+    group.addoption("--tiny", action="store_true", help="run one small case of each, once")
     group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
 
 
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("full"):
         for item in items:
             item.add_marker(pytest.mark.timeout(0))
-    if config.getoption("tiny"):  # the first of each, and all that are small
+    if config.getoption("tiny"):  # the first case of each test, and all cases that are small
         first = {}
         for item in items:
             first.setdefault((item.path, item.originalname), item)
@@ -82,7 +82,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """What does not fit is left out; where a kernel is wrong, nothing more is measured."""
+    """Skip what does not fit into memory, and stop the session if a kernel gives a wrong number."""
     try:
         return (yield)
     except torch.OutOfMemoryError as error:
@@ -94,14 +94,14 @@ def pytest_runtest_call(item):
 
 @pytest.fixture(scope="module")
 def record(request):
-    """Where a benchmark notes its results; saved at once, printed when its file is through.
+    """Records the results of a file: saves each at once, and prints all when the file is done.
 
-    The rounds are those of pytest-benchmark: ``--benchmark-min-rounds``, ``--benchmark-max-time``;
-    under ``--benchmark-disable`` everything runs twice and nothing is printed.
+    pytest-benchmark's options set the rounds: ``--benchmark-min-rounds``, ``--benchmark-max-time``.
+    With ``--benchmark-disable`` everything runs twice and nothing is printed.
     """
 
     def option(name):
-        # pytest-benchmark need not be there: the rest of the benchmarks does without.
+        # pytest-benchmark need not be installed.
         return request.config.getoption(name, WITHOUT_PLUGIN.get(name))
 
     rounds, seconds = option("benchmark_min_rounds"), option("benchmark_max_time")
@@ -124,7 +124,7 @@ def record(request):
 
 @pytest.fixture(autouse=True)
 def _pytest_benchmark(request):
-    """Ours once more by itself, where pytest-benchmark is asked to keep or compare its times."""
+    """Run our side again under pytest-benchmark if it is to save or compare its times."""
     asked = ("benchmark_json", "benchmark_save", "benchmark_autosave", "benchmark_compare")
     if not any(request.config.getoption(name, None) for name in asked):
         yield

@@ -1,8 +1,8 @@
-"""Draw what test_figure2.py has measured on GPUs into the docs: ``python -m benchmarks.figure2``.
+"""Draw the results of test_figure2.py on GPUs into the docs: ``python -m benchmarks.figure2``.
 
 Reads results/<machine>/figure2.csv, draws a picture for each set of tasks into docs/images, and
-writes pictures and tables between two marks in docs/reproduce.md. What a host has measured, with
-its tiny backbone, is left out. Without rows of a GPU the page says that there are none.
+writes pictures and tables between two marks in docs/reproduce.md. Rows that were measured on a CPU,
+with a tiny backbone, are ignored. If there are no rows of a GPU, the page says so.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NOTHING = "**Not yet measured on a GPU.**"
 JOINT = "joint training"
 NOT_INSTALLED, OUT_OF_MEMORY = "not installed", "out of memory"  # reasons of rows without numbers
 MODELS = ["tiny", "vit-t", "vit-s", "vit-b", "vit-l"]
-# Joint training, selective updates, the others; each darker in float32.
+# The colours of joint training, selective updates and the other methods; darker in float32.
 COLOURS = {
     "float32": ("#222222", "#b2182b", "#2166ac"),
     "bfloat16": ("#9a9a9a", "#f4a582", "#92c5de"),
@@ -33,7 +33,7 @@ Row = dict[str, str]
 
 
 def latest(path: Path) -> list[Row]:
-    """The rows of a file; of those of one method on one case the last."""
+    """The rows of a file: the last row of each method on each case."""
     with path.open(newline="") as file:
         rows = {(*_case(row), _method(row)): row for row in csv.DictReader(file)}
     return list(rows.values())
@@ -52,14 +52,15 @@ def _size(model: str) -> int:
 
 
 def draw(rows: list[Row], path: Path) -> bool:
-    """Bars of time and memory relative to joint training, as in the paper's Figure 2.
+    """Draw bars of time and memory relative to joint training, as in the paper's Figure 2.
 
-    For each dtype the largest backbone on which the most methods were measured. White behind, and
-    narrow: the page may be dark, and the screen small.
+    For each dtype it shows the backbone on which the most methods were measured; among equals, the
+    largest. The picture has a white background and is narrow, because the page may be dark and the
+    screen small.
 
     Args:
-        rows: of one set of tasks.
-        path: of the PNG.
+        rows: the rows of one set of tasks.
+        path: the path of the PNG.
 
     Returns:
         Whether there was anything to draw.
@@ -69,7 +70,7 @@ def draw(rows: list[Row], path: Path) -> bool:
     for dtype in COLOURS:
         of_model: dict[str, dict[str, Row]] = {}
         for row in rows:
-            # What does not fit has no bar but a word.
+            # A method that does not fit into memory gets a label instead of a bar.
             if row["dtype"] == dtype and (row["relative"] or row["reason"] == OUT_OF_MEMORY):
                 of_model.setdefault(row["model"], {})[_method(row)] = row
         known = {
@@ -145,7 +146,7 @@ def _backbone(model: str) -> str:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Markdown lines: a row for each method, a column for each backbone and dtype."""
+    """A table in Markdown: one row for each method, one column for each backbone and dtype."""
     cases = sorted({(row["model"], row["dtype"]) for row in rows}, key=lambda c: (_size(c[0]), c))
     cells = {(_method(row), row["model"], row["dtype"]): _cell(row) for row in rows}
     by_method = {
@@ -170,11 +171,11 @@ def _cell(row: Row) -> str:
 
 
 def section(root: Path, draws: bool = True) -> str:
-    """What stands between the marks, of all GPUs.
+    """The text between the marks, with the results of all GPUs.
 
     Args:
-        root: of the repository.
-        draws: whether to draw the pictures, too.
+        root: the root of the repository.
+        draws: whether to draw the pictures too.
     """
     parts: list[str] = []
     for path in sorted((root / "benchmarks/results").glob("*/figure2.csv")):
@@ -188,9 +189,9 @@ def _of_machine(rows: list[Row], machine: str, root: Path, draws: bool) -> Itera
     last = rows[-1]
     yield (
         f"Measured on one {last['machine']} with torch {last['torch']}, taskgroup at "
-        f"`{last['commit']}` ([rows](../benchmarks/results/{machine}/figure2.csv)). Of joint "
-        "training the tables have milliseconds a batch and gigabytes; of the others time and "
-        "memory relative to that. An empty cell was not measured."
+        f"`{last['commit']}` ([rows](../benchmarks/results/{machine}/figure2.csv)). The tables "
+        "show milliseconds per batch and gigabytes for joint training, and time and memory "
+        "relative to it for the other methods. An empty cell was not measured."
     )
     for data in dict.fromkeys(row["data"] for row in rows):
         own = [row for row in rows if row["data"] == data]
@@ -208,7 +209,7 @@ def _of_machine(rows: list[Row], machine: str, root: Path, draws: bool) -> Itera
 
 
 def write(root: Path) -> None:
-    """Put the section into the page."""
+    """Write the section into the page."""
     page = root / PAGE
     before, _, rest = page.read_text("utf-8").partition(f"{BEGIN}\n")
     _, mark, after = rest.partition(f"\n{END}")

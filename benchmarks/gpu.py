@@ -1,19 +1,20 @@
-"""Everything that needs a GPU, in one go: `make gpu`.
+"""Build, test and measure everything that needs a GPU: `make gpu`.
 
-Builds the package in place for the GPU that is there, tests the kernels, measures them against the
-limits of the GPU, and runs them under compute-sanitizer: steps in order of worth, one at a time,
-each with its own limit, within nine minutes. A step that runs out of time is interrupted as by
-Ctrl-C and keeps its rows; one that fails keeps no other from running. Rows go to
-benchmarks/results/<gpu>/ when they are measured.
+Builds the package in place for the GPU of this machine, tests the kernels, measures them against
+the limits of the GPU, and runs them under compute-sanitizer. The steps run one at a time, the most
+important first, each with its own time limit, within nine minutes. A step that runs out of time is
+interrupted as by Ctrl-C and keeps its rows. A step that fails does not stop the others. Rows are
+written to benchmarks/results/<gpu>/ as soon as they are measured.
 
-It needs no network: torch with CUDA, nvcc, cmake, ninja, pybind11, pytest, hypothesis, scikit-learn
-and rich are to be there already. Tests run side by side where pytest-xdist is.
+It needs no network, but these must be installed: torch with CUDA, nvcc, cmake, ninja, pybind11,
+pytest, hypothesis, scikit-learn and rich. With pytest-xdist, tests run in parallel.
 
-OUT=folder: the folder gets gpu.log, what was printed, and results.tar.gz, the files of results that
-this run wrote; both are kept up to date, so that whatever ends the run loses neither.
+OUT=folder writes two files to the folder: gpu.log with everything that was printed, and
+results.tar.gz with the results of this run. Both are updated after every step, so an interrupted
+run loses neither.
 
-`make gpu ARGS=--dry-run` goes through the same steps on the CPU with the smallest sizes, builds
-nothing, and writes to build/dry-run.
+`make gpu ARGS=--dry-run` runs the same steps on the CPU with the smallest sizes, builds nothing,
+and writes to build/dry-run.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ from typing import NamedTuple, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = 540.0  # seconds
-GRACE = 15.0  # seconds to end in after an interrupt
-ON_THE_CPU = 4  # times the limits: a dry run ends before them, on a busy machine too
-SHORTEST = 5.0  # seconds; a step that has less is left out
+GRACE = 15.0  # seconds that a step may take to end after an interrupt
+ON_THE_CPU = 4  # factor of all limits in a dry run, so that a busy machine does not reach them
+SHORTEST = 5.0  # seconds; a step with less time left is skipped
 LOG_OF_A_STEP = 500_000  # characters
 MOST_RESULTS = 15 * 2**20  # bytes
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-# setup.py without pyproject.toml, whose license setuptools before 77 refuses.
+# Run setup.py without pyproject.toml: setuptools before 77 refuses its license field.
 SETUP = [
     sys.executable,
     "-c",
@@ -59,18 +60,18 @@ SUMMARY = re.compile(  # of pytest
     r"^=*\s*((?:\d+ \w+,? ?)+) (?:in|collected in) [\d.]+s", re.MULTILINE
 )
 DRY_RUN = ROOT / "build" / "dry-run"
-LAB = ("skimage", "torchmetrics", "transformers", "yaml")  # what reads a recipe needs them
+LAB = ("skimage", "torchmetrics", "transformers", "yaml")  # needed to read a recipe
 LIBRARIES = ROOT / "taskgroup"
 
 
 class Step(NamedTuple):
-    """A command with a limit."""
+    """A command with a time limit."""
 
     name: str
     command: list[str]
     seconds: float
-    environment: Mapping[str, str] = MappingProxyType({})  # besides that of this process
-    needs: tuple[str, ...] = ()  # packages without which there is nothing to run
+    environment: Mapping[str, str] = MappingProxyType({})  # added to that of this process
+    needs: tuple[str, ...] = ()  # packages; the step is skipped without them
 
 
 class Result(NamedTuple):
@@ -82,7 +83,7 @@ class Result(NamedTuple):
 
 
 class GPU(NamedTuple):
-    """What torch says of it."""
+    """What torch reports about the GPU."""
 
     name: str
     torch: str
@@ -90,7 +91,11 @@ class GPU(NamedTuple):
 
 
 def pytest(*arguments: str, parallel: int = 1) -> list[str]:
-    """Warnings are errors for the developers' versions of everything, not for those found here."""
+    """A pytest command.
+
+    Warnings are errors in the project's settings, but not here, because this machine may have other
+    versions of the packages than the developers.
+    """
     command = [
         sys.executable,
         "-m",
@@ -104,7 +109,7 @@ def pytest(*arguments: str, parallel: int = 1) -> list[str]:
     command += ["-o", "addopts=--import-mode=importlib", "-o", "filterwarnings=default"]
     if parallel > 1 and find_spec("xdist"):
         command += ["-n", str(parallel)]
-        if find_spec("pytest_timeout"):  # a kernel that never ends is ended with its process
+        if find_spec("pytest_timeout"):  # end a kernel that never returns, with its process
             command += ["--timeout=60", "--timeout-method=thread"]
     return [*command, *arguments]
 
@@ -120,7 +125,7 @@ def build(architecture: str, cuda: bool) -> Step:
 
 
 def steps(dry: bool) -> list[Step]:
-    """What follows the build, in order of worth."""
+    """The steps after the build, the most important first."""
     side_by_side = 2 if dry else 4
     tests = {"TEST_GPU": "cpu"} if dry else {}
     options = ["--device", "cpu", "--tiny"] if dry else ["--device", "cuda"]
@@ -135,7 +140,7 @@ def steps(dry: bool) -> list[Step]:
         name: str, *files: str, seconds: float, small: bool = True, needs: tuple[str, ...] = ()
     ) -> Step:
         paths = [f"benchmarks/test_{file}.py" for file in files]
-        # What takes long on a CPU at any size is found and not run; `make bench` runs it there.
+        # Benchmarks that take long on a CPU at any size are only collected in a dry run.
         more = ["--collect-only"] if dry and not small else []
         environment = {"FIGURE2_SECONDS": str(10 if dry else seconds - 15)}
         command = pytest("-s", "--save", *options, *more, *paths)
@@ -168,9 +173,9 @@ def steps(dry: bool) -> list[Step]:
 
 
 def interpreter() -> list[Step]:
-    """The Triton kernels on the host, which is slow: a few small cases."""
+    """A few small cases of the Triton kernels in Triton's interpreter, which is slow."""
     if find_spec("triton") is None or tuple(map(int, version("triton").split(".")[:2])) < (3, 7):
-        return []  # that of Triton 3.6 does not run with NumPy 2.4
+        return []  # the interpreter of Triton 3.6 does not run with NumPy 2.4
     cases = [
         "TestTaskGram::test_layouts[triton-mixed-3]",
         "TestTaskGram::test_layouts[triton-offset-20]",
@@ -188,7 +193,7 @@ def sanitizers(dry: bool) -> list[Step]:
     script = [sys.executable, str(ROOT / "tests/gpu/sanitize.py")]
     if dry:
         return [Step("sanitizers' program", script, 60, {"TEST_GPU": "cpu"})]
-    # Every tensor is memory of its own, so that what is read beside it is seen.
+    # Give every tensor its own memory, so that the sanitizer sees reads beyond its end.
     own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
         Step(tool, [SANITIZER, "--tool", tool, "--error-exitcode", "86", *script], 45, own)
@@ -197,13 +202,13 @@ def sanitizers(dry: bool) -> list[Step]:
 
 
 class Run:
-    """Steps one after the other, and what is kept of them.
+    """Runs steps one after the other and keeps their log and results.
 
     Args:
-        results: where the steps write their rows.
+        results: the folder where the steps write their rows.
         out: the folder for the log and the results, or None.
-        seconds: for all steps.
-        factor: of the limits of the steps.
+        seconds: the time for all steps.
+        factor: multiplies the time limit of each step.
     """
 
     def __init__(
@@ -221,14 +226,14 @@ class Run:
             (out / "gpu.log").write_text("")
 
     def say(self, text: str) -> None:
-        """Print, and log."""
+        """Print a text and write it to the log."""
         print(text, flush=True)
         if self._out is not None:
             with (self._out / "gpu.log").open("a") as log:
                 log.write(text + "\n")
 
     def step(self, step: Step) -> Result:
-        """Run a step to its end or its limit, and keep what there is by then."""
+        """Run a step to its end or its time limit, and keep its results so far."""
         self.say(f"\n=== {step.name}: {' '.join(step.command)}")
         limit = min(self._factor * step.seconds, self._end - time.monotonic() - GRACE)
         start = time.monotonic()
@@ -263,7 +268,7 @@ class Run:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                start_new_session=True,  # so that all of its processes are ended with it
+                start_new_session=True,  # to end all of its processes together
             )
         except OSError as error:
             return Result(f"could not run: {step.command[0]}: {error.strerror}", False)
@@ -279,7 +284,7 @@ class Run:
         finally:
             _end(process)
             reader.join(GRACE)
-        lines = list(last.copy())  # a process that is left may still print
+        lines = list(last.copy())  # a process that is still running may print meanwhile
         counts = SUMMARY.findall("\n".join(lines))
         summary = counts[-1] if counts else ""
         if over:
@@ -297,13 +302,13 @@ class Run:
                 if said < LOG_OF_A_STEP:
                     self.say(line.rstrip("\n"))
                 elif said - len(line) < LOG_OF_A_STEP:
-                    self.say(f"... more than {LOG_OF_A_STEP} characters: the rest is left out")
+                    self.say(f"... more than {LOG_OF_A_STEP} characters: the rest is not shown")
 
     def _keep(self) -> None:
         """Write the results of this run into the folder, the smallest files first."""
         if self._out is None:
             return
-        # A second, as coarse as some file systems count.
+        # Allow for one second, the resolution of file times on some file systems.
         files = [path for path in self._results.rglob("*") if path.is_file()]
         files = [path for path in files if path.stat().st_mtime > self._start - 1]
         room = MOST_RESULTS
@@ -312,7 +317,7 @@ class Run:
             for path in sorted(files, key=lambda path: path.stat().st_size):
                 room -= path.stat().st_size
                 if room < 0:
-                    self.say(f"{path}: too large for the folder, left where it is")
+                    self.say(f"{path} is too large for results.tar.gz and stays where it is")
                     continue
                 tar.add(path, path.relative_to(self._results))
         new = self._out / "results.tar.gz.new"
@@ -320,13 +325,13 @@ class Run:
         new.replace(self._out / "results.tar.gz")
 
     def summary(self) -> int:
-        """Print the figures of this run and how each step ended; 1 if one did not end well."""
+        """Print the results of this run and how each step ended; return 1 if a step failed."""
         self.say("")
         try:
             for line in headlines(self._new_rows()):
                 self.say(line)
-        except Exception as error:  # the table of steps comes in any case
-            self.say(f"no figures: {error!r}")
+        except Exception as error:  # print the table of steps in any case
+            self.say(f"no results: {error!r}")
         self.say("")
         for name, result in self.done.items():
             mark = "ok  " if result.good else "FAIL"
@@ -335,7 +340,7 @@ class Run:
         return 0 if all(result.good for result in self.done.values()) else 1
 
     def _new_rows(self) -> dict[str, list[dict[str, str]]]:
-        """By benchmark."""
+        """The rows of this run, by benchmark."""
         found = {}
         for path in sorted(self._results.rglob("*.csv")):
             new = _rows(path)[self._rows_before.get(path, 0) :]
@@ -345,18 +350,18 @@ class Run:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End all processes of a step: as Ctrl-C does, then for good."""
+    """End all processes of a step: first with SIGINT, as Ctrl-C does, then with SIGKILL."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE - 2)
-    with suppress(ProcessLookupError, PermissionError):  # none is left
+    with suppress(ProcessLookupError, PermissionError):  # no process is left
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _reason(step: Step, lines: list[str], code: int) -> str:
-    """Why a program that ran no tests failed: its own sentence."""
+    """Why a program that ran no tests failed, in its own words."""
     said = [line.strip("= ") for line in lines if line.strip("= ")]
     telling = re.compile(r"not supported|Unable to|[Ee]rror\b.*: |^taskgroup: |^Broken: ")
     sentences = [line for line in said if telling.search(line)] or said
@@ -376,7 +381,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def headlines(new: dict[str, list[dict[str, str]]]) -> list[str]:
-    """The figures that matter most, a line for each case; of the other benchmarks how many rows."""
+    """One line per case of the most important benchmarks, and the number of rows of the others."""
     lines = []
     for name in sorted(new, key=lambda name: (name not in HEADLINES, name)):
         if name not in HEADLINES:
@@ -403,7 +408,7 @@ def headlines(new: dict[str, list[dict[str, str]]]) -> list[str]:
 
 HEADLINES = ("task_gram", "combine", "affinity_update")
 
-# In a process of its own: this one takes no memory of the GPU.
+# Runs in its own process, so that this process takes no memory of the GPU.
 PROBE = """
 import json, torch
 if not torch.cuda.is_available():
@@ -420,7 +425,7 @@ print(json.dumps({"name": torch.cuda.get_device_name(), "torch": torch.__version
 
 
 def find_gpu() -> GPU | str:
-    """The GPU, or why none can be used."""
+    """The GPU, or the reason why none can be used."""
     if find_spec("torch") is None:
         return f"make gpu needs torch with CUDA, and {sys.executable} has no torch"
     try:
@@ -428,7 +433,7 @@ def find_gpu() -> GPU | str:
             [sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=90, check=False
         )
     except subprocess.TimeoutExpired:
-        return "make gpu needs a GPU, and torch did not answer within 90 s whether there is one"
+        return "make gpu needs a GPU, and torch took more than 90 s to look for one"
     said = done.stdout.strip().splitlines()
     if done.returncode or not said:
         error = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -440,29 +445,29 @@ def find_gpu() -> GPU | str:
 
 
 def run_all(run: Run, gpu: GPU | None) -> int:
-    """All steps; without a GPU those of the dry run."""
+    """Run all steps; without a GPU, the steps of the dry run."""
     try:
         if gpu is None:
             run.step(Step("build", [*SETUP, "build_ext", "--help"], 30))
         elif not run.step(build(gpu.architecture, cuda=True)).good:
-            run.say("Without CUDA kernels those of Triton and the references go on.")
+            run.say("No CUDA kernels: the steps continue with the Triton kernels and references.")
             if not run.step(build(gpu.architecture, cuda=False)).good:
                 for library in [*LIBRARIES.glob("_ops*.so"), *LIBRARIES.glob("_host*.so")]:
-                    library.unlink()  # kernels of an earlier build are not those of this commit
+                    library.unlink()  # an earlier build does not belong to this commit
         for step in steps(dry=gpu is None):
             run.step(step)
     except KeyboardInterrupt:
-        run.say("\nInterrupted: the steps that are left did not run.")
+        run.say("\nInterrupted: the remaining steps did not run.")
         run.done["all"] = Result("interrupted", False)
     return run.summary()
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make gpu", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with small sizes")
+    parser.add_argument("--dry-run", action="store_true", help="run on the CPU, small sizes")
     dry = parser.parse_args(arguments).dry_run
-    # Started in the background by a shell, this process and its children would ignore SIGINT, with
-    # which a step is ended. What ends this process ends its step too.
+    # A shell lets processes in the background ignore SIGINT, but steps are ended with SIGINT. The
+    # signals that end this process must also end its step.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     out = os.environ.get("OUT")
@@ -470,12 +475,12 @@ def main(arguments: list[str] | None = None) -> int:
         shutil.rmtree(DRY_RUN, ignore_errors=True)
         out = out or str(DRY_RUN / "out")
         run = Run(DRY_RUN / "results", Path(out), ON_THE_CPU * ALL, ON_THE_CPU)
-        run.say("Dry run: on the CPU, with the smallest sizes; no figure of it means anything.")
+        run.say("Dry run on the CPU with the smallest sizes: its numbers mean nothing.")
         return run_all(run, None)
     gpu = find_gpu()
     if isinstance(gpu, str):
         print(
-            f"{gpu}. Name a Python whose torch has one with make gpu GPU_PYTHON=..., or go through "
+            f"{gpu}. Choose a Python whose torch finds a GPU with make gpu GPU_PYTHON=..., or run "
             "the steps on the CPU with make gpu ARGS=--dry-run."
         )
         return 2

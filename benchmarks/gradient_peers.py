@@ -1,4 +1,4 @@
-"""What one would otherwise do with the gradients of K tasks, ``[K][T]``."""
+"""Other ways to compute with the gradients of K tasks, ``[K][T]``: the peers of our ops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Gradients = Sequence[Sequence[Tensor]]
 
 
 def ready_rows(gradients: Gradients) -> Tensor:
-    """The same rows as :func:`concatenated` makes, taking no more memory than they do."""
+    """The rows of :func:`concatenated`, without any memory besides them."""
     n_elements = sum(gradient.numel() for gradient in gradients[0])
     rows = gradients[0][0].new_empty(len(gradients), n_elements)
     for row, own in zip(rows, gradients, strict=True):
@@ -26,7 +26,7 @@ def concatenated(gradients: Gradients) -> Tensor:
 
 
 def pairwise_gram(gradients: Gradients) -> Tensor:
-    """Pair by pair, parameter by parameter."""
+    """The Gram matrix ``[K, K]``, pair by pair and parameter by parameter."""
     n_tasks = len(gradients)
     gram = gradients[0][0].new_zeros(n_tasks, n_tasks)
     for i in range(n_tasks):
@@ -37,12 +37,12 @@ def pairwise_gram(gradients: Gradients) -> Tensor:
 
 
 def row_gram(rows: Tensor) -> Tensor:
-    """Of rows that are there already, ``[K, P]``."""
+    """The Gram matrix ``[K, K]`` of a ready matrix ``[K, P]``."""
     return rows @ rows.t()
 
 
 def summed(gradients: Gradients, weights: Tensor) -> list[Tensor]:
-    """Parameter by parameter, task by task."""
+    """The weighted sum of the gradients, parameter by parameter and task by task."""
     return [
         sum(weight * own for weight, own in zip(weights, of_tasks, strict=True))
         for of_tasks in zip(*gradients, strict=True)
@@ -50,7 +50,7 @@ def summed(gradients: Gradients, weights: Tensor) -> list[Tensor]:
 
 
 def row_combination(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
-    """Of rows that are there already, ``[P]``."""
+    """The weighted sum ``[P]`` of the rows of a ready matrix ``[K, P]``."""
     return torch.mv(rows.t(), weights.to(rows.dtype), out=out)
 
 
@@ -61,11 +61,11 @@ def split(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def updated_affinity(matrix: Tensor, gram: Tensor, losses: Tensor, decay: float) -> Tensor:
-    """The first-order affinity of a step of size 1, from a Gram matrix; in place."""
+    """Update the affinity in place from a Gram matrix, to first order and for a step of size 1."""
     return matrix.lerp_(gram.float() / losses, decay)
 
 
-TORCHJD = {"TorchJD, concatenating": False, "TorchJD, per parameter": True}  # whether lean
+TORCHJD = {"TorchJD, concatenating": False, "TorchJD, per parameter": True}  # the value is lean
 
 
 def torchjd_sides(
@@ -75,9 +75,9 @@ def torchjd_sides(
 
     Args:
         gradients: ``[K][T]``.
-        weights: ``[K]``, of the combination.
-        combines: whether to combine as well.
-        room: bytes that may be taken, the gradients and as much again among them.
+        weights: ``[K]``, the weights of the combination.
+        combines: whether to compute the combination as well.
+        room: the bytes that may be used, including the gradients and a copy of them.
     """
     n_bytes = sum(gradient.nbytes for own in gradients for gradient in own)
     if 5 * n_bytes > room:
@@ -93,13 +93,13 @@ def torchjd_sides(
 class TorchJD:
     """TorchJD's way from the Jacobian to the gradient, through its public functions.
 
-    It keeps the gradients stacked per parameter, in ``parameter.jac``; that they come so is not
-    counted. ``jac_to_grad`` then makes one matrix of them, or (``lean``) a Gram matrix for every
-    parameter.
+    It keeps the gradients stacked per parameter, in ``parameter.jac``; the time to stack them is
+    not counted. ``jac_to_grad`` then concatenates them into one matrix or, if ``lean``, computes a
+    Gram matrix for every parameter.
 
     Args:
         gradients: ``[K][T]``; copied.
-        weights: ``[K]``, what the Gram matrix is mapped to.
+        weights: ``[K]``, returned for any Gram matrix.
 
     Raises:
         ImportError: if TorchJD is not installed.
@@ -127,7 +127,7 @@ class TorchJD:
             self._parameters.append(parameter)
 
     def gram(self, lean: bool) -> Tensor:
-        """The Gram matrix alone: what follows it is not run."""
+        """The Gram matrix; the computation stops there."""
         try:
             self._run(self._stop, lean)
         except _GramReady as ready:

@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured beside the ops: bytes copied and products summed."""
+"""The speed of the machine at its best, measured beside the ops: a copy and a matrix product."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PRODUCT_SIZE = {"cpu": 1536, "cuda": 8192}
 
 
 class Rates(NamedTuple):
-    """What the machine did in a run."""
+    """The speeds of the machine in a run."""
 
     bytes_per_second: float  # read and written
     flops_per_second: float
@@ -27,14 +27,14 @@ class Rates(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """The least seconds that an op can take, by each of the two."""
+    """The least seconds that an op can take, by its bytes and by its operations."""
 
     by_bytes: float
     by_flops: float
 
     @property
     def seconds(self) -> float:
-        """Both must be done."""
+        """The larger of the two, since the op needs both."""
         return max(self)
 
     def __str__(self) -> str:
@@ -42,11 +42,11 @@ class Limit(NamedTuple):
 
 
 class Limits:
-    """Sides to be measured in the same rounds as the ops, and what follows from them.
+    """Measures the machine in the same rounds as the ops, and computes their limits.
 
     Args:
-        device: of the ops.
-        dtype: of the products.
+        device: the device of the ops.
+        dtype: the dtype of the matrix product.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -57,25 +57,25 @@ class Limits:
         self._product = torch.empty_like(self._factor)
 
     def sides(self) -> dict[str, Callable[[], object]]:
-        """What to measure."""
+        """The calls to measure, by name."""
         return {
             COPY: lambda: self._target.copy_(self._source),
             PRODUCT: lambda: torch.mm(self._factor, self._factor, out=self._product),
         }
 
     def rates(self, least: Mapping[str, float]) -> Rates:
-        """Of measured seconds of :meth:`sides`."""
+        """The speeds, from the measured seconds of :meth:`sides`."""
         return Rates(
             2 * self._source.nbytes / least[COPY], 2 * len(self._factor) ** 3 / least[PRODUCT]
         )
 
     def of(self, least: Mapping[str, float], n_bytes: float, flops: float = 0) -> Limit:
-        """The limit of an op that moves so many bytes and does so many operations.
+        """The limit of an op that moves ``n_bytes`` and does ``flops`` operations.
 
         Args:
-            least: measured seconds of :meth:`sides`.
-            n_bytes: read and written.
-            flops: additions and multiplications.
+            least: the measured seconds of :meth:`sides`.
+            n_bytes: the bytes that the op reads and writes.
+            flops: its additions and multiplications.
         """
         rates = self.rates(least)
         return Limit(n_bytes / rates.bytes_per_second, flops / rates.flops_per_second)

@@ -1,4 +1,4 @@
-"""The backends of ours that a benchmark measures, each of which must be right before it is."""
+"""The backends that a benchmark measures, and checks that their results are right."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Gradients = Sequence[Sequence[Tensor]]
 
 
 class WrongNumberError(AssertionError):
-    """A kernel gives a wrong number: the benchmark ends."""
+    """A kernel gives a wrong number; this ends the benchmark."""
 
 
 def backends(device: torch.device) -> list[str]:
-    """Those to be held against each other: on a GPU all that run there, else the best one."""
+    """The backends to measure: on a GPU CUDA and Triton, on the CPU the best one."""
     there = [name for name, problem in ops.backends().items() if problem is None]
     if device.type == "cuda":
         return [name for name in ("cuda", "triton") if name in there] or ["reference"]
@@ -40,10 +40,10 @@ def on(backend: str, call: Call) -> Call:
 
 
 def check_gram(name: str, gram: Tensor, gradients: Gradients) -> None:
-    """Raises where inner products are not those of float64.
+    """Compare inner products with float64.
 
     Raises:
-        WrongNumberError: with the entry.
+        WrongNumberError: if one is off by more than the tolerance; it names the entry.
     """
     error = gram_error(gram, gradients)
     if not error <= TOLERANCE:
@@ -57,10 +57,10 @@ def check_gram(name: str, gram: Tensor, gradients: Gradients) -> None:
 def check_combination(
     name: str, total: Sequence[Tensor], gradients: Gradients, weights: Tensor
 ) -> None:
-    """Raises where weighted sums are not those of float64.
+    """Compare weighted sums with float64.
 
     Raises:
-        WrongNumberError: with the parameter and the element.
+        WrongNumberError: if one is off by more than rounding; it names the tensor and the element.
     """
     error = combination_error(total, gradients, weights)
     if not error <= 1:
@@ -72,10 +72,10 @@ def check_combination(
 
 
 def check_affinity(name: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Raises where an affinity is not the expected one.
+    """Compare an affinity with the expected one.
 
     Raises:
-        WrongNumberError: with the entry.
+        WrongNumberError: if an entry is off by more than the tolerance; it names the entry.
     """
     try:
         torch.testing.assert_close(got.cpu(), expected.cpu(), rtol=0, atol=tolerance)
@@ -85,7 +85,7 @@ def check_affinity(name: str, got: Tensor, expected: Tensor, tolerance: float) -
 
 
 def launches(call: Call) -> int:
-    """Kernels that a call starts on the GPU."""
+    """The number of kernels that a call starts on the GPU."""
     call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:

@@ -1,7 +1,7 @@
-"""The tracking and grouping that were published with the method, as a peer to measure against.
+"""The tracking and grouping of the published code, as a peer to measure against.
 
-Written anew from what that code does, its defects with it, and no faster and no slower than it has
-to be for that: one Python loop over the entries, two synchronisations for each.
+A reimplementation of what that code does, including its defects. It is as fast as the published
+code: one Python loop over the entries, with two synchronisations for each.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ TRIES = 10
 
 
 class PublishedTaskAffinity:
-    """The affinity between K tasks, and the groups found in it, as published.
+    """The affinity between K tasks and the groups found in it, as in the published code.
 
-    What it does otherwise than the method asks:
+    It differs from the method in the paper:
 
-    - A change of the losses is credited to the group about to be stepped, though the step before it
-      caused the change. The first group of a batch gets nothing, the last step is never seen.
-    - Of the columns that are normalised for clustering, the entries below the diagonal are not.
-    - A task that never improved by its own step has zero on the diagonal: the clustering raises.
-    - Where the clustering does not converge, it asks for longer convergence in as many iterations.
+    - It credits a change of the losses to the group about to be stepped, although the step before
+      caused the change. The first group of a batch gets no credit, and the last step is never seen.
+    - It normalises each column for the clustering, but not the entries below the diagonal.
+    - A task that never improved by its own step has zero on the diagonal, so the clustering raises.
+    - If the clustering does not converge, it raises ``convergence_iter``, not the iterations.
 
-    The run that it comes from also logs K * K numbers a batch, which is left out here.
+    The published training also logs K * K numbers per batch; this class does not.
 
     Args:
         tasks: names of the K tasks.
@@ -37,7 +37,7 @@ class PublishedTaskAffinity:
 
     Attributes:
         affinity_map: float32 ``[K, K]``; row s is the effect of task s, column t that on task t.
-        groups: today's groups, ``{name: tasks}``; may be set.
+        groups: the current groups, ``{name: tasks}``; you may set it.
     """
 
     def __init__(
@@ -51,22 +51,22 @@ class PublishedTaskAffinity:
         self.init_pre_loss()
 
     def init_pre_loss(self) -> None:
-        """Start a batch: no loss has been seen."""
+        """Start a batch, in which no loss has been seen yet."""
         self._before = dict.fromkeys(self.tasks, NOT_SEEN)
 
     def order(self) -> list[str]:
-        """The names of the groups in the order of a batch: shuffled, a single one twice."""
+        """The names of the groups in random order; a single group is named twice."""
         names = list(self.groups)
         random.shuffle(names)
         return names * 2 if len(names) == 1 else names
 
     def update(self, group_name: str, losses: Mapping[str, Tensor]) -> None:
-        """Take in the losses of all tasks, scalars, from before the step on a group."""
+        """Update the affinity with the scalar losses of all tasks before the step on a group."""
         group = self.groups[group_name]
         after = dict(self._before)
         for s in group:
             for t in self.tasks:
-                # Read again for every entry: 2 * |S| * K synchronisations.
+                # Every entry reads its losses again: 2 * |S| * K synchronisations.
                 after[s] = losses[s].item()
                 after[t] = losses[t].item()
                 if not self._before[t] > 0:
@@ -89,10 +89,10 @@ class PublishedTaskAffinity:
         self._before = after
 
     def similarity(self) -> Tensor:
-        """What is clustered, ``[K, K]``.
+        """The matrix ``[K, K]`` that is clustered.
 
-        A column is divided in place by its own diagonal entry, which is one from there on: what
-        lies below it is divided by one.
+        Each column is divided in place by its diagonal entry. That entry is one afterwards, so the
+        entries below it are divided by one.
         """
         ratio = self.affinity_map.clone()
         for k in range(len(self.tasks)):
@@ -100,10 +100,10 @@ class PublishedTaskAffinity:
         return (ratio + ratio.T) / 2
 
     def next_groups(self) -> dict[str, list[str]]:
-        """Group the tasks anew; the groups stay where no exemplar is found.
+        """Cluster the tasks into new groups; keep the groups if no exemplar is found.
 
         Raises:
-            ValueError: by scikit-learn, where a diagonal entry of the affinity is zero.
+            ValueError: from scikit-learn, if a diagonal entry of the affinity is zero.
         """
         similarity = self.similarity().numpy()
         convergence_iter = 50

@@ -1,7 +1,7 @@
-"""How every benchmark measures, prints and saves.
+"""Measures, prints and saves the results of a benchmark.
 
-All sides of a comparison are called in turn, round after round, and the least time of each is kept:
-whatever else the machine does only adds to a time, and falls on all sides alike.
+All sides of a comparison are called in turn, round after round, and the least time of each counts.
+Other work on the machine can only add to a time, and it affects all sides alike.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", ROOT / "results"))
-SHORTEST = 2e-4  # seconds; shorter calls are repeated within a measurement, which must not be noise
-# Seconds after which a side gets no further rounds. Time on a GPU is dear.
+SHORTEST = 2e-4  # seconds; shorter calls are repeated within a measurement, to get above the noise
+# Seconds after which a side gets no further rounds; less on a GPU, whose time is limited.
 LONGEST = {"cpu": 10.0, "cuda": 1.0}
 DEFAULT_ROOM = 3.5e9  # bytes
 
 
 class Seconds(float):
-    """The least time of a side; beside it what else its rounds say."""
+    """The least time of a side, with the median and the maximum of its rounds."""
 
     median: float
     most: float
-    host: float | None  # until the call returned, where a GPU does the work: the median
+    host: float | None  # on a GPU, the time until the call returned; the median
 
     @classmethod
     def of(cls, rounds: list[float], host: list[float | None]) -> Seconds:
-        """Of the seconds in all rounds."""
+        """From the seconds of all rounds."""
         seconds = cls(min(rounds))
         seconds.median, seconds.most = statistics.median(rounds), max(rounds)
         known = [value for value in host if value is not None]
@@ -59,7 +59,7 @@ class Seconds(float):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table of results; None where there is no number."""
+    """One line of a table of results; None if there is no number."""
 
     version: str
     commit: str
@@ -73,31 +73,31 @@ class Row:
     ours_us: float
     peer: str
     peer_us: float | None
-    ratio: float | None  # peer_us / ours_us: times as fast
+    ratio: float | None  # peer_us / ours_us; above 1 ours is faster
     limit_us: float | None
     share_of_limit: float | None  # median over the rounds
     command: str
-    backend: str | None = None  # of ours, where several are measured
+    backend: str | None = None  # of our side, if several are measured
     ours_median_us: float | None = None  # ours_us is the least
     ours_most_us: float | None = None
-    host_us: float | None = None  # until our call returned, where a GPU does the work
-    share_of_copy: float | None = None  # of the speed of a copy, median over the rounds
-    copy_gb_s: float | None = None  # of this run, read and written
-    product_tflop_s: float | None = None  # of this run
-    launches: int | None = None  # kernels that our call starts on a GPU
+    host_us: float | None = None  # on a GPU, the time until our call returned
+    share_of_copy: float | None = None  # share of the speed of a copy, median over the rounds
+    copy_gb_s: float | None = None  # speed of the copy in this run, read and written
+    product_tflop_s: float | None = None  # speed of the matrix product in this run
+    launches: int | None = None  # number of kernels that our call starts on a GPU
 
 
 class Record:
     """The results of one benchmark file.
 
     Args:
-        name: of the benchmark.
+        name: the name of the benchmark.
         device: where it runs, ``"cpu"`` or ``"cuda"``.
-        rounds: at least so many.
-        seconds: go on for so long, after those.
-        full: whether the memory may be filled.
-        command: what was called.
-        save: whether rows are kept in a file, each when it is added.
+        rounds: the least number of rounds.
+        seconds: the least time of all rounds together.
+        full: whether it may use most of the free memory.
+        command: the command line.
+        save: whether to append each row to a file as soon as it is added.
     """
 
     def __init__(
@@ -121,13 +121,14 @@ class Record:
         self._rows: list[Row] = []
         self._beside: list[tuple[float | None, float | None, str | None]] = []  # goals, reason
         self._remarks: list[str] = []
-        self.first_side: Call | None = None  # of the last comparison: ours
-        self._last_rounds: list[dict[str, float]] = []  # of the last comparison: seconds by side
+        # Of the last comparison: our side, and the seconds by side in every round.
+        self.first_side: Call | None = None
+        self._last_rounds: list[dict[str, float]] = []
 
     def room(self) -> float:
-        """Bytes that a benchmark may take: of a host's memory little by default, much if full.
+        """The bytes that a benchmark may use: most of the free memory, on the CPU only if full.
 
-        What the last comparison held is let go.
+        Frees the memory of the last comparison.
         """
         self.first_side = None
         if self.device.type == "cuda":
@@ -137,9 +138,9 @@ class Record:
         return 0.85 * free if self.full else min(0.85 * free, DEFAULT_ROOM)
 
     def least_seconds(self, sides: Mapping[str, Call | str]) -> dict[str, Seconds | str]:
-        """The least time of each side; every side is measured as often as any other.
+        """Measure the least time of each side, with the same number of rounds for all sides.
 
-        A sentence in the place of a function is why the side is not run, and is returned as it is.
+        A string instead of a function is the reason why a side is not run; it is returned as it is.
         """
         reasons = {name: reason for name, reason in sides.items() if isinstance(reason, str)}
         calls = {name: call for name, call in sides.items() if not isinstance(call, str)}
@@ -149,7 +150,7 @@ class Record:
     def _least_seconds(
         self, sides: Mapping[str, Call]
     ) -> tuple[dict[str, Seconds], dict[str, str]]:
-        """Of each side, and why one that is not ours could not be run."""
+        """The seconds of each side, and the reasons why a peer could not be run."""
         ours = next(iter(sides))
         self.first_side = sides[ours]
         self._last_rounds = []
@@ -158,7 +159,7 @@ class Record:
         failed = {}
         for name, function in sides.items():
             try:
-                function()  # what is made once is made here
+                function()  # warm up: caches and buffers are made here
                 first[name] = self.clock(function, 1)
             except torch.OutOfMemoryError:
                 if name == ours:
@@ -168,7 +169,7 @@ class Record:
                 continue
             calls[name] = max(1, int(SHORTEST / first[name].seconds))
         sides = {name: function for name, function in sides.items() if name not in failed}
-        # The first call counts, unless calls are short: one short call is no measurement.
+        # The first call counts, unless calls are short, since one short call is mostly noise.
         count_first = not any(count > 1 for count in calls.values())
         found = {name: [first[name]] if count_first else [] for name in sides}
         rounds = int(count_first)
@@ -196,14 +197,14 @@ class Record:
         return seconds, failed
 
     def share(self, ours: str, limit: Callable[[Mapping[str, float]], float]) -> float | None:
-        """The limit over our time, round by round of the last comparison: the median.
+        """The limit over our time: the median over the rounds of the last comparison.
 
-        A shared machine's memory is faster at some times than at others, and a single lucky copy
-        would set a limit that nothing else in the run had a chance to meet.
+        The memory of a shared machine is faster at some times than at others, so one lucky copy
+        would set a limit that nothing else in the run could reach.
 
         Args:
-            ours: the side.
-            limit: from the seconds of all sides in a round to the least seconds possible.
+            ours: the name of our side.
+            limit: computes the least possible seconds from the seconds of all sides in a round.
         """
         found = [limit(seconds) / seconds[ours] for seconds in self._last_rounds if ours in seconds]
         return statistics.median(found) if found else None
@@ -226,10 +227,11 @@ class Record:
         goals: Mapping[str, float] | None = None,
         limit_goal: float | None = None,
     ) -> None:
-        """Note a result: our seconds and those of the peers, or why a peer was not run.
+        """Add a result: our seconds, and the seconds of each peer or why it was not run.
 
-        Goals are printed beside the numbers, never asserted: times as fast as each peer, and the
-        share of the limit, on a GPU of a copy.
+        Goals are printed beside the numbers and never asserted. ``goals`` are how many times as
+        fast as each peer we want to be. ``limit_goal`` is the share of the limit, on a GPU of the
+        speed of a copy.
         """
         goals = goals or {}
         host = getattr(ours, "host", None)
@@ -268,11 +270,11 @@ class Record:
                 append(self.path, row)
 
     def remark(self, text: str) -> None:
-        """Something to be printed under the table."""
+        """Print a text below the table."""
         self._remarks.append(text)
 
     def print(self) -> None:
-        """Two tables, ours and the peers, that fit a terminal of 100 columns."""
+        """Print two tables, ours and the peers, that fit a terminal of 100 columns."""
         ours, peers = [], []
         last: tuple[object, ...] = ()
         for row, (goal, limit_goal, reason) in zip(self._rows, self._beside, strict=True):
@@ -283,7 +285,7 @@ class Record:
                 "dtype": row.dtype,
                 "ours": row.backend,
             }
-            first = tuple(case.values()) != last  # of the peers of a case
+            first = tuple(case.values()) != last  # the first peer of a case
             last = tuple(case.values())
             if first:
                 ours.append(
@@ -327,10 +329,10 @@ class Record:
 
 
 def append(path: Path, row: DataclassInstance) -> None:
-    """Add a row to a CSV file, with a heading of its fields, now: what follows cannot lose it.
+    """Append a row to a CSV file with a header, and write it at once, so that it cannot be lost.
 
-    A file with other columns stays readable. Those that it lacks are added to its heading, and are
-    empty in its older rows; those that it alone has are empty in the new one.
+    The file may have other columns. Columns that it lacks are added and stay empty in its older
+    rows. Columns that only the file has stay empty in the new row.
     """
     values = {
         name: float(f"{value:.4g}") if isinstance(value, float) else value
@@ -356,12 +358,12 @@ def append(path: Path, row: DataclassInstance) -> None:
 
 
 def results(device: torch.device) -> Path:
-    """The folder of what was measured on this machine."""
+    """The folder with the results of this machine."""
     return RESULTS / machine(device)
 
 
 def machine(device: torch.device) -> str:
-    """The model of the processor that the benchmark runs on, fit for a file name."""
+    """The model of the processor or GPU of the benchmark, as a file name."""
     cuda = device.type == "cuda"
     model = torch.cuda.get_device_name(device) if cuda else _cpu_model()
     return re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
@@ -377,7 +379,7 @@ def _free_memory() -> float:
 
 
 def _proc(file: str, name: str) -> str:
-    """An entry of a file under /proc; empty where there is none."""
+    """An entry of a file under /proc, or an empty string."""
     path = Path("/proc") / file
     for line in path.read_text().splitlines() if path.exists() else []:
         if line.startswith(name):
@@ -386,7 +388,7 @@ def _proc(file: str, name: str) -> str:
 
 
 def _table(title: str, lines: list[dict[str, str | None]]) -> Table:
-    """Of the columns that are not empty. Long text is folded where a line is short."""
+    """A table of the columns that are not empty; it wraps long text if the terminal is narrow."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in lines[0]:
         cells = [line[name] or "" for line in lines]
@@ -421,9 +423,9 @@ _known_commit: list[str] = []
 
 
 def _commit() -> str:
-    """The commit, once for the whole run; results written meanwhile are no change of the code.
+    """The commit, read once per run, so that results written meanwhile do not make it dirty.
 
-    ``BENCHMARK_COMMIT`` says it where the files were copied without their history.
+    ``BENCHMARK_COMMIT`` sets it if the files were copied without their git history.
     """
     if not _known_commit and (given := os.environ.get("BENCHMARK_COMMIT")):
         _known_commit.append(given)

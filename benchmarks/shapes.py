@@ -1,4 +1,4 @@
-"""Gradients of the shapes that a vision transformer has."""
+"""Gradients with the shapes of a vision transformer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCKS = 12
 
 
 def parameter_shapes(model: str) -> list[tuple[int, ...]]:
-    """The parameters that all tasks share: the whole encoder, patches to last norm.
+    """The shapes of the shared parameters: the whole encoder, from the patches to the last norm.
 
     Example:
         >>> for model in WIDTHS:
@@ -34,14 +34,14 @@ def parameter_shapes(model: str) -> list[tuple[int, ...]]:
 
 
 def parameter_count(model: str) -> int:
-    """Elements of all of them."""
+    """The number of elements of all shared parameters."""
     return sum(math.prod(shape) for shape in parameter_shapes(model))
 
 
 def random_gradients(
     model: str, n_tasks: int, dtype: torch.dtype, device: torch.device
 ) -> list[list[Tensor]]:
-    """``[K][T]``, each tensor of its own, as autograd makes them."""
+    """Random gradients ``[K][T]``; each tensor has its own memory, as autograd makes them."""
     generator = torch.Generator(device).manual_seed(0)
     return [
         [

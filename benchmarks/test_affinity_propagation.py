@@ -1,7 +1,7 @@
-"""Clustering, side by side with scikit-learn's.
+"""Affinity propagation, compared with scikit-learn.
 
-Times include everything the Python face does, from a float32 tensor to labels. It runs on the host,
-whichever device trains.
+Times include everything that the Python function does, from a float32 tensor to labels. Clustering
+runs on the host on every device.
 """
 
 import warnings
@@ -13,7 +13,7 @@ from sklearn.cluster import AffinityPropagation
 
 from taskgroup import ops
 
-# What the C++ is held to; the reference is here to be looked at.
+# Goals of the C++ code; the reference has none.
 GOAL = {11: 30, 200: 5}
 PEER = "scikit-learn"
 

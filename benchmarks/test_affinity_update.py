@@ -1,6 +1,6 @@
-"""The update of the affinity by one step, side by side with the published one.
+"""The update of the affinity by one step, compared with the published code.
 
-Both go through Python with the losses of a step on one of K / 4 groups of four tasks.
+Both are called from Python with the losses of a step on a group of four tasks.
 """
 
 import pytest
@@ -27,7 +27,7 @@ def test_affinity_update(record, device, n_tasks):
     named = [dict(zip(tasks, losses.unbind(), strict=True)) for losses in (before, after)]
     peer = PublishedTaskAffinity(tasks, {"group": group}, DECAY)
     peer.update("group", named[0])
-    peer.update("group", named[1])  # on these two steps its credit is right: all are on one group
+    peer.update("group", named[1])  # its credit is right here, since both steps are on one group
 
     ours = {}
     for backend in backends(device):
@@ -58,5 +58,5 @@ def test_affinity_update(record, device, n_tasks):
 
 
 def updating(matrix, before, after, mask):
-    """The update, in place."""
+    """A function that updates the matrix in place."""
     return lambda: ops.affinity_update_(matrix, before, after, mask, DECAY)

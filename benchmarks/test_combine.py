@@ -1,7 +1,7 @@
-"""Combinations of gradients, side by side with what one would otherwise write.
+"""Weighted sums of gradients, compared with other ways to write them.
 
-Also the Gram matrix and the combination together, all that a method on inner products does, side by
-side with TorchJD's way from the Jacobian to the gradient.
+Also the Gram matrix followed by the combination, which is what a method that uses inner products
+needs, compared with TorchJD's way from the Jacobian to the gradient.
 """
 
 import pytest

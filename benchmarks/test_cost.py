@@ -1,8 +1,9 @@
-"""What batches of group steps cost against as many joint steps, and against the cost model.
+"""The cost of batches of group steps, compared with as many joint steps and with the cost model.
 
-The demo's network, and one with heavy decoders (3x3 Conv-BN-ReLU, twice) on the same encoder;
-eleven tasks of the photograph in M groups. The cost model is that of docs/cost.md, from three times
-measured in the same rounds: the encoder's, and those of all heads forth and back.
+The networks are the demo's, and one with heavy decoders (3x3 Conv-BN-ReLU, twice) on the same
+encoder, with eleven tasks of the photograph in M groups. The cost model is the one of docs/cost.md.
+It needs three times, measured in the same rounds: that of the encoder, and those of all heads
+forward and backward.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ import taskgroup as tg
 from taskgroup.lab.train.recipe import make_problem, read_recipe
 from taskgroup.lab.vision import TASKONOMY
 
-EVERY = 5  # batches, of the settings that do not observe all
+EVERY = 5  # batches; settings that do not observe every batch observe every fifth
 MODEL = "the cost model"
 TASKS = list(TASKONOMY)
 
 
 class Costs(NamedTuple):
-    """Seconds: e of the encoder, forth and back; f and b of all heads, forth and back."""
+    """Seconds: e of the encoder, forward and backward; f and b of all heads, forward, backward."""
 
     e: float
     f: float
     b: float
 
 
-# Of a batch in M groups of which every n-th is observed.
+# The predicted cost of a batch with M groups if every n-th batch is observed.
 PREDICTED = {
     "all groups": lambda c, m, n: m * (c.e + c.f) + c.b,
     "all groups, observed every 5th": lambda c, m, n: m * c.e + c.f + c.b + (m - 1) * c.f / n,
@@ -47,7 +48,7 @@ OPTIONS = {
     "all groups, observed every 5th": {"observe_every": EVERY},
     "one group, observed every 5th": {"observe_every": EVERY, "groups_per_batch": 1},
 }
-JOINT_STEPS = {"one group, observed every 5th": 1}  # to compare with, in the place of M
+JOINT_STEPS = {"one group, observed every 5th": 1}  # joint steps to compare with; otherwise M
 
 
 def decoder(channels, out):
@@ -108,11 +109,11 @@ class Network:
 
 
 def seconds_of(record, sides, cycles):
-    """The mean over a cycle of batches of the median over cycles, for each side.
+    """The seconds per batch of each side: the median over cycles, averaged over a cycle of batches.
 
-    A shared machine is faster at one time than at another: the sides take turns batch by batch, and
-    the least of a long call would be held against the least of short ones. On the host, processor
-    time on one thread.
+    A shared machine is faster at some times than at others. The sides therefore take turns batch by
+    batch, and the median counts: the minimum would favour short calls. On the CPU it measures the
+    processor time of one thread.
     """
     for call in sides.values():
         for _ in range(EVERY):
@@ -154,7 +155,7 @@ def test_cost(record, device, heads, n_groups):
         name: tg.TaskGroups(TASKS, warmup=0, grouping=lambda matrix: labels, **options)
         for name, options in OPTIONS.items()
     }
-    for groups in settings.values():  # past the singletons that they begin with
+    for groups in settings.values():  # skip the first round, in which every task is alone
         groups.load_state_dict({**groups.state_dict(), "rounds": 1})
     with torch.no_grad():
         features = network.model.encoder(network.images)
@@ -180,10 +181,10 @@ def test_cost(record, device, heads, n_groups):
                 f"{steps} joint step{'s' * (steps > 1)}": steps * joint,
                 MODEL: PREDICTED[name](costs, n_groups, EVERY),
             },
-            goals={MODEL: 1.0},  # within 15 percent
+            goals={MODEL: 1.0},  # 15 percent off is acceptable
             model=heads,
         )
     shares = ", ".join(
         f"{part} {100 * value / joint:.0f}%" for part, value in costs._asdict().items()
     )
-    record.remark(f"Of a joint step with {heads} heads, {1e3 * joint:.0f} ms: {shares}.")
+    record.remark(f"A joint step with {heads} heads takes {1e3 * joint:.0f} ms: {shares}.")

@@ -1,22 +1,22 @@
 """Figure 2 of the paper: time per batch and peak memory of every method, against joint training.
 
-The five tasks of PASCAL-Context at 512 x 512 pixels and the eleven of Taskonomy at 256 x 256,
-batches of 8, ViT-T to ViT-L. Weights, pixels and labels are random: neither time nor memory depends
-on them. Float32 is torch's default (no TF32); bfloat16 is autocast around the network, with losses
-in float32, as in the recipes.
+The tasks are the five of PASCAL-Context at 512 x 512 pixels and the eleven of Taskonomy at 256 x
+256, with batches of 8 and ViT-T to ViT-L. Weights, pixels and labels are random, since neither time
+nor memory depends on them. Float32 is torch's default (no TF32). Bfloat16 is autocast around the
+network, with losses in float32, as in the recipes.
 
-A batch is all that a training loop does with one: forward, losses, ``zero_grad``, backward, what
-the method adds, and the optimizer's step (fused Adam). Peak memory is the most that torch's
-allocator holds, parameters and moments included: on a GPU by its own count over the timed batches,
-on a host by the profiler's record of further ones.
+A batch is everything that a training loop does with it: forward, losses, ``zero_grad``, backward,
+the work of the method, and the optimizer step (fused Adam). Peak memory is the peak of torch's
+allocator, including parameters and moments. On a GPU the allocator counts it during the timed
+batches; on the CPU it comes from the profiler's record of further batches.
 
-Methods come in the order of use: joint training, selective updates, then the others, so that a run
-out of time has what matters most. The smallest backbone goes first; then each pair of tasks and
-dtype gets the largest one that fits the time left. ``FIGURE2_SECONDS`` is that time: 110 on a GPU,
-30 on a host, without end with ``--full``. A host measures a tiny backbone on small images, which
-shows that everything runs, and no more.
+The methods run in the order of their importance: joint training, selective updates, then the
+others, so that a run that ends early has the important results. The smallest backbone runs first.
+Then each pair of tasks and dtype gets the largest backbone that fits into the remaining time.
+``FIGURE2_SECONDS`` sets the time; the default is 110 on a GPU, 30 on the CPU, and unlimited with
+``--full``. On the CPU, a tiny backbone on small images only shows that everything runs.
 
-``python -m benchmarks.figure2`` draws what ``--save`` has kept.
+``python -m benchmarks.figure2`` draws the results that ``--save`` wrote.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from taskgroup.methods.gradient_space import GramMethod
 SECONDS = {"cuda": 110.0, "cpu": 30.0}
 GROUPS = (2, 3, 4)  # M
 JOINT = "joint training"
-EVERY = 10  # batches, of which one is observed and takes two steps, where a batch is one group
+EVERY = 10  # with one group per batch, one of ten batches is observed and takes two steps
 
 Batch = Callable[[], None]
 
@@ -63,20 +63,20 @@ DATA = {
     "PASCAL-Context": DataSet(PASCAL, (512, 512)),
     "Taskonomy": DataSet(TASKONOMY, (256, 256)),
 }
-# A joint step's work relative to ViT-T's, rounded up: docs/reproduce.md, "Time and memory".
+# The work of a joint step relative to ViT-T, rounded up: docs/reproduce.md, "Time and memory".
 WORK = {"tiny": 1, "vit-t": 1, "vit-s": 4, "vit-b": 14, "vit-l": 50}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What is measured on a kind of device: the backbones from small to large, and how long."""
+    """The backbones, from small to large, and the batches to measure on a type of device."""
 
     models: tuple[str, ...]
     n_images: int
     warmup: int  # batches
     batches: int  # timed
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
-    size: tuple[int, int] | None = None  # None: as in the paper
+    size: tuple[int, int] | None = None  # None is the size in the paper
 
 
 SCALES = {
@@ -88,7 +88,7 @@ SCALES = {
 
 
 class Case(NamedTuple):
-    """What all methods are measured on."""
+    """The data set, backbone and dtype on which all methods are measured."""
 
     data: str
     model: str
@@ -96,7 +96,7 @@ class Case(NamedTuple):
 
 
 def random_labels(task: Task, n_images: int, size: tuple[int, int]) -> Tensor:
-    """Values, or numbers of classes; a binary task has two."""
+    """Random values, or random class numbers; a binary task has two classes."""
     if task.kind == "values":
         return torch.rand(n_images, task.channels, *size)
     return torch.randint(max(task.channels, 2), (n_images, 1, *size), dtype=torch.uint8)
@@ -111,7 +111,7 @@ class Training:
         self.size = scale.size or size
         self.dtype = case.dtype
         torch.manual_seed(0)
-        with device:  # weights are drawn there: those of a ViT-L take a host seconds
+        with device:  # draw the weights there: drawing a ViT-L on the CPU takes seconds
             encoder = (
                 ViTFeatures(self.size, patch=8, dim=32)
                 if case.model == "tiny"
@@ -126,11 +126,11 @@ class Training:
             }
             mask = torch.ones(scale.n_images, 1, *self.size, dtype=torch.bool)
         self.masks = {name: mask.clone() for name in self.tasks}
-        state = self.model.state_dict()  # kept on the host, not to count as memory
+        state = self.model.state_dict()  # keep a copy on the host, where it does not count
         self._start = {key: value.to("cpu", copy=True) for key, value in state.items()}
 
     def restart(self) -> None:
-        """The weights as they were: what solvers find depends on them."""
+        """Restore the initial weights, because the results of the solvers depend on them."""
         torch.manual_seed(0)
         self.model.zero_grad()
         self.model.load_state_dict(self._start)
@@ -147,20 +147,20 @@ class Training:
 
 
 class Setting(NamedTuple):
-    """A method, by what it makes of a training: a function that trains on one batch."""
+    """A method; ``make`` turns a training into a function that trains on one batch."""
 
     name: str
     n_groups: int | None
     make: Callable[[Training], tuple[Batch, torch.optim.Optimizer]]
-    cycle: int = 1  # batches, of which not all cost the same
+    cycle: int = 1  # number of batches after which their costs repeat
 
 
 class NotInstalledError(Exception):
-    """A method needs a package that is not there."""
+    """A method needs a package that is not installed."""
 
 
 def joint(training: Training) -> tuple[Batch, torch.optim.Optimizer]:
-    """Joint training as anyone writes it."""
+    """Ordinary joint training."""
     optimizer = training.optimizer()
 
     def batch() -> None:
@@ -173,9 +173,9 @@ def joint(training: Training) -> tuple[Batch, torch.optim.Optimizer]:
 
 
 class Dealt:
-    """Clusters the tasks as by default, and deals them into M groups all the same.
+    """Runs the default clustering, but always returns M groups.
 
-    So the affinity is observed and the clustering paid for, as in a training, while M stays.
+    The affinity is observed and the clustering takes its time, as in a training, while M is fixed.
     """
 
     def __init__(self, n_groups: int) -> None:
@@ -192,7 +192,7 @@ def selective(n_groups: int, **options: Any) -> Callable[..., tuple[Batch, torch
 
     def make(training: Training) -> tuple[Batch, torch.optim.Optimizer]:
         groups = tg.TaskGroups(training.tasks, warmup=0, grouping=Dealt(n_groups), **options)
-        # Past the singletons that every training begins with.
+        # Skip the first round, in which every task is alone.
         groups.load_state_dict({**groups.state_dict(), "rounds": 1})
         optimizer = training.optimizer()
         groups.attach(optimizer)
@@ -210,7 +210,7 @@ def selective(n_groups: int, **options: Any) -> Callable[..., tuple[Batch, torch
 
 
 class Unweighted(GramMethod):
-    """What every method in Gram space takes besides its solver."""
+    """A method in Gram space without a solver."""
 
     _requires = ()
 
@@ -222,7 +222,7 @@ def likelihood(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {task: loss.neg().exp().clamp(1e-3, 1 - 1e-3) for task, loss in losses.items()}
 
 
-# What a method asks for beyond the shared parameters and the tasks.
+# Arguments of the methods besides the shared parameters and the tasks.
 OPTIONS: dict[str, dict[str, Any]] = {"dtp": {"score": likelihood}, "dwa": {"epoch": 1000}}
 
 
@@ -251,11 +251,11 @@ def method(kind: type[tg.methods.JointMethod], **options: Any) -> Callable[..., 
 
 
 def settings() -> list[Setting]:
-    """Every method, the most useful first; those of ``tg.methods`` as they are there."""
+    """Every method, the most important first; those of ``tg.methods`` in their order."""
     return [
         Setting(JOINT, None, joint),
         *(Setting("selective", m, selective(m)) for m in GROUPS),
-        # What docs/cost.md recommends where a step per group is too dear.
+        # The setting that docs/cost.md recommends if a step per group costs too much.
         *(
             Setting(
                 "one group a batch", m, selective(m, groups_per_batch=1, observe_every=EVERY), EVERY
@@ -272,7 +272,7 @@ def settings() -> list[Setting]:
 
 @dataclass(frozen=True)
 class Row:
-    """A method on a case; None where there is no number, and ``reason`` says why."""
+    """The result of a method on a case; None if there is no number, and ``reason`` says why."""
 
     version: str
     commit: str
@@ -288,19 +288,19 @@ class Row:
     method: str
     M: int | None
     batches: int  # timed
-    ms: float | None  # a batch, the mean
+    ms: float | None  # milliseconds per batch, the mean
     min_ms: float | None
     median_ms: float | None
     max_ms: float | None
     relative: float | None  # to joint training, same case, same run
-    peak_gb: float | None  # torch's allocator, all that is held
+    peak_gb: float | None  # all memory of torch's allocator at its peak
     relative_peak: float | None
     reason: str
     command: str
 
 
 class Figures(NamedTuple):
-    """What was measured: seconds of each timed batch, and bytes at the peak."""
+    """The seconds of each timed batch, and the peak memory in bytes."""
 
     seconds: list[float]
     peak: int
@@ -309,9 +309,9 @@ class Figures(NamedTuple):
 def measure(
     setting: Setting, training: Training, scale: Scale, left: Callable[[], float]
 ) -> Figures | None:
-    """Time and memory of a method; None where the time is over before one batch is timed.
+    """Time and memory of a method; None if the time is over before one batch is timed.
 
-    A GPU is waited for after each batch, so that the run can stop between any two of them.
+    It waits for the GPU after each batch, so that the run can stop between any two batches.
     """
     batch, optimizer = setting.make(training)
     cuda = training.device.type == "cuda"
@@ -327,8 +327,8 @@ def measure(
         seconds.append(_cuda_seconds(batch) if cuda else _wall_seconds(batch))
     if cuda:
         return Figures(seconds, torch.cuda.max_memory_allocated())
-    # The CPU's allocator keeps no peak: the profiler's record of what it hands out has one, above
-    # what is held when the batch begins.
+    # The CPU's allocator has no peak counter. The profiler's record of its allocations gives the
+    # peak above the memory that is held when the batch begins.
     moments = [t for state in optimizer.state.values() for t in state.values()]
     gradients = [p.grad for p in training.stands if p.grad is not None]
     held = [*training.stands, *moments, *gradients, training.images]
@@ -354,7 +354,7 @@ def _cuda_seconds(batch: Batch) -> float:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error is about memory, of torch's allocator, a library or a host."""
+    """Whether an error says that torch's allocator, a library or the host is out of memory."""
     words = ("out of memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
@@ -363,14 +363,14 @@ def out_of_memory(error: Exception) -> bool:
 
 @dataclass
 class Run:
-    """All cases on a device, until the time is over.
+    """Measures all cases on a device until the time is over.
 
     Args:
         device: where to measure.
-        seconds: the time for all of it.
-        keep: what is called with each row when it is made.
-        say: what is called with each line to print.
-        command: what was called.
+        seconds: the time for all cases.
+        keep: called with each row as soon as it is measured.
+        say: called with each line to print.
+        command: the command line.
     """
 
     device: torch.device
@@ -385,15 +385,15 @@ class Run:
     def __post_init__(self) -> None:
         self.scale = SCALES[self.device.type]
         self._start = self.clock()
-        self.measured = 0  # rows with numbers
+        self.measured = 0  # number of rows with times
 
     def left(self) -> float:
-        """Seconds."""
+        """The remaining seconds."""
         return self.seconds - (self.clock() - self._start)
 
     def everything(self) -> None:
-        """The smallest backbone, then the largest that fit: half of the time, then all of it."""
-        gc.freeze()  # what stands by now; or each collection would take a third of a second
+        """Run the smallest backbone, then the largest that fit into half of the time, then all."""
+        gc.freeze()  # or each collection would visit all imported modules, for a third of a second
         try:
             self._everything()
         finally:
@@ -426,11 +426,11 @@ class Run:
             self.left_out += [_title(case._replace(model=model)) for model in models]
 
     def case(self, case: Case) -> float | None:
-        """All methods on a case.
+        """Measure all methods on a case.
 
         Returns:
-            Seconds of their batches, without what is paid for once, such as imports; None where a
-            method was left out for want of time.
+            The seconds of their batches, without costs that occur once, such as imports; None if
+            the time was over before all methods ran.
         """
         spent = 0.0
         joint: Figures | None = None
@@ -448,11 +448,11 @@ class Run:
                 reason = "not installed"
             except tg.methods.NoWeightsError:
                 reason = "no weights found"
-            except Exception as error:  # of one method; the others go on
+            except Exception as error:  # one method fails; the others continue
                 reason = "out of memory" if out_of_memory(error) else _first_line(error)
                 if not out_of_memory(error):
                     self.failed.append(f"{_title(case)}, {_name(setting)}: {reason}")
-            # Outside of the handler, whose traceback would keep the batch alive.
+            # Outside of the handler, since its traceback would keep the batch alive.
             self._free()
             if figures is None and not reason:
                 late.append(_name(setting))
@@ -464,14 +464,14 @@ class Run:
                 spent += n_batches * statistics.mean(figures.seconds)
             self._note(case, setting, figures, joint, reason)
             if training is None:
-                break  # not even the network fits
+                break  # the network itself does not fit into memory
         if late:
             names = "" if len(late) == len(every) else f" ({', '.join(late)})"
             self.left_out.append(_title(case) + names)
         return None if late else spent
 
     def _free(self) -> None:
-        """So that each method begins with the memory as it was, and a broken device is noticed."""
+        """Free the memory, so that methods start alike, and notice a broken device."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -524,7 +524,7 @@ class Run:
 
 
 def line(row: Row) -> str:
-    """A row as it is printed."""
+    """The printed line of a row."""
     head = f"{row.data:<14}  {row.model:<5}  {row.dtype:<8}  {_name(row):<24}"
     if row.ms is None or row.peak_gb is None:
         return f"{head}  {row.reason}"
@@ -549,7 +549,7 @@ def _first_line(error: Exception) -> str:
 
 @pytest.fixture
 def say(request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
-    """Prints a line at once, captured or not."""
+    """Prints a line at once, even if pytest captures the output."""
     manager = request.config.pluginmanager.getplugin("capturemanager")
 
     def show(text: str) -> None:
@@ -559,12 +559,12 @@ def say(request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
     return show
 
 
-@pytest.mark.timeout(0)  # it has a time of its own
+@pytest.mark.timeout(0)  # it limits its own time
 def test_every_method(
     request: pytest.FixtureRequest, device: torch.device, say: Callable[[str], None]
 ) -> None:
     option = request.config.getoption
-    ViTFeatures(8, patch=8, dim=16)  # imports transformers, which is not to count
+    ViTFeatures(8, patch=8, dim=16)  # import transformers before the time starts
     default = math.inf if option("full") else SECONDS[device.type]
     path = record.results(device) / "figure2.csv"
     run = Run(
@@ -577,6 +577,6 @@ def test_every_method(
     say(f"\nfigure2: {record.machine(device)}, torch {torch.__version__}")
     run.everything()
     if run.left_out:
-        say(f"Left out, {run.seconds:g} s were over: {'; '.join(run.left_out)}.")
+        say(f"Not measured within {run.seconds:g} s: {'; '.join(run.left_out)}.")
     assert not run.failed, "\n".join(run.failed)
-    assert run.measured, f"{run.seconds:g} s were too short for one method: raise FIGURE2_SECONDS"
+    assert run.measured, f"{run.seconds:g} s are too short for one method: raise FIGURE2_SECONDS"

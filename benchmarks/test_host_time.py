@@ -1,4 +1,4 @@
-"""The time of the host until an op runs: tensors so small that nothing else takes any."""
+"""The host time of an op, with tensors so small that the computation takes almost no time."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_host_time(record, device, n_tasks):
 
     for op, call in calls.items():
         least = record.least_seconds({"ours": call, THROUGH_TORCH: through_torch(call)})
-        # On a GPU the host's own time, which is what differs.
+        # On a GPU, compare the host times.
         host = {name: seconds.host or seconds for name, seconds in least.items()}
         record.add(
             op,

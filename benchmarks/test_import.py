@@ -1,4 +1,4 @@
-"""What ``import taskgroup`` adds to ``import torch``, in new processes."""
+"""The time that ``import taskgroup`` adds to ``import torch``, in new processes."""
 
 import os
 import statistics
@@ -19,7 +19,7 @@ GOAL = 50  # ms
 
 
 def test_import(capsys, tmp_path):
-    # As pip leaves an installation, compiled to byte code.
+    # Compile to byte code first, as pip does when it installs a package.
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     seconds = []

@@ -1,8 +1,8 @@
-"""Images per second of the data sets, read and augmented, against decoding their files alone.
+"""Images per second that the data sets read and augment, compared with only decoding their files.
 
-The trees are those of ``taskgroup data mini``, brought to the sizes of the public data: pixels of
-the photograph at its full size, and labels enlarged. A side is a pass over six samples in one
-process and thread; what workers do is so much in each.
+The files are those of ``taskgroup data mini``, enlarged to the sizes of the public data: images are
+cut from the photograph at its full size, and labels are enlarged. A side is one pass over six
+samples in one process and thread. Every worker of a loader reaches this speed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SAMPLES = 6
 
 @pytest.fixture(scope="module", params=DATASETS)
 def tree(request, tmp_path_factory):
-    """A tree with files as large as the public ones."""
+    """A folder with files as large as those of the public data."""
     name = request.param
     root = tmp_path_factory.mktemp("data") / name
     write_mini(name, root)
@@ -42,7 +42,7 @@ def tree(request, tmp_path_factory):
             else:
                 with Image.open(path) as small:
                     image = small.resize((width, height), Image.Resampling.NEAREST)
-            if path.parent.name == "edge":  # lines of one pixel, as in the public data
+            if path.parent.name == "edge":  # the public data has lines of one pixel
                 image = Image.fromarray((255 * thin(np.asarray(image) > 0)).astype(np.uint8))
             image.save(path)
         elif path.suffix == ".npy":
@@ -90,7 +90,7 @@ def test_loading(record, tree):
     augment = Resize(size, mirror=True) if kind is Taskonomy else Augment(size, kind.TASKS)
     dataset = kind(root, SPLIT[name], transform=augment)
     plain = kind(root, SPLIT[name])
-    # A file that two tasks are made of is decoded once, as it could be.
+    # Decode a file once, even if two tasks use it.
     files = [
         sorted({path for paths in dataset.files(sample).values() for path in paths})
         for sample in dataset.ids[:SAMPLES]
@@ -112,6 +112,6 @@ def test_loading(record, tree):
         share=record.share("augmented", lambda round_: round_["decoding alone"]),
     )
     record.remark(
-        f"{name}: {1 / each['augmented']:.1f} images a second and core, "
-        f"{1 / each['decoding alone']:.1f} decoded alone."
+        f"{name}: {1 / each['augmented']:.1f} images per second and core, "
+        f"{1 / each['decoding alone']:.1f} if they are only decoded."
     )

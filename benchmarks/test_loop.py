@@ -1,9 +1,10 @@
-"""What taskgroup adds to the steps of a batch: the host's time, and the GPU's where it waits.
+"""The overhead of taskgroup in a batch: the time of the host, and the time that the GPU is idle.
 
-K = 11 tasks in M = 3 groups. First with losses that are ready-made, which is all that is not model,
-loss, backward pass and optimizer: dealing the groups out, replaying the random state, reading and
-checking the losses, summing them, the affinity update, and the clustering. Then around real
-networks: one that is bound by launches, and a ViT, of which taskgroup's time hides behind the GPU.
+K = 11 tasks in M = 3 groups. The first test uses losses that exist already. It measures everything
+that is not model, loss, backward pass or optimizer: dealing out the groups, replaying the random
+state, reading, checking and summing the losses, the affinity update, and the clustering. The other
+tests train real networks: a small one that is limited by kernel launches, and a ViT, where the GPU
+hides the time of taskgroup.
 """
 
 import gzip
@@ -31,10 +32,10 @@ GOAL = 1 / 0.15
 PEER = "scikit-learn, clustering alone"
 BY_HAND = "the same steps by hand"
 STEP = "the rest of the step, on the host"
-# Size, patch, width, blocks, heads of attention, and images of a batch.
+# Name; image size, patch size, width, blocks, attention heads; images per batch.
 VITS = {"cuda": ("ViT-B", (224, 16, 768, 12, 12), 8), "cpu": ("ViT, tiny", (16, 8, 16, 4, 2), 2)}
 BATCHES = {"cuda": 20, "cpu": 3}
-TRACED = 4  # batches: a trace of more is large
+TRACED = 4  # batches in the trace; more would make it large
 
 
 def affinity_of_three_groups():
@@ -47,16 +48,16 @@ def affinity_of_three_groups():
 
 
 def learned_groups():
-    """TaskGroups that know three groups, regroup in every batch and always find these."""
+    """TaskGroups that have learned three groups, regroup in every batch and find them again."""
     groups = tg.TaskGroups(TASKS, warmup=0, affinity=tg.ProximalAffinity(decay=1e-12))
     know(groups, affinity_of_three_groups())
     return groups
 
 
 def batch_of(kind, device):
-    """One batch of a loop whose losses are ready-made, and its TaskGroups."""
+    """A function that runs one batch with losses that exist already, and its TaskGroups."""
     groups = learned_groups()
-    # Losses of four forwards, so that every step shows an effect.
+    # Four different sets of losses, so that every step has an effect.
     rng = np.random.default_rng(1)
     stacked = [
         torch.tensor(rng.uniform(0.5, 1.5, 11), dtype=torch.float32, device=device).requires_grad_()
@@ -133,7 +134,7 @@ class Training:
         self.model = tg.MultiTaskModel(encoder, heads).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-5)
         self.groups = learned_groups()
-        self.inside = 0.0  # seconds of the host in the rest of the steps
+        self.inside = 0.0  # host seconds in model, losses, backward pass and optimizer
         self.steps = 0
 
     @contextmanager
@@ -154,7 +155,7 @@ class Training:
             self.steps += 1
 
     def by_hand(self):
-        """The same groups, in an order that stays, with nothing observed."""
+        """Step on the same groups in a fixed order, without observing anything."""
         for members in self.groups.partition:
             features = self.model.encoder(self.inputs)
             detached = features.detach()
@@ -178,7 +179,7 @@ def synchronize(device):
 
 
 class Waits:
-    """The planned wait of a batch: its seconds, and its name in a trace."""
+    """The one planned wait of a batch: its seconds, and its name in a trace."""
 
     name = "taskgroup waits"
 
@@ -233,17 +234,17 @@ def test_host_time_of_a_step(record, device, model):
     )
     record.add("batch", 11, total / batches, {BY_HAND: by_hand / batches}, model=training.name)
     record.remark(
-        f"{training.name}: {added * 1e6:.0f} µs of the host are added to a step of "
-        f"{step * 1e6:.0f} µs, {100 * added / step:.1f}%; in a batch it waits for the GPU for "
-        f"{waits.seconds / batches * 1e6:.0f} µs"
+        f"{training.name}: taskgroup adds {added * 1e6:.0f} µs of host time to a step of "
+        f"{step * 1e6:.0f} µs, {100 * added / step:.1f}%; in a batch the host waits for the GPU "
+        f"for {waits.seconds / batches * 1e6:.0f} µs"
     )
 
 
 def spans_of(trace, device):
-    """When kernels ran (operations, on the CPU), and when the host waited: [(start, end)], ns."""
+    """When kernels (on the CPU, operations) ran and when the host waited: [(start, end)], in ns."""
     kind = getattr(torch.autograd.DeviceType, device.type.upper())
     ran, waited = [], []
-    # As they come: trace.events() takes seconds to see which is inside of which.
+    # Read the raw events, because trace.events() takes seconds to nest them.
     for event in trace.profiler.kineto_results.events():
         span = event.start_ns(), event.start_ns() + event.duration_ns()
         on_host = event.device_type() == torch.autograd.DeviceType.CPU
@@ -255,7 +256,7 @@ def spans_of(trace, device):
 
 
 def idle(ran, start, end):
-    """Of the time from start to end, that in which nothing ran."""
+    """The time between start and end in which nothing ran."""
     nothing, at = 0.0, start
     for begin, until in ran:
         if begin >= end:
@@ -272,7 +273,7 @@ def test_idle(record, device, request):
     training = Training("ViT", device)
     activities = [ProfilerActivity.CPU]
     activities += [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    seconds = {}  # in a batch, without a kernel
+    seconds = {}  # idle seconds per batch
     for name, batch in ((BY_HAND, training.by_hand), ("ours", training.ours)):
         batch()
         synchronize(device)
@@ -285,27 +286,28 @@ def test_idle(record, device, request):
         seconds[name] = idle(ran, begin, end) * 1e-9 / TRACED
     waits = sum(until - start for start, until in waited) * 1e-9 / TRACED
     idle_there = sum(idle(ran, start, until) for start, until in waited) * 1e-9 / TRACED
-    if device.type != "cuda":  # where nothing runs beside the host
+    if device.type != "cuda":  # nothing runs beside the host
         assert not waited
         return
-    assert len(waited) >= TRACED  # and what has arrived is read before
-    # A nanosecond stands for none.
+    assert len(waited) >= TRACED  # some waits find a copy that has arrived already
+    # A nanosecond stands for zero.
     for op, ours, peer, theirs in (
         ("idle in a batch", seconds["ours"], BY_HAND, seconds[BY_HAND]),
         ("idle while the host waits", idle_there, "the wait in a batch", waits),
     ):
         record.add(op, 11, max(ours, 1e-9), {peer: max(theirs, 1e-9)}, model=training.name)
     record.remark(
-        f"{training.name}, under the profiler: the GPU is idle for {seconds['ours'] * 1e6:.0f} µs "
-        f"of {(end - begin) * 1e-3 / TRACED:.0f} in a batch; while the host waits, for "
-        f"{idle_there * 1e6:.0f} µs of {waits * 1e6:.0f}"
+        f"{training.name}, under the profiler: in a batch of "
+        f"{(end - begin) * 1e-3 / TRACED:.0f} µs the GPU is idle for "
+        f"{seconds['ours'] * 1e6:.0f} µs; the host waits for {waits * 1e6:.0f} µs, in which the "
+        f"GPU is idle for {idle_there * 1e6:.0f} µs"
     )
     if request.config.getoption("save"):
         save(trace, results(device))
 
 
 def save(trace, folder):
-    """The trace, for a browser: ui.perfetto.dev."""
+    """Save the trace, which ui.perfetto.dev shows in a browser."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = folder / "trace.json"
     trace.export_chrome_trace(str(plain))

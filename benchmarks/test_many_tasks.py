@@ -1,8 +1,9 @@
-"""What a batch costs on a real model besides its steps, from 11 tasks to a thousand.
+"""The overhead of a batch besides its steps, on a real model with 11 to 1000 tasks.
 
-The demo's ViT, batches of 8 images of 64 x 64 pixels, and K linear heads; the groups are learned,
-from a planted affinity that stays, and regrouped every round, with 1000 tasks every tenth.
-"Outside" is all that is not the model, the losses, the backward pass or the optimizer.
+The model is the demo's ViT with K linear heads, on batches of 8 images of 64 x 64 pixels. The
+groups are learned from a planted affinity that does not change, in every round, or in every tenth
+with 1000 tasks. "Outside" means everything that is not the model, the losses, the backward pass or
+the optimizer.
 """
 
 import statistics
@@ -27,13 +28,13 @@ ONE_BY_ONE = "head by head"
 SIZES = [11, 100, 1000]
 GROUPS = {11: 3, 100: 25, 1000: 25}
 REGROUP_EVERY = {11: 1, 100: 1, 1000: 10}
-GOALS = {11: 0.99, 100: 0.99, 1000: 0.95}  # of a batch, what is inside
+GOALS = {11: 0.99, 100: 0.99, 1000: 0.95}  # share of a batch that is not outside
 ONE_GROUP = {"groups_per_batch": 1, "observe_every": 10}
 ALL, ONE = "batch, all groups", "batch of one group, observed every 10th"
 
 
 class Pooled(nn.Module):
-    """The demo's encoder, and the mean over its patches: [B, 3, 64, 64] to [B, 256]."""
+    """The demo's encoder and the mean over its patches: [B, 3, 64, 64] to [B, 256]."""
 
     def __init__(self):
         super().__init__()
@@ -44,12 +45,12 @@ class Pooled(nn.Module):
 
 
 def now_on_gpu():
-    torch.cuda.synchronize()  # so that nothing hides behind a kernel
+    torch.cuda.synchronize()  # so that kernels cannot hide the time of the host
     return time.perf_counter()
 
 
 class Training:
-    """A model of K tasks and a batch; counts the seconds of steps."""
+    """A model with K tasks and a batch; it counts the seconds of the steps."""
 
     def __init__(self, n_tasks, device, heads=dict):
         torch.manual_seed(0)
@@ -71,7 +72,7 @@ class Training:
         return losses
 
     def stacked_losses(self, group=None):
-        """All at once, as one would for very many tasks."""
+        """The losses as one tensor, as one would write them for very many tasks."""
         outputs = self.model(self.images, group=group)
         labels = torch.stack([self.labels[task] for task in outputs])
         return (torch.stack([*outputs.values()]) - labels).square().mean((1, 2))
@@ -88,13 +89,13 @@ class Training:
 
 
 def learned_groups(tasks, **options):
-    """TaskGroups that know the planted clusters, past the singletons that they begin with."""
+    """TaskGroups that have learned the planted clusters, after their first round."""
     n_tasks = len(tasks)
     affinity = tg.ProximalAffinity(decay=DECAY)
     options["regroup_every"] = REGROUP_EVERY[n_tasks]
     groups = tg.TaskGroups(tasks, warmup=0, affinity=affinity, **options)
     know(groups, planted_affinity(n_tasks, GROUPS[n_tasks])[0])
-    for group in groups:  # learned at the head of this round
+    for group in groups:  # the next round starts with learned groups
         group.skip()
     assert GROUPS[n_tasks] <= len(groups.partition) <= 2 * GROUPS[n_tasks]
     return groups
@@ -109,7 +110,7 @@ def ours(training, groups):
 
 
 def by_hand(training, groups):
-    """The steps alone, on the groups as they are: nothing observed, nothing learned."""
+    """Only the steps on the current groups, without observing or learning anything."""
     model = training.model
     partition = groups.partition
 
@@ -130,7 +131,7 @@ def by_hand(training, groups):
 
 
 def published(training):
-    """Every head with a graph in every step, as published."""
+    """The published loop, which runs every head with a graph in every step."""
     tracking = PublishedTaskAffinity(training.tasks, {t: [t] for t in training.tasks}, DECAY)
     n_tasks = len(training.tasks)
     tracking.affinity_map.copy_(planted_affinity(n_tasks, GROUPS[n_tasks])[0])
@@ -147,7 +148,7 @@ def published(training):
 
 
 def measure(training, batch, batches):
-    """Mean seconds of a batch, and of what is outside in it."""
+    """The mean seconds of a batch, and of the part that is outside."""
     training.inside = 0.0
     start = training.now()
     for _ in range(batches):
@@ -163,11 +164,11 @@ def test_all_groups_in_a_batch(record, device, n_tasks):
     sides = {"ours": ours(training, groups), BY_HAND: by_hand(training, groups)}
     if n_tasks < 1000 or record.full:
         sides[PUBLISHED] = published(training)
-    cycle = REGROUP_EVERY[n_tasks]  # batches, of which one begins with a regrouping
+    cycle = REGROUP_EVERY[n_tasks]  # batches; one of them begins with a regrouping
     cycles = {11: 20, 100: 2, 1000: 1}[n_tasks] * (3 if record.full else 1)
     found = {name: [] for name in sides}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # of the published code, as it is
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the published code warns
         for _ in range(cycles * cycle):
             for name, batch in sides.items():
                 if name != PUBLISHED or len(found[name]) < 3 or n_tasks < 1000:
@@ -189,7 +190,7 @@ def test_all_groups_in_a_batch(record, device, n_tasks):
 
 @pytest.mark.parametrize("n_tasks", SIZES)
 def test_one_group_in_a_batch(record, device, n_tasks):
-    """Whole rounds, so that the regrouping at the head of some counts for its share."""
+    """Measure whole rounds, so that the regrouping at their start counts for its share."""
     training = Training(n_tasks, device)
     groups = learned_groups(training.tasks, **ONE_GROUP)
     batch = ours(training, groups)
@@ -210,7 +211,7 @@ def test_one_group_in_a_batch(record, device, n_tasks):
 
 @pytest.mark.parametrize("n_tasks", SIZES)
 def test_heads_as_one_module(record, device, n_tasks):
-    """A step on a group that observes all tasks, and a joint one; losses one by one and stacked."""
+    """A step on a group that observes all tasks, and a joint step; single and stacked losses."""
     one_by_one, batched = (Training(n_tasks, device, heads) for heads in (dict, tg.BatchedHeads))
     groups = learned_groups(one_by_one.tasks)
     group = next(iter(groups))

@@ -1,9 +1,9 @@
-"""A step of a joint method, forward and backward, on eleven tasks: ours and TorchJD's own engine.
+"""A step of a joint method on eleven tasks, forward and backward: ours and TorchJD's engine.
 
-TorchJD takes its Jacobians with ``mtl_backward``, all tasks at once (vmap) or one by one, and makes
-a gradient of them with ``jac_to_grad``. The limit is the K backward passes alone, with nothing done
-about their gradients; a plain step on the sum of the losses is printed as one more peer. Attention
-on the CPU has no batching rule in torch, so vmap goes through its backward pass task by task.
+TorchJD computes its Jacobians with ``mtl_backward``, for all tasks at once (vmap) or one by one,
+and makes one gradient of them with ``jac_to_grad``. The limit is the time of the K backward passes
+alone. A plain step on the sum of the losses is another peer. Attention on the CPU has no batching
+rule in torch, so there vmap runs its backward pass task by task.
 """
 
 import itertools
@@ -23,7 +23,7 @@ JOINT = "sum of the losses, backward"
 
 
 class Tokens(nn.Module):
-    """A small ViT behind its patches: ``[B, N, D]`` to ``[B, D]``."""
+    """A small ViT after the patch embedding: ``[B, N, D]`` to ``[B, D]``."""
 
     def __init__(self, width, depth):
         super().__init__()
@@ -112,7 +112,7 @@ def test_step(record, device, model, method):
 
 
 def torchjd_sides(forward, shared, method):
-    """The same step by TorchJD, or why it is not run."""
+    """The same step with TorchJD, or why it is not run."""
     try:
         from torchjd import aggregation
         from torchjd.autojac import jac_to_grad, mtl_backward

@@ -1,8 +1,8 @@
 """Memory and time of a step at the sizes of the paper's runs, ViT-T to ViT-L.
 
-Random weights and pixels: neither depends on what they are. Peaks are those of torch's allocator,
-above what stands: parameters and Adam's moments. By default one image a batch and ViT-T; with
-``--full`` the larger networks too, and the eight images of the paper as far as a host takes them.
+Weights and pixels are random, since neither time nor memory depends on them. Peaks are those of
+torch's allocator, minus the parameters and Adam's moments. By default it runs ViT-T with one image
+per batch; with ``--full`` also the larger networks, with up to the paper's eight images per batch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def labels_of(tasks, n_images, size):
 def test_step(record, device, data, vit):
     tasks, size = DATA[data]
     n_images = 1
-    if record.full:  # on a host what fits into memory and minutes
+    if record.full:  # on the CPU, as many images as fit into memory
         n_images = 8 if device.type == "cuda" else ON_A_HOST[vit]
     encoder = backbone(vit, size=size, weights="random", drop_path=0.15)
     model = dense_model(encoder, {name: task.channels for name, task in tasks.items()}).to(device)
@@ -76,10 +76,10 @@ def test_step(record, device, data, vit):
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    step(tasks)  # which makes gradients and moments
+    step(tasks)  # this allocates gradients and moments
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     dearest = max(tasks, key=lambda name: tasks[name].channels)
-    optimizer.zero_grad()  # of gradients that stand already a peak would be without
+    optimizer.zero_grad()  # existing gradients would not be part of the peak
     joint_peak, kept, kept_of_one = (
         peak_bytes(partial(function, stepped), device)
         for function, stepped in ((step, tasks), (forward, tasks), (forward, [dearest]))
@@ -92,15 +92,16 @@ def test_step(record, device, data, vit):
         {"a step on one task": single},
         model=f"{data}, {vit}",
     )
-    # On no device: some kernels of attention are not counted on the CPU.
+    # Count on the meta device, since some attention kernels are not counted on the CPU.
     nowhere, pixels = copy.deepcopy(model).to("meta"), images.to("meta")
     with FlopCounterMode(display=False) as flops:
         torch.stack([output.sum() for output in nowhere(pixels).values()]).sum().backward()
     record.remark(
-        f"{data}, {vit}, batch {n_images}: {flops.get_total_flops() / 1e12 / n_images:.3f} TFLOP "
-        f"an image and joint step; {3 * parameters / 1e9:.2f} GB stand ({parameters / 4e6:.1f}M "
-        f"parameters and two moments); a joint step takes {joint_peak / 1e9:.2f} GB more at its "
-        f"peak. A forward pass holds {kept / n_images / 1e9:.3f} GB an image at its peak, on the "
-        f"dearest task alone {kept_of_one / n_images / 1e9:.3f}."
+        f"{data}, {vit}, batch {n_images}: a joint step takes "
+        f"{flops.get_total_flops() / 1e12 / n_images:.3f} TFLOP per image. Parameters "
+        f"({parameters / 4e6:.1f}M) and two moments take {3 * parameters / 1e9:.2f} GB, and a "
+        f"joint step takes {joint_peak / 1e9:.2f} GB more at its peak. A forward pass holds "
+        f"{kept / n_images / 1e9:.3f} GB per image at its peak, and "
+        f"{kept_of_one / n_images / 1e9:.3f} GB with the most expensive task alone."
     )
     assert kept_of_one <= kept <= joint_peak

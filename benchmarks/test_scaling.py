@@ -1,9 +1,9 @@
-"""What a batch costs besides model, loss, backward and optimizer, from few tasks to many.
+"""The overhead of a batch besides model, loss, backward pass and optimizer, for 5 to 1000 tasks.
 
-The losses are ready-made, ``{task: scalar}``, the groups learned: about K / 4 planted clusters.
-Ours is everything :class:`taskgroup.TaskGroups` does in a batch; the peer is the tracking and the
-clustering of the published code on the same losses, without its logging and its loop. Memory is
-what the process holds at its peak in that batch, above what it held before it made the groups.
+The losses exist already, as ``{task: scalar}``, and the groups are learned from about K / 4 planted
+clusters. Our side is everything that :class:`taskgroup.TaskGroups` does in a batch. The peer is the
+tracking and the clustering of the published code on the same losses, without its logging and its
+loop. Memory is the peak of the process in that batch, minus its memory before it made the groups.
 """
 
 import itertools
@@ -23,11 +23,11 @@ from benchmarks.published import PublishedTaskAffinity
 SIZES = [5, 11, 26, 50, 100, 200, 1000]
 MOST_FOR_PEER = 200  # unless --full
 PEER = "published tracking and clustering"
-DECAY = 1e-12  # the planted clusters stay
+DECAY = 1e-12  # so small that the planted clusters do not change
 
 
 def planted_affinity(n_tasks, clusters=None):
-    """An affinity, float32 ``[K, K]``, of clusters, by default of four tasks; and their labels."""
+    """An affinity, float32 ``[K, K]``, with clusters (of four tasks by default), and the labels."""
     labels = np.arange(n_tasks) % (clusters or max(2, n_tasks // 4))
     rng = np.random.default_rng(0)
     matrix = np.where(labels[:, None] == labels, 0.5, -0.2)
@@ -37,14 +37,14 @@ def planted_affinity(n_tasks, clusters=None):
 
 
 def know(groups, matrix):
-    """Let the groups go on from an affinity of which every entry has been observed."""
+    """Load an affinity into the groups, with every entry marked as observed."""
     observed = torch.ones(matrix.shape, dtype=torch.int32)
     affinity = {"matrix": matrix, "observed": observed}
     groups.load_state_dict({**groups.state_dict(), "affinity": affinity})
 
 
 def ready_losses(tasks, device):
-    """Losses of many forwards, one after the other, for ever."""
+    """An endless iterator over the losses of four forward passes."""
     rng = np.random.default_rng(1)
     forwards = []
     for _ in range(4):
@@ -78,7 +78,7 @@ def test_scaling(record, device, n_tasks):
     ours()
     theirs = published if n_tasks <= MOST_FOR_PEER or record.full else "with --full"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # of the published code, as it is
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the published code warns
         least = record.least_seconds({"ours": ours, PEER: theirs})
     planted = {
         tuple(task for task, own in zip(tasks, labels, strict=True) if own == label)
@@ -89,17 +89,17 @@ def test_scaling(record, device, n_tasks):
 
 
 def resident(what):
-    """Bytes of this process, ``"VmRSS"`` now or ``"VmHWM"`` at the peak."""
+    """The memory of this process in bytes: ``"VmRSS"`` is the current, ``"VmHWM"`` the peak."""
     kilobytes = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(kilobytes[1]) * 1024
 
 
 def peak_of_a_batch(n_tasks):
-    """Bytes, in a process of its own."""
+    """The peak memory of a batch in bytes, measured in a new process."""
     tasks = [f"task{k}" for k in range(n_tasks)]
     losses = ready_losses(tasks, torch.device("cpu"))
     matrix, _ = planted_affinity(n_tasks)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident("VmRSS")
     groups = tg.TaskGroups(tasks, warmup=0, affinity=tg.ProximalAffinity(decay=DECAY))
     know(groups, matrix)
@@ -111,7 +111,7 @@ def peak_of_a_batch(n_tasks):
 
 def test_memory(record):
     if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("the peak of a process is read from Linux's /proc")
+        pytest.skip("needs Linux, whose /proc tells the peak memory of a process")
     floats = []
     for n_tasks in (1000, 2000):
         with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -1,4 +1,4 @@
-"""Gram matrices of gradients, side by side with what one would otherwise write."""
+"""Gram matrices of gradients, compared with other ways to write them."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ READY = "mm on a ready matrix"
 OP = "task_gram"
 MOST_PAIRWISE = {"cpu": 16, "cuda": 5}  # tasks, unless --full
 DECAY = 1e-3
-# Of the speed of a copy, from 50 million parameters: on an H100, on an H200.
+# Goals on an H100 and on an H200, as a share of the speed of a copy, above 50 million parameters.
 ON_A_GPU = {
     **{(n_tasks, torch.float32): (0.95, 0.9) for n_tasks in (2, 5, 11, 16)},
     **{(n_tasks, torch.float32): (0.85, 0.75) for n_tasks in (26, 64)},
@@ -25,7 +25,7 @@ ON_A_GPU = {
 
 
 def goals_of(case, device):
-    """Times as fast as a peer, and the share of the limit; on a GPU, of the speed of a copy."""
+    """The goals: times as fast as each peer, and the share of the limit (on a GPU, of a copy)."""
     model, n_tasks, dtype = case
     if device.type == "cuda":
         if parameter_count(model) < 50e6:
@@ -40,7 +40,7 @@ def goals_of(case, device):
 
 
 def gram_peers(gradients, n_bytes, room, full):
-    """Functions that make the Gram matrix, or why they are not run."""
+    """Functions that compute the Gram matrix, or why they are not run."""
     n_tasks = len(gradients)
     rows = peer.ready_rows(gradients)
     grams = {PAIRWISE: "with --full", CONCATENATED: "no room", READY: lambda: peer.row_gram(rows)}
@@ -85,12 +85,12 @@ def test_task_gram(record, device, case, op):
     if op == OP:
         peers = gram_peers(gradients, n_bytes, room, record.full)
         if on_a_gpu and n_elements >= 2**31:
-            too_many = f"{n_elements:.1e} elements: products of such matrices are not safe"
+            too_many = f"{n_elements:.1e} elements: torch's products of such matrices are not safe"
             peers.update({name: too_many for name in (CONCATENATED, READY) if name in peers})
         if not isinstance(peers[READY], str):
             norm = gram.diagonal().sqrt()
             error = ((peers[READY]() - gram).abs() / (norm[:, None] * norm)).max().item()
-            # mm rounds to bfloat16, or sums millions of squares in float32.
+            # mm rounds to bfloat16, or adds millions of squares in float32.
             if not error < 1e-2:
                 peers[READY] = f"wrong by {error:.0e}"
     elif not on_a_gpu:
@@ -101,9 +101,9 @@ def test_task_gram(record, device, case, op):
             if name in (PAIRWISE, CONCATENATED, READY)
         }
 
-    # Products of bfloat16 are summed in float32, for which a CPU has no faster units.
+    # Products of bfloat16 are added in float32, and a CPU has no faster units for that.
     limits = Limits(device, dtype if on_a_gpu else torch.float32)
-    # The limits right after ours: a shared machine is faster at some times than at others.
+    # Measure the limits right after ours, since the speed of a shared machine changes.
     least = record.least_seconds({**ours, **limits.sides(), **peers})
     flops = n_elements * (n_tasks + 1)
     limit = limits.of(least, n_bytes, flops)
@@ -138,12 +138,12 @@ def test_task_gram(record, device, case, op):
 
 
 def updating(matrix, gradients, losses):
-    """The update of an affinity."""
+    """A function that updates an affinity from gradients."""
     return lambda: ops.gram_affinity_update_(matrix, gradients, losses, DECAY)
 
 
 def reason_or_update(gram, matrix, losses):
-    """The update of an affinity by a Gram matrix made in this way; or why it is not run."""
+    """A function that updates an affinity from this peer's Gram matrix, or why it is not run."""
     if isinstance(gram, str):
         return gram
     return lambda: peer.updated_affinity(matrix, gram(), losses, DECAY)

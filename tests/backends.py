@@ -1,6 +1,6 @@
-"""Which backends the tests of the ops run.
+"""The backends that the tests of the ops run.
 
-The Triton kernels run in Triton's interpreter, which must be asked for before Triton is imported:
+The Triton kernels run in Triton's interpreter, which must be enabled before Triton is imported:
 ``TRITON_INTERPRET=1 pytest -k triton``. tests/ops/test_triton_interpreter.py does so.
 """
 
@@ -15,7 +15,7 @@ BACKENDS = ["cpp", "reference", *(["triton"] if INTERPRETED else [])]
 
 
 def instruction_sets() -> list[str]:
-    """Those that the C++ code must find here, by what the operating system says."""
+    """The instruction sets that the C++ code must find here, according to the operating system."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     has = next((set(line.split()) for line in lines if line.startswith("flags")), set())
@@ -30,7 +30,7 @@ WITH_OPS = [backend for backend in BACKENDS if backend != "reference"]
 
 
 def backends_op(backend: str, name: str):
-    """The op itself, without its Python face."""
+    """The registered op itself, without the Python function around it."""
     if backend == "cpp":
         return getattr(torch.ops.taskgroup, name).default
     importlib.import_module(f"taskgroup.ops.triton.{name.rstrip('_')}")
@@ -38,5 +38,5 @@ def backends_op(backend: str, name: str):
 
 
 def examples(n: int) -> int:
-    """Of hypothesis: the interpreter takes milliseconds per program."""
+    """The number of hypothesis examples: fewer in the interpreter, which is slow."""
     return n // 10 if INTERPRETED else n

@@ -1,4 +1,4 @@
-"""A headless Chromium, which knows no network."""
+"""A headless Chromium without network access."""
 
 import os
 import shutil
@@ -13,9 +13,9 @@ _NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 @contextmanager
 def chromium(width=1400, height=900):
-    """A driver, and at the end the assertion that the console said nothing.
+    """Yield a driver, and check at the end that the browser's console is empty.
 
-    Without Chromium the test is skipped, but fails where ``CI`` is set.
+    Without Chromium the test is skipped, or fails if ``CI`` is set.
     """
     program = next(filter(None, map(shutil.which, _NAMES)), None)
     driver_program = shutil.which("chromedriver")

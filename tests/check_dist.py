@@ -1,6 +1,6 @@
-"""What `make dist` has left in dist/: `make check-dist`.
+"""Check the files that `make dist` wrote to dist/: `make check-dist`.
 
-Clean environments are made of links to the torch and numpy that are here: nothing is downloaded.
+Clean environments contain links to the installed torch and numpy, so nothing is downloaded.
 """
 
 import os
@@ -18,7 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-pytestmark = pytest.mark.timeout(900)  # it compiles
+pytestmark = pytest.mark.timeout(900)  # the tests compile the package
 ROOT = Path(__file__).parents[1]
 KINDS = ["dist", "without CUDA", "pure"]
 
@@ -52,7 +52,7 @@ assert sorted(t for group in groups.partition for t in group) == list("abcd")
 assert groups.affinity.matrix.diagonal().gt(0).all()
 """
 
-# What a type checker must know of the loop of a user.
+# A type checker must accept this program.
 TYPED = """
 import torch
 from typing_extensions import assert_type
@@ -70,7 +70,7 @@ assert_type(groups.affinity.matrix, torch.Tensor)
 assert_type(tg.task_gram(tg.task_gradients(losses, model.parameters())), torch.Tensor)
 groups.attach(torch.optim.SGD(model.parameters(), lr=0.1), model.heads, outside="coast")
 """
-# And where it must object.
+# A type checker must report an error in each line of this program.
 UNTYPED = """
 import taskgroup as tg
 
@@ -89,7 +89,7 @@ def sdist():
 
 @pytest.fixture(scope="session")
 def wheels(sdist, tmp_path_factory):
-    """The wheel of dist/, and those that the source distribution makes otherwise."""
+    """The wheel in dist/, and those built from the source distribution: without CUDA, and pure."""
 
     def build(**environment):
         folder = tmp_path_factory.mktemp("wheels")
@@ -113,7 +113,7 @@ def wheels(sdist, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def library(wheels, tmp_path_factory):
-    """The library of tensor ops that is in the wheel of dist/."""
+    """The library of tensor ops in the wheel in dist/."""
     with zipfile.ZipFile(wheels["dist"]) as archive:
         return archive.extract("taskgroup/_ops.abi3.so", tmp_path_factory.mktemp("library"))
 
@@ -155,7 +155,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheels, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_torch_from_2_10_on_will_do(wheels, kind):
-    """The torch that built it is not asked for: a build for the CPU runs under one for CUDA."""
+    """The wheel does not require the torch that built it: a CPU build runs with a CUDA torch."""
     with zipfile.ZipFile(wheels[kind]) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(name).decode())
@@ -168,7 +168,7 @@ def test_any_torch_from_2_10_on_will_do(wheels, kind):
 
 def test_library_keeps_to_the_stable_abi_of_torch(library):
     symbols = output("nm", "--dynamic", "--undefined-only", library).splitlines()
-    # Those of the system carry a version; weak ones may be missing.
+    # Symbols of the system carry a version; weak symbols may be missing.
     asked = {line.split()[-1] for line in symbols if "@" not in line and line.split()[0] == "U"}
     assert "aoti_torch_library_impl" in asked or "torch_library_impl" in asked
     assert not {name for name in asked if not re.match(r"(aoti_)?torch_[a-z]", name)}
@@ -190,7 +190,7 @@ def test_library_needs_the_system_and_torch_for_the_cpu_alone(library):
 
 
 def link_torch_and_numpy(into):
-    """Links to both and to all that they need, as they are installed here."""
+    """Link the installed torch and numpy, and all packages that they need, into a folder."""
     wanted, seen = ["torch", "numpy"], set()
     while wanted:
         name = canonicalize_name(wanted.pop())
@@ -208,10 +208,10 @@ def link_torch_and_numpy(into):
 
 
 def clean_environment(folder):
-    """An environment with torch and numpy, and its site-packages."""
+    """Make an environment with torch and numpy, and return its site-packages."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
-    shutil.rmtree(packages / "setuptools", ignore_errors=True)  # torch has its own wish
+    shutil.rmtree(packages / "setuptools", ignore_errors=True)  # torch needs another version
     for path in packages.glob("setuptools-*"):
         shutil.rmtree(path)
     link_torch_and_numpy(packages)

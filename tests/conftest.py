@@ -1,6 +1,8 @@
-"""One thread: the tests are small, and two processes of two threads on two cores stand in line.
+"""Settings and fixtures of all tests.
 
-What holds for any rounding is run with more as well: TEST_THREADS=2, `-m learned`.
+Tests run on one thread: they are small, and two processes with two threads each would compete for
+two cores. Tests whose result must hold for any rounding also run with more: TEST_THREADS=2,
+`-m learned`.
 """
 
 import os
@@ -12,15 +14,15 @@ from tests.backends import INTERPRETED
 
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
-# `make gpu` runs these, and its dry run does on the CPU (TEST_GPU=cpu); what they test runs on the
-# host in the other tests.
+# `make gpu` runs the tests in gpu/, and its dry run runs them on the CPU (TEST_GPU=cpu). The other
+# tests run the same code on the host.
 collect_ignore = [] if torch.cuda.is_available() or "TEST_GPU" in os.environ else ["gpu"]
-# What is about the compiler, and what starts the interpreter.
+# In the interpreter, skip the tests of Triton's compiler and those that start the interpreter.
 collect_ignore_glob = ["ops/test_triton_*.py"] if INTERPRETED else []
 
 
 def pytest_configure(config):
-    if INTERPRETED:  # kernels run in NumPy, which warns of what propagates
+    if INTERPRETED:  # kernels run in NumPy, which warns of NaN and infinity
         config.addinivalue_line(
             "filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter"
         )
@@ -28,13 +30,13 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if isinstance(item, pytest.DoctestItem):  # of which some learn, and all print numbers
+        if isinstance(item, pytest.DoctestItem):  # all print numbers, and some train
             item.add_marker("learned")
 
 
 @pytest.fixture
 def accelerate():
-    """Accelerate, whose state would outlive the test."""
+    """Accelerate, with its global state reset after the test."""
     import accelerate
 
     yield accelerate
@@ -44,7 +46,7 @@ def accelerate():
 
 @pytest.fixture(scope="session")
 def minis(tmp_path_factory):
-    """A folder with a small tree of each data set; not to be changed."""
+    """A folder with a mini version of each data set. Do not change it: all tests share it."""
     from taskgroup.lab.data import DATASETS
     from taskgroup.lab.data.mini import write_mini
 

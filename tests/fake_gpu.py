@@ -1,15 +1,20 @@
-"""A GPU that is none: tensors that say they are on one, and what would wait for it is written down.
+"""A fake GPU: its tensors claim to be on a GPU, and operations that would wait for it are recorded.
 
 ``FakeGPU`` is a context in which ``"cuda"`` exists. Its tensors hold their numbers on the host, so
-that a loop learns what it would learn; but they take part in an operation only where a GPU's would,
-and each operation for which the host would have to wait for a GPU is noted, with the line that
-asked for it. So a new synchronisation is found where there is no GPU.
+a training loop learns what it would learn on a GPU. An operation that mixes tensors of the host and
+of the GPU fails as it would on a GPU. Each operation for which the host would have to wait for the
+GPU is recorded, with the line that called it. So tests find a new synchronisation on any machine.
 
-What waits, in torch's CUDA backend: a number read on the host (``item``, ``bool``, ``tolist``), a
-copy to the host that is not both non-blocking and into pinned memory, a copy from the host that is
-not non-blocking, or is of more pageable memory than the driver stages by itself, and operations
-whose result has a shape that depends on the values. Not noted: what waits inside of a kernel
-library, allocation of memory, and autocast, which does nothing here.
+These operations of torch's CUDA backend wait:
+
+- reading a number on the host (``item``, ``bool``, ``tolist``),
+- a copy to the host, unless it is non-blocking and goes to pinned memory,
+- a copy from the host, unless it is non-blocking and comes from pinned memory or is small enough
+  for the driver to stage by itself,
+- operations whose result has a shape that depends on the values.
+
+Not recorded are waits inside a kernel library and the allocation of memory. Autocast does nothing
+here.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ CUDA = torch.device("cuda", 0)
 STAGED = 2**16  # bytes of pageable memory that the driver takes without waiting
 
 _aten = torch.ops.aten
-# The shape of the result, or a number for the host, follows from the values.
+# The values decide the shape of the result, or the host reads them.
 _WAITING = {
     _aten._local_scalar_dense,
     _aten.item,
@@ -52,12 +57,12 @@ _WAITING = {
 }
 _INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
 _COPIES = {_aten._to_copy, _aten.copy_, _aten._copy_from}
-_FROM_NUMBERS = ("tensor", "as_tensor", "asarray")  # which copy by a way that no mode sees
+_FROM_NUMBERS = ("tensor", "as_tensor", "asarray")  # they copy in a way that no mode sees
 _VIEWS_OF_DEVICE = {"device", "is_cuda", "is_meta", "is_cpu"}
 
 
 class OnGPU(torch.Tensor):
-    """A tensor on the fake GPU: to torch's C++ code on the meta device, to Python on cuda:0."""
+    """A tensor on the fake GPU: torch's C++ code sees it on the meta device, Python on cuda:0."""
 
     held: torch.Tensor
 
@@ -85,11 +90,11 @@ class OnGPU(torch.Tensor):
 
 
 class FakeGPU:
-    """A context in which there is a GPU; ``waits`` lists what would have waited for it.
+    """A context with a fake GPU, which records the operations that would wait for it.
 
     Attributes:
-        waits: of each wait, the operation and the line of the caller.
-        planned: how often an event was waited for.
+        waits: for each wait, the operation and the line of the caller.
+        planned: the number of waits for an event.
     """
 
     def __init__(self) -> None:
@@ -99,7 +104,7 @@ class FakeGPU:
         self._stack = ExitStack()
 
     def wait(self, what: str) -> None:
-        """Note that the host would wait."""
+        """Record that the host would wait."""
         inside = [
             frame
             for frame in traceback.extract_stack()
@@ -116,7 +121,7 @@ class FakeGPU:
         self._stack.callback(_forget)
         for name, fake in self._cuda().items():
             enter(mock.patch.object(torch.cuda, name, fake, create=True))
-        if _backend.native.host is not None:  # the C++ kernels play those of the GPU
+        if _backend.native.host is not None:  # the C++ kernels stand in for those of the GPU
             there = _backend._Backend(("cuda",))
             enter(mock.patch.dict(_backend._BACKENDS, {"cuda": there}))
         enter(_Dispatch())
@@ -130,7 +135,7 @@ class FakeGPU:
         gpu = self
 
         class Event:
-            """Reached when it, or one that was recorded after it, was waited for: no sooner."""
+            """An event that is reached once somebody waits for it or for a later event."""
 
             def __init__(self, enable_timing=False, blocking=False):
                 self.enable_timing = enable_timing
@@ -162,7 +167,7 @@ class FakeGPU:
             "current_stream": lambda device=None: None,
             "is_bf16_supported": lambda including_emulation=True: True,
             "synchronize": lambda device=None: gpu.wait("synchronize"),
-            # One generator plays both, which are drawn from in the same order.
+            # One generator stands for both; both are used in the same order.
             "get_rng_state": lambda device=None: torch.get_rng_state(),
             "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
             "memory_allocated": lambda device=None: 1000,
@@ -181,7 +186,7 @@ def _forget() -> None:
 
 
 class _Functions(TorchFunctionMode):
-    """Before torch's C++ code sees a call: "cuda" is the meta device there."""
+    """Changes each call before torch's C++ code sees it: there "cuda" is the meta device."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -234,7 +239,7 @@ def _to_meta(value: Any) -> Any:
 
 
 class _Dispatch(TorchDispatchMode):
-    """What torch's C++ code does, operation by operation: factories need no tensor of the GPU."""
+    """Sees every operation of torch's C++ code, including factories without tensor arguments."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
@@ -256,7 +261,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _note_wait(packet, args)
         for tensor in tensors:
             assert isinstance(tensor, OnGPU) or not tensor.is_meta, f"{func}: not made by FakeGPU"
-            # A number of the host goes along with the launch of a kernel; more is a mistake.
+            # A kernel launch can pass a number from the host, but not a tensor.
             if not isinstance(tensor, OnGPU) and tensor.dim() > 0 and packet not in _INDEXING:
                 raise RuntimeError(
                     f"{func} got a tensor of shape {list(tensor.shape)} on the host and another "
@@ -265,7 +270,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     made = func(*map(_held, args), **{key: _held(value) for key, value in kwargs.items()})
     if not to_gpu:
         return made
-    of = {id(tensor.held): tensor for tensor in on_gpu}  # to know what was written in place
+    of = {id(tensor.held): tensor for tensor in on_gpu}  # to recognize in-place results
     if isinstance(made, (list, tuple)):
         return type(made)(_on_gpu(value, of) for value in made)
     return _on_gpu(made, of)

@@ -1,4 +1,4 @@
-"""Quadratic tasks in clusters that are known, for tests that ask whether they are found."""
+"""Quadratic tasks in known clusters, for tests of whether the clusters are found."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ NOISE = 0.05
 class Planted:
     """K quadratic losses ``|x - target_k|^2 / 2`` whose targets lie in planted clusters.
 
-    The cosine between the centres of two clusters is ``cosine``; every target is its centre plus
-    ``SPREAD`` in a random direction, of length 1; each batch adds noise of deviation ``NOISE``.
+    The cosine between the centres of two clusters is ``cosine``. Every target is its centre plus
+    ``SPREAD`` times a random direction, scaled to length 1. Each batch adds noise with a standard
+    deviation of ``NOISE``.
     """
 
     def __init__(self, sizes: list[int], cosine: float, seed: int, dim: int = 32) -> None:
@@ -49,7 +50,7 @@ class Planted:
         return 0.5 * (self.x - batch).square().sum(1)
 
     def train(self, groups: tg.TaskGroups, batches: int, lr: float = 1e-3) -> list[set]:
-        """Plain gradient steps; the partition after each batch."""
+        """Train with plain gradient steps, and return the partition after each batch."""
         partitions = []
         for _ in range(batches):
             batch = self.batch()

@@ -1,4 +1,4 @@
-"""Gradients of every shape, layout, dtype and pattern that the ops must take."""
+"""Gradients of every shape, layout, dtype and pattern that the ops must accept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PART = 2**20  # elements
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The same values, laid out otherwise in memory."""
+    """The same values in another memory layout."""
     if layout == "transposed" and values.dim():  # dense, in another order
         backwards = tuple(reversed(range(values.dim())))
         return values.permute(backwards).contiguous().permute(backwards)
@@ -30,14 +30,14 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 
 def large(n_tasks, shapes, dtype, seed=0, device="cpu"):
-    """``[K][T]`` normal gradients made on their device, each in memory of its own, so aligned."""
+    """Normal gradients ``[K][T]``, made on their device, each in its own (aligned) memory."""
     generator = torch.Generator(device).manual_seed(seed)
     options = {"device": device, "generator": generator}
     return [[torch.randn(shape, **options).to(dtype) for shape in shapes] for _ in range(n_tasks)]
 
 
 def make(n_tasks, shapes, dtypes, layouts, missing, seed, device="cpu"):
-    """``[K][T]`` normal gradients; every task on every parameter has a scale of its own."""
+    """Normal gradients ``[K][T]``; each gradient has its own scale."""
     generator = torch.Generator().manual_seed(seed)
     gradients = []
     for k in range(n_tasks):
@@ -54,7 +54,7 @@ def make(n_tasks, shapes, dtypes, layouts, missing, seed, device="cpu"):
 
 @st.composite
 def gradients(draw, most_tasks=9, dtypes=tuple(DTYPES)):
-    """``[K][T]``; at least one is there."""
+    """A strategy for gradients ``[K][T]``, of which at least one is not None."""
     n_tasks = draw(st.integers(1, most_tasks))
     sizes = st.one_of(st.integers(0, 5), st.integers(14, 35), st.sampled_from([127, 600]))
     shapes = st.one_of(
@@ -75,21 +75,21 @@ def gradients(draw, most_tasks=9, dtypes=tuple(DTYPES)):
 
 
 class Error(float):
-    """The largest of many errors, and where it is."""
+    """The largest of many errors, and its position."""
 
     entry: tuple[int, int]
 
     @classmethod
     def of(cls, errors):
-        """Of a matrix of them."""
-        place = int(errors.argmax())  # of NaN, if there is one
+        """The largest error of a matrix of errors."""
+        place = int(errors.argmax())  # the position of NaN, if there is one
         largest = cls(errors.flatten()[place].item())
         largest.entry = divmod(place, errors.shape[1])
         return largest
 
 
 def exact_gram(gradients):
-    """``[K, K]`` in float64: a product of matrices for every parameter, a part at a time."""
+    """The Gram matrix ``[K, K]`` in float64, with a matrix product for each part of a parameter."""
     device = next((g.device for own in gradients for g in own if g is not None), "cpu")
     gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=device)
     for of_tasks in zip(*gradients, strict=True):
@@ -103,7 +103,7 @@ def exact_gram(gradients):
 
 
 def gram_error(gram, gradients):
-    """The largest error, relative to ``|g_i| |g_j|``."""
+    """The largest error of a Gram matrix, relative to ``|g_i| |g_j|``."""
     exact = exact_gram(gradients)
     norm = exact.diagonal().sqrt()
     scale = norm[:, None] * norm
@@ -113,10 +113,10 @@ def gram_error(gram, gradients):
 
 
 def combination_error(total, gradients, weights):
-    """The largest error of weighted sums, relative to what rounding explains.
+    """The largest error of weighted sums, relative to the error that rounding can explain.
 
     Every product and every sum may be off by the spacing of float32 (of float64 for float64), and
-    the result by that of its dtype. The entry is the parameter and the element.
+    the result by the spacing of its dtype. The entry is (parameter, element).
     """
     worst = []
     for t, got in enumerate(total):

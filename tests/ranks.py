@@ -1,4 +1,4 @@
-"""Runs a function on several ranks, for tests of what happens between them."""
+"""Run a function on several ranks, for tests of distributed training."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ TIMEOUT = 60  # seconds, after which a collective gives up
 def on_ranks(
     function: Callable[..., Any], *args: Any, world: int = 2, backend: str = "gloo"
 ) -> list[Any]:
-    """What ``function(rank, *args)`` returns on each of the ranks, and gloo's threads end.
+    """The result of ``function(rank, *args)`` on each rank; gloo's threads must end.
 
     Raises:
-        ProcessRaisedException: with the traceback of the first rank that raised.
+        ProcessRaisedException: if a rank raises; it has the traceback of the first one.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world, backend, folder, function, args)
@@ -44,18 +44,19 @@ def _on_rank(rank, world, backend, folder, function, args):
         timeout=timedelta(seconds=TIMEOUT),
     )
     (Path(folder) / str(rank)).write_bytes(pickle.dumps(function(rank, *args)))
-    gc.collect()  # what holds a DistributedDataParallel, as trainers do in cycles
-    # torch's caches keep every DeviceMesh, and a DeviceMesh its process group. Processes of
-    # multiprocessing end by os._exit(), which gloo's threads cannot disturb.
+    gc.collect()  # trainers keep their DistributedDataParallel in reference cycles
+    # torch's caches keep every DeviceMesh, which keeps its process group. That is harmless here:
+    # processes of multiprocessing end with os._exit(), which gloo's threads cannot disturb.
     kept = any(type(one) is DeviceMesh for one in gc.get_objects())
     dist.destroy_process_group()
     assert kept or gloo_threads() == []
 
 
 def gloo_threads():
-    """The names of gloo's threads in this process; one that outlives Python may abort it.
+    """The names of gloo's threads in this process; empty except on Linux.
 
-    They end with the last reference to the process group. Linux alone tells names.
+    They end with the last reference to the process group. A thread that is still running when
+    Python ends may abort the process.
     """
     names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
     return [name for name in names if "gloo" in name]

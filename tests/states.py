@@ -1,4 +1,4 @@
-"""Saved states, compared bit by bit."""
+"""Compare saved states bit by bit."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What save() accepts, load() gives back; what it does not accept, it names."""
+"""save() either accepts a value, and load() returns it, or names the value that it refuses."""
 
 import argparse
 import collections
@@ -52,7 +52,7 @@ class Level(enum.IntEnum):
 
 
 class Lossy:
-    """Says that it is a set, and comes back as one."""
+    """An object whose pickle restores a set."""
 
     def __reduce__(self):
         return set, ([1],)
@@ -113,7 +113,7 @@ UNUSUAL = [
 
 
 def alike(one, other):
-    """The same value of the same types, attributes included."""
+    """Whether two values are equal and have the same types, including their attributes."""
     if type(one) is not type(other) or vars_of(one).keys() != vars_of(other).keys():
         return False
     if not all(alike(value, vars_of(other)[name]) for name, value in vars_of(one).items()):
@@ -146,7 +146,7 @@ def vars_of(value):
 
 
 def can_be_a_key(value):
-    """Of those that equal what they are saved as."""
+    """Whether a value equals its saved form, so that it can be a key."""
     try:
         hash(value)
     except TypeError:
@@ -155,7 +155,7 @@ def can_be_a_key(value):
 
 
 def straight(path, state):
-    """Whether torch alone gives the state back."""
+    """Whether torch.save and torch.load alone restore the state."""
     try:
         torch.save(state, path)
         return alike(torch.load(path, weights_only=True), state)
@@ -169,7 +169,7 @@ def without_waiting_for_the_disk(monkeypatch):
 
 
 def check(folder, state, key):
-    """Saved and loaded as torch alone would; or refused, with the key in the sentence."""
+    """Check that a state is restored as by torch alone, or refused with its key in the message."""
     path = folder / "checkpoint.pt"
     expected = straight(folder / "straight.pt", state)
     if not expected:
@@ -225,7 +225,7 @@ def test_any_state_is_loaded_as_it_was_or_refused(tmp_path, state):
 
 
 def refusal(state, tmp_path):
-    """The sentence; nothing is written, not even the folder."""
+    """The message of the refusal; nothing may be written, not even the folder."""
     with pytest.raises((TypeError, ValueError)) as caught:
         tg.checkpoint.save(tmp_path / "run" / "checkpoint.pt", state)
     assert list(tmp_path.iterdir()) == []
@@ -401,7 +401,7 @@ def test_what_a_training_run_has_to_save(optimizer, tmp_path):
 
 
 def test_the_attributes_of_a_state_dict_stay(tmp_path):
-    """Without its versions a model of another time is loaded wrongly."""
+    """Without the versions in it, a model saved by an earlier version would be loaded wrongly."""
     tg.checkpoint.save(tmp_path / "model.pt", nn.BatchNorm1d(2).state_dict())
     loaded = tg.checkpoint.load(tmp_path / "model.pt")
     assert type(loaded) is collections.OrderedDict
@@ -418,7 +418,7 @@ def test_types_that_the_user_has_allowed(tmp_path):
 
 
 def test_usual_values_are_not_serialised_to_find_out(tmp_path, monkeypatch):
-    """A large state is walked over once and written once."""
+    """A large state is traversed once and written once."""
     state = training_state(lambda p: torch.optim.Adam(p, lr=0.1))
     calls = []
     original = torch.save

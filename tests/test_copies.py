@@ -1,4 +1,4 @@
-"""Copies of what a user holds go on as the original, in the middle of training too."""
+"""Copies of a user's objects continue exactly like the original, also in the middle of training."""
 
 import copy
 import pickle
@@ -25,7 +25,7 @@ COPIES = {
 
 
 class Run:
-    """Two numbers, three tasks that want them elsewhere."""
+    """A model of two numbers, and three tasks with different targets for them."""
 
     def __init__(self, setting, sample=None):
         self.x = torch.zeros(2, requires_grad=True)
@@ -110,7 +110,7 @@ def child(rank, runs, folder):
 
 
 def test_a_spawned_process_goes_on_as_the_original(tmp_path):
-    """As under torch.multiprocessing.spawn(train, (groups, ...)); pytorch/pytorch#146828."""
+    """As with torch.multiprocessing.spawn(train, (groups, ...)); pytorch/pytorch#146828."""
     runs = [Run(setting, sample=2) for setting in [*SETTINGS, "gradients"]]
     for run in runs:
         run.train(3)

@@ -1,4 +1,4 @@
-"""Torch's default dtype and device change nothing: what is made says both."""
+"""Torch's default dtype and device change nothing: the package always names both."""
 
 import ast
 from contextlib import contextmanager
@@ -83,7 +83,7 @@ GROUPINGS = {
 
 
 def trained(affinity, grouping, within, weights=None):
-    """All made and trained within a default; the tensors of the user are given."""
+    """Make and train everything under a default, with tensors of the user made before."""
     x = torch.zeros(3, requires_grad=True, device="cpu", dtype=torch.float32)
     targets = torch.linspace(-1, 1, 15, device="cpu", dtype=torch.float32).view(5, 3)
     found = []

@@ -1,4 +1,4 @@
-"""The one number of a multi-task model."""
+"""Delta m, the mean relative improvement over a baseline."""
 
 import math
 from decimal import Decimal
@@ -15,7 +15,7 @@ JOINT = [0.0187, 0.0188, 0.1301, 0.1757, 0.1733, 0.0942, 0.3076, 0.7991, 0.1826,
 
 
 def test_published_table():
-    """ViT-B on Taskonomy, DTME-MTL (ICCV 2025): joint training stands at -7.83%."""
+    """ViT-B on Taskonomy, DTME-MTL (ICCV 2025): joint training has -7.83%."""
     joint = dict(zip(TASKS, JOINT, strict=True))
     single = dict(zip(TASKS, SINGLE, strict=True))
     # The table's own numbers have three or four digits.

@@ -20,7 +20,7 @@ OPS = set(tg.ops.__all__) - {"backends", "use_backend"}
 
 @pytest.fixture
 def report(capsys):
-    """Runs it here: its exit status, and what it says, with and without its line breaks."""
+    """Run the doctor; return its exit status and its output, with and without line breaks."""
 
     def run():
         status = doctor.main()
@@ -100,7 +100,7 @@ def test_extra_that_is_not_installed(report, monkeypatch):
 
 
 def test_gpu_without_kernels_for_it(report, monkeypatch):
-    """No GPU is there, so that its ops are not run."""
+    """The machine has no GPU, so the ops of the GPU do not run."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     capabilities = [(8, 6), (7, 5)]
@@ -120,7 +120,7 @@ def test_gpu_without_kernels_for_it(report, monkeypatch):
 
 @pytest.fixture
 def copied(tmp_path):
-    """A copy of the package, and its doctor in a process of its own."""
+    """A copy of the package, and its doctor in a new process."""
     copy = tmp_path / "taskgroup"
     shutil.copytree(
         Path(tg.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__", "vision")

@@ -1,4 +1,4 @@
-"""Killed runs go on exactly, files are whole or as they were, a dead rank ends the others."""
+"""Killed runs resume exactly, files are complete or unchanged, a dead rank ends the others."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def example(rank, world, port, folder, epochs):
-    """examples/ddp.py, as torchrun would start it."""
+    """Start examples/ddp.py as torchrun does."""
     torch.set_num_threads(1)
     sys.path.insert(0, str(EXAMPLES))
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
@@ -70,7 +70,7 @@ def epochs_done(folder):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_runs_go_on_as_if_nothing_had_been(world, tmp_path):
-    """SIGKILL at moments drawn at random, until a run comes through."""
+    """Send SIGKILL at random moments until a run completes."""
     wait_for(start(world, tmp_path / "whole"))
     draw = torch.Generator().manual_seed(int.from_bytes(os.urandom(4), "big"))
     killed = tmp_path / "killed"
@@ -89,7 +89,7 @@ def test_killed_runs_go_on_as_if_nothing_had_been(world, tmp_path):
 
 
 def test_a_dead_rank_ends_the_others(tmp_path):
-    """With an error, and soon."""
+    """The other ranks end soon, with an error."""
     alive, dying = start(2, tmp_path, epochs=100_000)
     wait_until((tmp_path / "checkpoint.pt").exists)
     dying.kill()
@@ -167,7 +167,7 @@ def test_a_kill_during_the_write_leaves_the_last_good_one(tmp_path):
 
 
 def test_a_full_disk(tmp_path):
-    """A limit on the size of files says what a full disk says, at the same place."""
+    """A limit on the size of files raises the same error at the same place as a full disk."""
     path = tmp_path / "checkpoint.pt"
     tg.checkpoint.save(path, {"n": 1})
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -241,7 +241,7 @@ def test_a_link_stays_a_link(tmp_path):
 
 
 def test_what_others_write_is_left_alone(tmp_path):
-    """A partial file of a process that is alive, or of another machine, or of another name."""
+    """Keep partial files of a live process, of another machine, and of another file name."""
     path = tmp_path / "a[1].pt"
     host = socket.gethostname()
     ours = [f"a[1].pt.{host}-{os.getppid()}.partial", "a[1].pt.elsewhere-1.partial"]

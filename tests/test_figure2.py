@@ -1,4 +1,4 @@
-"""The benchmark behind Figure 2: what is in it, when it ends, what it keeps, how it is drawn."""
+"""The benchmark behind Figure 2: its methods, its time limit, its rows, and its pictures."""
 
 import csv
 import dataclasses
@@ -31,7 +31,7 @@ def setting(name, n_groups=None):
 
 
 def groups_of(training, setting, n_batches):
-    """The groups of each batch, as the model is called with them."""
+    """The groups with which the model is called in each batch."""
     asked = []
     losses = training.losses
     training.losses = lambda group=None: (asked.append(group.tasks), losses(group))[1]
@@ -104,7 +104,7 @@ def test_methods_start_from_the_same_weights(training):
 
 
 class Day:
-    """A clock that tells the seconds that were spent by hand."""
+    """A clock that the test sets by hand."""
 
     now = 0.0
 
@@ -114,7 +114,7 @@ class Day:
 
 @pytest.fixture
 def run(monkeypatch):
-    """A run on networks that are not made, of methods that take the seconds they are given."""
+    """A run without networks, whose methods take the given seconds."""
     day = Day()
     rows = []
 
@@ -232,7 +232,7 @@ def test_the_largest_backbone_that_fits_goes_next(run):
 
 
 def test_the_budget_stops_between_batches(training):
-    """The real measurement, which the other tests of the time stand in for."""
+    """The real measurement; the other tests of the time limit replace it."""
     times = iter([1.0, -1.0, -1.0])
     scale = dataclasses.replace(TINY, batches=5)
     found = benchmark.measure(setting(benchmark.JOINT), training, scale, lambda: next(times))
@@ -241,7 +241,7 @@ def test_the_budget_stops_between_batches(training):
 
 
 def made_up(**values):
-    """A row that nobody measured."""
+    """An invented row."""
     kinds = {"int": 0, "str": "made up", "float | None": None, "int | None": None}
     empty = {field.name: kinds[field.type] for field in dataclasses.fields(benchmark.Row)}
     return benchmark.Row(**{**empty, "reason": "", "images": "8x512x512", **values})
@@ -337,7 +337,7 @@ def test_a_page_without_the_marks_is_left_as_it_is(repository):
 
 
 def test_the_page_shows_what_was_measured():
-    """If this fails, rows came in: run ``python -m benchmarks.figure2``."""
+    """If this fails, there are new rows: run ``python -m benchmarks.figure2``."""
     text = (ROOT / figure2.PAGE).read_text("utf-8")
     _, _, rest = text.partition(f"{figure2.BEGIN}\n")
     shown, mark, _ = rest.partition(f"\n{figure2.END}")

@@ -1,4 +1,4 @@
-"""What `make gpu` promises, with programs of a second in the place of its steps."""
+"""`make gpu`, with programs that take a second instead of its steps."""
 
 import csv
 import sys
@@ -45,7 +45,7 @@ def run(tmp_path):
 
 
 def packed(out):
-    """The results in the folder: the rows of each file."""
+    """The rows of each file in results.tar.gz."""
     with tarfile.open(out / "results.tar.gz") as tar:
         return {
             member.name: list(csv.DictReader(tar.extractfile(member).read().decode().splitlines()))
@@ -54,7 +54,7 @@ def packed(out):
 
 
 def test_a_step_that_runs_out_of_time_keeps_its_rows(run, tmp_path, capsys):
-    """It is interrupted first, and says what it has."""
+    """It is interrupted first, and reports its tests so far."""
     then = """
 try:
     time.sleep(600)
@@ -123,7 +123,7 @@ def test_what_is_too_large_for_the_folder_is_left_out_and_named(run, tmp_path, m
     run.step(measuring("small"))
     run.step(program("loud", "for n in range(1000): print('loud', n)"))
     assert list(packed(tmp_path / "out")) == ["abacus/small.csv"]
-    assert "trace.json: too large for the folder" in capsys.readouterr().out
+    assert "trace.json is too large for results.tar.gz" in capsys.readouterr().out
     assert (tmp_path / "out" / "gpu.log").stat().st_size < 5000
 
 
@@ -151,7 +151,7 @@ def test_a_step_whose_packages_are_not_installed_is_no_failure(run):
 
 
 def test_without_nvcc_the_other_steps_go_on(run, monkeypatch, tmp_path, capsys):
-    """setup.py says what is missing; then it builds without CUDA, and the steps run."""
+    """setup.py says what is missing; then the package is built without CUDA, and the steps run."""
     asked = []
 
     def build(architecture, cuda):
@@ -211,7 +211,7 @@ def test_the_figures_say_time_host_and_share_of_a_copy():
 
 
 def test_every_step_of_a_gpu_is_in_the_dry_run():
-    """The sanitizers are one program there, and the tests of Triton a step."""
+    """In the dry run the sanitizers are one program, and the tests of Triton are a step."""
     tools = {"memcheck", "racecheck", "synccheck", "initcheck"}
     real = {step.name for step in gpu.steps(dry=False)}
     dry = {step.name for step in gpu.steps(dry=True)}

@@ -1,4 +1,4 @@
-"""What importing the package pulls in, and what it promises."""
+"""Importing the package: the modules that it imports, and its public names."""
 
 import subprocess
 import sys

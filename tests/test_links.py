@@ -1,4 +1,4 @@
-"""Links between the pages lead somewhere; those to other hosts are for `make links`."""
+"""Links between the pages have a target; `make links` checks links to other hosts."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def anchors(page):
-    """Of the headings, as repository browsers name them."""
+    """The anchors of the headings of a page, as repository browsers name them."""
     found = set()
     text = re.sub(
         r"^( *)```.*?^\1```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL
@@ -31,7 +31,7 @@ def anchors(page):
 
 
 def broken(page):
-    """The links of a page that lead nowhere."""
+    """The links of a page without a target."""
     for target in LINK.findall(CODE.sub("", page.read_text("utf-8"))):
         if re.match(r"[a-z]+:", target):
             continue

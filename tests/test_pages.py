@@ -1,4 +1,4 @@
-"""The pages in docs/ and the README run as they stand."""
+"""Run the Python blocks of the pages in docs/ and of the README."""
 
 import re
 import tempfile
@@ -23,7 +23,7 @@ PYTHON = re.compile(r"^( *)```python\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
 
 def run_blocks(page, names):
-    """Run every Python block of a page of docs/, with these names to begin with; how many."""
+    """Run every Python block of a page in docs/ in the namespace ``names``; return their number."""
     path = ROOT / "docs" / page
     text = path.read_text("utf-8")
     found = list(PYTHON.finditer(text))
@@ -145,7 +145,7 @@ def test_cost():
 
 
 def small_training():
-    """What a loop is given: names that pages take as known."""
+    """The names that pages use without defining them: a model, a loader, losses, ..."""
     tasks = ["depth", "normal", "edges"]
 
     def criterion(outputs, labels):
@@ -178,7 +178,7 @@ def small_training():
     }
 
 
-# Those that take more than a small training as known; every other page is run with one.
+# Pages that need more than small_training(); test_page runs all other pages.
 RUN_ABOVE = (
     "cost.md",
     "reproduce.md",
@@ -209,7 +209,7 @@ def test_page(page, capsys):
 
 
 def test_readme():
-    """Its blocks one by one; one with an ellipsis is an outline."""
+    """Run the blocks of the README one by one, except outlines with an ellipsis."""
     blocks = [block[2] for block in PYTHON.finditer((ROOT / "README.md").read_text("utf-8"))]
     whole = [block for block in blocks if "..." not in block]
     assert len(blocks) - 1 <= len(whole) > 4
@@ -218,9 +218,9 @@ def test_readme():
 
 
 def diffs_of(page):
-    """``(before, after, number of lines that change)`` of every diff of a page, as ``-w`` shows it.
+    """Yield ``(before, after, number of changed lines)`` for every ``diff -w`` on a page.
 
-    What stands in a new block was further to the left before.
+    The body of an added block was indented by one level less before.
     """
     for block in re.findall(r"^```diff\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
         before, after, opened = [], [], None
@@ -241,7 +241,7 @@ def diffs_of(page):
 
 
 def test_your_model(accelerate, monkeypatch, tmp_path):
-    """Five changed lines at most, and every loop runs as it was and as it becomes."""
+    """Every change takes at most five lines, and every loop runs before and after it."""
     from lightning.pytorch import LightningModule, Trainer
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
@@ -280,7 +280,7 @@ def test_your_model(accelerate, monkeypatch, tmp_path):
 
 
 def test_the_reference_is_whole():
-    """Every public name has its docstring in docs/api."""
+    """docs/api shows the docstring of every public name."""
     pages = "".join(path.read_text("utf-8") for path in (ROOT / "docs/api").glob("*.md"))
     shown = {name.split(".")[-1] for name in re.findall(r"^\.\. auto\w+:: (\S+)", pages, re.M)}
     public = {*tg.__all__, *tg.ops.__all__, *tg.methods.__all__, *tg.checkpoint.__all__}

@@ -1,4 +1,4 @@
-"""The groups that are there are the groups that are found."""
+"""Selective updates find the planted groups."""
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_every_grouping_finds_planted_partition_with_every_affinity(
 
 @pytest.mark.parametrize("affinity", [of_gradients, of_steps])
 def test_one_colour_a_batch(affinity):
-    """SON-GOKU's schedule; only a batch that observes steps takes two groups."""
+    """SON-GOKU's schedule; only a batch that observes takes steps on two groups."""
     planted = Planted([3, 2, 3], -0.3, seed=0)
     groups = tg.TaskGroups(
         planted.tasks,
@@ -161,7 +161,7 @@ def test_first_order_identity():
     ],
 )
 def test_many_tasks_one_group_a_batch(grouping, least, n_tasks, clusters, batches):
-    """Warm-up is two rounds of every task alone; from then on a batch costs two steps."""
+    """The warm-up is two rounds with every task alone; after that a batch takes two steps."""
     planted = Planted([n_tasks // clusters] * clusters, -0.9 / (clusters - 1), seed=0, dim=64)
     groups = tg.TaskGroups(
         planted.tasks,

@@ -1,4 +1,4 @@
-"""The peer of the benchmarks does what the published code does, worked out by hand."""
+"""The published code's reimplementation for the benchmarks, against values worked out by hand."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What the benchmarks rest on: equal turns for all sides, and results that are kept."""
+"""Benchmarks measure all sides in equal turns, and keep their results."""
 
 import csv
 import os
@@ -26,7 +26,7 @@ def record(tmp_path, monkeypatch):
 
 
 def scripted_clock(record, seconds):
-    """A clock that says so many seconds a call for each function, one after the other."""
+    """A clock that returns given seconds for each function, one after the other."""
     measured = []
 
     def clock(function, calls):
@@ -219,7 +219,7 @@ def test_a_file_with_other_columns_loses_nothing(tmp_path):
 
 
 def test_results_of_earlier_versions_take_new_rows(record, tmp_path):
-    """Those in the repository, which have fewer columns."""
+    """The results in the repository have fewer columns."""
     old = benchmarks.record.ROOT / "results" / "amd-epyc" / "combine.csv"
     before = rows_of(old)
     record.path.parent.mkdir()
@@ -231,7 +231,7 @@ def test_results_of_earlier_versions_take_new_rows(record, tmp_path):
 
 
 def test_the_clock_of_a_gpu_finds_the_calls_queued(monkeypatch):
-    """The GPU, here a stand-in, is held up for longer than the host takes to queue the calls."""
+    """The (fake) GPU is delayed for longer than the host needs to queue the calls."""
     events = []
 
     class Event:

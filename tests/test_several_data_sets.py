@@ -29,7 +29,7 @@ def trained(rank, turns):
 
 
 def check(observed, turns):
-    """In turns the pair of one data set alone can be observed; together all pairs are."""
+    """In turns, only pairs of one data set are observed; together, all pairs are."""
     off_diagonal = ~torch.eye(4, dtype=torch.bool)
     expected = WITHIN if turns else torch.ones_like(WITHIN)
     if turns:

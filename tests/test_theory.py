@@ -1,4 +1,4 @@
-"""What the paper says of group updates, checked by numbers: where it holds, and where it does not.
+"""Numerical checks of the paper's claims about group updates: where they hold, and where not.
 
 Notation: tasks or groups have losses L_k with gradients g_k and Hessians H_k; a step is plain
 gradient descent with step size eta. Everything is in float64 unless said otherwise.
@@ -15,7 +15,7 @@ import taskgroup as tg
 
 
 def slope(steps, errors):
-    """The power of the step with which the error falls."""
+    """The order of the error in the step size."""
     return np.polyfit(np.log(steps), np.log(errors), 1)[0]
 
 
@@ -68,7 +68,7 @@ def test_affinity_is_the_inner_product_of_gradients_to_first_order(group):
 
 
 def test_lookahead_is_the_inner_product_of_gradients_to_first_order():
-    """The same of every single task, by the package's own measurement (its result is float32)."""
+    """The same for every single task, with the package's measurement (its result is float32)."""
     network = Network()
     before = network.losses()
     gradients = tg.task_gradients(before, network.shared)
@@ -125,8 +125,8 @@ def joint_serves_task_as_well(relative_step, trials=300):
 def test_theorem_1():
     """If stepping on {i, k} serves k at least as well as on {k} alone, <g_i, g_k> >= 0.
 
-    With a small step that is what is seen, in about half of the cases; where the gradients
-    conflict the joint step serves k worse, in all of them.
+    With a small step this holds. If the gradients conflict, as in about half of the cases, the
+    joint step always serves k worse.
     """
     serves, cosine, _ = joint_serves_task_as_well(relative_step=1e-4)
     assert 0.3 < serves.mean() < 0.7
@@ -137,12 +137,12 @@ def test_theorem_1():
 
 
 def test_theorem_1_for_steps_of_any_size():
-    """What holds exactly: L_k(a - eta g_i) - L_k(a) at a = x - eta g_k is -eta times
+    """This holds exactly: L_k(a - eta g_i) - L_k(a) at a = x - eta g_k is -eta times
 
         <g_i, (I - eta H_k) g_k> - eta g_i^T H_k g_i / 2,
 
-    so the premise says that this is not negative. <g_i, g_k> may well be: with a large step on k
-    alone its gradient may turn round, and a conflicting task then holds it back to its good.
+    so the premise says that this is not negative. But <g_i, g_k> may be negative: a large step on k
+    alone may overshoot and reverse its gradient, and a conflicting task then reduces the overshoot.
     """
     counterexamples = []
     for relative_step in (1e-3, 0.5, 1.9):
@@ -159,7 +159,7 @@ def test_theorem_1_for_steps_of_any_size():
 
 
 def stepped(network, partition, step, seed):
-    """The losses after one batch of the real loop, and the groups in the order they were taken."""
+    """The losses after one batch of the real loop, and the groups in the order of their steps."""
     groups = tg.TaskGroups(network.tasks, grouping=tg.Fixed(partition), seed=seed)
     x = [p.detach().clone().requires_grad_() for p in network.shared]
     order = []
@@ -177,9 +177,10 @@ def test_sequence_differs_from_joint_step_in_the_second_order(sizes):
 
         F(sequence) - F(joint) = eta^2 g^T (sum over m < n of H_n g_m) + O(eta^3).
 
-    For after the step on group m the gradient of a later group n is g_n - eta H_n g_m, so that the
-    sequence ends at eta^2 times the sum of H_n g_m from where the joint step ends. The two are the
-    same to first order: which is lower is a matter of curvature, not of the sign of affinities.
+    After the step on group m, the gradient of a later group n is g_n - eta H_n g_m. The sequence
+    therefore ends at a distance of eta^2 times the sum of H_n g_m from the end of the joint step.
+    The two are the same to first order: which of them is lower depends on the curvature, not on the
+    sign of the affinities.
     """
     network = Network(n_tasks=sum(sizes), seed=2)
     bounds = np.cumsum([0, *sizes])
@@ -210,9 +211,9 @@ def test_sequence_differs_from_joint_step_in_the_second_order(sizes):
 
 
 def share_lower_in_sequence(relative_step, *, convex, trials=3000, dim=6):
-    """Of random pairs of quadratics whose affinity is positive both ways, how many sequences end
-    lower than the joint step, on average over the two orders. The step is relative to the largest
-    curvature of the sum, in absolute value: below 2 a joint step on a convex sum does not diverge.
+    """The share of random pairs of quadratics whose sequence ends lower than the joint step, on
+    average over the two orders. Their affinity is positive both ways. The step is relative to the
+    largest absolute curvature of the sum: below 2, a joint step on a convex sum does not diverge.
     """
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(trials, 2, dim, dim, generator=generator, dtype=torch.float64)
@@ -245,12 +246,13 @@ def share_lower_in_sequence(relative_step, *, convex, trials=3000, dim=6):
 
 
 def test_sequence_is_lower_where_the_joint_step_is_too_long():
-    """Convex tasks that serve each other: with a small step, one joint step is the better one.
+    """For convex tasks that help each other, one joint step is better if the step is small.
 
-    The first group's step lowers the gradient of the second, which then goes less far; with a step
-    short of the minimum going further is better. So a positive affinity does not make the sequence
-    better for a small enough step: in (nearly) none of these problems it is. It is better where the
-    joint step goes too far, which begins beyond a step of one over the curvature of the sum.
+    The step on the first group reduces the gradient of the second, so its step is shorter. As long
+    as the steps do not reach the minimum, longer steps are better. A positive affinity therefore
+    does not make the sequence better with small steps: it is better in (nearly) none of these
+    problems. The sequence is better if the joint step overshoots, which begins beyond a step of one
+    over the curvature of the sum.
     """
     shares = [share_lower_in_sequence(s, convex=True) for s in (0.01, 0.1, 0.5, 1.0, 1.5, 1.9)]
     assert max(shares[:4]) < 0.01
@@ -259,7 +261,7 @@ def test_sequence_is_lower_where_the_joint_step_is_too_long():
 
 
 def test_sequence_is_lower_in_half_of_the_cases_where_curvature_has_any_sign():
-    """Tasks that are not convex: as often lower as not for small steps, more often for large."""
+    """For tasks that are not convex: in half of the cases with small steps, in more with large."""
     shares = [share_lower_in_sequence(s, convex=False) for s in (0.01, 0.1, 1.0, 1.9)]
     assert shares[0] == pytest.approx(0.5, abs=0.05)
     assert shares == sorted(shares)
@@ -267,10 +269,10 @@ def test_sequence_is_lower_in_half_of_the_cases_where_curvature_has_any_sign():
 
 
 def test_two_tasks_that_agree_in_everything():
-    """Where positive affinity does not make the sequence lower: two tasks with the one loss
-    x^2 / 2, all affinities positive. The joint step leaves the factor (1 - 2 eta) of x, the
-    sequence (1 - eta)^2, which is more until 2 eta - 1 = (1 - eta)^2, at eta = 2 - sqrt(2) = 0.586:
-    until then the joint step is better, from then on, when it overshoots, the sequence.
+    """Two tasks with the same loss x^2 / 2: all affinities are positive, but the sequence is not
+    always lower. The joint step leaves a factor (1 - 2 eta) of x, the sequence (1 - eta)^2. The two
+    have the same size at 2 eta - 1 = (1 - eta)^2, which is eta = 2 - sqrt(2) = 0.586. Below, the
+    joint step is better; above, where it overshoots, the sequence is better.
     """
     for step, sequence_is_lower in ((0.01, False), (0.3, False), (0.58, False), (0.59, True)):
         ends = {}
@@ -289,9 +291,9 @@ def test_two_tasks_that_agree_in_everything():
 
 
 def test_order_decides_where_tasks_conflict():
-    """L_m = |x - c_m|^2 / 2, so H = 1 and the second order is eta^2 (|g_1|^2 + <g_1, g_2>): lower
-    in sequence only where the second gradient opposes the first and is longer. The sum over both
-    orders is eta^2 |g_1 + g_2|^2: never lower on average, whatever the conflict.
+    """With L_m = |x - c_m|^2 / 2, H = 1 and the second order is eta^2 (|g_1|^2 + <g_1, g_2>). The
+    sequence is lower only if the second gradient opposes the first and is longer. The sum over both
+    orders is eta^2 |g_1 + g_2|^2, so on average the sequence is never lower.
     """
     centre = torch.tensor([[1.0, 0.0], [-2.0, 0.5]], dtype=torch.float64)
     gradient, step = -centre, 1e-3
@@ -314,7 +316,7 @@ def test_order_decides_where_tasks_conflict():
 
 
 def quadratics(n_tasks, seed, dim=8):
-    """Convex tasks on two sides, and where to start; the curvature of their sum is at most K."""
+    """Convex tasks on two sides, and a start; the curvature of their sum is at most K."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -334,8 +336,8 @@ def quadratics(n_tasks, seed, dim=8):
 
 
 def valleys(n_tasks, seed, pairs=4):
-    """Rosenbrock's function, summed over pairs of variables, with minima of each task's own: all
-    in one bent valley. It starts where the sum is not convex.
+    """Rosenbrock's function, summed over pairs of variables. Each task has its own minimum, all in
+    one bent valley. The start is at a point where the sum is not convex.
     """
     generator = torch.Generator().manual_seed(seed)
     minimum = torch.randn(n_tasks, pairs, generator=generator, dtype=torch.float64)
@@ -360,7 +362,7 @@ def stationarity(losses, x):
 
 
 def train(losses, start, step, batches, seed=0):
-    """The real loop with learned groups; where it ends, and the numbers of groups on the way."""
+    """Train with learned groups in the real loop; return the end, and the numbers of groups."""
     x = start.clone().requires_grad_()
     groups = tg.TaskGroups(
         [f"task{k}" for k in range(len(losses(x)))],
@@ -397,8 +399,8 @@ def test_converges_to_pareto_stationary_points(make, first, half_life, batches, 
 
 @pytest.mark.learned
 def test_with_a_constant_step_it_ends_in_a_neighbourhood():
-    """Of the size of the step: the squared norm that is left falls with the square of the step, up
-    to the order of the groups in the last batch.
+    """The size of the neighbourhood is that of the step: the remaining squared norm falls with the
+    square of the step, up to the order of the groups in the last batch.
     """
     losses, start = quadratics(4, seed=40)
     left = []

@@ -1,4 +1,4 @@
-"""In Lightning and Accelerate the loop trains what the plain loop trains, bit by bit."""
+"""In Lightning and Accelerate the loop gives the same result as the plain loop, bit by bit."""
 
 import contextlib
 import math
@@ -22,7 +22,7 @@ TRAINERS = ["lightning", "accelerate"]
 
 
 def train(trainer, folder, epochs, rank=0, world=1):
-    """Run an example; what it saved: the model, the state of the optimizer, the groups."""
+    """Run an example; return the model, the optimizer state and the groups that it saved."""
     environment = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0, "TORCHELASTIC_RUN_ID": "test"}
     environment |= {"OMP_NUM_THREADS": 1}  # or Accelerate takes more, which round otherwise
@@ -96,7 +96,7 @@ def test_a_trainer_on_two_ranks_trains_and_resumes_as_ddp(tmp_path):
 
 
 def small():
-    """Three tasks that are the same: the heads, and so the gradients, start alike."""
+    """Three equal tasks: the heads, and so the gradients, are the same at the start."""
     torch.manual_seed(0)
     model = tg.MultiTaskModel(nn.Linear(3, 4), {task: nn.Linear(4, 1) for task in "abc"})
     for head in model.heads.values():
@@ -140,7 +140,7 @@ def test_accumulation_by_accelerate_is_refused(where, accelerate):
 
 
 def test_accumulation_with_accelerate_as_the_sentence_says(accelerate):
-    """Four micro-batches are one step on all of them."""
+    """Four micro-batches give the same step as all of them at once."""
     accelerator = accelerate.Accelerator(cpu=True)
     models = []
     for parts in (1, 4):
@@ -202,14 +202,14 @@ def test_a_trainer_that_steps_once_per_batch_is_told_of(tmp_path):
 
 
 def block_of_the_page(start):
-    """The code in docs/trainers.md that begins so."""
+    """The code block in docs/trainers.md that begins with this text."""
     page = (EXAMPLES.parent / "docs" / "trainers.md").read_text("utf-8")
     (block,) = re.findall(rf"^```python\n({re.escape(start)}.*?)^```$", page, re.M | re.S)
     return block
 
 
 def with_unlabelled_batches():
-    """The data of the examples, of which two batches of four samples have no label at all."""
+    """The data of the examples, in which two batches of four samples have no label at all."""
     import weather
 
     x, y = (part.clone() for part in weather.make_loader().dataset.tensors)
@@ -299,7 +299,7 @@ def test_hugging_face_sees_batches_without_labels(monkeypatch, tmp_path, acceler
 
 @pytest.mark.parametrize("outside", ["hold", "coast"])
 def test_attach_under_automatic_optimization(outside, tmp_path):
-    """Lightning gives the optimizer a closure that makes the gradients, of stacked losses here."""
+    """Lightning gives the optimizer a closure that makes the gradients; here of stacked losses."""
     import lightning
 
     class Module(lightning.LightningModule):
@@ -347,7 +347,7 @@ def test_attach_under_automatic_optimization(outside, tmp_path):
 
 @pytest.mark.learned
 def test_one_step_per_batch_with_gradient_affinity_is_a_batch():
-    """What a trainer can do that takes the steps itself: one group, and nothing to be told."""
+    """The loop for a trainer that takes one step per batch; it raises no warning."""
     model, _, x = small()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)  # the heads stay nearly alike
     affinity = tg.GradientAffinity(model.encoder)
@@ -365,7 +365,7 @@ def test_one_step_per_batch_with_gradient_affinity_is_a_batch():
 
 
 def test_one_group_a_batch_that_never_sees_its_second_step_is_told_of():
-    """Batches of one step between those that observe are no sign that all is well."""
+    """Batches of one step between those that observe must not suppress the warning."""
     model, _, x = small()
     groups = tg.TaskGroups(["a", "b", "c"], groups_per_batch=1, observe_every=4)
 
@@ -394,7 +394,7 @@ def test_batches_left_now_and_then_are_nobodys_business():
 
 @pytest.mark.learned
 def test_a_trainer_that_takes_the_steps_itself(tmp_path, accelerate):
-    """Hugging Face's Trainer: one group a batch, learned from gradients."""
+    """The Hugging Face Trainer, with one group per batch, learned from gradients."""
     import transformers
 
     model, _, _ = small()
@@ -433,10 +433,10 @@ def test_a_trainer_that_takes_the_steps_itself(tmp_path, accelerate):
 
 @pytest.mark.learned
 def test_the_recommender_learns_what_goes_together(monkeypatch):
-    """Skipping is the opposite of clicking; sharing hangs on other tastes for the most part.
+    """Skipping is the opposite of clicking; sharing mostly depends on other tastes.
 
-    Every task is stepped on alone in every batch. What the example itself learns in a few epochs,
-    a group a batch and one batch in five observed, hangs on the last bits of the arithmetic.
+    Here every task is stepped on alone in every batch. The example itself uses one group per batch
+    and observes one batch in five, so what it learns in a few epochs depends on rounding.
     """
     monkeypatch.syspath_prepend(EXAMPLES)
     import tabular

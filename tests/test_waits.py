@@ -1,4 +1,4 @@
-"""The loop waits for the GPU once a batch: for a fake one here, in tests/gpu for a real one."""
+"""The loop waits for the GPU once per batch: here for a fake GPU, in tests/gpu for a real one."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ WAYS = {
 
 
 class Shared(nn.Module):
-    """An encoder, and one layer for the heads of all tasks."""
+    """An encoder, and one layer that holds the heads of all tasks."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -78,13 +78,13 @@ class Shared(nn.Module):
 
 
 class Loop:
-    """A small problem, trained in a way.
+    """A small problem, trained in one of the ways.
 
     Args:
-        way: how.
-        device: where.
-        dtype: of model and data.
-        dropout: in the encoder.
+        way: how to write the loop.
+        device: where to train.
+        dtype: the dtype of the model and the data.
+        dropout: the dropout probability in the encoder.
     """
 
     def __init__(self, way, device, dtype=torch.float32, dropout=0.1):
@@ -130,7 +130,7 @@ class Loop:
         self.batch = 0
 
     def train(self, batches):
-        """The groups of every step."""
+        """Train, and return the group of every step."""
         return [group for _ in range(batches) for group in self._train_batch()]
 
     def _train_batch(self):

@@ -20,7 +20,7 @@ STANDS_ON = {  # what each part of the core may import of the others
 
 
 def imports():
-    """``{module: modules of the package that it imports}``, those for type checking included."""
+    """``{module: modules of the package that it imports}``, including those for type checking."""
     files = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
@@ -46,7 +46,7 @@ def is_lab(module):
 
 
 def part(module):
-    """Of the core: ``"ops"`` for ``taskgroup.ops.combine``; None at the top level."""
+    """The part of the core, such as ``"ops"`` for ``taskgroup.ops.combine``; None at the top."""
     names = module.split(".")
     return names[1] if len(names) > 1 and names[1] in STANDS_ON else None
 
