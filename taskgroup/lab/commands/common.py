@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Backbone",
+    "Baseline",
     "Batches",
     "Changes",
     "Data",
@@ -22,7 +23,7 @@ __all__ = [
     "given",
     "say",
     "settings",
-    "words",
+    "split",
     "write",
 ]
 
@@ -53,6 +54,12 @@ Backbone = Annotated[
 Size = Annotated[
     str | None, typer.Option(metavar="HxW", help="Size of the network's input in pixels.")
 ]
+Baseline = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUN|FILE", help="Finished run, or YAML file of metrics, to compute Δm against."
+    ),
+]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the recipe."),
@@ -64,16 +71,16 @@ def given(**options: object) -> dict[str, object]:
     return {key: value for key, value in options.items() if value is not None}
 
 
-def settings(recipe: str, changes: list[str] | None, options: dict[str, object]) -> Recipe:
-    """A recipe with the values of ``--set`` and of other options in place of its own."""
+def settings(recipe: str, changes: list[str] | None, **options: object) -> Recipe:
+    """A recipe, overridden by ``--set`` and by the other options that were given a value."""
     from taskgroup.lab.train.recipe import parse_changes, read_recipe
 
-    return read_recipe(recipe, {**parse_changes(changes or []), **options})
+    return read_recipe(recipe, {**parse_changes(changes or []), **given(**options)})
 
 
-def words(text: str) -> list[str]:
-    """The words of a list with commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
+def split(text: str) -> list[str]:
+    """The parts of a text between commas, such as ``"A,B"``."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def say(text: str) -> None:

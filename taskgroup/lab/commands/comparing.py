@@ -12,19 +12,7 @@ from typing import Annotated
 import rich
 import typer
 
-from taskgroup.lab.commands.common import (
-    Backbone,
-    Batches,
-    Changes,
-    Data,
-    RecipeName,
-    Size,
-    given,
-    say,
-    settings,
-    words,
-    write,
-)
+from taskgroup.lab.commands import common
 
 __all__ = ["affinity_gain", "compare"]
 
@@ -41,7 +29,7 @@ Out = Annotated[
 
 
 def compare(
-    recipe: RecipeName = "motorcycle-small",
+    recipe: common.RecipeName = "motorcycle-small",
     preset: Annotated[
         str, typer.Option(help="What to compare: methods, or an ablation such as grouping.")
     ] = "methods",
@@ -49,7 +37,7 @@ def compare(
         str | None, typer.Option(metavar="A,B,...", help="Only these methods of the preset.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Number of runs of each method.")] = 5,
-    batches: Batches = None,
+    batches: common.Batches = None,
     budgets: Annotated[
         str,
         typer.Option(
@@ -66,10 +54,10 @@ def compare(
             show_default="a third of the recipe's, the recipe's, 3 times the recipe's",
         ),
     ] = None,
-    data: Data = None,
-    backbone: Backbone = None,
-    size: Size = None,
-    set_: Changes = None,
+    data: common.Data = None,
+    backbone: common.Backbone = None,
+    size: common.Size = None,
+    set_: common.Changes = None,
     jobs: Jobs = None,
     out: Out = None,
 ) -> None:
@@ -81,12 +69,12 @@ def compare(
     from taskgroup.lab.train.recipe import make_problem
     from taskgroup.lab.train.trainer import task_names
 
-    options = given(batches=batches, root=data, backbone=backbone, size=size)
-    chosen = settings(recipe, set_, options)
+    options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
+    chosen = common.settings(recipe, set_, **options)
     variants = variants_of(preset, chosen, task_names(chosen, make_problem(chosen)))
     if methods is not None:
-        variants = variants_by_name([JOINT, *words(methods)], variants)
-    tried = words(rates or "")
+        variants = variants_by_name([JOINT, *common.split(methods)], variants)
+    tried = common.split(rates or "")
     try:
         numbers = [float(rate) for rate in tried]
     except ValueError:
@@ -96,7 +84,7 @@ def compare(
         variants,
         seeds,
         out or Path("runs") / f"compare-{Path(recipe).stem}",
-        budgets=words(budgets),
+        budgets=common.split(budgets),
         rates=numbers or [chosen.lr / 3, chosen.lr, 3 * chosen.lr],
         strict=methods is not None,
     )
@@ -107,10 +95,10 @@ def compare(
         table = comparison.run(display.update, jobs)
     for shown in report.tables(table):
         console.print(shown)
-    write(comparison.out / f"{preset}.md", report.markdown(table, _command()))
+    common.write(comparison.out / f"{preset}.md", report.markdown(table, _command()))
     report.write_csv(table, comparison.out / f"{preset}.csv")
     report.delta_m_plot(table, comparison.out / f"{preset}.png")
-    say(f"Tables and picture ({preset}.md, .csv and .png) are in {comparison.out}")
+    common.say(f"Tables and picture ({preset}.md, .csv and .png) are in {comparison.out}")
     if table.failed:
         raise RuntimeError(
             f"{len(table.failed)} runs failed and are missing above; the same command runs them "
@@ -119,15 +107,15 @@ def compare(
 
 
 def affinity_gain(
-    recipe: RecipeName = "yeast",
+    recipe: common.RecipeName = "yeast",
     seeds: Annotated[
         int, typer.Option(help="Number of runs of each pair and of each affinity.")
     ] = 5,
-    batches: Batches = None,
-    data: Data = None,
-    backbone: Backbone = None,
-    size: Size = None,
-    set_: Changes = None,
+    batches: common.Batches = None,
+    data: common.Data = None,
+    backbone: common.Backbone = None,
+    size: common.Size = None,
+    set_: common.Changes = None,
     jobs: Jobs = None,
     out: Out = None,
 ) -> None:
@@ -136,9 +124,9 @@ def affinity_gain(
     from taskgroup.lab.compare.affinity_gain import AffinityGain
     from taskgroup.lab.compare.comparison_tables import ComparisonDisplay
 
-    options = given(batches=batches, root=data, backbone=backbone, size=size)
+    options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
     measured = AffinityGain(
-        settings(recipe, set_, options),
+        common.settings(recipe, set_, **options),
         seeds,
         out or Path("runs") / f"affinity-gain-{Path(recipe).stem}",
     )
@@ -148,10 +136,10 @@ def affinity_gain(
         gains = measured.run(display.update, jobs)
     for shown in report.tables(gains):
         console.print(shown)
-    write(measured.out / "gains.md", report.markdown(gains, _command()))
+    common.write(measured.out / "gains.md", report.markdown(gains, _command()))
     report.write_csv(gains, measured.out / "gains.csv")
     report.affinity_gain_plot(gains, measured.out / "gains.png")
-    say(f"Tables and picture (gains.md, .csv and .png) are in {measured.out}")
+    common.say(f"Tables and picture (gains.md, .csv and .png) are in {measured.out}")
 
 
 @contextmanager
@@ -160,7 +148,7 @@ def _stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        say("Stopped; finished runs are kept. The same command continues.")
+        common.say("Stopped; finished runs are kept. The same command continues.")
         raise typer.Exit(130) from None
 
 

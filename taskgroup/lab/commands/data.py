@@ -9,7 +9,7 @@ from typing import Annotated
 import rich
 import typer
 
-from taskgroup.lab.commands.common import say
+from taskgroup.lab.commands import common
 
 __all__ = ["check", "mini"]
 
@@ -45,15 +45,15 @@ def check(
         checked = list(check_data(root, quick=quick, workers=cores, watch=watch))
     problems = [problem for split in checked for problem in split.problems]
     for problem in problems:
-        say(problem)
+        common.say(problem)
     console.print(check_table(f"{root}: {name}", checked))
     if problems:
-        say(f"{len(problems)} problems, listed above.")
+        common.say(f"{len(problems)} problems, listed above.")
         raise typer.Exit(1)
-    say("No listed file is missing." if quick else "All files are well.")
+    common.say("No listed file is missing." if quick else "All files are well.")
     if fewer := [s for s in checked if s.published is not None and s.listed != s.published]:
         counts = ", ".join(f"{s.split}: {s.listed:,} of {s.published:,}" for s in fewer)
-        say(f"This is not the whole public release; it lists {counts}.")
+        common.say(f"This is not the whole public release; it lists {counts}.")
 
 
 def mini(
@@ -66,8 +66,8 @@ def mini(
     from taskgroup.lab.data.mini import write_mini
 
     write_mini(name, root)
-    say(f"Twelve small images are in {root}")
-    say(
+    common.say(f"Twelve small images are in {root}")
+    common.say(
         f"Train on them: taskgroup train {name} --data {root} --backbone tiny --size 64x64 "
         "--batches 50 --set lr=1e-3 --set warmup=5"
     )

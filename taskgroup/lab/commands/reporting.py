@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from taskgroup.lab.commands.common import RunFolders, say, words
+from taskgroup.lab.commands import common
 
 __all__ = ["figures", "report"]
 
 
 def figures(
-    runs: RunFolders,
+    runs: common.RunFolders,
     pair: Annotated[
         str | None,
         typer.Option(metavar="A,B", help="The two tasks whose affinity is drawn over time."),
@@ -26,18 +26,18 @@ def figures(
     from taskgroup.lab.report.figures import figures as draw
     from taskgroup.lab.report.reader import load_runs
 
-    tasks = None if pair is None else words(pair)
+    tasks = None if pair is None else common.split(pair)
     if tasks is not None and len(tasks) != 2:
         raise ValueError(f"--pair takes two tasks, got {', '.join(tasks) or 'none'}.")
     found, left_out = load_runs(runs)
     written, notes = draw(found, out, None if tasks is None else (tasks[0], tasks[1]))
     for note in [*left_out, *notes]:
-        say(note)
-    say(f"{', '.join(path.name for path in written) or 'No pictures'} are in {out}")
+        common.say(note)
+    common.say(f"{', '.join(path.name for path in written) or 'No pictures'} are in {out}")
 
 
 def report(
-    runs: RunFolders,
+    runs: common.RunFolders,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -56,5 +56,5 @@ def report(
         raise ValueError(f"{out} is a folder; name the HTML file with --out.")
     found, left_out = load_runs(runs)
     for note in write_report(found, out, left_out):
-        say(note)
-    say(f"The report is {out}")
+        common.say(note)
+    common.say(f"The report is {out}")

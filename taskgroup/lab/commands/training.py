@@ -10,19 +10,7 @@ from typing import Annotated
 import rich
 import typer
 
-from taskgroup.lab.commands.common import (
-    Backbone,
-    Batches,
-    Changes,
-    Data,
-    RecipeName,
-    RunFolders,
-    Size,
-    given,
-    say,
-    settings,
-    write,
-)
+from taskgroup.lab.commands import common
 
 __all__ = ["evaluate", "predict", "train"]
 
@@ -30,8 +18,8 @@ _DEFAULT = "motorcycle"
 
 
 def train(
-    recipe: RecipeName = _DEFAULT,
-    set_: Changes = None,
+    recipe: common.RecipeName = _DEFAULT,
+    set_: common.Changes = None,
     method: Annotated[
         str | None, typer.Option(help="Training method: selective, joint, or a joint method.")
     ] = None,
@@ -42,7 +30,7 @@ def train(
             "random:M, ..."
         ),
     ] = None,
-    batches: Batches = None,
+    batches: common.Batches = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Seed of the weights, the crops and the order of the groups."),
@@ -50,30 +38,19 @@ def train(
     out: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Folder of the run; it must be new or empty.")
     ] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RUN|FILE", help="Finished run, or YAML file of metrics, to compute Δm against."
-        ),
-    ] = None,
-    data: Data = None,
-    backbone: Backbone = None,
-    size: Size = None,
+    baseline: common.Baseline = None,
+    data: common.Data = None,
+    backbone: common.Backbone = None,
+    size: common.Size = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Continue a run that was stopped.")
     ] = None,
 ) -> None:
     """Train a network on a recipe; Ctrl-C saves a checkpoint from which --resume continues."""
-    options = given(
-        method=method,
-        grouping=grouping,
-        batches=batches,
-        seed=seed,
-        baseline=baseline,
-        root=data,
-        backbone=backbone,
-        size=size,
-    )
+    options = common.given(
+        method=method, grouping=grouping, batches=batches, seed=seed, baseline=baseline, root=data,
+        backbone=backbone, size=size,
+    )  # fmt: skip
     if resume is not None and (out or recipe != _DEFAULT or options.keys() - {"root", "baseline"}):
         raise ValueError(
             "--resume continues with the settings of the run; give no other option with it but "
@@ -88,7 +65,7 @@ def train(
     if resume is not None:
         run = Run.resume(resume, {**parse_changes(set_ or []), **options})
     else:
-        chosen = settings(recipe, set_, options)
+        chosen = common.settings(recipe, set_, **options)
         name = f"{Path(recipe).stem}-{chosen.method}-{chosen.seed}"
         run = Run(chosen, out or _free(Path("runs") / name))
     console = rich.get_console()
@@ -97,20 +74,20 @@ def train(
         with Display(str(run.out), titles, console) as display:
             summary = run.train(display.update)
     except Interrupted as stopped:
-        say(str(stopped))
+        common.say(str(stopped))
         raise typer.Exit(130) from None
     console.print(summary_table(summary, titles))
-    say(f"Pictures and numbers are in {run.out}")
-    say(f"For a page to open in a browser: taskgroup report {shlex.quote(str(run.out))}")
+    common.say(f"Pictures and numbers are in {run.out}")
+    common.say(f"For a page to open in a browser: taskgroup report {shlex.quote(str(run.out))}")
 
 
 def evaluate(
-    runs: RunFolders,
+    runs: common.RunFolders,
     split: Annotated[
         str,
         typer.Option(help="held_out, validation, or train, of which some images are evaluated."),
     ] = "held_out",
-    data: Data = None,
+    data: common.Data = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -119,12 +96,7 @@ def evaluate(
             help="Override a setting for the evaluation: device=cpu, bad=skip, workers=4, ...",
         ),
     ] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RUN|FILE", help="Finished run, or YAML file of metrics, to compute Δm against."
-        ),
-    ] = None,
+    baseline: common.Baseline = None,
     save: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write all metrics to a YAML file, for --baseline."),
@@ -137,7 +109,7 @@ def evaluate(
     from taskgroup.lab.train.evaluation import delta_m, load_trained, read_baseline
     from taskgroup.lab.train.recipe import parse_changes
 
-    changes = parse_changes(set_ or []) | given(root=data)
+    changes = parse_changes(set_ or []) | common.given(root=data)
     against: dict[Path, dict[str, float]] = {}
     of_run: dict[str, Path] = {}
     for run in runs:  # report all mistakes before the first evaluation, which may take long
@@ -168,9 +140,9 @@ def evaluate(
         title = f"{run}, {trained.batch} batches, {split}"
         rich.get_console().print(evaluation_table(title, metrics, problem, baseline, delta))
         if save is not None:
-            write(save, yaml.safe_dump(saved, sort_keys=False))
+            common.write(save, yaml.safe_dump(saved, sort_keys=False))
     if save is not None:
-        say(f"The metrics are in {save}")
+        common.say(f"The metrics are in {save}")
 
 
 def predict(
@@ -197,7 +169,7 @@ def predict(
         taken[name] = image
     for name, image in taken.items():
         trained.problem.predict(trained.model, image, out / name)
-    say(f"Panels of all tasks are in {out}")
+    common.say(f"Panels of all tasks are in {out}")
 
 
 def _free(folder: Path) -> Path:

@@ -14,7 +14,7 @@ from PIL import Image
 from skimage.morphology import skeletonize
 from torch.nn import functional as F
 
-from taskgroup.lab.data.dense import Scene
+from taskgroup.lab.data.dense_dataset import Scene
 from taskgroup.lab.vision.tasks import Task
 
 __all__ = ["Augment", "Fit", "Resize", "flip"]

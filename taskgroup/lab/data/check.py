@@ -6,19 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from torch.utils.data import DataLoader, Dataset
-
-from taskgroup.lab.data import DATASETS, DenseDataset, Taskonomy
-from taskgroup.lab.data.dense import Problem
+from taskgroup.lab.data import DATASETS, Taskonomy
+from taskgroup.lab.data.processes import in_processes
 
 __all__ = ["Checked", "check", "recognise"]
-
-# By what each data set alone has at the top.
-_MARKS = {
-    "nyud-v2": "gt_sets",
-    "pascal-context": "ImageSets/Context",
-    "taskonomy": "splits_taskonomy",
-}
 
 
 class Checked(NamedTuple):
@@ -45,10 +36,10 @@ def recognise(root: Path) -> str:
     Raises:
         ValueError: if none.
     """
-    for name, mark in _MARKS.items():
-        if (root / mark).is_dir():
+    for name, kind in DATASETS.items():
+        if (root / kind.LISTS).is_dir():
             return name
-    marks = ", ".join(f"{mark} ({name})" for name, mark in _MARKS.items())
+    marks = ", ".join(f"{kind.LISTS} ({name})" for name, kind in DATASETS.items())
     raise ValueError(f"{root} holds none of the data sets: it has none of {marks}.")
 
 
@@ -92,29 +83,10 @@ def check(
         problems += [problem.sentence for problem in missing]
         if not quick:
             fresh = [sample for sample in dataset.ids if sample not in seen and sample not in bad]
-            for done, found in enumerate(_inspected(dataset, fresh, workers), start=1):
+            for done, found in enumerate(in_processes(dataset.inspect, fresh, workers), start=1):
                 watch(split, done, len(fresh))
                 bad |= {problem.sample for problem in found if not problem.usable}
                 problems += [problem.sentence for problem in found]
             seen.update(dataset.ids)
         n_listed = len(dict.fromkeys(listed))
         yield Checked(split, n_listed, kind.SPLITS[split], n_listed - len(bad), problems)
-
-
-class _Inspection(Dataset[list[Problem]]):
-    def __init__(self, dataset: DenseDataset, ids: list[str]) -> None:
-        self.dataset, self.ids = dataset, ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> list[Problem]:
-        return self.dataset.inspect(self.ids[index])
-
-
-def _inspected(dataset: DenseDataset, ids: list[str], workers: int) -> Iterator[list[Problem]]:
-    """What is wrong with each of the ids."""
-    found: DataLoader[list[Problem]] = DataLoader(
-        _Inspection(dataset, ids), batch_size=None, num_workers=workers
-    )
-    yield from found

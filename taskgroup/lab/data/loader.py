@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data._utils.collate import default_collate
 
-from taskgroup.lab.data.dense import DenseDataset
+from taskgroup.lab.data.dense_dataset import DenseDataset
 from taskgroup.lab.data.files import BadSampleError
 from taskgroup.lab.data.processes import begin_worker
 from taskgroup.lab.data.samples import Samples

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,8 @@ from skimage.segmentation import felzenszwalb
 
 from taskgroup.lab.data import motorcycle
 from taskgroup.lab.data.pascal import PARTS, PERSON, SURFACES
-from taskgroup.lab.vision.encoding import encode
+from taskgroup.lab.data.physical_labels import physical_labels
+from taskgroup.lab.data.taskonomy_encoding import encode
 from taskgroup.lab.vision.tasks import NYUD, PASCAL, TASKONOMY
 
 __all__ = ["MINI", "Crop", "crops", "write_mini"]
@@ -31,7 +32,7 @@ class Crop(NamedTuple):
         name: of the view and a number.
         held_out: whether it is of the held-out band.
         image: [H, W, 3], uint8 RGB.
-        labels: {task: [H, W, C]}, of :func:`taskgroup.lab.data.motorcycle.physical_labels`.
+        labels: {task: [H, W, C]}, of `physical_labels`.
         valid: {task: [H, W]}, bool.
         pieces: [H, W], numbers of the segments of the image, from 0.
     """
@@ -49,7 +50,7 @@ def crops() -> tuple[Crop, ...]:
     """Nine squares to train on and three of the held-out band, 80 x 80 pixels."""
     made = []
     for view, photo in motorcycle.photos().items():
-        labels, valid = motorcycle.physical_labels(*photo)
+        labels, valid = physical_labels(*photo)
         pieces = felzenszwalb(photo.image, scale=300, sigma=0.8, min_size=150)
         height, width = photo.depth.shape
         corners = [
@@ -122,13 +123,11 @@ def _pascal(root: Path) -> None:
         _save(root / "JPEGImages" / f"{crop.name}.jpg", crop.image)
         half = "VOC12" if number % 3 else "pascal-context"
         _save(root / "semseg" / half / f"{crop.name}.png", classes)
-        _save_mat(
-            root / "pascal-context" / "trainval" / f"{crop.name}.mat",
-            {"LabelMap": context.astype(np.uint16)},
-        )
+        path = root / "pascal-context" / "trainval" / f"{crop.name}.mat"
+        _save_mat(path, "LabelMap", context.astype(np.uint16))
         _save(root / "normals_distill" / f"{crop.name}.png", _stored_normals(crop))
         _save(root / "sal_distill" / f"{crop.name}.png", 255 * near)
-        _save_mat(root / "human_parts" / f"{crop.name}.mat", {"anno": _annotation(crop, person)})
+        _save_mat(root / "human_parts" / f"{crop.name}.mat", "anno", _annotation(crop, person))
         people[crop.held_out][crop.name] = [PERSON] if person.any() else []
     _write_lists(root / "ImageSets" / "Context")
     (root / "ImageSets" / "Parts").mkdir()
@@ -140,7 +139,8 @@ def _pascal(root: Path) -> None:
 def _annotation(crop: Crop, person: NDArray[np.bool_]) -> NDArray[Any]:
     """The nested structs of PASCAL-Part: an image has objects, an object has parts."""
     part = np.dtype([("part_name", object), ("mask", object)])
-    names = list(dict.fromkeys(_first_names()))
+    # The first name in PASCAL-Part of each of the six parts.
+    names = [next(name for name in PARTS if PARTS[name] == k) for k in range(1, 7)]
     bands = np.array_split(np.arange(_SIDE), len(names))
     parts = np.empty((1, len(names)), dtype=part)
     for k, (name, rows) in enumerate(zip(names, bands, strict=True)):
@@ -157,12 +157,6 @@ def _annotation(crop: Crop, person: NDArray[np.bool_]) -> NDArray[Any]:
     image = np.empty((1, 1), dtype=[("imname", object), ("objects", object)])
     image[0, 0] = (crop.name, objects if person.any() else objects[:, :1])
     return image
-
-
-def _first_names() -> Iterator[str]:
-    """One name of PASCAL-Part for each of the six parts."""
-    for number in range(1, 1 + max(PARTS.values())):
-        yield next(name for name, part in PARTS.items() if part == number)
 
 
 def _taskonomy(root: Path) -> None:
@@ -209,9 +203,9 @@ def _save(path: Path, values: NDArray[Any]) -> None:
     Image.fromarray(values.squeeze()).save(path, quality=95)  # of which a PNG takes no notice
 
 
-def _save_mat(path: Path, variables: Mapping[str, Any]) -> None:
+def _save_mat(path: Path, name: str, values: NDArray[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    scipy.io.savemat(path, dict(variables), do_compression=True)
+    scipy.io.savemat(path, {name: values}, do_compression=True)
 
 
 def _write_lists(folder: Path) -> None:

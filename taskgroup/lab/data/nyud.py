@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from taskgroup.lab.data.dense import DenseDataset, read_lines
+from taskgroup.lab.data.dense_dataset import DenseDataset
 from taskgroup.lab.data.files import read_depth, read_grey, read_rgb
-from taskgroup.lab.data.values import (
+from taskgroup.lab.data.plausibility import (
     doubt_of_depth,
     doubt_of_normals,
     fault_of_binary,
@@ -55,15 +55,8 @@ class NYUDv2(DenseDataset):
 
     TASKS: ClassVar[Mapping[str, Task]] = NYUD
     SPLITS: ClassVar[Mapping[str, int | None]] = {"train": 795, "val": 654}
+    LISTS: ClassVar[str] = "gt_sets"
     ROLES: ClassVar[Mapping[str, str]] = {"train": "train", "held_out": "val"}
-
-    def list_file(self) -> Path:
-        """The file that lists the split."""
-        return self.root / "gt_sets" / f"{self.split}.txt"
-
-    def listed_ids(self) -> list[str]:
-        """The ids of the split."""
-        return read_lines(self.list_file(), self.root)
 
     def files(self, sample: str) -> dict[str, tuple[Path, ...]]:
         """``{"image" or task: files}`` of an id."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,10 +14,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.morphology import thin
 
-from taskgroup.lab.data.dense import DenseDataset, read_lines, resized
+from taskgroup.lab.data.dense_dataset import DenseDataset, resized
 from taskgroup.lab.data.files import BadSampleError, read_grey, read_mat
 from taskgroup.lab.data.nyud import NORMALS, read_vectors, unit_normals
-from taskgroup.lab.data.values import (
+from taskgroup.lab.data.plausibility import (
     doubt_of_normals,
     fault_of_binary,
     fault_of_classes,
@@ -93,19 +94,8 @@ class PASCALContext(DenseDataset):
     TASKS: ClassVar[Mapping[str, Task]] = PASCAL
     SPLITS: ClassVar[Mapping[str, int | None]] = {"train": 4998, "val": 5105}
     RESIZES: ClassVar[bool] = True
+    LISTS: ClassVar[str] = "ImageSets/Context"
     ROLES: ClassVar[Mapping[str, str]] = {"train": "train", "held_out": "val"}
-
-    def __init__(self, root: Any, split: str = "train", **options: Any) -> None:
-        super().__init__(root, split, **options)
-        self._objects = self._read_objects() if "human_parts" in self.tasks else {}
-
-    def list_file(self) -> Path:
-        """The file that lists the split."""
-        return self.root / "ImageSets" / "Context" / f"{self.split}.txt"
-
-    def listed_ids(self) -> list[str]:
-        """The ids of the split."""
-        return read_lines(self.list_file(), self.root)
 
     def files(self, sample: str) -> dict[str, tuple[Path, ...]]:
         """``{"image" or task: files}`` of an id."""
@@ -181,7 +171,9 @@ class PASCALContext(DenseDataset):
         self.refuse(fault_of_classes(path, int(classes.max(initial=0)), _CONTEXT_CLASSES, how))
         return classes
 
-    def _read_objects(self) -> dict[str, list[int]]:
+    @cached_property
+    def _objects(self) -> dict[str, list[int]]:
+        """The classes of the objects in the images, as far as the optional list has them."""
         path = self.root / "ImageSets" / "Parts" / f"{self.split}.txt"
         try:
             found = json.loads(path.read_text("utf-8-sig"))

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from taskgroup.lab.data.dense import DenseDataset, Problem, file_names
+from taskgroup.lab.data.dense_dataset import DenseDataset, Finding, file_names
 from taskgroup.lab.data.files import read_grey, read_grey16, read_rgb
-from taskgroup.lab.data.values import (
+from taskgroup.lab.data.plausibility import (
     doubt_of_depth,
     doubt_of_normals,
     fault_of_binary,
     fault_of_normals,
 )
-from taskgroup.lab.vision.encoding import normalise
+from taskgroup.lab.data.taskonomy_encoding import normalise
 from taskgroup.lab.vision.tasks import TASKONOMY, Task
 
 __all__ = ["Taskonomy"]
@@ -42,16 +42,14 @@ class Taskonomy(DenseDataset):
     ``<task>/taskonomy/<building>/point_<p>_view_<v>_domain_<domain>.png``, or without the folder in
     the middle as in older dumps; the image's task is ``rgb``. Buildings are listed in
     ``splits_taskonomy/train_val_test_{tiny,medium,fullplus}.csv`` with the header
-    ``id,train,val,test``. How labels are stored and normalised is said in
-    ``taskgroup.lab.vision.encoding``. Depth is unknown where it is stored as 65535, a normal where
-    it is stored as zero (127 or 128 three times); nothing tells where other labels are unknown.
+    ``id,train,val,test``. ``taskgroup.lab.data.taskonomy_encoding`` describes how labels are stored
+    and normalised. Depth is unknown where it is stored as 65535, a normal where it is stored as
+    zero (127 or 128 three times); nothing tells where other labels are unknown.
 
     An id is ``<building>/<p>/<v>``; the samples of a split are those with an image.
 
-    Args:
-        root: see :class:`~taskgroup.lab.data.DenseDataset`, as for all that follow.
-        split: ``"tiny/train"``, ``"tiny/val"``, ``"tiny/test"``, and so for medium and fullplus.
-        **options: tasks, transform, bad.
+    The splits are ``"tiny/train"``, ``"tiny/val"``, ``"tiny/test"``, and likewise for medium and
+    fullplus.
     """
 
     TASKS: ClassVar[Mapping[str, Task]] = TASKONOMY
@@ -59,25 +57,19 @@ class Taskonomy(DenseDataset):
         f"{subset}/{role}": None for subset in _SUBSETS for role in _ROLES
     }
     RESIZES: ClassVar[bool] = True
+    LISTS: ClassVar[str] = "splits_taskonomy"
     ROLES: ClassVar[Mapping[str, str]] = {"train": "train", "validation": "val", "held_out": "test"}
     MEAN: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
     STD: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
-
-    def __init__(
-        self, root: str | os.PathLike[str], split: str = "tiny/train", **options: Any
-    ) -> None:
-        self._domains: dict[str, str] = {}
-        self._tops: dict[str, Path] = {}
-        super().__init__(root, split, **options)
 
     def list_file(self) -> Path:
         """The file that lists the buildings of the split."""
         return self.list_of(self.root, self.split)
 
-    @staticmethod
-    def list_of(root: Path, split: str) -> Path:
+    @classmethod
+    def list_of(cls, root: Path, split: str) -> Path:
         """The file that lists the buildings of a split of some root."""
-        return root / "splits_taskonomy" / f"train_val_test_{split.split('/')[0]}.csv"
+        return root / cls.LISTS / f"train_val_test_{split.split('/')[0]}.csv"
 
     def buildings(self) -> list[str]:
         """The buildings of the split.
@@ -111,28 +103,28 @@ class Taskonomy(DenseDataset):
             ids += [f"{building}/{point}/{view}" for point, view in found]
         return ids
 
-    def problems(self, ids: Iterable[str]) -> Iterator[Problem]:
+    def problems(self, ids: Iterable[str]) -> Iterator[Finding]:
         """What is wrong with some ids, and buildings of the split without an image."""
         buildings = Counter(self.buildings())
         of_building: dict[str, list[str]] = {building: [] for building in buildings}
         for building, times in buildings.items():
             if times > 1:
                 sentence = f"{self.list_file()} lists {building} {times} times."
-                yield Problem(building, sentence, usable=True)
+                yield Finding(building, sentence, usable=True)
         for sample in dict.fromkeys(ids):
             of_building[sample.split("/")[0]].append(sample)
         for building, samples in of_building.items():
             if not samples:
                 folder = self._folder("rgb", building)
                 sentence = f"{folder} holds no image, and {self.list_file()} lists the building."
-                yield Problem(building, sentence, usable=False)
+                yield Finding(building, sentence, usable=False)
             for task in self.tasks:  # names, not paths: there are millions
                 there = frozenset(file_names(self._folder(task, building)))
                 for sample in samples:
                     name = self._name(task, sample)
                     if name not in there:
                         path = self._folder(task, building) / name
-                        yield Problem(sample, f"{path} is missing.", usable=False)
+                        yield Finding(sample, f"{path} is missing.", usable=False)
 
     def files(self, sample: str) -> dict[str, tuple[Path, ...]]:
         """``{"image" or task: files}`` of an id."""
@@ -152,13 +144,13 @@ class Taskonomy(DenseDataset):
         else:
             stored = (read_grey16(path) if task in _WIDE else read_grey(path))[..., None]
         self.refuse(fault_of_binary(path, stored, 2**16 - 1 if task in _WIDE else 255))
-        known: Any = None
+        known: NDArray[np.bool_] | None = None
         if task in _DEPTHS:
             known = stored[..., 0] != _NO_DEPTH
         elif task == "normal":
             # A sixteenth of them tells as much.
             self.refuse(fault_of_normals(path, _vectors(stored[::4, ::4]), _NORMALS))
-            known = ((stored < 127) | (stored > 128)).any(-1)
+            known = np.any((stored < 127) | (stored > 128), axis=-1)
         return normalise(task, stored), known
 
     def doubt(
@@ -179,19 +171,23 @@ class Taskonomy(DenseDataset):
         return f"point_{point}_view_{view}_domain_{self._domain(task)}.png"
 
     def _folder(self, task: str, building: str) -> Path:
-        return self._top(task) / building
+        return self._tops[task] / building
 
-    def _top(self, task: str) -> Path:
-        """The folder of a task that holds its buildings."""
-        if task not in self._tops:
-            middle = self.root / task / "taskonomy"
-            self._tops[task] = middle if middle.is_dir() else middle.parent
-        return self._tops[task]
+    @cached_property
+    def _tops(self) -> dict[str, Path]:
+        """The folder of each task that holds its buildings."""
+        middles = {task: self.root / task / "taskonomy" for task in ("rgb", *self.TASKS)}
+        return {task: path if path.is_dir() else path.parent for task, path in middles.items()}
+
+    @cached_property
+    def _domains(self) -> dict[str, str]:
+        """The domains that :meth:`_domain` has found."""
+        return {}
 
     def _domain(self, task: str) -> str:
         """What file names call a task, which older dumps do in other words than folder names."""
         if task not in self._domains:
-            self._domains[task] = _domain_of(self._top(task)) or task
+            self._domains[task] = _domain_of(self._tops[task]) or task
         return self._domains[task]
 
 

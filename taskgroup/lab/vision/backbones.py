@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,13 @@ from torch.nn import functional as F
 
 from taskgroup.lab.words import listed
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, ViTModel
+
 __all__ = ["StochasticDepth", "ViTFeatures", "backbone", "save_config"]
 
 T = TypeVar("T")
+M = TypeVar("M", bound="PreTrainedModel")
 
 _PATCH = 16
 # Width, depth, attention heads, and where the Hugging Face hub has the ImageNet weights.
@@ -265,7 +269,7 @@ class _ViT(nn.Module):
         drop_path: Probability of stochastic depth at the last block.
     """
 
-    def __init__(self, vit: Any, size: tuple[int, int], drop_path: float) -> None:
+    def __init__(self, vit: ViTModel, size: tuple[int, int], drop_path: float) -> None:
         super().__init__()
         self.patch: int = vit.config.patch_size
         self.channels: int = 4 * vit.config.hidden_size
@@ -331,7 +335,7 @@ class _Stages(nn.Module):
         return maps  # type: ignore[no-any-return]
 
 
-def _vit(name: str, source: str, random: bool, config: Any) -> Any:
+def _vit(name: str, source: str, random: bool, config: PretrainedConfig) -> ViTModel:
     """A ViTModel of this config, its weights random or loaded."""
     from transformers import ViTModel
 
@@ -347,7 +351,9 @@ def _vit(name: str, source: str, random: bool, config: Any) -> Any:
     return _pretrained(name, source, ViTModel, config, add_pooling_layer=False)
 
 
-def _auto(name: str, source: str, random: bool, config: Any, drop_path: float) -> Any:
+def _auto(
+    name: str, source: str, random: bool, config: PretrainedConfig, drop_path: float
+) -> PreTrainedModel:
     """A backbone of transformers with this config, its weights random or loaded."""
     from transformers import MODEL_FOR_BACKBONE_MAPPING
 
@@ -412,7 +418,9 @@ def _timm(name: str, size: tuple[int, int], weights: str | None, drop_path: floa
     return _Stages(name, net.float(), size)
 
 
-def _pretrained(name: str, source: str, kind: Any, config: Any, **options: Any) -> Any:
+def _pretrained(
+    name: str, source: str, kind: type[M], config: PretrainedConfig, **options: bool
+) -> M:
     """A model of a kind with the weights from a folder or the hub, none of them made up."""
     model, info = _load(
         name,
@@ -450,7 +458,7 @@ def _load(name: str, source: str, random: bool, load: Callable[[], T]) -> T:
         ) from None
 
 
-def _check_vit(name: str, source: str, config: Any) -> None:
+def _check_vit(name: str, source: str, config: PretrainedConfig) -> None:
     """Raise if the name is that of one of the ViTs and the config is not its own."""
     if name not in _VITS:
         return
@@ -470,13 +478,13 @@ def _no_stochastic_depth(name: str, drop_path: float) -> ValueError:
     )
 
 
-def _quieten(vit: Any) -> None:
+def _quieten(vit: ViTModel) -> None:
     # Adam moves every weight of a head by about the learning rate, so at unit scale hundreds of
     # features shake an output by more than a depth label varies (a standard deviation of .02).
     nn.init.constant_(vit.layernorm.weight, 0.25)
 
 
-def _drop_paths(vit: Any, drop_path: float) -> None:
+def _drop_paths(vit: ViTModel, drop_path: float) -> None:
     """Stochastic depth on both residual branches of every block, without keys of its own."""
     layers = vit.layers if hasattr(vit, "layers") else vit.encoder.layer
     for k, layer in enumerate(layers):

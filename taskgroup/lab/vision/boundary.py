@@ -18,10 +18,9 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from skimage.morphology import thin
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
-from taskgroup.lab.data.processes import begin_worker
+from taskgroup.lab.data.processes import in_processes
 
 __all__ = ["OdsF", "match"]
 
@@ -103,20 +102,6 @@ class _Image(NamedTuple):
     reached: NDArray[np.uint8]
     label: Bools
     known: Bools
-
-
-class _Counts(Dataset[NDArray[np.int64]]):
-    """The counts of some images, so that a DataLoader's processes can count them."""
-
-    def __init__(self, images: list[_Image], max_dist: float, thresholds: int) -> None:
-        self._images = images
-        self._count = partial(_count, max_dist=max_dist, n=thresholds)
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        return self._count(self._images[index])
 
 
 class OdsF(Metric):
@@ -213,14 +198,8 @@ class OdsF(Metric):
 
     def _count(self) -> None:
         """Count what is pending."""
-        counted: DataLoader[NDArray[np.int64]] = DataLoader(
-            _Counts(self._pending, self.max_dist, self.thresholds),
-            batch_size=None,
-            num_workers=min(self._workers, len(self._pending)),
-            worker_init_fn=begin_worker,
-            generator=torch.Generator(),  # the global one is left alone
-        )
-        for counts in counted:
+        count = partial(_count, max_dist=self.max_dist, n=self.thresholds)
+        for counts in in_processes(count, self._pending, self._workers):
             self.counts += torch.as_tensor(counts).to(self.counts.device)
         self._pending = []
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -140,14 +139,13 @@ def _metric(task: Task, workers: int) -> Metric:
         return MulticlassJaccardIndex(task.channels, validate_args=False)
     if task.metric == "ods_f":
         return OdsF(task.max_dist, workers=workers)
-    simple: dict[str, Any] = {
+    simple: dict[str, Callable[[], Metric]] = {
         "l1": MeanAbsoluteError,
         "rmse": lambda: MeanSquaredError(squared=False),
         "angle": MeanMetric,
         "max_f": MaxF,
     }
-    metric: Metric = simple[task.metric]()
-    return metric
+    return simple[task.metric]()
 
 
 def _update(metric: Metric, task: Task, output: Tensor, label: Tensor, mask: Tensor) -> None:

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from taskgroup.lab.data.files import BadSampleError, read_rgb
+from taskgroup.lab.data.plausibility import doubt, doubt_of_image
 from taskgroup.lab.data.samples import Samples
-from taskgroup.lab.data.values import doubt, doubt_of_image
 from taskgroup.lab.vision.tasks import Task
 from taskgroup.lab.words import listed
 
-__all__ = ["DenseDataset", "Problem", "Scene", "Transform", "file_names", "read_lines", "resized"]
+__all__ = ["DenseDataset", "Finding", "Scene", "Transform", "file_names", "resized"]
 
 
 class Scene(NamedTuple):
@@ -37,7 +37,7 @@ class Scene(NamedTuple):
     masks: dict[str, NDArray[np.bool_]]
 
 
-class Problem(NamedTuple):
+class Finding(NamedTuple):
     """What is wrong or odd about a sample.
 
     Attributes:
@@ -66,7 +66,7 @@ class DenseDataset(Dataset[Samples]):
 
     Args:
         root: folder of the data set.
-        split: one of ``SPLITS``.
+        split: one of ``SPLITS``; None is the first.
         tasks: those to read, None is all; only their files are needed.
         transform: makes :class:`Scene` into one of the wanted size; see
             ``taskgroup.lab.data.augment``. None leaves the stored size.
@@ -89,6 +89,8 @@ class DenseDataset(Dataset[Samples]):
     TASKS: ClassVar[Mapping[str, Task]]
     #: ``{split: images in the public release}``; None where it depends on the release.
     SPLITS: ClassVar[Mapping[str, int | None]]
+    #: The folder below the root that lists the splits; no other data set has one of this name.
+    LISTS: ClassVar[str]
     #: ``{what the command line calls it: split}``.
     ROLES: ClassVar[Mapping[str, str]]
     #: Whether maps of another size than their image, but of its shape, are brought to it.
@@ -100,14 +102,14 @@ class DenseDataset(Dataset[Samples]):
     def __init__(
         self,
         root: str | os.PathLike[str],
-        split: str = "train",
+        split: str | None = None,
         *,
         tasks: Sequence[str] | None = None,
         transform: Transform | None = None,
         bad: Literal["stop", "skip", "keep"] = "stop",
     ) -> None:
         self.root = Path(root)
-        self.split = split
+        self.split = next(iter(self.SPLITS)) if split is None else split
         self.tasks = list(self.TASKS if tasks is None else tasks)
         self.transform = transform
         self.bad = bad
@@ -117,15 +119,18 @@ class DenseDataset(Dataset[Samples]):
             raise ValueError(f"{self.root} is no folder; name the one that holds {name}.")
         if unknown := [task for task in self.tasks if task not in self.TASKS]:
             raise ValueError(f"{name} has no task {listed(unknown)}; it has {listed(self.TASKS)}.")
-        if split not in self.SPLITS:
+        if self.split not in self.SPLITS:
             raise ValueError(f"{name} has no split {split!r}; it has {listed(self.SPLITS)}.")
         if bad not in ("stop", "skip", "keep"):
             raise ValueError(f"bad must be 'stop', 'skip' or 'keep', got {bad!r}.")
+        listed_ids = self.listed_ids()
+        self.ids = list(dict.fromkeys(listed_ids))
         if bad == "keep":
-            self.ids = list(dict.fromkeys(self.listed_ids()))
             return
-        problems: list[str] = []
-        self.ids = self._usable(problems)
+        findings = list(self.problems(listed_ids))
+        problems = [finding.sentence for finding in findings]
+        lacking = {finding.sample for finding in findings if not finding.usable}
+        self.ids = [sample for sample in self.ids if sample not in lacking]
         if problems:
             more = f", and {len(problems) - 1} more like it" if len(problems) > 1 else ""
             if bad == "stop":
@@ -138,11 +143,26 @@ class DenseDataset(Dataset[Samples]):
             )
         if not self.ids:
             first = f": {problems[0]}" if problems else "; its list is empty."
-            raise ValueError(f"The split {split} of {self.root} has no whole sample{first}")
+            raise ValueError(f"The split {self.split} of {self.root} has no whole sample{first}")
+
+    def list_file(self) -> Path:
+        """The file that lists the split."""
+        return self.root / self.LISTS / f"{self.split}.txt"
 
     def listed_ids(self) -> list[str]:
-        """The ids of the split as the data set lists them, twice where they are listed twice."""
-        raise NotImplementedError
+        """The ids of the split as the data set lists them, twice where they are listed twice.
+
+        Raises:
+            ValueError: if the list cannot be read.
+        """
+        file = self.list_file()
+        try:
+            lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
+        except (OSError, UnicodeDecodeError):
+            raise ValueError(
+                f"{file} cannot be read, the list of a split; is {self.root} the right folder?"
+            ) from None
+        return [line for line in lines if line]
 
     def files(self, sample: str) -> dict[str, tuple[Path, ...]]:
         """``{"image" or task: files}`` that an id needs, for the image and the tasks to read."""
@@ -168,7 +188,7 @@ class DenseDataset(Dataset[Samples]):
         """The image ``[H, W, 3]``."""
         return read_rgb(self.files(sample)["image"][0])
 
-    def problems(self, ids: Iterable[str]) -> Iterator[Problem]:
+    def problems(self, ids: Iterable[str]) -> Iterator[Finding]:
         """What is wrong with some ids, going by names: listed twice, or without all their files.
 
         Folders are listed, not files looked up one by one: a data set has millions of them.
@@ -177,28 +197,14 @@ class DenseDataset(Dataset[Samples]):
         for sample, times in Counter(ids).items():
             if times > 1:
                 sentence = f"{self.list_file()} lists {sample} {times} times."
-                yield Problem(sample, sentence, usable=True)
+                yield Finding(sample, sentence, usable=True)
             needed = [path for paths in self.files(sample).values() for path in paths]
             for path in dict.fromkeys(needed):  # two tasks may be of one file
                 folder = path.parent
                 if folder not in there:
                     there[folder] = frozenset(file_names(folder))
                 if path.name not in there[folder]:
-                    yield Problem(sample, f"{path} is missing.", usable=False)
-
-    def list_file(self) -> Path:
-        """The file that lists the split."""
-        raise NotImplementedError
-
-    def _usable(self, problems: list[str]) -> list[str]:
-        """The ids, each once, whose files are all there; what is wrong goes to ``problems``."""
-        ids = self.listed_ids()
-        lacking = set()
-        for problem in self.problems(ids):
-            problems.append(problem.sentence)
-            if not problem.usable:
-                lacking.add(problem.sample)
-        return [sample for sample in dict.fromkeys(ids) if sample not in lacking]
+                    yield Finding(sample, f"{path} is missing.", usable=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -219,23 +225,23 @@ class DenseDataset(Dataset[Samples]):
             labels[task], masks[task] = self._read_label(task, sample, image.shape[:2])
         return Scene(image, labels, masks)
 
-    def inspect(self, sample: str) -> list[Problem]:
+    def inspect(self, sample: str) -> list[Finding]:
         """All that is wrong or odd about the files of an id."""
         try:
             image = self.read_image(sample)
         except BadSampleError as error:
-            return [Problem(sample, str(error), usable=False)]
+            return [Finding(sample, str(error), usable=False)]
         odd = doubt_of_image(self.files(sample)["image"][0], image)
-        found = [] if odd is None else [Problem(sample, odd, usable=True)]
+        found = [] if odd is None else [Finding(sample, odd, usable=True)]
         for task in self.tasks:
             try:
                 label, known = self._read_label(task, sample, image.shape[:2])
             except BadSampleError as error:
-                found.append(Problem(sample, str(error), usable=False))
+                found.append(Finding(sample, str(error), usable=False))
                 continue
-            found += [Problem(sample, fault, usable=False) for fault in self._faults]
+            found += [Finding(sample, fault, usable=False) for fault in self._faults]
             if not self._faults and (odd := self.doubt(task, sample, label, known)) is not None:
-                found.append(Problem(sample, odd, usable=True))
+                found.append(Finding(sample, odd, usable=True))
         return list(dict.fromkeys(found))  # two tasks may be of one file
 
     def doubt(
@@ -337,17 +343,3 @@ def file_names(folder: Path) -> list[str]:
     """The names in a folder; none if there is no such folder."""
     # Of folders of many thousand files, for which Path.iterdir makes as many paths.
     return [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
-
-
-def read_lines(path: Path, root: Path) -> list[str]:
-    """The lines of a list file below a root.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    try:
-        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError):
-        raise ValueError(
-            f"{path} cannot be read, the list of a split; is {root} the right folder?"
-        ) from None
