@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from taskgroup.lab.words import listed
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, ViTModel
+    from transformers import PretrainedConfig, PreTrainedModel, ViTConfig, ViTModel
 
 __all__ = ["StochasticDepth", "ViTFeatures", "backbone", "save_config"]
 
@@ -271,8 +271,8 @@ class _ViT(nn.Module):
 
     def __init__(self, vit: ViTModel, size: tuple[int, int], drop_path: float) -> None:
         super().__init__()
-        self.patch: int = vit.config.patch_size
-        self.channels: int = 4 * vit.config.hidden_size
+        self.patch = cast(int, vit.config.patch_size)
+        self.channels = 4 * vit.config.hidden_size
         _grid(size, self.patch)
         if drop_path:
             _drop_paths(vit, drop_path)
@@ -335,7 +335,7 @@ class _Stages(nn.Module):
         return maps  # type: ignore[no-any-return]
 
 
-def _vit(name: str, source: str, random: bool, config: PretrainedConfig) -> ViTModel:
+def _vit(name: str, source: str, random: bool, config: ViTConfig) -> ViTModel:
     """A ViTModel of this config, its weights random or loaded."""
     from transformers import ViTModel
 
@@ -372,7 +372,7 @@ def _auto(
     # Stages count from 1 after the stem, which is none of them.
     config.out_indices = [k - 1 + stem for k in _four(len(stages) - stem, plain)]
     # Not by AutoBackbone.from_pretrained, which takes every folder for a name on the hub.
-    kind: Any = MODEL_FOR_BACKBONE_MAPPING[type(config)]
+    kind = cast("type[PreTrainedModel]", MODEL_FOR_BACKBONE_MAPPING[type(config)])
     return kind(config) if random else _pretrained(name, source, kind, config)
 
 
@@ -422,11 +422,13 @@ def _pretrained(
     name: str, source: str, kind: type[M], config: PretrainedConfig, **options: bool
 ) -> M:
     """A model of a kind with the weights from a folder or the hub, none of them made up."""
+    # With output_loading_info it returns a pair.
+    read = cast("Callable[..., tuple[M, dict[str, list[str]]]]", kind.from_pretrained)
     model, info = _load(
         name,
         source,
         False,
-        lambda: kind.from_pretrained(source, config=config, output_loading_info=True, **options),
+        lambda: read(source, config=config, output_loading_info=True, **options),
     )
     # transformers fills what it does not find at random. What follows the network proper in a
     # backbone no classifier has.
@@ -437,7 +439,8 @@ def _pretrained(
             f"the weights in {source!r} are not those of the backbone {name!r}: "
             f"{listed(sorted(missing))} are missing."
         )
-    return model.float()  # hubs also keep half precision
+    model.float()  # type: ignore[no-untyped-call]  # hubs also keep half precision
+    return model
 
 
 def _load(name: str, source: str, random: bool, load: Callable[[], T]) -> T:
@@ -484,7 +487,7 @@ def _quieten(vit: ViTModel) -> None:
     nn.init.constant_(vit.layernorm.weight, 0.25)
 
 
-def _drop_paths(vit: ViTModel, drop_path: float) -> None:
+def _drop_paths(vit: Any, drop_path: float) -> None:
     """Stochastic depth on both residual branches of every block, without keys of its own."""
     layers = vit.layers if hasattr(vit, "layers") else vit.encoder.layer
     for k, layer in enumerate(layers):
