@@ -1,4 +1,4 @@
-"""Whether a folder holds a data set whole: what is there, and what is missing or broken."""
+"""Check whether a folder holds a whole data set, and report what is missing or broken."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["Checked", "check", "recognise"]
 
 
 class Checked(NamedTuple):
-    """What a split was found to hold.
+    """The result of checking a split.
 
     Attributes:
-        split: its name.
-        listed: samples that the data set lists.
-        published: samples in the public release; None where it depends on the release.
-        whole: of these, those that can be read.
-        problems: what is wrong, a sentence each.
+        split: the name of the split.
+        listed: number of samples that the data set lists.
+        published: number of samples in the public release; None where it depends on the release.
+        whole: number of listed samples that can be read.
+        problems: one sentence for each problem.
     """
 
     split: str
@@ -31,10 +31,10 @@ class Checked(NamedTuple):
 
 
 def recognise(root: Path) -> str:
-    """Which data set a folder holds, by name.
+    """Return the name of the data set that a folder holds.
 
     Raises:
-        ValueError: if none.
+        ValueError: if the folder holds none of the data sets.
     """
     for name, kind in DATASETS.items():
         if (root / kind.LISTS).is_dir():
@@ -52,16 +52,17 @@ def check(
 ) -> Iterator[Checked]:
     """Check all splits of a data set.
 
-    Names are compared first: every file that a listed sample needs must be there. Then every file
-    is read, and its type, its size and its values are looked at: those that are possible and yet
-    odd, such as an edge map without an edge, are problems of samples that are whole. Of Taskonomy
-    the subsets whose list is there are checked, each building once.
+    First, file names are compared: every file that a listed sample needs must be there. Then every
+    file is read, and its type, size and values are checked. Unlikely values, such as an edge map
+    without an edge, are reported as problems, but the sample still counts as whole. Of Taskonomy,
+    every subset whose list is there is checked, each building once.
 
     Args:
         root: folder of the data set.
-        quick: compare names alone.
-        workers: processes that read; 0 is this one.
-        watch: called with the split, the samples read and all of them.
+        quick: compare file names only.
+        workers: number of processes that read files; 0 reads in this process.
+        watch: a function that is called with the split, the number of samples read so far, and the
+            number to read.
 
     Raises:
         ValueError: if the folder holds none of the data sets.
@@ -74,7 +75,7 @@ def check(
         try:
             dataset = kind(root, split, bad="keep")
             listed = dataset.listed_ids()
-        except ValueError as error:  # there is no list, say
+        except ValueError as error:  # for example, there is no list
             yield Checked(split, 0, kind.SPLITS[split], 0, [str(error)])
             continue
         problems: list[str] = []

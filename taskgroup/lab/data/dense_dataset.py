@@ -1,4 +1,4 @@
-"""What the three data sets share: samples paired by name, and what happens to bad ones."""
+"""The base class of the three data sets: pairs files by name, and handles bad samples."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = ["DenseDataset", "Finding", "Scene", "Transform", "file_names", "resiz
 
 
 class Scene(NamedTuple):
-    """One image with its labels, as large as they are stored.
+    """One image with its labels, in NumPy arrays.
 
     Attributes:
         image: [H, W, 3], uint8 RGB.
-        labels: {task: [H, W, C]}: float32 values; uint8 class numbers and bool, of which C is 1.
+        labels: {task: [H, W, C]}: float32 values, or with C = 1 uint8 class numbers or bool.
         masks: {task: [H, W]}, bool: where the label is known.
     """
 
@@ -38,12 +38,12 @@ class Scene(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What is wrong or odd about a sample.
+    """Something that is wrong or unlikely about a sample.
 
     Attributes:
-        sample: its id.
+        sample: the id of the sample.
         sentence: what is wrong.
-        usable: whether the sample can be read all the same.
+        usable: whether the sample can be read nevertheless.
     """
 
     sample: str
@@ -51,37 +51,37 @@ class Finding(NamedTuple):
     usable: bool
 
 
-#: What makes samples of one size, at random or not.
+#: Brings scenes to one size, with random augmentation or without.
 Transform = Callable[[Scene, np.random.Generator], Scene]
 
 
 class DenseDataset(Dataset[Samples]):
-    """Images with one label map per task, read from a public layout as it is.
+    """Images with one label map per task, read from the public layout without changes.
 
-    Nothing is ever written below the root. Samples are paired by name: the files of one sample are
-    those of its id, whatever else lies beside them.
+    Nothing is ever written below the root. The id of a sample names all of its files; other files
+    are ignored.
 
-    ``dataset[i]`` is the i-th sample; with a random ``transform``, ``dataset[i, seed]`` is the same
-    one at every call.
+    ``dataset[i]`` is the i-th sample. If ``transform`` is random, ``dataset[i, seed]`` gives the
+    same result at every call.
 
     Args:
         root: folder of the data set.
-        split: one of ``SPLITS``; None is the first.
-        tasks: those to read, None is all; only their files are needed.
-        transform: makes :class:`Scene` into one of the wanted size; see
-            ``taskgroup.lab.data.augment``. None leaves the stored size.
-        bad: what to do with a sample whose file is missing, broken or not what it should be:
-            ``"stop"`` raises; ``"skip"`` says it in a warning and leaves the sample out: missing
-            files at once, what is found on reading as a :class:`BadSampleError` in the sample's
-            place, which :func:`~taskgroup.lab.data.collate` drops; ``"keep"``, for
-            checks, opens a data set whatever it lacks, raises for what cannot be read, and reads
-            values that cannot be right as they are.
+        split: one of ``SPLITS``; None takes the first.
+        tasks: the tasks to read; only their files are needed. None reads all.
+        transform: brings a :class:`Scene` to the wanted size; see ``taskgroup.lab.data.augment``.
+            None leaves the stored size.
+        bad: what to do with a sample whose file is missing, broken or not what it should be.
+            ``"stop"`` raises. ``"skip"`` warns and leaves the sample out: from the start if a file
+            is missing, and if a file cannot be read by returning a :class:`BadSampleError` in place
+            of the sample, which :func:`~taskgroup.lab.data.collate` drops. ``"keep"`` is for
+            checks: it opens an incomplete data set, raises for files that cannot be read, and reads
+            impossible values as they are.
 
     Attributes:
-        ids: of the samples, in the order of the split.
+        ids: the ids of the samples, in the order of the split.
 
     Raises:
-        ValueError: if the root is no folder, or there is no such split or task.
+        ValueError: if the root is not a folder, or there is no such split or task.
         BadSampleError: with ``bad="stop"``, if a file is missing or an id is listed twice.
     """
 
@@ -91,11 +91,11 @@ class DenseDataset(Dataset[Samples]):
     SPLITS: ClassVar[Mapping[str, int | None]]
     #: The folder below the root that lists the splits; no other data set has one of this name.
     LISTS: ClassVar[str]
-    #: ``{what the command line calls it: split}``.
+    #: ``{name of a split on the command line: split}``.
     ROLES: ClassVar[Mapping[str, str]]
-    #: Whether maps of another size than their image, but of its shape, are brought to it.
+    #: Whether label maps are resized to their image if both have the same aspect ratio.
     RESIZES: ClassVar[bool] = False
-    #: Mean and standard deviation of the channels, images being in [0, 1].
+    #: Mean and standard deviation of the channels, for images in [0, 1].
     MEAN: ClassVar[tuple[float, float, float]] = (0.485, 0.456, 0.406)
     STD: ClassVar[tuple[float, float, float]] = (0.229, 0.224, 0.225)
 
@@ -113,10 +113,10 @@ class DenseDataset(Dataset[Samples]):
         self.tasks = list(self.TASKS if tasks is None else tasks)
         self.transform = transform
         self.bad = bad
-        self._faults: list[str] = []  # of the label that was read last, with bad="keep"
+        self._faults: list[str] = []  # with bad="keep": faults of the label that was read last
         name = type(self).__name__
         if not self.root.is_dir():
-            raise ValueError(f"{self.root} is no folder; name the one that holds {name}.")
+            raise ValueError(f"{self.root} is not a folder; name the folder that holds {name}.")
         if unknown := [task for task in self.tasks if task not in self.TASKS]:
             raise ValueError(f"{name} has no task {listed(unknown)}; it has {listed(self.TASKS)}.")
         if self.split not in self.SPLITS:
@@ -150,7 +150,7 @@ class DenseDataset(Dataset[Samples]):
         return self.root / self.LISTS / f"{self.split}.txt"
 
     def listed_ids(self) -> list[str]:
-        """The ids of the split as the data set lists them, twice where they are listed twice.
+        """The ids that the data set lists for the split, including duplicates.
 
         Raises:
             ValueError: if the list cannot be read.
@@ -160,23 +160,23 @@ class DenseDataset(Dataset[Samples]):
             lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError):
             raise ValueError(
-                f"{file} cannot be read, the list of a split; is {self.root} the right folder?"
+                f"The list {file} cannot be read; is {self.root} the right folder?"
             ) from None
         return [line for line in lines if line]
 
     def files(self, sample: str) -> dict[str, tuple[Path, ...]]:
-        """``{"image" or task: files}`` that an id needs, for the image and the tasks to read."""
+        """The files of a sample, ``{"image" or task: paths}``, for the tasks to read."""
         raise NotImplementedError
 
     def read_label(self, task: str, sample: str) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
-        """The label ``[H, W]`` or ``[H, W, C]``, and where it is known; None is everywhere."""
+        """Read a label, ``[H, W]`` or ``[H, W, C]``, and its mask; None if all of it is known."""
         raise NotImplementedError
 
     def refuse(self, fault: str | None) -> None:
-        """Refuse a label for what its values say, if anything; with ``bad="keep"`` note it.
+        """Raise if a label has a fault; with ``bad="keep"``, note the fault instead.
 
         Raises:
-            BadSampleError: with the fault, unless ``bad`` is ``"keep"``.
+            BadSampleError: if there is a fault, and ``bad`` is not ``"keep"``.
         """
         if fault is None:
             return
@@ -185,13 +185,13 @@ class DenseDataset(Dataset[Samples]):
         self._faults.append(fault)
 
     def read_image(self, sample: str) -> NDArray[np.uint8]:
-        """The image ``[H, W, 3]``."""
+        """Read the image, ``[H, W, 3]``."""
         return read_rgb(self.files(sample)["image"][0])
 
     def problems(self, ids: Iterable[str]) -> Iterator[Finding]:
-        """What is wrong with some ids, going by names: listed twice, or without all their files.
+        """Find ids that are listed twice, and ids whose files are not all there.
 
-        Folders are listed, not files looked up one by one: a data set has millions of them.
+        Whole folders are listed, since looking up millions of files one by one would take long.
         """
         there: dict[Path, frozenset[str]] = {}
         for sample, times in Counter(ids).items():
@@ -199,7 +199,7 @@ class DenseDataset(Dataset[Samples]):
                 sentence = f"{self.list_file()} lists {sample} {times} times."
                 yield Finding(sample, sentence, usable=True)
             needed = [path for paths in self.files(sample).values() for path in paths]
-            for path in dict.fromkeys(needed):  # two tasks may be of one file
+            for path in dict.fromkeys(needed):  # two tasks may share a file
                 folder = path.parent
                 if folder not in there:
                     there[folder] = frozenset(file_names(folder))
@@ -210,14 +210,14 @@ class DenseDataset(Dataset[Samples]):
         return len(self.ids)
 
     def read(self, sample: str) -> Scene:
-        """A sample as it is stored.
+        """Read a sample in its stored size.
 
         Args:
-            sample: its id.
+            sample: the id of the sample.
 
         Raises:
-            BadSampleError: if a file cannot be read, its size is not that of the image, or, unless
-                ``bad`` is ``"keep"``, its values cannot be what the layout says.
+            BadSampleError: if a file cannot be read or does not have the size of the image, or,
+                unless ``bad`` is ``"keep"``, if its values are impossible.
         """
         image = self.read_image(sample)
         labels, masks = {}, {}
@@ -226,7 +226,7 @@ class DenseDataset(Dataset[Samples]):
         return Scene(image, labels, masks)
 
     def inspect(self, sample: str) -> list[Finding]:
-        """All that is wrong or odd about the files of an id."""
+        """Find everything that is wrong or unlikely about the files of a sample."""
         try:
             image = self.read_image(sample)
         except BadSampleError as error:
@@ -242,18 +242,18 @@ class DenseDataset(Dataset[Samples]):
             found += [Finding(sample, fault, usable=False) for fault in self._faults]
             if not self._faults and (odd := self.doubt(task, sample, label, known)) is not None:
                 found.append(Finding(sample, odd, usable=True))
-        return list(dict.fromkeys(found))  # two tasks may be of one file
+        return list(dict.fromkeys(found))  # two tasks may share a file
 
     def doubt(
         self, task: str, sample: str, label: NDArray[Any], known: NDArray[np.bool_]
     ) -> str | None:
-        """What is odd about a label that can be read, as a sentence; None if nothing is.
+        """Return a sentence on what is unlikely about a label, or None.
 
         Args:
-            task: what it is of.
-            sample: whose it is.
+            task: the task of the label.
+            sample: the id of the sample.
             label: [H, W, C].
-            known: [H, W].
+            known: [H, W], where the label is known.
         """
         return doubt(self.files(sample)[task][0], self.TASKS[task], label, known)
 
@@ -274,14 +274,14 @@ class DenseDataset(Dataset[Samples]):
         return label.reshape(*shape, -1), known
 
     def __getitem__(self, index: int | tuple[int, int]) -> Samples:
-        """A sample, without the dimension B.
+        """Read a sample, without the dimension B.
 
         Args:
-            index: which; or which and the seed of the transform.
+            index: the index of the sample, or the index and the seed of the transform.
 
         Raises:
-            BadSampleError: with ``bad="stop"``, if a file is not what it should be; with
-                ``"skip"`` it is returned.
+            BadSampleError: if a file is not what it should be; with ``bad="skip"`` the error is
+                returned, not raised.
         """
         which, seed = index if isinstance(index, tuple) else (index, None)
         try:
@@ -291,25 +291,25 @@ class DenseDataset(Dataset[Samples]):
                 raise
             return error  # type: ignore[return-value]  # collate drops it
         if self.transform is not None:
-            if seed is None:  # from torch's generator, which a DataLoader seeds in its workers
+            if seed is None:  # torch's generator, which a DataLoader seeds in each worker
                 seed = int(torch.randint(2**63 - 1, (), device="cpu"))
             scene = self.transform(scene, np.random.default_rng(seed))
         return self.to_samples(scene)
 
     def to_samples(self, scene: Scene) -> Samples:
-        """A scene as tensors, without the dimension B."""
+        """Convert a scene to tensors, without the dimension B."""
         labels = {task: _channels_first(label) for task, label in scene.labels.items()}
         masks = {task: _channels_first(mask[..., None]) for task, mask in scene.masks.items()}
         return Samples(self.normalise(_channels_first(scene.image).float() / 255), labels, masks)
 
     @classmethod
     def normalise(cls, rgb: torch.Tensor) -> torch.Tensor:
-        """Images ``[..., 3, H, W]`` in [0, 1], as the network takes them."""
+        """Normalise images ``[..., 3, H, W]`` in [0, 1] for the network."""
         return (rgb - _per_channel(cls.MEAN, rgb)) / _per_channel(cls.STD, rgb)
 
     @classmethod
     def to_rgb(cls, images: torch.Tensor) -> torch.Tensor:
-        """Images ``[..., 3, H, W]`` as the network takes them, in [0, 1] to be shown."""
+        """Undo :meth:`normalise`, for images ``[..., 3, H, W]``, and clamp to [0, 1]."""
         std, mean = _per_channel(cls.STD, images), _per_channel(cls.MEAN, images)
         return (images * std + mean).clamp(0, 1)
 
@@ -323,7 +323,7 @@ def _channels_first(array: NDArray[Any]) -> torch.Tensor:
 
 
 def resized(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """The nearest pixels of an array ``[H, W, ...]`` in another shape."""
+    """Resize an array ``[H, W, ...]`` to the height and width of a shape, by nearest pixels."""
     if array.shape[:2] == shape[:2]:
         return array
     rows, columns = (
@@ -335,11 +335,11 @@ def resized(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
 
 
 def _alike(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether two sizes are one at another scale, up to the rounding of pixels."""
+    """Whether two sizes have the same aspect ratio, up to the rounding of pixels."""
     return abs(shape[0] * other[1] - shape[1] * other[0]) <= max(*shape[:2], *other[:2])
 
 
 def file_names(folder: Path) -> list[str]:
-    """The names in a folder; none if there is no such folder."""
-    # Of folders of many thousand files, for which Path.iterdir makes as many paths.
+    """The names in a folder; an empty list if there is no such folder."""
+    # os.scandir is faster than Path.iterdir, which makes a Path of each of many thousand files.
     return [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []

@@ -2,17 +2,17 @@
 """The embedded data set: eleven Taskonomy tasks from one calibrated photograph.
 
 ``skimage.data.stereo_motorcycle()`` is the scene "Motorcycle" of the Middlebury 2014 stereo
-benchmark (Scharstein et al., GCPR 2014): the left image and its true disparity. It ships inside the
-scikit-image wheel, nothing is downloaded. The calibration makes the disparity a depth, and from
-depth and colour every one of the eleven labels follows.
+benchmark (Scharstein et al., GCPR 2014): the left image and its true disparity. It is part of the
+scikit-image wheel, so nothing is downloaded. The calibration turns disparity into depth, and all
+eleven labels are computed from depth and colour.
 
-It is **one scene**. A vertical band is held out; what lies left and right of it, across a gap, is
-trained on. The labels of the three views are computed apart, so nothing of the band enters a
-training label. Held-out here means another part of the same garage: enough to compare ways of
-training, not to claim that a network generalises to other places.
+It is **one scene**. A vertical band is held out; the parts left and right of it, beyond a gap, are
+for training. The labels of the three views are computed separately, so that no training label
+depends on the band. The held-out band is another part of the same garage: that is enough to compare
+training methods, but it does not show that a network generalises to other places.
 
-The photograph is used at half its size, 250 rows, close to the 256 of the published Taskonomy runs:
-a crop of 64 pixels then shows enough around a pixel to tell its depth.
+The photograph is used at half its size, 250 rows, close to the 256 of the published Taskonomy runs.
+A crop of 64 pixels then shows enough context to tell the depth of a pixel.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Photo(NamedTuple):
     Attributes:
         image: [H, W, 3], uint8 RGB.
         depth: [H, W], z-buffer depth in metres, NaN where missing.
-        camera: of this image.
+        camera: the camera of this image.
     """
 
     image: NDArray[np.uint8]
@@ -82,18 +82,18 @@ class View(NamedTuple):
     valid: dict[str, Bools]
 
 
-# Calibration of the left image, as the documentation of stereo_motorcycle() gives it.
+# Calibration of the left image, from the documentation of stereo_motorcycle().
 _CAMERA = Camera(994.978, 311.193, 254.877)
 _BASELINE = 0.193001  # m
 _DISPARITY_OFFSET = 31.086  # px: the principal points of the two cameras are this far apart
 
-# Columns at full size, all even. The held-out band has a bit of everything: rear wheel, seat,
-# engine, bench, door, floor. At the right end of the photograph it would hold a red bin and a front
-# wheel that nothing else prepares for: networks do worse there on depth than a constant.
+# Columns at full size, all even. The held-out band shows a bit of everything: rear wheel, seat,
+# engine, bench, door, floor. A band at the right end would show a red bin and a front wheel, which
+# resemble nothing in the rest: there, networks predict depth worse than a constant.
 _COLUMNS = {"left": slice(0, 184), "held_out": slice(200, 360), "right": slice(376, 741)}
 _TRAINING = ("left", "right")
 
-# Of the stacked maps: the image, then every task. And where the normals' x lies.
+# Channels of the stacked maps (the image, then every task), and the channel of the normals' x.
 _CHANNELS = [3, *(task.channels for task in TASKONOMY.values())]
 _NORMAL_X = sum(_CHANNELS[: 1 + list(TASKONOMY).index("normal")])
 
@@ -101,10 +101,10 @@ _NORMAL_X = sum(_CHANNELS[: 1 + list(TASKONOMY).index("normal")])
 def views(cache: str | os.PathLike[str] | None = None) -> dict[str, View]:
     """The views of the photograph with their labels: ``"left"``, ``"held_out"`` and ``"right"``.
 
-    Training crops come from the left and the right one. The labels take about a second to compute
-    and are then kept in a file. Its name holds a digest of the recipe and of the libraries behind
-    it, so a label never outlives either. A file that cannot be read is computed again; a folder
-    that cannot be written costs no more than that.
+    Training crops come from the left and the right view. Computing the labels takes about a second;
+    they are then kept in a file. The file's name has a digest of the source code and of the library
+    versions behind the labels, so that a change of either computes them again. So does a file that
+    cannot be read; if the folder cannot be written, the labels are computed at every call.
 
     Args:
         cache: Folder of the file; default ``$TASKGROUP_CACHE``, or ``~/.cache/taskgroup``.
@@ -132,14 +132,14 @@ def views(cache: str | os.PathLike[str] | None = None) -> dict[str, View]:
 
 
 def _half(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Every second pixel, low-passed first."""
+    """Take every second pixel, after a low-pass filter."""
     smooth = ndimage.gaussian_filter(image.astype(np.float64), (0.7, 0.7, 0))
     half: NDArray[np.uint8] = np.rint(smooth[::2, ::2]).astype(np.uint8)
     return half
 
 
 def photos() -> dict[str, Photo]:
-    """The views of the photograph with their depth, of which :func:`views` makes labels."""
+    """The views of the photograph with their depth, from which :func:`views` computes labels."""
     photograph, _, disparity = stereo_motorcycle()
     known = np.isfinite(disparity)
     shifted = np.where(known, disparity, np.nan).astype(np.float64) + _DISPARITY_OFFSET
@@ -147,7 +147,7 @@ def photos() -> dict[str, Photo]:
     return {
         view: Photo(
             _half(photograph[:, columns]),
-            # Depth is picked, not averaged: between two surfaces there is none.
+            # Depth is not averaged: a mean of two surfaces lies on neither.
             depth[::2, columns][:, ::2],
             Camera(_CAMERA.focal / 2, (_CAMERA.cx - columns.start) / 2, _CAMERA.cy / 2),
         )
@@ -166,7 +166,7 @@ def _compute(taken: Mapping[str, Photo]) -> dict[str, NDArray[Any]]:
 
 
 def _cache_file(folder: str | os.PathLike[str] | None) -> Path | None:
-    """Where the labels of this recipe are kept; None if there is no telling the recipe."""
+    """The file that keeps the labels; None if the source code or the folder cannot be found."""
     try:
         modules = [sys.modules[part.__module__] for part in (views, physical_labels, encode)]
         recipe = [inspect.getsource(module) for module in modules]
@@ -176,7 +176,7 @@ def _cache_file(folder: str | os.PathLike[str] | None) -> Path | None:
     digest = hashlib.sha256("\n".join(recipe).encode()).hexdigest()
     try:
         folder = folder or os.environ.get("TASKGROUP_CACHE") or Path.home() / ".cache" / "taskgroup"
-    except RuntimeError:  # no home
+    except RuntimeError:  # there is no home directory
         return None
     return Path(folder) / f"motorcycle-{digest[:16]}.npz"
 
@@ -184,7 +184,7 @@ def _cache_file(folder: str | os.PathLike[str] | None) -> Path | None:
 def _read(file: Path) -> dict[str, NDArray[Any]] | None:
     names = [f"{v}/{task}{end}" for v in _COLUMNS for task in TASKONOMY for end in ("", "/valid")]
     try:
-        # Opened here: np.load leaves a file that it cannot read open.
+        # Opened here, since np.load does not close a file that it cannot read.
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             return {name: archive[name] for name in names}
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error):
@@ -199,11 +199,11 @@ def _write(file: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 class Motorcycle:
-    """Crops of the photograph: random ones to train on, fixed ones to evaluate on.
+    """Crops of the photograph: random crops to train on, fixed crops to evaluate on.
 
     Args:
         size: Height and width of a crop in pixels, or one number for both; at most 250 x 80.
-        flip: Mirror half of the random training crops. Normals are mirrored with them.
+        flip: Whether to mirror half of the random training crops, their normals included.
         cache: Folder for the computed labels, see
             :func:`~taskgroup.lab.data.motorcycle.views`.
 
@@ -227,7 +227,7 @@ class Motorcycle:
         height, width = self.size = (size, size) if isinstance(size, int) else size
         self.flip = flip
         maps = {name: _Maps.of(view) for name, view in views(cache).items()}
-        # Mirrored beforehand, so that a crop is one slice whichever way round it is.
+        # Mirrored in advance, so that a mirrored crop is one slice too.
         self._train = [(maps[name], maps[name].mirrored()) for name in _TRAINING]
         self._held_out = maps["held_out"]
         rows, columns = self._held_out.values.shape[1:]
@@ -235,12 +235,12 @@ class Motorcycle:
             raise ValueError(f"a crop of {height} x {width} does not fit into {rows} x {columns}")
 
     def sample(self, batch: int, generator: torch.Generator | None = None) -> Samples:
-        """Random training crops, uniform over all places left and right of the band.
+        """Draw random training crops, uniformly over all places left and right of the band.
 
         Args:
             batch: Number of crops B.
-            generator: A CPU generator, the only source of randomness: a run that restores its state
-                goes on exactly. Default: torch's own.
+            generator: A CPU generator, the only source of randomness, so that a run can be resumed
+                exactly by restoring its state. Default: torch's own.
 
         Returns:
             B crops, on the CPU.
@@ -248,7 +248,7 @@ class Motorcycle:
         return self._gather(self._draw(batch, generator, self.flip))
 
     def fixed_train(self, n: int) -> Samples:
-        """Training crops that are the same at every call, not mirrored: for pictures and metrics.
+        """Training crops for pictures and metrics: the same at every call, and not mirrored.
 
         Args:
             n: Number of crops.
@@ -262,7 +262,7 @@ class Motorcycle:
         """The evaluation crops: a grid over the held-out view in steps of a quarter crop or less.
 
         Returns:
-            The crops row by row, on the CPU; 26 of them at a size of 64.
+            The crops row by row, on the CPU; there are 26 of size 64.
         """
         ys, xs = (
             np.linspace(0, whole - side, math.ceil(4 * (whole - side) / side) + 1).round().tolist()
@@ -301,7 +301,7 @@ class Motorcycle:
 
 
 class _Maps(NamedTuple):
-    """A view as two tensors, so that a crop is two slices.
+    """A view in two tensors, so that a crop is two slices.
 
     Attributes:
         values: [19, H, W], float32: image, then the labels in the order of TASKONOMY.
@@ -321,6 +321,6 @@ class _Maps(NamedTuple):
 
     def mirrored(self) -> _Maps:
         values = self.values.flip(-1)
-        # The x of the normals changes sign, about the stored 127, which is -1/255.
+        # The x of the normals changes sign about the stored 127, which is -1/255.
         values[_NORMAL_X] = -2 / 255 - values[_NORMAL_X]
         return _Maps(values, self.valid.flip(-1))

@@ -18,13 +18,13 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 _RADIUS = 5  # px, of the surface fit
-_DEPTH_TOLERANCE = 0.02  # neighbours that differ more in depth (relative) belong to other surfaces
-_MIN_SUPPORT = 0.5  # of the window's weight; below it a fit is not trusted
+_DEPTH_TOLERANCE = 0.02  # relative difference in depth at which another surface begins
+_MIN_SUPPORT = 0.5  # share of the window's weight below which a fit is not trusted
 _CORNER_SIGMA = 2.5  # px
 
 
 class Camera(NamedTuple):
-    """A pinhole camera; all three in pixels, the origin at the centre of the upper left pixel."""
+    """A pinhole camera, in pixels; the origin is the centre of the upper left pixel."""
 
     focal: float
     cx: float
@@ -32,13 +32,13 @@ class Camera(NamedTuple):
 
 
 class Surface(NamedTuple):
-    """What :func:`surface` finds at every pixel.
+    """Normals and curvatures at every pixel, as :func:`surface` computes them.
 
     Attributes:
-        normal: [H, W, 3], unit vectors facing the camera: x to the right, y up, z towards the
+        normal: [H, W, 3], unit vectors that face the camera: x to the right, y up, z towards the
             camera. NaN where unknown.
         curvature: [H, W, 2], 1/m, the larger one first, positive where the surface bulges towards
-            the camera (a sphere of radius r: 1/r both). NaN where unknown.
+            the camera (for a sphere of radius r, both are 1/r). NaN where unknown.
     """
 
     normal: Floats
@@ -46,13 +46,13 @@ class Surface(NamedTuple):
 
 
 def surface(depth: Floats, camera: Camera) -> Surface:
-    r"""Normals and principal curvatures of a depth map.
+    r"""Compute normals and principal curvatures of a depth map.
 
-    Around each pixel the inverse depth w = 1/Z is fitted by a quadratic. On a plane w is exactly
-    linear in the pixel, so planes are found without bias at any slant. Neighbours weigh less with
-    distance (Gaussian, half the radius of 5 px) and with the difference in w (Gaussian, 2 %), so
-    that a fit does not reach across a depth discontinuity; missing pixels weigh nothing, and where
-    less than half of the window's weight is left there is no answer.
+    Around each pixel, a quadratic is fitted to the inverse depth w = 1/Z. On a plane, w is exactly
+    linear in the pixel coordinates, so planes are found without bias at any slant. The weight of a
+    neighbour falls with its distance (Gaussian, half the radius of 5 px) and with the difference in
+    w (Gaussian, 2 %), so that a fit does not reach across a depth discontinuity. Missing pixels
+    have no weight. Where less than half of the window's weight is left, the result is NaN.
 
     With normalised coordinates q = (x, y, 1) the surface is P = q / w and
 
@@ -100,7 +100,7 @@ def surface(depth: Floats, camera: Camera) -> Surface:
 
 
 def _inverse_depth_fit(w: Floats, focal: float) -> Floats:
-    """Value, first and second derivatives of w along x, y: [6, H, W], NaN where unknown."""
+    """The value and the first and second derivatives of w: [6, H, W], NaN where unknown."""
     steps = np.arange(-_RADIUS, _RADIUS + 1)
     disc = np.hypot(*np.meshgrid(steps, steps)) <= _RADIUS
     # Offsets in units of the radius keep the normal equations well scaled.
@@ -108,7 +108,7 @@ def _inverse_depth_fit(w: Floats, focal: float) -> Floats:
     basis = np.stack([np.ones_like(u), u, v, u * u / 2, u * v, v * v / 2], axis=-1)  # [N, 6]
     products = (basis[:, :, None] * basis[:, None, :]).reshape(len(basis), 36)
     gauss = np.exp(-2 * (u * u + v * v))
-    ridge = 1e-6 * gauss.sum() * np.eye(6)  # only so that an empty window can be solved
+    ridge = 1e-6 * gauss.sum() * np.eye(6)  # so that an empty window can be solved
 
     windows = np.lib.stride_tricks.sliding_window_view(
         np.pad(w, _RADIUS, constant_values=np.nan), disc.shape
@@ -134,7 +134,9 @@ def _inverse_depth_fit(w: Floats, focal: float) -> Floats:
 def physical_labels(
     image: NDArray[np.uint8], depth: Floats, camera: Camera
 ) -> tuple[dict[str, Floats], dict[str, Bools]]:
-    """All eleven labels of an image with depth, in the units that ``tasks.encode`` takes.
+    """Compute all eleven labels of an image with depth.
+
+    The units are those that :func:`taskgroup.lab.data.taskonomy_encoding.encode` takes:
 
     =====================  =====================================================================
     depth_euclidean        distance to the optical centre, m
@@ -153,12 +155,12 @@ def physical_labels(
     segment_unsup2d        Felzenszwalb on colour; the segment's mean luminance
     =====================  =====================================================================
 
-    A segment's number would be arbitrary; its mean luminance or depth is a value that another part
-    of the scene shares and a network can learn.
+    The number of a segment would be arbitrary. A network can learn its mean luminance or depth,
+    since other parts of the scene share such values.
 
-    Geometry operators that need a value everywhere see the nearest known one, and their labels are
+    Operators on geometry that need a value everywhere take the nearest known one. Their labels are
     masked where missing pixels make up more than half of their (Gaussian) window. Geometry is never
-    valid at a pixel without depth. Colour labels are valid everywhere.
+    valid at a pixel without depth. Labels of colour are valid everywhere.
 
     Args:
         image: [H, W, 3], uint8 RGB.
@@ -166,7 +168,7 @@ def physical_labels(
         camera: The camera of this image.
 
     Returns:
-        ``(labels, valid)``: {task: [H, W, C] float64}, NaN or anything where not valid, and
+        ``(labels, valid)``: {task: [H, W, C] float64}, arbitrary where not valid, and
         {task: [H, W] bool}.
     """
     height, width = depth.shape
@@ -226,14 +228,14 @@ def physical_labels(
 
 
 def _fill(values: Floats, known: Bools) -> Floats:
-    """Every unknown pixel takes the value of the nearest known one."""
+    """Give every unknown pixel the value of the nearest known one."""
     nearest = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
     filled: Floats = values[tuple(nearest)]
     return filled
 
 
 def _smooth(values: Floats, known: Bools, sigma: float) -> Floats:
-    """Gaussian mean over the known pixels; anything where a pixel is not known."""
+    """Gaussian mean over the known pixels; arbitrary where a pixel is not known."""
     total = ndimage.gaussian_filter(np.where(known[..., None], values, 0), (sigma, sigma, 0))
     weight = ndimage.gaussian_filter(known.astype(np.float64), sigma)
     mean: Floats = total / np.maximum(weight, 1e-6)[..., None]
@@ -248,7 +250,7 @@ def _corners(channels: Floats, half: float) -> Floats:
     ]
     tensor = np.sum(per_channel, axis=0)
     eigenvalues = feature.structure_tensor_eigenvalues(tensor)
-    response: Floats = eigenvalues[1].clip(min=0)  # rounding may leave it below
+    response: Floats = eigenvalues[1].clip(min=0)  # rounding may make it negative
     return response / (response + half)
 
 

@@ -43,6 +43,6 @@ def in_processes(function: Callable[[A], B], items: list[A], workers: int) -> It
         worker_init_fn=begin_worker,
         generator=torch.Generator(),  # so that the global one is left alone
     )
-    with torch.device("cpu"):  # whatever the default: the iterator draws from that generator
+    with torch.device("cpu"):  # the iterator draws from that generator, whatever the default device
         results = iter(loader)
     yield from results

@@ -37,16 +37,16 @@ _NORMALS = "p = 127 + 127 n"
 
 
 class Taskonomy(DenseDataset):
-    """Taskonomy (Zamir et al., CVPR 2018), its folders and file names as omnidata lays them out.
+    """Taskonomy (Zamir et al., CVPR 2018), with the folders and file names of omnidata.
 
-    ``<task>/taskonomy/<building>/point_<p>_view_<v>_domain_<domain>.png``, or without the folder in
-    the middle as in older dumps; the image's task is ``rgb``. Buildings are listed in
+    Files are ``<task>/taskonomy/<building>/point_<p>_view_<v>_domain_<domain>.png``; older dumps do
+    not have the folder ``taskonomy``. The images are in ``rgb``. Buildings are listed in
     ``splits_taskonomy/train_val_test_{tiny,medium,fullplus}.csv`` with the header
     ``id,train,val,test``. ``taskgroup.lab.data.taskonomy_encoding`` describes how labels are stored
     and normalised. Depth is unknown where it is stored as 65535, a normal where it is stored as
-    zero (127 or 128 three times); nothing tells where other labels are unknown.
+    zero (127 or 128 three times); for other labels nothing tells where they are unknown.
 
-    An id is ``<building>/<p>/<v>``; the samples of a split are those with an image.
+    An id is ``<building>/<p>/<v>``. The samples of a split are the images of its buildings.
 
     The splits are ``"tiny/train"``, ``"tiny/val"``, ``"tiny/test"``, and likewise for medium and
     fullplus.
@@ -68,7 +68,7 @@ class Taskonomy(DenseDataset):
 
     @classmethod
     def list_of(cls, root: Path, split: str) -> Path:
-        """The file that lists the buildings of a split of some root."""
+        """The file below a root that lists the buildings of a split."""
         return root / cls.LISTS / f"train_val_test_{split.split('/')[0]}.csv"
 
     def buildings(self) -> list[str]:
@@ -83,15 +83,15 @@ class Taskonomy(DenseDataset):
                 return [row["id"] for row in csv.DictReader(opened) if row[role].strip() == "1"]
         except (OSError, UnicodeDecodeError, csv.Error):
             raise ValueError(
-                f"{file} cannot be read, the list of buildings; is {self.root} the right folder?"
+                f"The list {file} cannot be read; is {self.root} the right folder?"
             ) from None
         except (KeyError, AttributeError):
             raise ValueError(
-                f"{file} must have the header id,train,val,test and as many entries a row."
+                f"{file} must have the header id,train,val,test, and four entries in each row."
             ) from None
 
     def listed_ids(self) -> list[str]:
-        """The ids of the split: the images of its buildings."""
+        """The ids of all images of the split's buildings."""
         ids = []
         for building in self.buildings():
             folder = self._folder("rgb", building)
@@ -104,7 +104,7 @@ class Taskonomy(DenseDataset):
         return ids
 
     def problems(self, ids: Iterable[str]) -> Iterator[Finding]:
-        """What is wrong with some ids, and buildings of the split without an image."""
+        """Find what is wrong with some ids, and buildings of the split without an image."""
         buildings = Counter(self.buildings())
         of_building: dict[str, list[str]] = {building: [] for building in buildings}
         for building, times in buildings.items():
@@ -118,7 +118,7 @@ class Taskonomy(DenseDataset):
                 folder = self._folder("rgb", building)
                 sentence = f"{folder} holds no image, and {self.list_file()} lists the building."
                 yield Finding(building, sentence, usable=False)
-            for task in self.tasks:  # names, not paths: there are millions
+            for task in self.tasks:  # names, not paths, since there are millions
                 there = frozenset(file_names(self._folder(task, building)))
                 for sample in samples:
                     name = self._name(task, sample)
@@ -127,7 +127,7 @@ class Taskonomy(DenseDataset):
                         yield Finding(sample, f"{path} is missing.", usable=False)
 
     def files(self, sample: str) -> dict[str, tuple[Path, ...]]:
-        """``{"image" or task: files}`` of an id."""
+        """The files of a sample, ``{"image" or task: paths}``."""
         building = sample.split("/")[0]
         found: dict[str, tuple[Path, ...]] = {}
         for task in ("rgb", *self.tasks):
@@ -136,7 +136,7 @@ class Taskonomy(DenseDataset):
         return found
 
     def read_label(self, task: str, sample: str) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
-        """A normalised label and where it is known."""
+        """Read a normalised label and its mask."""
         path = self.files(sample)[task][0]
         stored: NDArray[Any]
         if task in _COLOURED:
@@ -148,7 +148,7 @@ class Taskonomy(DenseDataset):
         if task in _DEPTHS:
             known = stored[..., 0] != _NO_DEPTH
         elif task == "normal":
-            # A sixteenth of them tells as much.
+            # Every sixteenth vector is enough to tell.
             self.refuse(fault_of_normals(path, _vectors(stored[::4, ::4]), _NORMALS))
             known = np.any((stored < 127) | (stored > 128), axis=-1)
         return normalise(task, stored), known
@@ -156,7 +156,7 @@ class Taskonomy(DenseDataset):
     def doubt(
         self, task: str, sample: str, label: NDArray[Any], known: NDArray[np.bool_]
     ) -> str | None:
-        """What is odd about a label, as a sentence; None if nothing is."""
+        """Return a sentence on what is unlikely about a label, or None."""
         path = self.files(sample)[task][0]
         found = super().doubt(task, sample, label, known)
         if found is None and task in _DEPTHS:
@@ -185,7 +185,7 @@ class Taskonomy(DenseDataset):
         return {}
 
     def _domain(self, task: str) -> str:
-        """What file names call a task, which older dumps do in other words than folder names."""
+        """The name of a task in file names, which in older dumps differs from the folder name."""
         if task not in self._domains:
             self._domains[task] = _domain_of(self._tops[task]) or task
         return self._domains[task]
@@ -197,7 +197,7 @@ def _vectors(stored: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _domain_of(folder: Path) -> str | None:
-    """The domain in the name of the first file below a folder; None if there is none."""
+    """The domain in the name of the first file below a folder; None if there is no file."""
     for building in sorted(file_names(folder)):
         for name in file_names(folder / building):
             if match := _NAME.fullmatch(name):

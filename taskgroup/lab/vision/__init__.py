@@ -1,7 +1,7 @@
-"""The paper's benchmarks: data, losses, metrics and networks for dense prediction.
+"""The paper's benchmarks: tasks, losses, metrics and networks for dense prediction.
 
-Needs the extra ``train``: ``pip install 'taskgroup[train]'``. Networks and losses need torch alone,
-since a part is imported when it is first asked for.
+Needs the extra ``train``: ``pip install 'taskgroup[train]'``. Each name is imported when it is first
+used, so that networks and losses can be imported without the extra.
 """
 
 import importlib
