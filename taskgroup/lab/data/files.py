@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,6 @@ __all__ = [
     "read_rgb",
 ]
 
-# SyntaxError is what Pillow raises for a broken PNG.
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _WORDS = {
     "RGB": "three 8-bit channels",
     "RGBA": "four 8-bit channels",
@@ -62,18 +62,13 @@ def read_photo(path: Path) -> NDArray[np.uint8]:
     Raises:
         BadSampleError: also if a value is NaN or infinite, or an integer is negative.
     """
-    try:
-        # Pillow gets an open file: it may map a path into memory, and then Pillow 13.0 reads a
-        # rotated TIFF with its sides exchanged.
-        with path.open("rb") as file, Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode not in _DEEP:
-                return np.array(_on_white(image).convert("RGB"))
-            values = np.array(image)
-    except FileNotFoundError:
-        raise _missing(path) from None
-    except _UNREADABLE as error:
-        raise _broken(path, error) from None
+    # Pillow gets an open file: it may map a path into memory, and then Pillow 13.0 reads a rotated
+    # TIFF with its sides exchanged.
+    with _reading(path), path.open("rb") as file, Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode not in _DEEP:
+            return np.array(_on_white(image).convert("RGB"))
+        values = np.array(image)
     if bad := np.count_nonzero(~np.isfinite(values)):
         raise BadSampleError(
             f"{path} holds {bad} values that are NaN or infinite; save it as an 8-bit image."
@@ -124,12 +119,8 @@ def read_grey16(path: Path) -> NDArray[np.uint16]:
 
 def read_depth(path: Path) -> NDArray[np.float32]:
     """Read a depth map ``[H, W]`` from an ``.npy`` file: metres, 0 where depth is missing."""
-    try:
+    with _reading(path):
         depth = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise _missing(path) from None
-    except (OSError, ValueError, EOFError) as error:
-        raise _broken(path, error) from None
     if not isinstance(depth, np.ndarray) or (depth.ndim == 3 and 1 not in depth.shape):
         raise BadSampleError(f"{path} must hold one depth map, H x W.")
     depth = depth.squeeze()
@@ -146,34 +137,31 @@ def read_depth(path: Path) -> NDArray[np.float32]:
 
 def read_mat(path: Path, key: str) -> NDArray[Any]:
     """Read a variable of a MATLAB file."""
-    try:
-        return np.asarray(scipy.io.loadmat(path, variable_names=[key])[key])
-    except FileNotFoundError:
-        raise _missing(path) from None
-    except KeyError:
-        raise BadSampleError(f"{path} has no variable {key}.") from None
-    except Exception as error:  # scipy has no common class for the errors of a broken file
-        raise _broken(path, error) from None
+    with _reading(path):
+        variables = scipy.io.loadmat(path, variable_names=[key])
+    if key not in variables:
+        raise BadSampleError(f"{path} has no variable {key}.")
+    return np.asarray(variables[key])
 
 
 def _read(path: Path, modes: tuple[str, ...], wanted: str) -> NDArray[Any]:
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            if mode in modes:
-                return np.array(image)  # a copy: torch wants it writable
-    except FileNotFoundError:
-        raise _missing(path) from None
-    except _UNREADABLE as error:
-        raise _broken(path, error) from None
+    with _reading(path), Image.open(path) as image:
+        mode = image.mode
+        if mode in modes:
+            return np.array(image)  # a copy, since torch needs a writable array
     holds = _WORDS.get(mode, f"mode {mode}")
     raise BadSampleError(f"{path} must hold {_WORDS[wanted]}; it holds {holds}.")
 
 
-def _missing(path: Path) -> BadSampleError:
-    return BadSampleError(f"{path} is missing.")
-
-
-def _broken(path: Path, error: Exception) -> BadSampleError:
-    why = " ".join(str(error).split()) or "it is cut off"
-    return BadSampleError(f"{path} cannot be read: {why.rstrip('.')}.")
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn any error into a :class:`BadSampleError` that names the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise BadSampleError(f"{path} is missing.") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow, NumPy and SciPy raise various errors for broken files
+        why = " ".join(str(error).split()) or "it is cut off"
+        raise BadSampleError(f"{path} cannot be read: {why.rstrip('.')}.") from None

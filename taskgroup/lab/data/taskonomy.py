@@ -98,8 +98,6 @@ class Taskonomy(DenseDataset):
             names = file_names(folder)
             matches = [match for name in names if (match := _NAME.fullmatch(name))]
             found = sorted((int(match[1]), int(match[2])) for match in matches)
-            if matches:
-                self._domains.setdefault("rgb", matches[0][3])
             ids += [f"{building}/{point}/{view}" for point, view in found]
         return ids
 
@@ -168,7 +166,7 @@ class Taskonomy(DenseDataset):
 
     def _name(self, task: str, sample: str) -> str:
         _, point, view = sample.split("/")
-        return f"point_{point}_view_{view}_domain_{self._domain(task)}.png"
+        return f"point_{point}_view_{view}_domain_{self._domains[task]}.png"
 
     def _folder(self, task: str, building: str) -> Path:
         return self._tops[task] / building
@@ -176,19 +174,13 @@ class Taskonomy(DenseDataset):
     @cached_property
     def _tops(self) -> dict[str, Path]:
         """The folder of each task that holds its buildings."""
-        middles = {task: self.root / task / "taskonomy" for task in ("rgb", *self.TASKS)}
+        middles = {task: self.root / task / "taskonomy" for task in ("rgb", *self.tasks)}
         return {task: path if path.is_dir() else path.parent for task, path in middles.items()}
 
     @cached_property
     def _domains(self) -> dict[str, str]:
-        """The domains that :meth:`_domain` has found."""
-        return {}
-
-    def _domain(self, task: str) -> str:
-        """The name of a task in file names, which in older dumps differs from the folder name."""
-        if task not in self._domains:
-            self._domains[task] = _domain_of(self._tops[task]) or task
-        return self._domains[task]
+        """The name of each task in file names, which in older dumps is not that of the folder."""
+        return {task: _domain_of(top) or task for task, top in self._tops.items()}
 
 
 def _vectors(stored: NDArray[Any]) -> NDArray[np.float32]:

@@ -392,7 +392,7 @@ def _timm(name: str, size: tuple[int, int], weights: str | None, drop_path: floa
     random = weights == "random"
     source = name.removeprefix("timm:")
     if weights is not None and not random:
-        source = f"local-dir:{weights}" if _is_folder(weights) else f"hf-hub:{weights}"
+        source = f"local-dir:{weights}" if Path(weights).is_dir() else f"hf-hub:{weights}"
     options: dict[str, Any] = {"features_only": True}
 
     def draft(**more: Any) -> Any:
@@ -530,7 +530,3 @@ def _side_by_side(blocks: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].strip().rstrip(".:")
-
-
-def _is_folder(path: str) -> bool:
-    return Path(path).is_dir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -136,17 +137,15 @@ def _slices(samples: Samples, batch_size: int) -> Iterator[Samples]:
 
 
 def _metric(task: Task, workers: int) -> Metric:
-    if task.metric == "miou":
-        return MulticlassJaccardIndex(task.channels, validate_args=False)
-    if task.metric == "ods_f":
-        return OdsF(task.max_dist, workers=workers)
-    simple: dict[str, Callable[[], Metric]] = {
+    kinds: dict[str, Callable[[], Metric]] = {
         "l1": MeanAbsoluteError,
-        "rmse": lambda: MeanSquaredError(squared=False),
+        "rmse": partial(MeanSquaredError, squared=False),
         "angle": MeanMetric,
+        "miou": partial(MulticlassJaccardIndex, task.channels, validate_args=False),
         "max_f": MaxF,
+        "ods_f": partial(OdsF, task.max_dist, workers=workers),
     }
-    return simple[task.metric]()
+    return kinds[task.metric]()
 
 
 def _update(metric: Metric, task: Task, output: Tensor, label: Tensor, mask: Tensor) -> None:

@@ -11,7 +11,7 @@ import taskgroup as tg
 from taskgroup.lab.vision.backbones import ViTFeatures
 from taskgroup.lab.vision.tasks import TASKONOMY
 
-__all__ = ["ViTFeatures", "dense_model", "vit"]
+__all__ = ["dense_model", "vit"]
 
 
 def dense_model(
@@ -58,14 +58,15 @@ def dense_model(
             f"the encoder ({type(encoder).__name__}) does not say what the heads get: give it the "
             "attributes channels, the number of its features, and patch, its stride."
         )
-    heads = {
-        task: nn.Sequential(
-            *(_conv(features, width) if decoder == "conv" else ()),
-            nn.Conv2d(width if decoder == "conv" else features, outputs, kernel_size=1),
-            nn.Upsample(scale_factor=patch, mode="bilinear", align_corners=False),
-        )
-        for task, outputs in channels.items()
-    }
+    heads = {}
+    for task, outputs in channels.items():
+        layers: list[nn.Module] = []
+        if decoder == "conv":
+            layers.append(nn.Conv2d(features, width, kernel_size=3, padding=1, bias=False))
+            layers += [nn.BatchNorm2d(width), nn.ReLU()]
+        layers.append(nn.Conv2d(width if layers else features, outputs, kernel_size=1))
+        layers.append(nn.Upsample(scale_factor=patch, mode="bilinear", align_corners=False))
+        heads[task] = nn.Sequential(*layers)
     return tg.MultiTaskModel(encoder, heads)
 
 
@@ -116,11 +117,3 @@ def vit(
         raise ValueError(f"unknown tasks {unknown}: the tasks are {', '.join(TASKONOMY)}")
     encoder = ViTFeatures(size, patch, dim, depth, attention_heads, dropout)
     return dense_model(encoder, {task: TASKONOMY[task].channels for task in tasks})
-
-
-def _conv(features: int, width: int) -> tuple[nn.Module, ...]:
-    return (
-        nn.Conv2d(features, width, kernel_size=3, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-    )
