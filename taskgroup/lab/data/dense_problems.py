@@ -184,9 +184,7 @@ class MotorcycleProblem(DenseProblem):
         return Resize((height, width))
 
 
-@cache  # the runs of one process share it
-def _scene(size: tuple[int, int]) -> Motorcycle:
-    return Motorcycle(size)
+_scene = cache(Motorcycle)  # the runs of one process share it
 
 
 @cache

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.data._utils.collate import default_collate
 
 from taskgroup.lab.data.dense_dataset import DenseDataset
@@ -20,31 +20,26 @@ from taskgroup.lab.data.samples import Samples
 __all__ = ["all_batches", "collate", "training_batches"]
 
 Bad = tuple[str, ...]  # sentences on the samples that are left out
+Pairs = list[tuple[int, int]]  # (index, seed) of the samples of a batch
 
 
-class _Endless(Sampler[list[tuple[int, int]]]):
-    """Endless batches of (index, seed), which depend on the seed and the batch number only.
+def _endless(length: int, batch_size: int, seed: int, start: int) -> Iterator[Pairs]:
+    """Endless batches, which depend on the seed and the batch number only.
 
     Every epoch is a new permutation. Samples after its last whole batch are left out, as in the
     published runs. A data set smaller than a batch is repeated within the batch.
     """
-
-    def __init__(self, length: int, batch_size: int, seed: int, start: int) -> None:
-        self._length, self._batch_size = length, batch_size
-        self._seed, self._start = seed, start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        per_epoch = max(1, self._length // self._batch_size)
-        epoch, within = divmod(self._start, per_epoch)
-        for number in count(epoch):
-            rng = np.random.default_rng((self._seed, number))
-            order = rng.permutation(self._length)
-            order = np.resize(order, max(len(order), self._batch_size))
-            seeds = rng.integers(2**63, size=len(order))
-            pairs = list(zip(order.tolist(), seeds.tolist(), strict=True))
-            for batch in range(within, per_epoch):
-                yield pairs[batch * self._batch_size : (batch + 1) * self._batch_size]
-            within = 0
+    per_epoch = max(1, length // batch_size)
+    epoch, within = divmod(start, per_epoch)
+    for number in count(epoch):
+        rng = np.random.default_rng((seed, number))
+        order = rng.permutation(length)
+        order = np.resize(order, max(len(order), batch_size))
+        seeds = rng.integers(2**63, size=len(order))
+        pairs = list(zip(order.tolist(), seeds.tolist(), strict=True))
+        for batch in range(within, per_epoch):
+            yield pairs[batch * batch_size : (batch + 1) * batch_size]
+        within = 0
 
 
 def training_batches(
@@ -66,8 +61,7 @@ def training_batches(
         BadSampleError: if a sample is bad and ``dataset.bad`` is not ``"skip"``, or if all samples
             of an epoch are bad.
     """
-    sampler = _Endless(len(dataset), batch_size, seed, start)
-    batches = _load(dataset, sampler, workers)
+    batches = _load(dataset, _endless(len(dataset), batch_size, seed, start), workers)
     patience = max(1, len(dataset) // batch_size)
     empty = 0
     for batch in batches:
@@ -101,7 +95,7 @@ def all_batches(
         chosen = [int(k) for k in np.linspace(0, n_samples - 1, limit).round()]
     # The index serves as the seed, so that a random transform is repeatable too.
     pairs = iter((index, index) for index in chosen)
-    batches = list(iter(lambda: list(islice(pairs, batch_size)), []))
+    batches = iter(lambda: list(islice(pairs, batch_size)), [])
     yield from (batch for batch in _load(dataset, batches, workers) if batch is not None)
 
 
@@ -114,7 +108,7 @@ def collate(samples: Sequence[Samples | BadSampleError]) -> tuple[Samples | None
 
 def _load(
     dataset: DenseDataset,
-    batches: Sampler[list[tuple[int, int]]] | list[list[tuple[int, int]]],
+    batches: Iterable[Pairs],
     workers: int,
 ) -> Iterator[Samples | None]:
     # Workers return the messages of bad samples: an error that is raised in a worker would have the
