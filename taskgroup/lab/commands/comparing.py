@@ -61,7 +61,10 @@ def compare(
     jobs: Jobs = None,
     out: Out = None,
 ) -> None:
-    """Compare methods over several seeds; the same command continues after a stop."""
+    """Compare methods over several seeds, at equal batches and at equal time.
+
+    If the command is stopped, run it again to continue.
+    """
     from taskgroup.lab.compare import comparison_tables as report
     from taskgroup.lab.compare.comparison import Comparison
     from taskgroup.lab.compare.presets import JOINT, variants_by_name
@@ -148,7 +151,7 @@ def _stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        common.say("Stopped; finished runs are kept. The same command continues.")
+        common.say("Stopped; finished runs are kept. Run the same command again to continue.")
         raise typer.Exit(130) from None
 
 
