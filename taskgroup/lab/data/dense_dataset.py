@@ -164,9 +164,13 @@ class DenseDataset(Dataset[Samples]):
             ) from None
         return [line for line in lines if line]
 
-    def files(self, sample: str) -> dict[str, tuple[Path, ...]]:
-        """The files of a sample, ``{"image" or task: paths}``, for the tasks to read."""
+    def file(self, name: str, sample: str) -> Path:
+        """The file of a sample that holds its ``"image"``, or the label of a task."""
         raise NotImplementedError
+
+    def files(self, sample: str) -> dict[str, tuple[Path, ...]]:
+        """All files that a sample needs, ``{"image" or task: paths}``, for the tasks to read."""
+        return {name: (self.file(name, sample),) for name in ("image", *self.tasks)}
 
     def read_label(self, task: str, sample: str) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
         """Read a label, ``[H, W]`` or ``[H, W, C]``, and its mask; None if all of it is known."""
@@ -186,7 +190,7 @@ class DenseDataset(Dataset[Samples]):
 
     def read_image(self, sample: str) -> NDArray[np.uint8]:
         """Read the image, ``[H, W, 3]``."""
-        return read_rgb(self.files(sample)["image"][0])
+        return read_rgb(self.file("image", sample))
 
     def problems(self, ids: Iterable[str]) -> Iterator[Finding]:
         """Find ids that are listed twice, and ids whose files are not all there.
@@ -231,7 +235,7 @@ class DenseDataset(Dataset[Samples]):
             image = self.read_image(sample)
         except BadSampleError as error:
             return [Finding(sample, str(error), usable=False)]
-        odd = doubt_of_image(self.files(sample)["image"][0], image)
+        odd = doubt_of_image(self.file("image", sample), image)
         found = [] if odd is None else [Finding(sample, odd, usable=True)]
         for task in self.tasks:
             try:
@@ -255,7 +259,7 @@ class DenseDataset(Dataset[Samples]):
             label: [H, W, C].
             known: [H, W], where the label is known.
         """
-        return doubt(self.files(sample)[task][0], self.TASKS[task], label, known)
+        return doubt(self.file(task, sample), self.TASKS[task], label, known)
 
     def _read_label(
         self, task: str, sample: str, shape: tuple[int, ...]
@@ -265,7 +269,7 @@ class DenseDataset(Dataset[Samples]):
         if self.RESIZES and _alike(label.shape, shape):
             label, mask = resized(label, shape), None if mask is None else resized(mask, shape)
         if label.shape[:2] != shape:
-            path = self.files(sample)[task][0]
+            path = self.file(task, sample)
             raise BadSampleError(
                 f"{path} is {label.shape[0]} x {label.shape[1]}, its image is "
                 f"{shape[0]} x {shape[1]}."

@@ -58,17 +58,14 @@ class NYUDv2(DenseDataset):
     LISTS: ClassVar[str] = "gt_sets"
     ROLES: ClassVar[Mapping[str, str]] = {"train": "train", "held_out": "val"}
 
-    def files(self, sample: str) -> dict[str, tuple[Path, ...]]:
-        """The files of a sample, ``{"image" or task: paths}``."""
-        found: dict[str, tuple[Path, ...]] = {}
-        for name in ("image", *self.tasks):
-            folder, ending = _FOLDERS[name]
-            found[name] = (self.root / folder / f"{sample}.{ending}",)
-        return found
+    def file(self, name: str, sample: str) -> Path:
+        """The file of the image or of a label."""
+        folder, ending = _FOLDERS[name]
+        return self.root / folder / f"{sample}.{ending}"
 
     def read_label(self, task: str, sample: str) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
         """Read a label and its mask."""
-        path = self.files(sample)[task][0]
+        path = self.file(task, sample)
         if task == "semseg":
             stored = read_grey(path)
             most = self.TASKS[task].channels
@@ -92,7 +89,7 @@ class NYUDv2(DenseDataset):
         self, task: str, sample: str, label: NDArray[Any], known: NDArray[np.bool_]
     ) -> str | None:
         """Return a sentence on what is unlikely about a label, or None."""
-        path = self.files(sample)[task][0]
+        path = self.file(task, sample)
         found = super().doubt(task, sample, label, known)
         if found is None and task == "depth":
             return doubt_of_depth(path, label[known])

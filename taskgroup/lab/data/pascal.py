@@ -66,7 +66,13 @@ SURFACES: frozenset[int] = frozenset((
 
 _CLASSES = "the layout has 0 to {most}, and 255 where it is unknown"
 _CONTEXT_CLASSES = 459
-_DISTILLED = {"sal": "sal_distill", "normals": "normals_distill"}
+_FOLDERS = {
+    "image": ("JPEGImages", "jpg"),
+    "human_parts": ("human_parts", "mat"),
+    "sal": ("sal_distill", "png"),
+    "edge": ("pascal-context/trainval", "mat"),
+    "normals": ("normals_distill", "png"),
+}
 
 
 class PASCALContext(DenseDataset):
@@ -98,28 +104,24 @@ class PASCALContext(DenseDataset):
     LISTS: ClassVar[str] = "ImageSets/Context"
     ROLES: ClassVar[Mapping[str, str]] = {"train": "train", "held_out": "val"}
 
+    def file(self, name: str, sample: str) -> Path:
+        """The file of the image or of a label."""
+        if name == "semseg":
+            path = self.root / "semseg" / "VOC12" / f"{sample}.png"
+            return path if path.is_file() else path.parents[1] / "pascal-context" / path.name
+        folder, ending = _FOLDERS[name]
+        return self.root / folder / f"{sample}.{ending}"
+
     def files(self, sample: str) -> dict[str, tuple[Path, ...]]:
-        """The files of a sample, ``{"image" or task: paths}``."""
-        context = self.root / "pascal-context" / "trainval" / f"{sample}.mat"
-        found: dict[str, tuple[Path, ...]] = {
-            "image": (self.root / "JPEGImages" / f"{sample}.jpg",)
-        }
-        for task in self.tasks:
-            if task == "semseg":
-                found[task] = (self._semseg(sample),)
-            elif task == "human_parts":
-                found[task] = (self.root / "human_parts" / f"{sample}.mat",)
-            elif task == "edge":
-                found[task] = (context,)
-            else:
-                found[task] = (self.root / _DISTILLED[task] / f"{sample}.png",)
-                if task == "normals":
-                    found[task] += (context,)
+        """All files of a sample; normals are known where the map of the edges has a surface."""
+        found = super().files(sample)
+        if "normals" in found:
+            found["normals"] += (self.file("edge", sample),)
         return found
 
     def read_label(self, task: str, sample: str) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
         """Read a label and its mask."""
-        path = self.files(sample)[task][0]
+        path = self.file(task, sample)
         if task == "semseg":
             classes = read_grey(path)
             most = self.TASKS[task].channels - 1
@@ -138,7 +140,7 @@ class PASCALContext(DenseDataset):
         vectors = read_vectors(path)
         self.refuse(fault_of_normals(path, vectors[::4, ::4], NORMALS))
         normals, known = unit_normals(vectors)
-        surface = np.isin(self._label_map(self.files(sample)[task][1]), list(SURFACES))
+        surface = np.isin(self._label_map(self.file("edge", sample)), list(SURFACES))
         normals, known = resized(normals, surface.shape), resized(known, surface.shape)
         return normals, known & surface
 
@@ -147,16 +149,11 @@ class PASCALContext(DenseDataset):
     ) -> str | None:
         """Return a sentence on what is unlikely about a label, or None."""
         if task == "normals":  # the stored file, since the label may be unknown everywhere
-            path = self.files(sample)[task][0]
+            path = self.file(task, sample)
             return doubt_of_normals(path, read_vectors(path), NORMALS)
         if task == "human_parts":  # unknown in an image without people
             return None
         return super().doubt(task, sample, label, known)
-
-    def _semseg(self, sample: str) -> Path:
-        folders = [self.root / "semseg" / name for name in ("VOC12", "pascal-context")]
-        paths = [folder / f"{sample}.png" for folder in folders]
-        return paths[0] if paths[0].is_file() else paths[1]
 
     def _label_map(self, path: Path) -> NDArray[Any]:
         """Read the class numbers of PASCAL-Context, [H, W]."""

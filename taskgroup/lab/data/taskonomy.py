@@ -94,7 +94,7 @@ class Taskonomy(DenseDataset):
         """The ids of all images of the split's buildings."""
         ids = []
         for building in self.buildings():
-            folder = self._folder("rgb", building)
+            folder = self._tops["rgb"] / building
             names = file_names(folder)
             matches = [match for name in names if (match := _NAME.fullmatch(name))]
             found = sorted((int(match[1]), int(match[2])) for match in matches)
@@ -113,29 +113,25 @@ class Taskonomy(DenseDataset):
             of_building[sample.split("/")[0]].append(sample)
         for building, samples in of_building.items():
             if not samples:
-                folder = self._folder("rgb", building)
+                folder = self._tops["rgb"] / building
                 sentence = f"{folder} holds no image, and {self.list_file()} lists the building."
                 yield Finding(building, sentence, usable=False)
             for task in self.tasks:  # names, not paths, since there are millions
-                there = frozenset(file_names(self._folder(task, building)))
+                folder = self._tops[task] / building
+                there = frozenset(file_names(folder))
                 for sample in samples:
                     name = self._name(task, sample)
                     if name not in there:
-                        path = self._folder(task, building) / name
-                        yield Finding(sample, f"{path} is missing.", usable=False)
+                        yield Finding(sample, f"{folder / name} is missing.", usable=False)
 
-    def files(self, sample: str) -> dict[str, tuple[Path, ...]]:
-        """The files of a sample, ``{"image" or task: paths}``."""
-        building = sample.split("/")[0]
-        found: dict[str, tuple[Path, ...]] = {}
-        for task in ("rgb", *self.tasks):
-            path = self._folder(task, building) / self._name(task, sample)
-            found["image" if task == "rgb" else task] = (path,)
-        return found
+    def file(self, name: str, sample: str) -> Path:
+        """The file of the image or of a label."""
+        task = "rgb" if name == "image" else name
+        return self._tops[task] / sample.split("/")[0] / self._name(task, sample)
 
     def read_label(self, task: str, sample: str) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
         """Read a normalised label and its mask."""
-        path = self.files(sample)[task][0]
+        path = self.file(task, sample)
         stored: NDArray[Any]
         if task in _COLOURED:
             stored = read_rgb(path)[..., : TASKONOMY[task].channels]
@@ -155,7 +151,7 @@ class Taskonomy(DenseDataset):
         self, task: str, sample: str, label: NDArray[Any], known: NDArray[np.bool_]
     ) -> str | None:
         """Return a sentence on what is unlikely about a label, or None."""
-        path = self.files(sample)[task][0]
+        path = self.file(task, sample)
         found = super().doubt(task, sample, label, known)
         if found is None and task in _DEPTHS:
             metres = read_grey16(path)[known] / np.float32(512)
@@ -167,9 +163,6 @@ class Taskonomy(DenseDataset):
     def _name(self, task: str, sample: str) -> str:
         _, point, view = sample.split("/")
         return f"point_{point}_view_{view}_domain_{self._domains[task]}.png"
-
-    def _folder(self, task: str, building: str) -> Path:
-        return self._tops[task] / building
 
     @cached_property
     def _tops(self) -> dict[str, Path]:
