@@ -29,7 +29,7 @@ __all__ = [
 
 
 def _absolute(folder: str | None) -> str | None:
-    """The same folder, wherever the run is read from later."""
+    """An absolute path, so that a run finds its data from any working directory."""
     return None if folder is None else str(Path(folder).absolute())
 
 

@@ -85,7 +85,7 @@ def evaluate(
     runs: common.RunFolders,
     split: Annotated[
         str,
-        typer.Option(help="held_out, validation, or train, of which some images are evaluated."),
+        typer.Option(help="held_out, validation, or train (some of its images)."),
     ] = "held_out",
     data: common.Data = None,
     set_: Annotated[

@@ -142,13 +142,13 @@ class Augment:
 
 
 class Resize:
-    """The whole image stretched to one size, bilinearly, its labels too; as for Taskonomy.
+    """Stretch the whole image and its labels to one size, bilinearly, as is done for Taskonomy.
 
-    A pixel is known where all that it is mixed of are.
+    A pixel is known if all pixels from which it is interpolated are known.
 
     Args:
         size: (H, W) of the result.
-        mirror: mirror half of the scenes.
+        mirror: whether to mirror half of the scenes, at random.
     """
 
     def __init__(self, size: tuple[int, int], *, mirror: bool = False) -> None:
