@@ -61,10 +61,7 @@ def compare(
     jobs: Jobs = None,
     out: Out = None,
 ) -> None:
-    """Compare methods over several seeds, at equal batches and at equal time.
-
-    If the command is stopped, run it again to continue.
-    """
+    """Compare methods over seeds, at equal batches and equal time; run it again to continue."""
     from taskgroup.lab.compare import comparison_tables as report
     from taskgroup.lab.compare.comparison import Comparison
     from taskgroup.lab.compare.presets import JOINT, variants_by_name

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import count, islice
 from pathlib import Path
-from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from taskgroup.lab.data.dense_dataset import Transform
 from taskgroup.lab.data.files import read_photo
 from taskgroup.lab.data.motorcycle import Motorcycle
 from taskgroup.lab.data.samples import Samples
+from taskgroup.lab.train.recipe import Recipe
 from taskgroup.lab.vision import predictions
 from taskgroup.lab.vision.backbones import ViTFeatures, backbone, save_config
 from taskgroup.lab.vision.dense_losses import criterion
@@ -45,42 +45,20 @@ _PICTURED = 4  # held-out images or crops in predictions.png
 _ROWS = 250  # of the photograph
 
 
-class Settings(Protocol):
-    """The settings of the data and of the network; see ``Recipe``."""
-
-    data: str
-    root: str | None
-    subset: str
-    tasks: tuple[str, ...] | None
-    size: tuple[int, int]
-    batch_size: int
-    bad: Literal["stop", "skip"]
-    workers: int
-    backbone: str
-    weights: str | None
-    decoder: Literal["linear", "conv"]
-    drop_path: float
-    patch: int
-    dim: int
-    depth: int
-    attention_heads: int
-    dropout: float
-
-
 class DenseProblem:
     """A data set of images with the network and the losses of the published runs.
 
     The losses are distances without an upper bound, so there is no score in (0, 1).
 
     Args:
-        settings: the settings of the data and of the network.
+        settings: the recipe of the run.
         kind: the data set that defines the tasks, and the scale of the images.
         splits: the splits that can be evaluated.
     """
 
     score = None
 
-    def __init__(self, settings: Settings, kind: type[DenseDataset], splits: Sequence[str]) -> None:
+    def __init__(self, settings: Recipe, kind: type[DenseDataset], splits: Sequence[str]) -> None:
         self._settings = settings
         self._kind = kind
         self._tasks = kind.TASKS
@@ -152,10 +130,10 @@ class MotorcycleProblem(DenseProblem):
     """Crops of the photograph, :class:`~taskgroup.lab.vision.Motorcycle`; all metrics are errors.
 
     Args:
-        settings: size of the crops and of the network.
+        settings: the recipe of the run.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Recipe) -> None:
         super().__init__(settings, Taskonomy, ("train", "held_out"))
         self.scene = _scene(settings.size)
 
@@ -200,10 +178,10 @@ class BenchmarkProblem(DenseProblem):
     in which something is missing is refused before the first batch; predictions need no data.
 
     Args:
-        settings: the settings of the data and of the network.
+        settings: the recipe of the run.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Recipe) -> None:
         kind = DATASETS[settings.data]
         super().__init__(settings, kind, tuple(kind.ROLES))
         size = settings.size
