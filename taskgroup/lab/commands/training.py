@@ -21,7 +21,7 @@ def train(
     recipe: common.RecipeName = _DEFAULT,
     set_: common.Changes = None,
     method: Annotated[
-        str | None, typer.Option(help="Training method: selective, joint, or a joint method.")
+        str | None, typer.Option(help="Training method: selective, joint, uw, nash-mtl, ...")
     ] = None,
     grouping: Annotated[
         str | None,
