@@ -18,7 +18,7 @@ from torch import nn
 import taskgroup as tg
 from benchmarks.published import PublishedTaskAffinity
 from benchmarks.test_scaling import DECAY, know, planted_affinity
-from taskgroup.lab.vision.models import ViTFeatures
+from taskgroup.lab.vision.backbones import ViTFeatures
 
 INSIDE = "without what is outside"
 PUBLISHED = "published tracking and clustering"

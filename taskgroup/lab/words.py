@@ -10,7 +10,7 @@ _MOST = 12
 
 
 def listed(names: Collection[str]) -> str:
-    """The names as a list; of many names the first ten.
+    """Format names as a list; if there are more than twelve, only the first ten.
 
     Example:
         >>> listed(["depth", "normal"])

@@ -135,7 +135,9 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, trained, monkeypatch):
     arguments = ["--methods", "uw", "--budgets", "batches", "--seeds", 1, "--out", tmp_path]
     result = invoke("compare", *arguments)
     assert result.exit_code == 130, result.output
-    assert "Stopped; finished runs are kept. The same command goes on." in result.output
+    assert (
+        "Stopped; finished runs are kept. Run the same command again to continue." in result.output
+    )
     assert len(list((tmp_path / "cells").iterdir())) == 3
     monkeypatch.setattr(workers, "train_cell", train)
     assert invoke("compare", *arguments).exit_code == 0

@@ -221,7 +221,7 @@ def test_bad_samples_stop_a_run_or_are_skipped(minis, tmp_path, no_pictures):
         ),
         (
             ["train", "nyud-v2", "--data", "nowhere"],
-            "nowhere is no folder; name the one that",
+            "nowhere is not a folder; name the folder that",
         ),
         (["train", "nyud-v2", "--size", "450"], "patches of 7 pixels do not tile"),
         (["train", "nyud-v2", "--size", "tall"], "size must be a number of pixels or HxW, as 448x"),
@@ -289,7 +289,7 @@ def test_predicting_needs_no_data_and_says_what_is_no_image(minis, tmp_path, no_
     assert there.exit_code == 0, there.output
     gone = invoke("evaluate", tmp_path / "run")
     assert gone.exit_code == 2
-    assert "/moved/away is no folder" in gone.output
+    assert "/moved/away is not a folder" in gone.output
     other = invoke("evaluate", tmp_path / "run", "--data", minis / "nyud-v2", "--split", "test")
     assert other.exit_code == 2
     assert "nyud-v2 has no split test; it has train, held_out" in other.output
@@ -314,7 +314,7 @@ def test_a_run_goes_on_where_its_data_has_moved_and_evaluates_what_it_had_not(
     shutil.move(old, tmp_path / "new")
     gone = invoke("train", "--resume", run.out)
     assert gone.exit_code == 2
-    assert "is no folder; name the one that holds NYUDv2" in gone.output
+    assert "is not a folder; name the folder that holds NYUDv2" in gone.output
     result = invoke("train", "--resume", run.out, "--data", tmp_path / "new")
     assert result.exit_code == 0, result.output
     (line,) = (run.out / "evaluations.jsonl").read_text().splitlines()

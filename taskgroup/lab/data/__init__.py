@@ -1,7 +1,7 @@
-"""The benchmarks' data sets, read from their public layouts as they are."""
+"""The paper's data sets, read from their public layouts, and the embedded ones."""
 
 from taskgroup.lab.data.augment import Augment, Fit, Resize
-from taskgroup.lab.data.dense import DenseDataset, Scene
+from taskgroup.lab.data.dense_dataset import DenseDataset, Scene
 from taskgroup.lab.data.files import BadSampleError
 from taskgroup.lab.data.loader import all_batches, collate, training_batches
 from taskgroup.lab.data.nyud import NYUDv2
@@ -24,7 +24,7 @@ __all__ = [
     "training_batches",
 ]
 
-#: By the names of the recipes.
+#: ``{name of the recipe: data set}``.
 DATASETS: dict[str, type[DenseDataset]] = {
     "nyud-v2": NYUDv2,
     "pascal-context": PASCALContext,

@@ -1,5 +1,5 @@
 # mypy: untyped-calls-exclude=skimage
-"""Scenes of one size, at random or not: what happens to an image happens to its labels."""
+"""Bring scenes to one size, with random augmentation or without; labels follow their image."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from PIL import Image
 from skimage.morphology import skeletonize
 from torch.nn import functional as F
 
-from taskgroup.lab.data.dense import Scene
+from taskgroup.lab.data.dense_dataset import Scene
 from taskgroup.lab.vision.tasks import Task
 
 __all__ = ["Augment", "Fit", "Resize", "flip"]
 
-_IGNORE = 255  # of class numbers, where nothing is known
-_OUTSIDE = (124, 116, 104)  # ImageNet's mean colour: within .01 of zero once it is normalised
-_TRIES = 10  # to find a crop that is not nearly all of one class
+_IGNORE = 255  # the class number of unknown pixels
+_OUTSIDE = (124, 116, 104)  # ImageNet's mean colour, which is normalised to within .01 of zero
+_TRIES = 10  # attempts to find a crop that does not consist mostly of one class
 
 
 class Window(NamedTuple):
-    """The piece of a scaled image that becomes the new one.
+    """The part of a scaled image that becomes the new image.
 
     Attributes:
         scale: pixels of the new image per pixel of the old one.
-        top: of the window in the scaled image, pixels; negative above it.
-        left: likewise.
+        top: first row of the window in the scaled image; negative if the window begins above it.
+        left: first column, likewise.
     """
 
     scale: float
@@ -39,13 +39,14 @@ class Window(NamedTuple):
 
 
 class Fit:
-    """The whole image in one size, as large as it fits but not enlarged; the rest is unknown.
+    """Fit the whole image into one size; what it does not cover is unknown.
 
-    The image lies in the middle. For evaluation: at the paper's sizes nothing is scaled.
+    The image is scaled down if it is too large, but never up, and centred. This is the transform
+    for evaluation. At the paper's sizes no image is scaled.
 
     Args:
         size: (H, W) of the result.
-        tasks: of the labels.
+        tasks: the tasks of the labels.
     """
 
     def __init__(self, size: tuple[int, int], tasks: Mapping[str, Task]) -> None:
@@ -53,41 +54,41 @@ class Fit:
         self.tasks = tasks
 
     def window(self, shape: tuple[int, ...]) -> Window:
-        """Where an image of a shape comes to lie."""
+        """The window for an image of a shape."""
         scale = _fitting(shape, self.size)
         inside = [round(side * scale) for side in shape[:2]]
         top, left = (-((want - have) // 2) for have, want in zip(inside, self.size, strict=True))
         return Window(scale, top, left)
 
     def __call__(self, scene: Scene, rng: np.random.Generator | None = None) -> Scene:
-        """The scene in the size."""
+        """Bring the scene to the size."""
         return _look(scene, self.window(scene.image.shape), self.size, self.tasks)
 
 
 class Augment:
     """The augmentation of the published NYUD-v2 and PASCAL-Context runs.
 
-    An image larger than the size is first brought down to it, so that a small size sees whole
-    scenes too; at the paper's sizes none is. Then:
+    An image larger than the size is first scaled down to it, so that a small size shows whole
+    scenes too; at the paper's sizes no image is. Then:
 
-    - it is scaled by a factor drawn from ``scale``; depth is divided by it, as what comes closer
-      by the factor looks that much larger;
-    - a window of the size is cut out at random; of ten tries the first in which no class takes
-      ``max_share`` of the known pixels or more, or the last. What lies outside the image is of the
-      data set's mean colour, which the network sees as zero, and unknown;
-    - half of the time it is mirrored, and the normals' x changes sign;
-    - brightness, contrast, saturation and hue are distorted.
+    - The image is scaled by a factor drawn from ``scale``. Depth is divided by the factor, since
+      objects look larger by the factor when they are closer by it.
+    - A window of the size is cut out at random: of ten attempts, the first in which every class
+      has less than ``max_share`` of the known pixels, or else the last. Pixels outside the image
+      are unknown and take the mean colour of ImageNet, which is zero for the network.
+    - With probability 1/2 the image is mirrored, and the x of the normals changes sign.
+    - Brightness, contrast, saturation and hue are distorted.
 
-    Class numbers, depth and normals take the nearest stored value: between two surfaces there is
-    none. Edges stay lines of one pixel without gaps: on shrinking each pixel marks where it comes
-    to lie, on enlarging the nearest value is taken, and what became thicker is reduced to its
-    middle.
+    Class numbers, depth and normals take the nearest stored value, since a mean of two surfaces
+    lies on neither. Edges stay lines of one pixel without gaps: when the image shrinks, each edge
+    pixel marks the pixel that it moves to; when it grows, the nearest value is taken, and the
+    thicker lines are thinned to their middle.
 
     Args:
         size: (H, W) of the result.
-        tasks: of the labels.
+        tasks: the tasks of the labels.
         scale: the smallest and the largest factor.
-        max_share: of one class of ``"semseg"``, if that is among the labels.
+        max_share: the largest share of a class of ``"semseg"``, if that is among the labels.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Augment:
         self.max_share = max_share
 
     def __call__(self, scene: Scene, rng: np.random.Generator) -> Scene:
-        """A random piece of the scene."""
+        """Cut a random piece out of the scene."""
         zoom = rng.uniform(*self.scale)
         window = self._window(scene, zoom, rng)
         touch_up = partial(distort, rng=rng)
@@ -122,7 +123,7 @@ class Augment:
         ]
         window = Window(scale, 0, 0)
         for _ in range(_TRIES):
-            # An image smaller than the window lies somewhere in it.
+            # An image that is smaller than the window gets a random place in it.
             top, left = (int(rng.integers(min(room, 0), max(room, 0) + 1)) for room in slack)
             window = Window(scale, top, left)
             if "semseg" not in scene.labels or self._varied(scene, window):
@@ -131,7 +132,7 @@ class Augment:
 
     def _varied(self, scene: Scene, window: Window) -> bool:
         rows, columns, _ = _sources(scene.image.shape, window, self.size)
-        # Every fourth pixel both ways tells the shares as well.
+        # Every fourth row and column is enough to estimate the shares.
         classes, known = (
             _nearest(values, rows[::4], columns[::4])
             for values in (scene.labels["semseg"][..., 0], scene.masks["semseg"])
@@ -141,13 +142,13 @@ class Augment:
 
 
 class Resize:
-    """The whole image stretched to one size, bilinearly, its labels too; as for Taskonomy.
+    """Stretch the whole image and its labels to one size, bilinearly, as is done for Taskonomy.
 
-    A pixel is known where all that it is mixed of are.
+    A pixel is known if all pixels from which it is interpolated are known.
 
     Args:
         size: (H, W) of the result.
-        mirror: mirror half of the scenes.
+        mirror: whether to mirror half of the scenes, at random.
     """
 
     def __init__(self, size: tuple[int, int], *, mirror: bool = False) -> None:
@@ -155,7 +156,7 @@ class Resize:
         self.mirror = mirror
 
     def __call__(self, scene: Scene, rng: np.random.Generator) -> Scene:
-        """The scene in the size."""
+        """Bring the scene to the size."""
         if scene.image.shape[:2] != self.size:
             height, width = self.size
             image = Image.fromarray(scene.image).resize((width, height), Image.Resampling.BILINEAR)
@@ -176,9 +177,9 @@ class Resize:
 
 
 def flip(scene: Scene) -> Scene:
-    """The scene mirrored left to right: of the normals the x changes sign.
+    """Mirror the scene left to right; the x of the normals changes sign.
 
-    Normals are centred where they are stored: Taskonomy's at 127, which is -1/255, the others at 0.
+    The sign changes about the stored zero: -1/255 (stored as 127) for Taskonomy, 0 for the others.
     """
     labels = {task: label[:, ::-1] for task, label in scene.labels.items()}
     for task, centre in (("normals", 0.0), ("normal", -1 / 255)):
@@ -191,18 +192,18 @@ def flip(scene: Scene) -> Scene:
 
 
 def distort(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Photometric distortion, as of SSD (Liu et al., ECCV 2016): each step half of the time.
+    """Photometric distortion of SSD (Liu et al., ECCV 2016); each step has probability 1/2.
 
-    Brightness by up to 32 of 255; contrast by .5 to 1.5, before the colours or after them;
-    saturation by .5 to 1.5; hue by up to 36 degrees.
+    Brightness changes by up to 32 of 255; contrast by a factor of .5 to 1.5, before or after the
+    colours; saturation by a factor of .5 to 1.5; hue by up to 36 degrees.
 
     Args:
         image: [H, W, 3], uint8 RGB.
-        rng: what is drawn from.
+        rng: the source of randomness.
     """
 
     def sometimes(low: float, high: float, neutral: float) -> float:
-        value = rng.uniform(low, high)  # drawn always: the steps do not depend on each other
+        value = rng.uniform(low, high)  # always drawn, so that the steps are independent
         return value if rng.random() < 0.5 else neutral
 
     contrast_first = rng.random() < 0.5
@@ -220,7 +221,7 @@ def distort(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.ui
 
 
 def _levels(image: NDArray[np.uint8], times: float, plus: float) -> NDArray[np.uint8]:
-    """Every value times one number plus another, by a table of the 256 there are."""
+    """Multiply and add, by a table of the 256 values."""
     if times == 1 and plus == 0:
         return image
     table: NDArray[np.uint8] = (np.arange(256) * times + plus).clip(0, 255).astype(np.uint8)
@@ -228,14 +229,14 @@ def _levels(image: NDArray[np.uint8], times: float, plus: float) -> NDArray[np.u
 
 
 def _fitting(shape: tuple[int, ...], size: tuple[int, int]) -> float:
-    """The scale at which an image fits into a size; 1 at most."""
+    """The scale at which an image fits into a size, at most 1."""
     return min(1.0, size[0] / shape[0], size[1] / shape[1])
 
 
 def _sources(
     shape: tuple[int, ...], window: Window, size: tuple[int, int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-    """Nearest rows and columns in the old image, and which pixels lie inside: [H], [W], [H, W]."""
+    """Nearest rows [H] and columns [W] in the old image, and which pixels [H, W] lie inside it."""
     sources, inside = [], []
     for side, start, length in zip(shape[:2], (window.top, window.left), size, strict=True):
         at = np.arange(start, start + length)
@@ -251,14 +252,14 @@ def _look(
     tasks: Mapping[str, Task],
     touch_up: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] = lambda image: image,
 ) -> Scene:
-    """The scene as seen through a window of the size.
+    """Cut a window out of a scaled scene.
 
     Args:
-        scene: all of it.
-        window: what is seen.
-        size: (H, W) of the result.
-        tasks: of the labels.
-        touch_up: what is done to the image, where there is any.
+        scene: the whole scene.
+        window: the scale, and the place of the window.
+        size: (H, W) of the window.
+        tasks: the tasks of the labels.
+        touch_up: a function for the part of the window that shows the image.
     """
     rows, columns, inside = _sources(scene.image.shape, window, size)
     labels, masks = {}, {}
@@ -274,7 +275,7 @@ def _look(
             seen *= masks[task][..., None]
         labels[task] = seen
         if task == "human_parts" and not seen[masks[task]].any():
-            masks[task][:] = False  # nobody to learn from, as in an image without people
+            masks[task][:] = False  # no people, as in an image without parts
     image = np.empty((*size, 3), dtype=np.uint8)
     image[:] = _OUTSIDE
     piece, top, left = _resample(scene.image, window, size)
@@ -293,7 +294,7 @@ def _nearest(
 def _resample(
     image: NDArray[np.uint8], window: Window, size: tuple[int, int]
 ) -> tuple[NDArray[np.uint8], int, int]:
-    """What the window shows of an image, bilinear, without aliasing, and where in the window."""
+    """The part of the window that shows the image, bilinear with antialiasing, and its place."""
     height, width = image.shape[:2]
     scaled = round(height * window.scale), round(width * window.scale)
     top, left = max(window.top, 0), max(window.left, 0)
@@ -312,9 +313,9 @@ def _resample(
 def _edges(
     edges: NDArray[np.bool_], window: Window, size: tuple[int, int], inside: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
-    """Edges in the window, lines of one pixel as before."""
+    """The edges in the window, still lines of one pixel."""
     if window.scale <= 1:
-        # Each edge pixel marks where it comes to lie: sampled, a line would break.
+        # Each edge pixel marks the pixel that it moves to, since sampling would break lines.
         at = [
             np.floor((where + 0.5) * window.scale).astype(np.int64) - start
             for where, start in zip(np.nonzero(edges), (window.top, window.left), strict=True)

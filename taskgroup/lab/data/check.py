@@ -1,4 +1,4 @@
-"""Whether a folder holds a data set whole: what is there, and what is missing or broken."""
+"""Check whether a folder holds a whole data set, and report what is missing or broken."""
 
 from __future__ import annotations
 
@@ -6,30 +6,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from torch.utils.data import DataLoader, Dataset
-
-from taskgroup.lab.data import DATASETS, DenseDataset, Taskonomy
-from taskgroup.lab.data.dense import Problem
+from taskgroup.lab.data import DATASETS, Taskonomy
+from taskgroup.lab.data.processes import in_processes
 
 __all__ = ["Checked", "check", "recognise"]
 
-# By what each data set alone has at the top.
-_MARKS = {
-    "nyud-v2": "gt_sets",
-    "pascal-context": "ImageSets/Context",
-    "taskonomy": "splits_taskonomy",
-}
-
 
 class Checked(NamedTuple):
-    """What a split was found to hold.
+    """The result of checking a split.
 
     Attributes:
-        split: its name.
-        listed: samples that the data set lists.
-        published: samples in the public release; None where it depends on the release.
-        whole: of these, those that can be read.
-        problems: what is wrong, a sentence each.
+        split: the name of the split.
+        listed: number of samples that the data set lists.
+        published: number of samples in the public release; None where it depends on the release.
+        whole: number of listed samples that can be read.
+        problems: one sentence for each problem.
     """
 
     split: str
@@ -40,15 +31,15 @@ class Checked(NamedTuple):
 
 
 def recognise(root: Path) -> str:
-    """Which data set a folder holds, by name.
+    """Return the name of the data set that a folder holds.
 
     Raises:
-        ValueError: if none.
+        ValueError: if the folder holds none of the data sets.
     """
-    for name, mark in _MARKS.items():
-        if (root / mark).is_dir():
+    for name, kind in DATASETS.items():
+        if (root / kind.LISTS).is_dir():
             return name
-    marks = ", ".join(f"{mark} ({name})" for name, mark in _MARKS.items())
+    marks = ", ".join(f"{kind.LISTS} ({name})" for name, kind in DATASETS.items())
     raise ValueError(f"{root} holds none of the data sets: it has none of {marks}.")
 
 
@@ -61,16 +52,17 @@ def check(
 ) -> Iterator[Checked]:
     """Check all splits of a data set.
 
-    Names are compared first: every file that a listed sample needs must be there. Then every file
-    is read, and its type, its size and its values are looked at: those that are possible and yet
-    odd, such as an edge map without an edge, are problems of samples that are whole. Of Taskonomy
-    the subsets whose list is there are checked, each building once.
+    First, file names are compared: every file that a listed sample needs must be there. Then every
+    file is read, and its type, size and values are checked. Unlikely values, such as an edge map
+    without an edge, are reported as problems, but the sample still counts as whole. Of Taskonomy,
+    every subset whose list is there is checked, each building once.
 
     Args:
         root: folder of the data set.
-        quick: compare names alone.
-        workers: processes that read; 0 is this one.
-        watch: called with the split, the samples read and all of them.
+        quick: compare file names only.
+        workers: number of processes that read files; 0 reads in this process.
+        watch: a function that is called with the split, the number of samples read so far, and the
+            number to read.
 
     Raises:
         ValueError: if the folder holds none of the data sets.
@@ -83,7 +75,7 @@ def check(
         try:
             dataset = kind(root, split, bad="keep")
             listed = dataset.listed_ids()
-        except ValueError as error:  # there is no list, say
+        except ValueError as error:  # for example, there is no list
             yield Checked(split, 0, kind.SPLITS[split], 0, [str(error)])
             continue
         problems: list[str] = []
@@ -92,29 +84,10 @@ def check(
         problems += [problem.sentence for problem in missing]
         if not quick:
             fresh = [sample for sample in dataset.ids if sample not in seen and sample not in bad]
-            for done, found in enumerate(_inspected(dataset, fresh, workers), start=1):
+            for done, found in enumerate(in_processes(dataset.inspect, fresh, workers), start=1):
                 watch(split, done, len(fresh))
                 bad |= {problem.sample for problem in found if not problem.usable}
                 problems += [problem.sentence for problem in found]
             seen.update(dataset.ids)
         n_listed = len(dict.fromkeys(listed))
         yield Checked(split, n_listed, kind.SPLITS[split], n_listed - len(bad), problems)
-
-
-class _Inspection(Dataset[list[Problem]]):
-    def __init__(self, dataset: DenseDataset, ids: list[str]) -> None:
-        self.dataset, self.ids = dataset, ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> list[Problem]:
-        return self.dataset.inspect(self.ids[index])
-
-
-def _inspected(dataset: DenseDataset, ids: list[str], workers: int) -> Iterator[list[Problem]]:
-    """What is wrong with each of the ids."""
-    found: DataLoader[list[Problem]] = DataLoader(
-        _Inspection(dataset, ids), batch_size=None, num_workers=workers
-    )
-    yield from found

@@ -1,7 +1,9 @@
-"""Reading single files of a data set; what is wrong with one is a sentence that names it."""
+"""Read single files of a data set; every error names the file and says what is wrong."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,6 @@ __all__ = [
     "read_rgb",
 ]
 
-# SyntaxError is what Pillow raises for a broken PNG.
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _WORDS = {
     "RGB": "three 8-bit channels",
     "RGBA": "four 8-bit channels",
@@ -42,61 +42,57 @@ class BadSampleError(ValueError):
 
 
 def read_rgb(path: Path) -> NDArray[np.uint8]:
-    """An 8-bit RGB image ``[H, W, 3]``.
+    """Read an 8-bit RGB image: ``[H, W, 3]``.
 
     Raises:
-        BadSampleError: if there is none; as for all that follow.
+        BadSampleError: if the file is missing, broken, or holds something else. All functions below
+            raise it too.
     """
     return _read(path, ("RGB",), "RGB")
 
 
 def read_photo(path: Path) -> NDArray[np.uint8]:
-    """Any image, as it is to be looked at, as RGB ``[H, W, 3]``.
+    """Read an image of any kind as RGB, ``[H, W, 3]``, as a viewer would show it.
 
-    It is turned as its EXIF data says, and what is transparent is white. Grey values of more than
-    8 bits are scaled to 8: whole numbers from the range of the bits in use (8, 10, 12 or 16), and
-    floats from the range 0 to 1. Values outside these ranges are scaled by their least and their
-    greatest.
+    The image is rotated as its EXIF data says, and transparent parts become white. Grey values of
+    more than 8 bits are scaled to 8 bits: integers from the range of the bits in use (8, 10, 12 or
+    16), floats from the range 0 to 1. If values lie outside that range, their minimum and maximum
+    take the place of its ends.
 
     Raises:
-        BadSampleError: also if a value is NaN or infinite, or a whole number negative.
+        BadSampleError: also if a value is NaN or infinite, or an integer is negative.
     """
-    try:
-        # From an open file: a path may be mapped into memory, and Pillow (13.0) then reads a TIFF
-        # that is turned with its sides exchanged.
-        with path.open("rb") as file, Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode not in _DEEP:
-                return np.array(_on_white(image).convert("RGB"))
-            values = np.array(image)
-    except FileNotFoundError:
-        raise _missing(path) from None
-    except _UNREADABLE as error:
-        raise _broken(path, error) from None
+    # Pillow gets an open file: it may map a path into memory, and then Pillow 13.0 reads a rotated
+    # TIFF with its sides exchanged.
+    with _reading(path), path.open("rb") as file, Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode not in _DEEP:
+            return np.array(_on_white(image).convert("RGB"))
+        values = np.array(image)
     if bad := np.count_nonzero(~np.isfinite(values)):
         raise BadSampleError(
             f"{path} holds {bad} values that are NaN or infinite; save it as an 8-bit image."
         )
-    if values.dtype.kind == "i" and values.min() < 0:  # or a number that needs all of 32 bits
+    if values.dtype.kind == "i" and values.min() < 0:  # unsigned 32-bit numbers look like that too
         raise BadSampleError(
-            f"{path} holds whole numbers from {values.min()} to {values.max()}, which are no grey "
-            "values; save it as an 8-bit image."
+            f"{path} holds whole numbers from {values.min()} to {values.max()}, which are not "
+            "grey values; save it as an 8-bit image."
         )
     return np.repeat(_to_8_bits(values)[..., None], 3, axis=2)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """An image whose transparent parts are white."""
+    """Make the transparent parts of an image white."""
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image
     image = image.convert("RGBA")
-    if image.getchannel("A").getextrema() == (0, 0):  # nobody stores a picture of nothing
+    if image.getchannel("A").getextrema() == (0, 0):  # all transparent: nobody means that
         return image
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def _to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """Finite numbers scaled to the range 0 to 255, as :func:`read_photo` says."""
+    """Scale finite numbers to the range 0 to 255, as :func:`read_photo` says."""
     low, high = min(0.0, float(values.min())), float(values.max())
     ranges = (1.0,) if values.dtype.kind == "f" else (255.0, 1023.0, 4095.0, 65535.0)
     high = next((top for top in ranges if high <= top), high)
@@ -105,13 +101,13 @@ def _to_8_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def read_grey(path: Path) -> NDArray[np.uint8]:
-    """An 8-bit image of one channel, or the indices of one with a palette: ``[H, W]``, uint8."""
+    """Read an 8-bit image of one channel, or the indices into a palette: ``[H, W]``, uint8."""
     return _read(path, ("L", "P"), "L")
 
 
 def read_grey16(path: Path) -> NDArray[np.uint16]:
-    """A 16-bit image of one channel, ``[H, W]``, uint16."""
-    # A 32-bit mode is how older versions of Pillow open 16-bit files.
+    """Read a 16-bit image of one channel: ``[H, W]``, uint16."""
+    # Older versions of Pillow open 16-bit files in the 32-bit mode "I".
     stored = _read(path, ("I;16", "I"), "I;16")
     if stored.dtype.itemsize > 2 and (stored.min() < 0 or stored.max() >= 2**16):
         raise BadSampleError(
@@ -122,13 +118,9 @@ def read_grey16(path: Path) -> NDArray[np.uint16]:
 
 
 def read_depth(path: Path) -> NDArray[np.float32]:
-    """A depth map ``[H, W]`` in an ``.npy`` file, metres, 0 where missing."""
-    try:
+    """Read a depth map ``[H, W]`` from an ``.npy`` file: metres, 0 where depth is missing."""
+    with _reading(path):
         depth = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise _missing(path) from None
-    except (OSError, ValueError, EOFError) as error:
-        raise _broken(path, error) from None
     if not isinstance(depth, np.ndarray) or (depth.ndim == 3 and 1 not in depth.shape):
         raise BadSampleError(f"{path} must hold one depth map, H x W.")
     depth = depth.squeeze()
@@ -144,35 +136,32 @@ def read_depth(path: Path) -> NDArray[np.float32]:
 
 
 def read_mat(path: Path, key: str) -> NDArray[Any]:
-    """A variable of a MATLAB file."""
-    try:
-        return np.asarray(scipy.io.loadmat(path, variable_names=[key])[key])
-    except FileNotFoundError:
-        raise _missing(path) from None
-    except KeyError:
-        raise BadSampleError(f"{path} holds no variable {key}.") from None
-    except Exception as error:  # scipy raises whatever a broken file makes it stumble over
-        raise _broken(path, error) from None
+    """Read a variable of a MATLAB file."""
+    with _reading(path):
+        variables = scipy.io.loadmat(path, variable_names=[key])
+    if key not in variables:
+        raise BadSampleError(f"{path} has no variable {key}.")
+    return np.asarray(variables[key])
 
 
 def _read(path: Path, modes: tuple[str, ...], wanted: str) -> NDArray[Any]:
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            if mode in modes:
-                return np.array(image)  # a copy: torch wants it writable
-    except FileNotFoundError:
-        raise _missing(path) from None
-    except _UNREADABLE as error:
-        raise _broken(path, error) from None
+    with _reading(path), Image.open(path) as image:
+        mode = image.mode
+        if mode in modes:
+            return np.array(image)  # a copy, since torch needs a writable array
     holds = _WORDS.get(mode, f"mode {mode}")
     raise BadSampleError(f"{path} must hold {_WORDS[wanted]}; it holds {holds}.")
 
 
-def _missing(path: Path) -> BadSampleError:
-    return BadSampleError(f"{path} is missing.")
-
-
-def _broken(path: Path, error: Exception) -> BadSampleError:
-    why = " ".join(str(error).split()) or "it is cut off"
-    return BadSampleError(f"{path} cannot be read: {why.rstrip('.')}.")
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn any error into a :class:`BadSampleError` that names the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise BadSampleError(f"{path} is missing.") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow, NumPy and SciPy raise various errors for broken files
+        why = " ".join(str(error).split()) or "it is cut off"
+        raise BadSampleError(f"{path} cannot be read: {why.rstrip('.')}.") from None

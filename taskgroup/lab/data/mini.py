@@ -1,9 +1,9 @@
-"""Small trees in the public layouts, of the embedded photograph, to try recipes with."""
+"""Write tiny data sets in the public layouts, made of one photograph, to try recipes with."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,8 @@ from skimage.segmentation import felzenszwalb
 
 from taskgroup.lab.data import motorcycle
 from taskgroup.lab.data.pascal import PARTS, PERSON, SURFACES
-from taskgroup.lab.vision.encoding import encode
+from taskgroup.lab.data.physical_labels import physical_labels
+from taskgroup.lab.data.taskonomy_encoding import encode
 from taskgroup.lab.vision.tasks import NYUD, PASCAL, TASKONOMY
 
 __all__ = ["MINI", "Crop", "crops", "write_mini"]
@@ -28,12 +29,12 @@ class Crop(NamedTuple):
     """A square of the photograph.
 
     Attributes:
-        name: of the view and a number.
-        held_out: whether it is of the held-out band.
+        name: name of the view, and a number.
+        held_out: whether the square is in the held-out band.
         image: [H, W, 3], uint8 RGB.
-        labels: {task: [H, W, C]}, of :func:`taskgroup.lab.data.motorcycle.physical_labels`.
+        labels: {task: [H, W, C]}, see :func:`taskgroup.lab.data.physical_labels.physical_labels`.
         valid: {task: [H, W]}, bool.
-        pieces: [H, W], numbers of the segments of the image, from 0.
+        pieces: [H, W], the number of each pixel's segment, from 0.
     """
 
     name: str
@@ -46,10 +47,10 @@ class Crop(NamedTuple):
 
 @cache
 def crops() -> tuple[Crop, ...]:
-    """Nine squares to train on and three of the held-out band, 80 x 80 pixels."""
+    """Cut nine squares to train on and three of the held-out band, 80 x 80 pixels."""
     made = []
     for view, photo in motorcycle.photos().items():
-        labels, valid = motorcycle.physical_labels(*photo)
+        labels, valid = physical_labels(*photo)
         pieces = felzenszwalb(photo.image, scale=300, sigma=0.8, min_size=150)
         height, width = photo.depth.shape
         corners = [
@@ -75,14 +76,13 @@ def crops() -> tuple[Crop, ...]:
 def write_mini(name: str, folder: Path) -> None:
     """Write a data set of twelve small images in the public layout of a real one.
 
-    Images, depth, normals, edges and the other labels of geometry and texture are real; they are
+    Images, depth, normals, edges and the other labels of geometry and texture are real: they are
     crops of one photograph, see :mod:`taskgroup.lab.data.motorcycle`. **Classes, parts and saliency
-    are stand-ins**: pieces of the image with numbers for names. What is trained on it shows that a
-    recipe runs, and nothing else.
+    are stand-ins**: numbered segments of the image. Training on them only shows that a recipe runs.
 
     Args:
         name: ``"nyud-v2"``, ``"pascal-context"`` or ``"taskonomy"``.
-        folder: new or empty; becomes the root.
+        folder: the root of the data set, a new or empty folder.
 
     Raises:
         ValueError: if there is no data set of the name, or the folder is not empty.
@@ -117,18 +117,16 @@ def _pascal(root: Path) -> None:
         person = near & (np.arange(_SIDE) < _SIDE // 2) & (number % 2 == 0)
         classes = np.where(person, PERSON, crop.pieces % (PASCAL["semseg"].channels - 1))
         classes[:2] = 255  # unknown
-        # Numbers of PASCAL-Context; normals count on those that are surfaces.
+        # Class numbers of PASCAL-Context; normals are known on surfaces only.
         context = np.where(person, 1 + surfaces.max(), surfaces[crop.pieces % len(surfaces)])
         _save(root / "JPEGImages" / f"{crop.name}.jpg", crop.image)
         half = "VOC12" if number % 3 else "pascal-context"
         _save(root / "semseg" / half / f"{crop.name}.png", classes)
-        _save_mat(
-            root / "pascal-context" / "trainval" / f"{crop.name}.mat",
-            {"LabelMap": context.astype(np.uint16)},
-        )
+        path = root / "pascal-context" / "trainval" / f"{crop.name}.mat"
+        _save_mat(path, "LabelMap", context.astype(np.uint16))
         _save(root / "normals_distill" / f"{crop.name}.png", _stored_normals(crop))
         _save(root / "sal_distill" / f"{crop.name}.png", 255 * near)
-        _save_mat(root / "human_parts" / f"{crop.name}.mat", {"anno": _annotation(crop, person)})
+        _save_mat(root / "human_parts" / f"{crop.name}.mat", "anno", _annotation(crop, person))
         people[crop.held_out][crop.name] = [PERSON] if person.any() else []
     _write_lists(root / "ImageSets" / "Context")
     (root / "ImageSets" / "Parts").mkdir()
@@ -138,9 +136,10 @@ def _pascal(root: Path) -> None:
 
 
 def _annotation(crop: Crop, person: NDArray[np.bool_]) -> NDArray[Any]:
-    """The nested structs of PASCAL-Part: an image has objects, an object has parts."""
+    """Make the nested structs of PASCAL-Part: an image has objects, an object has parts."""
     part = np.dtype([("part_name", object), ("mask", object)])
-    names = list(dict.fromkeys(_first_names()))
+    # The first name in PASCAL-Part of each of the six parts.
+    names = [next(name for name in PARTS if PARTS[name] == k) for k in range(1, 7)]
     bands = np.array_split(np.arange(_SIDE), len(names))
     parts = np.empty((1, len(names)), dtype=part)
     for k, (name, rows) in enumerate(zip(names, bands, strict=True)):
@@ -151,7 +150,7 @@ def _annotation(crop: Crop, person: NDArray[np.bool_]) -> NDArray[Any]:
     )
     objects = np.empty((1, 2), dtype=thing)
     wheel = np.empty((1, 1), dtype=part)
-    wheel[0, 0] = ("fwheel", (~person).astype(np.uint8))  # a part, but none of a person
+    wheel[0, 0] = ("fwheel", (~person).astype(np.uint8))  # not a part of a person
     objects[0, 0] = ("motorbike", 14, (~person).astype(np.uint8), wheel)
     objects[0, 1] = ("person", PERSON, person.astype(np.uint8), parts)
     image = np.empty((1, 1), dtype=[("imname", object), ("objects", object)])
@@ -159,17 +158,11 @@ def _annotation(crop: Crop, person: NDArray[np.bool_]) -> NDArray[Any]:
     return image
 
 
-def _first_names() -> Iterator[str]:
-    """One name of PASCAL-Part for each of the six parts."""
-    for number in range(1, 1 + max(PARTS.values())):
-        yield next(name for name, part in PARTS.items() if part == number)
-
-
 def _taskonomy(root: Path) -> None:
     roles: dict[str, str] = {}
     for crop in crops():
         building, number = crop.name.rsplit("_", 1)
-        if crop.held_out:  # the top of the band to choose settings on, the rest to test
+        if crop.held_out:  # the top of the band is for validation, the rest for testing
             building = "bandtop" if number == "0" else "band"
         roles[building] = {"bandtop": "val", "band": "test"}.get(building, "train")
         _save(_taskonomy_file(root, "rgb", building, number), crop.image)
@@ -199,19 +192,19 @@ def _stored_normals(crop: Crop) -> NDArray[np.float64]:
 
 
 def _save(path: Path, values: NDArray[Any]) -> None:
-    """Whole numbers as an image, uint16 as one of 16 bits and the rest of 8; or an ``.npy``."""
+    """Save integers as an image, uint16 with 16 bits and others with 8, or as an ``.npy`` file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npy":
         np.save(path, values)
         return
     if values.dtype != np.uint16:
         values = np.rint(values).astype(np.uint8)
-    Image.fromarray(values.squeeze()).save(path, quality=95)  # of which a PNG takes no notice
+    Image.fromarray(values.squeeze()).save(path, quality=95)  # PNG ignores the quality
 
 
-def _save_mat(path: Path, variables: Mapping[str, Any]) -> None:
+def _save_mat(path: Path, name: str, values: NDArray[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    scipy.io.savemat(path, dict(variables), do_compression=True)
+    scipy.io.savemat(path, {name: values}, do_compression=True)
 
 
 def _write_lists(folder: Path) -> None:

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from taskgroup.lab.data.dense import DenseDataset, read_lines
+from taskgroup.lab.data.dense_dataset import DenseDataset
 from taskgroup.lab.data.files import read_depth, read_grey, read_rgb
-from taskgroup.lab.data.values import (
+from taskgroup.lab.data.plausibility import (
     doubt_of_depth,
     doubt_of_normals,
     fault_of_binary,
@@ -31,7 +31,7 @@ _FOLDERS = {
     "normals": ("normals", "png"),
     "edge": ("edge", "png"),
 }
-#: How normals are stored.
+#: The formula by which normals are stored.
 NORMALS = "n = 2 p / 255 - 1"
 _CLASSES = (
     "the layout has class + 1, from 1 to {most}, and 0 where it is unknown; add 1 to classes that "
@@ -43,39 +43,29 @@ class NYUDv2(DenseDataset):
     """NYUD-v2 (Silberman et al., ECCV 2012) as prepared for MTI-Net and InvPT.
 
     ============================  ==================================================================
-    ``gt_sets/{train,val}.txt``   ids, one a line: 795 and 654
+    ``gt_sets/{train,val}.txt``   ids, one per line: 795 and 654
     ``images/<id>.png``           8-bit RGB
     ``segmentation/<id>.png``     8 bit: class + 1, 0 where unknown; 40 classes
     ``depth/<id>.npy``            metres, 0 where unknown
-    ``normals/<id>.png``          8-bit RGB: n = 2 p / 255 - 1, unknown where that is zero, of
-                                  which the stored neighbours are 127 and 128
+    ``normals/<id>.png``          8-bit RGB: n = 2 p / 255 - 1; unknown where all three values are
+                                  127 or 128, the neighbours of zero
     ``edge/<id>.png``             8 bit: 0 or 255
     ============================  ==================================================================
     """
 
     TASKS: ClassVar[Mapping[str, Task]] = NYUD
     SPLITS: ClassVar[Mapping[str, int | None]] = {"train": 795, "val": 654}
+    LISTS: ClassVar[str] = "gt_sets"
     ROLES: ClassVar[Mapping[str, str]] = {"train": "train", "held_out": "val"}
 
-    def list_file(self) -> Path:
-        """The file that lists the split."""
-        return self.root / "gt_sets" / f"{self.split}.txt"
-
-    def listed_ids(self) -> list[str]:
-        """The ids of the split."""
-        return read_lines(self.list_file(), self.root)
-
-    def files(self, sample: str) -> dict[str, tuple[Path, ...]]:
-        """``{"image" or task: files}`` of an id."""
-        found: dict[str, tuple[Path, ...]] = {}
-        for name in ("image", *self.tasks):
-            folder, ending = _FOLDERS[name]
-            found[name] = (self.root / folder / f"{sample}.{ending}",)
-        return found
+    def file(self, name: str, sample: str) -> Path:
+        """The file of the image or of a label."""
+        folder, ending = _FOLDERS[name]
+        return self.root / folder / f"{sample}.{ending}"
 
     def read_label(self, task: str, sample: str) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
-        """A label and where it is known."""
-        path = self.files(sample)[task][0]
+        """Read a label and its mask."""
+        path = self.file(task, sample)
         if task == "semseg":
             stored = read_grey(path)
             most = self.TASKS[task].channels
@@ -88,7 +78,7 @@ class NYUDv2(DenseDataset):
             return depth, depth > 0
         if task == "normals":
             vectors = read_vectors(path)
-            # A sixteenth of them tells as much.
+            # Every sixteenth vector is enough to tell.
             self.refuse(fault_of_normals(path, vectors[::4, ::4], NORMALS))
             return unit_normals(vectors)
         stored = read_grey(path)
@@ -98,8 +88,8 @@ class NYUDv2(DenseDataset):
     def doubt(
         self, task: str, sample: str, label: NDArray[Any], known: NDArray[np.bool_]
     ) -> str | None:
-        """What is odd about a label, as a sentence; None if nothing is."""
-        path = self.files(sample)[task][0]
+        """Return a sentence on what is unlikely about a label, or None."""
+        path = self.file(task, sample)
         found = super().doubt(task, sample, label, known)
         if found is None and task == "depth":
             return doubt_of_depth(path, label[known])
@@ -109,17 +99,17 @@ class NYUDv2(DenseDataset):
 
 
 def read_vectors(path: Path) -> NDArray[np.float32]:
-    """Stored normals [H, W, 3]: n = 2 p / 255 - 1, as long as they are stored."""
+    """Read stored normals [H, W, 3], n = 2 p / 255 - 1, without bringing them to unit length."""
     values = np.arange(256, dtype=np.float32) / 127.5 - 1
     vectors: NDArray[np.float32] = values.take(read_rgb(path))
     return vectors
 
 
 def unit_normals(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Vectors [H, W, 3] in place brought to unit length, and where they are known, [H, W].
+    """Normalise vectors [H, W, 3] in place, and return them with their mask [H, W].
 
-    8 bits miss unit length by up to 0.7 %. No stored value gives zero: both 127 and 128 mean it,
-    and a vector that short, of length 0.007, is none.
+    Rounding to 8 bits changes the length by up to 0.7 %. No stored value gives exactly zero: 127
+    and 128 both stand for it, so a vector of length 0.007 is an unknown normal.
     """
     length = np.sqrt(np.einsum("hwc,hwc->hw", vectors, vectors))
     vectors /= np.maximum(length, 0.01)[..., None]

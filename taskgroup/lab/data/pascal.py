@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,10 +14,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.morphology import thin
 
-from taskgroup.lab.data.dense import DenseDataset, read_lines, resized
+from taskgroup.lab.data.dense_dataset import DenseDataset, resized
 from taskgroup.lab.data.files import BadSampleError, read_grey, read_mat
 from taskgroup.lab.data.nyud import NORMALS, read_vectors, unit_normals
-from taskgroup.lab.data.values import (
+from taskgroup.lab.data.plausibility import (
     doubt_of_normals,
     fault_of_binary,
     fault_of_classes,
@@ -29,7 +30,7 @@ __all__ = ["PARTS", "PERSON", "SURFACES", "PASCALContext"]
 #: The class of people in ``human_parts`` and ``ImageSets/Parts``.
 PERSON = 15
 
-#: ``{part of PASCAL-Part: of the six}``: head, torso, upper and lower arms, upper and lower legs.
+#: ``{part of PASCAL-Part: one of six}``: head, torso, upper and lower arms, upper and lower legs.
 PARTS: dict[str, int] = {
     name: number
     for number, names in enumerate(
@@ -46,8 +47,9 @@ PARTS: dict[str, int] = {
     for name in names.split()
 }
 
-#: Numbers of the PASCAL-Context classes on which distilled normals count: those whose name is also
-#: one of NYUD's 894, on which the teacher was trained, and tvmonitor (db_info of ASTMT, CVPR 2019).
+#: Numbers of the PASCAL-Context classes on which distilled normals are known: the classes that are
+#: also among NYUD's 894, on which the teacher was trained, and tvmonitor (db_info of ASTMT, CVPR
+#: 2019).
 # fmt: off
 SURFACES: frozenset[int] = frozenset((
     3, 4, 6, 9, 10, 11, 13, 15, 17, 18, 22, 23, 29, 30, 33, 34, 36, 37, 38, 39, 41, 43, 46, 49, 50,
@@ -64,75 +66,67 @@ SURFACES: frozenset[int] = frozenset((
 
 _CLASSES = "the layout has 0 to {most}, and 255 where it is unknown"
 _CONTEXT_CLASSES = 459
-_DISTILLED = {"sal": "sal_distill", "normals": "normals_distill"}
+_FOLDERS = {
+    "image": ("JPEGImages", "jpg"),
+    "human_parts": ("human_parts", "mat"),
+    "sal": ("sal_distill", "png"),
+    "edge": ("pascal-context/trainval", "mat"),
+    "normals": ("normals_distill", "png"),
+}
 
 
 class PASCALContext(DenseDataset):
     """PASCAL-Context (Chen et al., CVPR 2014) with the labels of ASTMT (Maninis et al., CVPR 2019).
 
     ========================================  ======================================================
-    ``ImageSets/Context/{train,val}.txt``     ids, one a line: 4,998 and 5,105
+    ``ImageSets/Context/{train,val}.txt``     ids, one per line: 4,998 and 5,105
     ``JPEGImages/<id>.jpg``                   8-bit RGB
     ``semseg/VOC12/<id>.png``, else           8 bit: one of 21 classes, 255 where unknown
     ``semseg/pascal-context/<id>.png``
-    ``pascal-context/trainval/<id>.mat``      ``LabelMap``: one of 459 classes. Edges are where its
-                                              Laplacian is not 0, thinned
-    ``normals_distill/<id>.png``              8-bit RGB: n = 2 p / 255 - 1; known on the classes of
-                                              ``SURFACES`` alone
+    ``pascal-context/trainval/<id>.mat``      ``LabelMap``: one of 459 classes. Edges are the pixels
+                                              where its Laplacian is not 0, thinned
+    ``normals_distill/<id>.png``              8-bit RGB: n = 2 p / 255 - 1; known on the classes in
+                                              ``SURFACES``
     ``sal_distill/<id>.png``                  8 bit: salient above 127
-    ``human_parts/<id>.mat``                  ``anno``: objects with masks and parts; six parts, and
-                                              unknown in an image without any
-    ``ImageSets/Parts/{train,val}.txt``       optional, JSON: ``{id: [classes of its objects]}``;
-                                              images without a person are spared the reading
+    ``human_parts/<id>.mat``                  ``anno``: objects with masks and parts; six parts, all
+                                              unknown in an image without people
+    ``ImageSets/Parts/{train,val}.txt``       optional, JSON: ``{id: [classes of its objects]}``; it
+                                              saves reading the parts of images without people
     ========================================  ======================================================
 
-    Maps of another size than their image, but of its shape, are brought to it by the nearest pixel,
-    as the published loader does.
+    A label map with the aspect ratio of its image but another size is resized by nearest pixels, as
+    in the published loader.
     """
 
     TASKS: ClassVar[Mapping[str, Task]] = PASCAL
     SPLITS: ClassVar[Mapping[str, int | None]] = {"train": 4998, "val": 5105}
     RESIZES: ClassVar[bool] = True
+    LISTS: ClassVar[str] = "ImageSets/Context"
     ROLES: ClassVar[Mapping[str, str]] = {"train": "train", "held_out": "val"}
 
-    def __init__(self, root: Any, split: str = "train", **options: Any) -> None:
-        super().__init__(root, split, **options)
-        self._objects = self._read_objects() if "human_parts" in self.tasks else {}
-
-    def list_file(self) -> Path:
-        """The file that lists the split."""
-        return self.root / "ImageSets" / "Context" / f"{self.split}.txt"
-
-    def listed_ids(self) -> list[str]:
-        """The ids of the split."""
-        return read_lines(self.list_file(), self.root)
+    def file(self, name: str, sample: str) -> Path:
+        """The file of the image or of a label."""
+        if name == "semseg":
+            path = self.root / "semseg" / "VOC12" / f"{sample}.png"
+            return path if path.is_file() else path.parents[1] / "pascal-context" / path.name
+        folder, ending = _FOLDERS[name]
+        return self.root / folder / f"{sample}.{ending}"
 
     def files(self, sample: str) -> dict[str, tuple[Path, ...]]:
-        """``{"image" or task: files}`` of an id."""
-        context = self.root / "pascal-context" / "trainval" / f"{sample}.mat"
-        found: dict[str, tuple[Path, ...]] = {
-            "image": (self.root / "JPEGImages" / f"{sample}.jpg",)
-        }
-        for task in self.tasks:
-            if task == "semseg":
-                found[task] = (self._semseg(sample),)
-            elif task == "human_parts":
-                found[task] = (self.root / "human_parts" / f"{sample}.mat",)
-            elif task == "edge":
-                found[task] = (context,)
-            else:
-                found[task] = (self.root / _DISTILLED[task] / f"{sample}.png",)
-                if task == "normals":
-                    found[task] += (context,)
+        """All files of a sample; normals are known where the map of the edges has a surface."""
+        found = super().files(sample)
+        if "normals" in found:
+            found["normals"] += (self.file("edge", sample),)
         return found
 
     def read_label(self, task: str, sample: str) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
-        """A label and where it is known."""
-        path = self.files(sample)[task][0]
+        """Read a label and its mask."""
+        path = self.file(task, sample)
         if task == "semseg":
             classes = read_grey(path)
             most = self.TASKS[task].channels - 1
-            highest = int((classes + np.uint8(1)).max(initial=0)) - 1  # of those that are not 255
+            # 255, which means unknown, wraps around to 0.
+            highest = int((classes + np.uint8(1)).max(initial=0)) - 1
             self.refuse(fault_of_classes(path, highest, most, _CLASSES.format(most=most)))
             return classes, classes <= most
         if task == "human_parts":
@@ -146,31 +140,26 @@ class PASCALContext(DenseDataset):
         vectors = read_vectors(path)
         self.refuse(fault_of_normals(path, vectors[::4, ::4], NORMALS))
         normals, known = unit_normals(vectors)
-        surface = np.isin(self._label_map(self.files(sample)[task][1]), list(SURFACES))
+        surface = np.isin(self._label_map(self.file("edge", sample)), list(SURFACES))
         normals, known = resized(normals, surface.shape), resized(known, surface.shape)
         return normals, known & surface
 
     def doubt(
         self, task: str, sample: str, label: NDArray[Any], known: NDArray[np.bool_]
     ) -> str | None:
-        """What is odd about a label, as a sentence; None if nothing is."""
-        if task == "normals":  # unknown in an image without a surface; the file tells more
-            path = self.files(sample)[task][0]
+        """Return a sentence on what is unlikely about a label, or None."""
+        if task == "normals":  # the stored file, since the label may be unknown everywhere
+            path = self.file(task, sample)
             return doubt_of_normals(path, read_vectors(path), NORMALS)
         if task == "human_parts":  # unknown in an image without people
             return None
         return super().doubt(task, sample, label, known)
 
-    def _semseg(self, sample: str) -> Path:
-        folders = [self.root / "semseg" / name for name in ("VOC12", "pascal-context")]
-        paths = [folder / f"{sample}.png" for folder in folders]
-        return paths[0] if paths[0].is_file() else paths[1]
-
     def _label_map(self, path: Path) -> NDArray[Any]:
-        """Class numbers of PASCAL-Context, [H, W]."""
+        """Read the class numbers of PASCAL-Context, [H, W]."""
         classes = read_mat(path, "LabelMap")
         whole = classes.dtype.kind in "ui" or (
-            classes.dtype.kind == "f" and bool((np.trunc(classes) == classes).all())  # nor NaN
+            classes.dtype.kind == "f" and bool((np.trunc(classes) == classes).all())  # not NaN
         )
         if classes.ndim != 2 or not whole or classes.min(initial=0) < 0:
             raise BadSampleError(
@@ -181,12 +170,14 @@ class PASCALContext(DenseDataset):
         self.refuse(fault_of_classes(path, int(classes.max(initial=0)), _CONTEXT_CLASSES, how))
         return classes
 
-    def _read_objects(self) -> dict[str, list[int]]:
+    @cached_property
+    def _objects(self) -> dict[str, list[int]]:
+        """The classes of each image's objects, as far as the optional list has them."""
         path = self.root / "ImageSets" / "Parts" / f"{self.split}.txt"
         try:
             found = json.loads(path.read_text("utf-8-sig"))
         except (OSError, ValueError):
-            return {}  # the annotations themselves say it too
+            return {}  # the annotations hold the same information
         if not isinstance(found, dict):
             return {}
         return {sample: ids for sample, ids in found.items() if isinstance(ids, list)}
@@ -204,7 +195,7 @@ class PASCALContext(DenseDataset):
 
 
 def _parts(path: Path) -> NDArray[np.uint8] | None:
-    """The six parts of all people, 0 elsewhere; None if nobody has a part."""
+    """Read the six parts of all people, 0 elsewhere; None if no person has a part."""
     try:
         objects = read_mat(path, "anno")[0][0][1][0]
         people = [thing for thing in objects if thing[1][0][0] == PERSON and thing[3].size]
@@ -215,7 +206,7 @@ def _parts(path: Path) -> NDArray[np.uint8] | None:
             for part in person[3][0]:
                 name = str(part[0][0])
                 if name not in PARTS:
-                    raise BadSampleError(f"{path} names a part {name!r}, which is none of a body.")
+                    raise BadSampleError(f"{path} names an unknown part of a body, {name!r}.")
                 parts[part[1].astype(bool)] = PARTS[name]
     except (IndexError, TypeError, AttributeError):
         raise BadSampleError(f"{path} does not hold the nested structs of PASCAL-Part.") from None
@@ -223,8 +214,8 @@ def _parts(path: Path) -> NDArray[np.uint8] | None:
 
 
 def _edges(classes: NDArray[Any]) -> NDArray[np.bool_]:
-    """Where neighbours differ in class, thinned to lines of one pixel."""
-    # The four neighbours' sum less four times the pixel; beyond the border lies its mirror image.
+    """The pixels where neighbours differ in class, thinned to lines of one pixel."""
+    # The four neighbours minus four times the pixel; the image is mirrored at the border.
     laplacian = ndimage.laplace(classes.astype(np.int64), mode="mirror")
     edges: NDArray[np.bool_] = thin(laplacian != 0)
     return edges

@@ -1,20 +1,48 @@
-"""What the worker processes of a DataLoader have in common."""
+"""Worker processes for what takes long: reading files, and matching edges."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Iterator
+from typing import TypeVar, cast
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["begin_worker"]
+__all__ = ["begin_worker", "in_processes"]
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 def begin_worker(worker: int) -> None:
-    """In every worker: one thread, as there are many; and signals are the parent's business.
+    """Set up a worker of a ``DataLoader``: one thread, since there are many, and no signals.
 
-    Ctrl-C, and a scheduler's SIGTERM, go to all processes. The run ends its workers when it has
-    saved; and a worker whose parent is gone ends by itself.
+    Ctrl-C, and a scheduler's SIGTERM, go to all processes. The parent ends its workers when it has
+    saved; a worker whose parent is gone ends by itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def in_processes(function: Callable[[A], B], items: list[A], workers: int) -> Iterator[B]:
+    """``map(function, items)``, computed by worker processes.
+
+    Args:
+        function: what to compute; it can be pickled.
+        items: its arguments.
+        workers: number of processes; 0 computes in this one.
+    """
+    loader: DataLoader[B] = DataLoader(
+        cast(Dataset[B], items),
+        batch_size=None,
+        num_workers=min(workers, len(items)),
+        # Called in the workers; without batches, with one item.
+        collate_fn=function,  # type: ignore[arg-type]
+        worker_init_fn=begin_worker,
+        generator=torch.Generator(),  # so that the global one is left alone
+    )
+    with torch.device("cpu"):  # the iterator draws from that generator, whatever the default device
+        results = iter(loader)
+    yield from results

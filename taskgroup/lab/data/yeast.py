@@ -1,4 +1,4 @@
-"""Many tasks on one table: river's yeast data set, fourteen labels of a gene.
+"""A table with many tasks: river's yeast data set, with fourteen labels per gene.
 
 Needs the extra ``compare``, and Python 3.11 or later, as river does.
 """
@@ -29,15 +29,15 @@ except ImportError:
 
 __all__ = ["Yeast"]
 
-# Of the 2,417 genes, in an order shuffled once and for all.
+# Rows of the 2,417 genes, which _tables() shuffles with a fixed seed.
 _SPLITS = {"train": slice(0, 1450), "validation": slice(1450, 1850), "held_out": slice(1850, None)}
 
 
 class Table(NamedTuple):
-    """Some genes.
+    """Features and labels of some genes.
 
     Attributes:
-        features: ``[N, 103]``, float32; over the training genes of mean 0 and variance 1.
+        features: ``[N, 103]``, float32, with mean 0 and variance 1 over the training genes.
         labels: ``[N, 14]``, float32, 0 or 1.
     """
 
@@ -46,7 +46,7 @@ class Table(NamedTuple):
 
 
 class Settings(Protocol):
-    """What the network is made by."""
+    """The settings of the network."""
 
     dim: int
     depth: int
@@ -56,14 +56,15 @@ class Settings(Protocol):
 class Yeast:
     """Which of 14 functional classes a yeast gene belongs to (Elisseeff & Weston, NIPS 2001).
 
-    2,417 genes with 103 features (expression levels and phylogenetic profiles), each class a binary
-    task; positive rates from 1.4 to 75 per cent. 1,450 genes are trained on, 400 serve to choose
-    settings, 567 are held out. The network is an MLP of ``depth`` layers of width ``dim`` with a
-    linear head per task, the loss is binary cross-entropy, the metric is the area under the ROC
-    curve. The score of a loss L is exp(-L), the geometric mean probability of the right label.
+    There are 2,417 genes with 103 features (expression levels and phylogenetic profiles). Each
+    class is a binary task, with 1.4 to 75 per cent of positives. 1,450 genes are for training, 400
+    for validation, and 567 are held out. The network is an MLP of ``depth`` layers of width ``dim``
+    with a linear head per task. The loss is binary cross-entropy, and the metric is the area under
+    the ROC curve. The score of a loss L is exp(-L), the geometric mean probability of the right
+    label.
 
     Args:
-        settings: size of the network.
+        settings: the settings of the network.
     """
 
     titles: Mapping[str, str] = {f"class{k}": f"Class {k}" for k in range(1, 15)}
@@ -77,8 +78,8 @@ class Yeast:
 
     @staticmethod
     def score(losses: Mapping[str, Tensor]) -> dict[str, float]:
-        """exp(-L) of every task, kept off 1, which a rare class may come to, and off 0."""
-        values = torch.stack(list(losses.values())).tolist()  # one wait for all
+        """exp(-L) of every task, kept below 1, which a rare class may reach, and above 0."""
+        values = torch.stack(list(losses.values())).tolist()  # waits for the device once
         return {
             task: max(min(math.exp(-value), 1 - 1e-6), 1e-300)
             for task, value in zip(losses, values, strict=True)
@@ -98,7 +99,7 @@ class Yeast:
         )
 
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Table]:
-        """Random training genes, drawn with replacement."""
+        """Draw random training genes, with replacement."""
         generator = torch.Generator().manual_seed(seed)
         n_genes = len(self._train.features)
         size = (batch_size,)
@@ -119,16 +120,16 @@ class Yeast:
         }
 
     def draw(self, model: nn.Module, folder: Path) -> None:
-        """Nothing: a table has no pictures."""
+        """Do nothing, since a table has no pictures."""
 
     def keep(self, model: nn.Module, folder: Path) -> None:
-        """Nothing: the settings say it all."""
+        """Do nothing, since the settings describe the network completely."""
 
     def predict(self, model: nn.Module, image: Path, out: Path) -> None:
-        """Nothing.
+        """Refuse to predict from an image.
 
         Raises:
-            ValueError: a table is not predicted from images.
+            ValueError: always.
         """
         raise ValueError("This run was trained on a table, not on images.")
 

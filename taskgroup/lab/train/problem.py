@@ -14,11 +14,11 @@ __all__ = ["IN_MEMORY", "Problem", "data_names", "where"]
 
 # Imported when asked for: each needs libraries of its own.
 _WHERE = {
-    "motorcycle": ("taskgroup.lab.data.photograph", "Photograph"),
+    "motorcycle": ("taskgroup.lab.data.dense_problems", "MotorcycleProblem"),
     "yeast": ("taskgroup.lab.data.yeast", "Yeast"),
-    "nyud-v2": ("taskgroup.lab.data.benchmark", "Benchmark"),
-    "pascal-context": ("taskgroup.lab.data.benchmark", "Benchmark"),
-    "taskonomy": ("taskgroup.lab.data.benchmark", "Benchmark"),
+    "nyud-v2": ("taskgroup.lab.data.dense_problems", "BenchmarkProblem"),
+    "pascal-context": ("taskgroup.lab.data.dense_problems", "BenchmarkProblem"),
+    "taskonomy": ("taskgroup.lab.data.dense_problems", "BenchmarkProblem"),
 }
 
 

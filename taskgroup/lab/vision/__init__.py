@@ -1,19 +1,21 @@
-"""The paper's benchmarks: data, losses, metrics and networks for dense prediction.
+"""The paper's benchmarks: tasks, losses, metrics and networks for dense prediction.
 
-Needs the extra ``train``: ``pip install 'taskgroup[train]'``. Networks and losses need torch alone,
-since a part is imported when it is first asked for.
+Needs the extra ``train``: ``pip install 'taskgroup[train]'``. Each name is imported when it is
+first used, so that networks and losses can be imported without the extra.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from taskgroup.lab.vision.tasks import NYUD, PASCAL, TASKONOMY, Task
+
 if TYPE_CHECKING:
     from taskgroup.lab.data.motorcycle import Motorcycle
     from taskgroup.lab.data.samples import Samples
+    from taskgroup.lab.vision.backbones import ViTFeatures
     from taskgroup.lab.vision.dense_losses import criterion
     from taskgroup.lab.vision.metrics import evaluate
-    from taskgroup.lab.vision.models import ViTFeatures, vit
-    from taskgroup.lab.vision.tasks import NYUD, PASCAL, TASKONOMY, Task
+    from taskgroup.lab.vision.models import vit
 
 __all__ = [
     "NYUD",
@@ -31,7 +33,7 @@ __all__ = [
 _WHERE = {
     "Motorcycle": "taskgroup.lab.data.motorcycle",
     "Samples": "taskgroup.lab.data.samples",
-    "ViTFeatures": f"{__name__}.models",
+    "ViTFeatures": f"{__name__}.backbones",
     "criterion": f"{__name__}.dense_losses",
     "evaluate": f"{__name__}.metrics",
     "vit": f"{__name__}.models",
@@ -39,6 +41,6 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE.get(name, f"{__name__}.tasks")), name)
+    return getattr(importlib.import_module(_WHERE[name]), name)

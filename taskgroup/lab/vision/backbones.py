@@ -1,11 +1,11 @@
-"""Encoders for dense prediction: features of four depths of one network, side by side."""
+"""Encoders for dense prediction: features from four depths of a network, concatenated."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,16 @@ from torch.nn import functional as F
 
 from taskgroup.lab.words import listed
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, ViTConfig, ViTModel
+
 __all__ = ["StochasticDepth", "ViTFeatures", "backbone", "save_config"]
 
 T = TypeVar("T")
+M = TypeVar("M", bound="PreTrainedModel")
 
 _PATCH = 16
-# Width, depth, attention heads, and where the Hugging Face hub has the ImageNet weights.
+# Width, depth, attention heads, and the name of the ImageNet weights on the Hugging Face hub.
 _VITS = {
     "vit-t": (192, 12, 3, "WinKawaks/vit-tiny-patch16-224"),
     "vit-s": (384, 12, 6, "WinKawaks/vit-small-patch16-224"),
@@ -30,7 +34,7 @@ _VITS = {
 def backbone(
     name: str, *, size: tuple[int, int], weights: str | None = None, drop_path: float = 0.0
 ) -> nn.Module:
-    """An encoder of images, pretrained on ImageNet unless told otherwise.
+    """An encoder of images, by default with weights pretrained on ImageNet.
 
     ====================  ==========================================================================
     name                  network
@@ -39,36 +43,38 @@ def backbone(
     ``"vit-s"``           D = 384, 12 blocks, 6 heads
     ``"vit-b"``           D = 768, 12 blocks, 12 heads
     ``"vit-l"``           D = 1024, 24 blocks, 16 heads
-    ``"timm:NAME"``       any model of timm that has ``features_only``; needs timm
+    ``"timm:NAME"``       any model of timm that supports ``features_only``; needs timm
     a folder or hub id    a ViT, or any model that ``transformers.AutoBackbone`` knows: ResNet,
                           Swin, ConvNeXt, DINOv2, BEiT, ...
     ====================  ==========================================================================
 
     The features of a ViT are the states of four evenly spaced blocks, the last one after the final
-    layer norm, as in the published code of Jeong & Yoon (ICLR 2025): blocks 3, 6, 9, 12 of 12, and
-    C = 4 D. Those of the others are the maps of the last four stages, or of four evenly spaced
-    blocks where all maps have one size, brought to the size of the finest by bilinear
-    interpolation. Images are scaled as the weights want them: for the four ViTs to [-1, 1].
+    layer norm, as in the published code of Jeong & Yoon (ICLR 2025): blocks 3, 6, 9, 12 of 12, with
+    C = 4 D. The features of other networks are the maps of the last four stages, or, if all maps
+    have the same size, of four evenly spaced blocks. Smaller maps are brought to the size of the
+    largest by bilinear interpolation. Images must be scaled as for the pretraining: to [-1, 1] for
+    the four ViTs.
 
     Args:
         name: See the table.
-        size: Height and width of the images in pixels. Others will do, as far as the network takes
-            them; position embeddings of a ViT are interpolated.
-        weights: None for those that belong to the name (the hub has to be in reach, or to have
-            been once), ``"random"`` for those of torch's global generator (a folder or hub id then
-            gives its config.json only), or a local folder or hub id to load instead.
-        drop_path: Probability of stochastic depth (``StochasticDepth``). In a ViT it rises
-            linearly from 0 at the first block to this at the last; other networks spread it in
-            their own way.
+        size: Height and width of the images in pixels. The encoder also takes other sizes if the
+            network does; the position embeddings of a ViT are interpolated.
+        weights: None loads the weights that belong to the name, from the hub or from its local
+            cache. ``"random"`` draws weights from torch's global generator; of a folder or hub id,
+            only the config.json is then read. A local folder or hub id loads the weights from
+            there.
+        drop_path: Probability of stochastic depth (``StochasticDepth``). In a ViT it rises linearly
+            from 0 at the first block to ``drop_path`` at the last; other networks have their own
+            rule.
 
     Returns:
-        A module in training mode, float32. It takes images [B, 3, H, W] to features
-        [B, C, H / stride, W / stride] and has the attributes ``channels``, C, and ``patch``, the
+        A module in training mode, float32, that maps images [B, 3, H, W] to features
+        [B, C, H / stride, W / stride]. Its attributes are ``channels``, C, and ``patch``, the
         stride.
 
     Raises:
-        ValueError: The network cannot be loaded, is another than its name says, has no stochastic
-            depth, or cannot take images of this size.
+        ValueError: The network cannot be loaded, is not the one that the name says, does not
+            support stochastic depth, or cannot take images of this size.
         ImportError: timm is needed and not installed.
 
     Example:
@@ -82,7 +88,7 @@ def backbone(
         raise ValueError(f"drop_path is a probability below 1, not {drop_path}.")
     if name.startswith("timm:"):
         return _timm(name, size, weights, drop_path).train()
-    # Importing transformers takes seconds, which data and metrics should not cost.
+    # Imported here, since importing transformers takes seconds.
     from transformers import AutoConfig, ViTConfig
 
     random = weights == "random"
@@ -90,7 +96,7 @@ def backbone(
         width, depth, heads, _ = _VITS[name]
         source = name
         config = ViTConfig(
-            # That of the pretrained, so that the state_dict does not depend on weights and size.
+            # As in the pretrained model, so that weights and size do not change the state_dict.
             image_size=224,
             patch_size=_PATCH,
             hidden_size=width,
@@ -114,14 +120,14 @@ def backbone(
 
 
 def save_config(encoder: nn.Module, folder: Path) -> None:
-    """Write the configuration of the transformers network that :func:`backbone` returned.
+    """Write the configuration of a network of transformers that :func:`backbone` returned.
 
-    As the name of a backbone with ``weights="random"`` the folder builds the network again, without
-    its source. Of other encoders there is nothing to write.
+    The network can then be built again without its source: give :func:`backbone` the folder as the
+    name, and ``weights="random"``. For other encoders, nothing is written.
 
     Args:
-        encoder: whose configuration to write.
-        folder: for its ``config.json``.
+        encoder: the encoder.
+        folder: the folder for ``config.json``.
     """
     net = encoder.vit if isinstance(encoder, _ViT) else getattr(encoder, "net", None)
     config: Any = getattr(net, "config", None)
@@ -132,9 +138,9 @@ def save_config(encoder: nn.Module, folder: Path) -> None:
 class StochasticDepth(nn.Module):
     """Drops a residual branch for some samples of a batch (Huang et al., ECCV 2016).
 
-    In training mode each sample's branch is 0 with probability p and divided by 1 - p otherwise, so
-    its expectation stays; in evaluation mode nothing happens. Masks come from torch's global
-    generator of the device.
+    In training mode, each sample's branch is 0 with probability p, and is divided by 1 - p
+    otherwise, so that its expectation stays the same. In evaluation mode the branch does not
+    change. Masks are drawn from torch's global generator of the device.
 
     Args:
         p: Probability in [0, 1).
@@ -161,7 +167,7 @@ class StochasticDepth(nn.Module):
         self.p = p
 
     def forward(self, branch: Tensor) -> Tensor:
-        """The branch [B, ...] with some of its samples dropped; same shape and dtype."""
+        """Drop some samples of the branch [B, ...]; shape and dtype stay the same."""
         if not self.training or self.p == 0:
             return branch
         mask = branch.new_empty((len(branch),) + (1,) * (branch.ndim - 1))
@@ -173,18 +179,18 @@ class StochasticDepth(nn.Module):
 
 
 class ViTFeatures(nn.Module):
-    """A vision transformer whose features are those of four blocks, evenly spaced, side by side.
+    """A vision transformer that returns the features of four evenly spaced blocks, concatenated.
 
-    The model is ``transformers.ViTModel``, randomly initialised from torch's global generator. Each
-    of the four states passes the final layer norm, so they meet the heads at one scale.
+    The model is ``transformers.ViTModel``, randomly initialised from torch's global generator. The
+    final layer norm is applied to each of the four states, so that all have the same scale.
 
     Args:
-        size: Height and width of the images that the position embeddings are made for, in pixels,
-            or one number for both; for others they are interpolated.
+        size: Height and width in pixels of the images for which position embeddings are made, or
+            one number for both. For images of other sizes they are interpolated.
         patch: Side of a patch in pixels.
         dim: Width D of a block.
-        depth: Number of blocks, a multiple of 4; the features are those of blocks depth / 4 times
-            1, 2, 3, 4.
+        depth: Number of blocks, a multiple of 4. The features are the states of the blocks
+            depth / 4 times 1, 2, 3, 4.
         attention_heads: Attention heads of a block.
         dropout: Probability of dropout after the embedding and on both branches of each block.
 
@@ -219,7 +225,7 @@ class ViTFeatures(nn.Module):
         self.channels = 4 * dim
         self.vit = ViTModel(
             ViTConfig(
-                image_size=max(height, width),  # of a square grid alone others are interpolated
+                image_size=max(height, width),  # transformers interpolates square grids only
                 patch_size=patch,
                 hidden_size=dim,
                 num_hidden_layers=depth,
@@ -232,7 +238,7 @@ class ViTFeatures(nn.Module):
         _quieten(self.vit)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features of a batch.
+        """Compute the features of a batch.
 
         Args:
             images: [B, 3, H, W] in [-1, 1], H and W multiples of the patch.
@@ -241,7 +247,7 @@ class ViTFeatures(nn.Module):
             [B, 4 D, H / patch, W / patch].
 
         Raises:
-            ValueError: The patches do not tile the image.
+            ValueError: H or W is not a multiple of the patch.
         """
         grid = _grid(images.shape[-2:], self.patch)
         states = self.vit(
@@ -254,21 +260,20 @@ class ViTFeatures(nn.Module):
 class _ViT(nn.Module):
     """Four states of a ``transformers.ViTModel``, the last one after the final layer norm.
 
-    The published code does the same, and the norm was trained on the last block alone: on earlier
-    states, of other means and scales, its weights mean nothing. Random weights go the same way, or
-    a ``state_dict`` of a pretrained network would give other features in one that was built with
-    ``weights="random"`` to receive it.
+    The published code does the same. The norm was trained on the last block only; it does not fit
+    the means and scales of earlier states. Networks with random weights are treated alike, so that
+    one that then loads the ``state_dict`` of a pretrained network gives the same features.
 
     Args:
-        vit: without a pooling layer.
-        size: Height and width of the images, to be checked.
+        vit: the model, without a pooling layer.
+        size: Height and width of the images, which are checked.
         drop_path: Probability of stochastic depth at the last block.
     """
 
-    def __init__(self, vit: Any, size: tuple[int, int], drop_path: float) -> None:
+    def __init__(self, vit: ViTModel, size: tuple[int, int], drop_path: float) -> None:
         super().__init__()
-        self.patch: int = vit.config.patch_size
-        self.channels: int = 4 * vit.config.hidden_size
+        self.patch = cast(int, vit.config.patch_size)
+        self.channels = 4 * vit.config.hidden_size
         _grid(size, self.patch)
         if drop_path:
             _drop_paths(vit, drop_path)
@@ -283,23 +288,23 @@ class _ViT(nn.Module):
 
 
 class _Stages(nn.Module):
-    """The maps of a network, brought to the size of the finest and put side by side.
+    """The maps of a network, brought to the size of the largest map and concatenated.
 
     Args:
-        name: of the backbone, for errors.
-        net: gives maps [B, C_i, H_i, W_i], as a list or as ``.feature_maps``.
-        size: Height and width of the images, on one of which the stride is measured.
+        name: Name of the backbone, for errors.
+        net: A module that returns maps [B, C_i, H_i, W_i], as a list or as ``.feature_maps``.
+        size: Height and width of the images; an empty image of this size measures the stride.
     """
 
     def __init__(self, name: str, net: nn.Module, size: tuple[int, int]) -> None:
         super().__init__()
-        self.net = net.eval()  # or the image would move running statistics
+        self.net = net.eval()  # so that the image does not change running statistics
         parameter = next(net.parameters())
         image = torch.zeros(1, 3, *size, dtype=parameter.dtype, device=parameter.device)
         try:
             with torch.no_grad():
                 maps = self._maps(image)
-        except Exception as error:  # each network has checks of its own
+        except Exception as error:  # networks raise various errors
             raise ValueError(
                 f"the backbone {name!r} cannot take images of {size[0]} x {size[1]} pixels "
                 f"({_first_line(error)})."
@@ -331,8 +336,8 @@ class _Stages(nn.Module):
         return maps  # type: ignore[no-any-return]
 
 
-def _vit(name: str, source: str, random: bool, config: Any) -> Any:
-    """A ViTModel of this config, its weights random or loaded."""
+def _vit(name: str, source: str, random: bool, config: ViTConfig) -> ViTModel:
+    """A ViTModel with this config, and random or loaded weights."""
     from transformers import ViTModel
 
     if config.num_hidden_layers < 4:
@@ -347,8 +352,10 @@ def _vit(name: str, source: str, random: bool, config: Any) -> Any:
     return _pretrained(name, source, ViTModel, config, add_pooling_layer=False)
 
 
-def _auto(name: str, source: str, random: bool, config: Any, drop_path: float) -> Any:
-    """A backbone of transformers with this config, its weights random or loaded."""
+def _auto(
+    name: str, source: str, random: bool, config: PretrainedConfig, drop_path: float
+) -> PreTrainedModel:
+    """A backbone of transformers with this config, and random or loaded weights."""
     from transformers import MODEL_FOR_BACKBONE_MAPPING
 
     stages = getattr(config, "stage_names", None)
@@ -363,18 +370,18 @@ def _auto(name: str, source: str, random: bool, config: Any, drop_path: float) -
         raise _no_stochastic_depth(name, drop_path)
     stem = int(stages[0] == "stem")
     plain = getattr(config, "num_hidden_layers", None) == len(stages) - stem
-    # Stages count from 1 after the stem, which is none of them.
+    # Stages are counted from 1; the stem, which comes before them, is not counted.
     config.out_indices = [k - 1 + stem for k in _four(len(stages) - stem, plain)]
-    # Not by AutoBackbone.from_pretrained, which takes every folder for a name on the hub.
-    kind: Any = MODEL_FOR_BACKBONE_MAPPING[type(config)]
+    # AutoBackbone.from_pretrained would take every folder for a name on the hub.
+    kind = cast("type[PreTrainedModel]", MODEL_FOR_BACKBONE_MAPPING[type(config)])
     return kind(config) if random else _pretrained(name, source, kind, config)
 
 
 def _timm(name: str, size: tuple[int, int], weights: str | None, drop_path: float) -> nn.Module:
     """A network of timm.
 
-    Not by way of ``transformers.TimmBackbone``, which sets the running statistics of pretrained
-    BatchNorm layers back to 0 and 1 (seen in transformers 5.23).
+    ``transformers.TimmBackbone`` is not used, since it resets the running statistics of pretrained
+    BatchNorm layers to 0 and 1 (seen in transformers 5.23).
     """
     try:
         create = importlib.import_module("timm").create_model
@@ -385,7 +392,7 @@ def _timm(name: str, size: tuple[int, int], weights: str | None, drop_path: floa
     random = weights == "random"
     source = name.removeprefix("timm:")
     if weights is not None and not random:
-        source = f"local-dir:{weights}" if _is_folder(weights) else f"hf-hub:{weights}"
+        source = f"local-dir:{weights}" if Path(weights).is_dir() else f"hf-hub:{weights}"
     options: dict[str, Any] = {"features_only": True}
 
     def draft(**more: Any) -> Any:
@@ -400,9 +407,9 @@ def _timm(name: str, size: tuple[int, int], weights: str | None, drop_path: floa
         return True
 
     stages = _load(name, source, random, draft).feature_info.info
-    if takes(img_size=size):  # transformers do, convolutions need not
+    if takes(img_size=size):  # transformers take it, convolutional networks may not
         options["img_size"] = size
-    if takes(drop_path_rate=drop_path):  # also 0: some have it by default
+    if takes(drop_path_rate=drop_path):  # also 0, since the default may be another
         options["drop_path_rate"] = drop_path
     elif drop_path:
         raise _no_stochastic_depth(name, drop_path)
@@ -412,16 +419,20 @@ def _timm(name: str, size: tuple[int, int], weights: str | None, drop_path: floa
     return _Stages(name, net.float(), size)
 
 
-def _pretrained(name: str, source: str, kind: Any, config: Any, **options: Any) -> Any:
-    """A model of a kind with the weights from a folder or the hub, none of them made up."""
+def _pretrained(
+    name: str, source: str, kind: type[M], config: PretrainedConfig, **options: bool
+) -> M:
+    """Load a model from a folder or the hub; raise if some of its weights are missing there."""
+    # With output_loading_info it returns a pair.
+    read = cast("Callable[..., tuple[M, dict[str, list[str]]]]", kind.from_pretrained)
     model, info = _load(
         name,
         source,
         False,
-        lambda: kind.from_pretrained(source, config=config, output_loading_info=True, **options),
+        lambda: read(source, config=config, output_loading_info=True, **options),
     )
-    # transformers fills what it does not find at random. What follows the network proper in a
-    # backbone no classifier has.
+    # transformers draws missing weights at random. The layers in `own` come after the network;
+    # backbones have them, and saved classifiers do not.
     own = ("hidden_states_norms.", "fpn.")
     missing = [key for key in info["missing_keys"] if not key.startswith(own)]
     if missing:
@@ -429,14 +440,15 @@ def _pretrained(name: str, source: str, kind: Any, config: Any, **options: Any) 
             f"the weights in {source!r} are not those of the backbone {name!r}: "
             f"{listed(sorted(missing))} are missing."
         )
-    return model.float()  # hubs also keep half precision
+    model.float()  # type: ignore[no-untyped-call]  # hubs also keep half precision
+    return model
 
 
 def _load(name: str, source: str, random: bool, load: Callable[[], T]) -> T:
-    """What ``load`` returns, or one sentence in place of what it raises."""
+    """Call ``load``, and turn any error into a ValueError with one sentence."""
     try:
         return load()
-    except Exception as error:  # the hub, safetensors, timm and torch have errors of their own
+    except Exception as error:  # the hub, safetensors, timm and torch raise various errors
         if not random:
             cure = 'take weights=<a local folder with the saved model>, or weights="random"'
         elif name.startswith("timm:"):
@@ -450,8 +462,8 @@ def _load(name: str, source: str, random: bool, load: Callable[[], T]) -> T:
         ) from None
 
 
-def _check_vit(name: str, source: str, config: Any) -> None:
-    """Raise if the name is that of one of the ViTs and the config is not its own."""
+def _check_vit(name: str, source: str, config: PretrainedConfig) -> None:
+    """Raise if the name is one of the four ViTs and the config is another network's."""
     if name not in _VITS:
         return
     wanted = (*_VITS[name][:3], _PATCH)
@@ -470,18 +482,19 @@ def _no_stochastic_depth(name: str, drop_path: float) -> ValueError:
     )
 
 
-def _quieten(vit: Any) -> None:
-    # Adam moves every weight of a head by about the learning rate, so at unit scale hundreds of
-    # features shake an output by more than a depth label varies (a standard deviation of .02).
+def _quieten(vit: ViTModel) -> None:
+    # Adam changes every weight of a head by about the learning rate. With hundreds of features at
+    # unit scale, one step would change an output by more than the standard deviation of a depth
+    # label, .02.
     nn.init.constant_(vit.layernorm.weight, 0.25)
 
 
 def _drop_paths(vit: Any, drop_path: float) -> None:
-    """Stochastic depth on both residual branches of every block, without keys of its own."""
+    """Add stochastic depth to both residual branches of every block; state_dict keys stay."""
     layers = vit.layers if hasattr(vit, "layers") else vit.encoder.layer
     for k, layer in enumerate(layers):
         rate = drop_path * k / (len(layers) - 1)
-        # A branch ends in a dropout: both in the same module, up to transformers 4 in two.
+        # Each branch ends in a dropout: both in one module in transformers 5, in two before.
         ends = [layer] if hasattr(layer, "dropout") else [layer.attention.output, layer.output]
         for end in ends:
             end.dropout = nn.Sequential(end.dropout, StochasticDepth(rate))
@@ -493,12 +506,12 @@ def _evenly(depth: int) -> list[int]:
 
 
 def _four(stages: int, plain: bool) -> list[int]:
-    """Up to four of the stages, counted from 1: the last; of a plain network evenly spaced ones."""
+    """The last four stages, counted from 1; four evenly spaced ones if the network is plain."""
     return _evenly(stages) if plain and stages > 4 else [*range(max(stages - 3, 1), stages + 1)]
 
 
 def _grid(size: Sequence[int], patch: int) -> tuple[int, int]:
-    """Rows and columns of patches in an image; raises if they do not tile it."""
+    """The rows and columns of patches in an image; raises if the patches do not tile it."""
     height, width = size
     if height % patch or width % patch:
         raise ValueError(
@@ -509,7 +522,7 @@ def _grid(size: Sequence[int], patch: int) -> tuple[int, int]:
 
 
 def _side_by_side(blocks: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-    """Tokens [B, h w, D] of each block to features [B, n D, h, w]."""
+    """Concatenate the tokens [B, h w, D] of n blocks to features [B, n D, h, w]."""
     tokens = torch.cat(list(blocks), dim=-1)
     return tokens.view(len(tokens), *grid, -1).permute(0, 3, 1, 2)
 
@@ -517,7 +530,3 @@ def _side_by_side(blocks: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].strip().rstrip(".:")
-
-
-def _is_folder(path: str) -> bool:
-    return Path(path).is_dir()

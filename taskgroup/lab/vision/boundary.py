@@ -1,8 +1,9 @@
 # mypy: untyped-calls-exclude=skimage
 r"""The boundary benchmark of the Berkeley segmentation data set, in one number: the ODS F-measure.
 
-A predicted boundary pixel is right when a labelled one lies near it that no other predicted pixel
-has taken. Martin, Fowlkes & Malik, PAMI 2004; Arbelaez, Maire, Fowlkes & Malik, PAMI 2011.
+A predicted boundary pixel is right if it can be matched to a labelled pixel near it, and no other
+predicted pixel is matched to the same one. Martin, Fowlkes & Malik, PAMI 2004; Arbelaez, Maire,
+Fowlkes & Malik, PAMI 2011.
 """
 
 from __future__ import annotations
@@ -18,25 +19,24 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from skimage.morphology import thin
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
-from taskgroup.lab.data.processes import begin_worker
+from taskgroup.lab.data.processes import in_processes
 
 __all__ = ["OdsF", "match"]
 
 Bools = NDArray[np.bool_]
 
-_STEPS = 100  # of the interpolation between two thresholds, both ends among them
+_STEPS = 100  # points of the interpolation between two thresholds, both ends included
 
 
 def match(predicted: Bools, label: Bools, distance: float) -> int:
-    """How many predicted pixels can be given a label pixel of their own nearby.
+    """Count the predicted pixels that can be matched one to one to label pixels nearby.
 
-    That is the size of a maximum one-to-one matching between pixels at a Euclidean distance of at
-    most ``distance``. The benchmark takes the assignment of least cost, where a pixel left over
-    costs 100 ``distance``. Its count is the same, unless one more match would have to move others
-    over more than 100 ``distance`` in all.
+    This is the size of a maximum matching between pixels at a Euclidean distance of at most
+    ``distance``. The benchmark uses the assignment of least cost, in which an unmatched pixel costs
+    100 ``distance``. Its count is the same, unless one more match would lengthen the other matches
+    by more than 100 ``distance`` in total.
 
     Args:
         predicted: [H, W], bool.
@@ -66,12 +66,12 @@ def match(predicted: Bools, label: Bools, distance: float) -> int:
     if n == 0:
         return 0
 
-    # In every row of the disc around a pixel, those of the other map are consecutive in its order.
+    # In each row of the disc around a pixel, the pixels of the other map have consecutive numbers.
     radius = int(min(distance, max(label.shape)))
     rows = np.arange(-radius, radius + 1)
     half = (rows[:, None] ** 2 + np.arange(1, radius + 1) ** 2 <= distance * distance).sum(1)
     padded = np.pad(many, radius)
-    before = np.cumsum(np.append(False, padded), dtype=np.int32)  # how many precede each pixel
+    before = np.cumsum(np.append(False, padded), dtype=np.int32)  # number of pixels before each one
     centres = np.flatnonzero(np.pad(few, radius))[:, None] + rows * padded.shape[1]
     first = before.take(centres - half)
     runs = before.take(centres + half + 1) - first
@@ -80,9 +80,9 @@ def match(predicted: Bools, label: Bools, distance: float) -> int:
     pairs = int(ends[-1])
     near = np.repeat(first.ravel() - (ends - lengths), lengths) + np.arange(pairs, dtype=np.int32)
 
-    # A flow of unit capacities: the source, the n, the m, the sink. Dinic's algorithm takes
-    # hundredths of a second, several times that with the larger map at the source;
-    # maximum_bipartite_matching takes minutes on some maps.
+    # A flow with unit capacities from the source through the n and the m pixels to the sink.
+    # Dinic's algorithm takes hundredths of a second, or several times as long with the larger map
+    # at the source; maximum_bipartite_matching takes minutes on some maps.
     source, sink = n + m, n + m + 1
     heads = np.concatenate([n + near, np.full(m, sink), np.arange(n)]).astype(np.int32)
     degrees = np.concatenate([[0], runs.sum(1), np.ones(m, int), [n, 0]])
@@ -92,10 +92,10 @@ def match(predicted: Bools, label: Bools, distance: float) -> int:
 
 
 class _Image(NamedTuple):
-    """What counting needs of an image.
+    """The maps of an image that are counted.
 
     Attributes:
-        reached: [H, W], uint8: how many of the thresholds the probability reaches.
+        reached: [H, W], uint8: the number of thresholds that the probability reaches.
         label: [H, W], bool.
         known: [H, W], bool.
     """
@@ -103,20 +103,6 @@ class _Image(NamedTuple):
     reached: NDArray[np.uint8]
     label: Bools
     known: Bools
-
-
-class _Counts(Dataset[NDArray[np.int64]]):
-    """The counts of some images, so that a DataLoader's processes can count them."""
-
-    def __init__(self, images: list[_Image], max_dist: float, thresholds: int) -> None:
-        self._images = images
-        self._count = partial(_count, max_dist=max_dist, n=thresholds)
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        return self._count(self._images[index])
 
 
 class OdsF(Metric):
@@ -132,20 +118,20 @@ class OdsF(Metric):
         R_t = \frac{\text{matched}}{\text{labelled}}, \qquad
         F = \max_t \frac{2 P_t R_t}{P_t + R_t},
 
-    where a quotient 0 / 0 is 0, so P is where nothing is predicted. Between neighbouring thresholds
-    P and R are interpolated linearly, in 100 steps, and the maximum is over these too. Martin,
+    where 0 / 0 is 0; so P is 0 where nothing is predicted. P and R are interpolated linearly in 100
+    steps between neighbouring thresholds, and the maximum includes these steps. Martin,
     Fowlkes & Malik, PAMI 2004; Arbelaez et al., PAMI 2011, and their ``collect_eval_bdry.m``.
 
-    As in the benchmark the label is not thinned, and probabilities are judged as given: without the
-    non-maximum suppression after which some publish F. Unlike there, they are not rounded to 8
-    bits, and an image has one label, not one by each of several people.
+    As in the benchmark, the label is not thinned, and there is no non-maximum suppression, which
+    some apply before they publish F. Unlike in the benchmark, probabilities are not rounded to 8
+    bits, and an image has one label, not one from each of several people.
 
     Args:
         max_dist: Largest distance of a match, as a share of the diagonal
             :math:`\sqrt{H^2 + W^2}` of the rectangle around the known pixels: of the image
             without its padding. The benchmark's is 0.0075; 0.011 is usual on NYUD-v2.
         thresholds: Their number n.
-        workers: Processes that match, forked as those of a ``DataLoader``; 0 is this one.
+        workers: Number of ``DataLoader`` workers that match; 0 matches in this process.
         **kwargs: Passed on to ``torchmetrics.Metric``.
 
     Raises:
@@ -185,14 +171,14 @@ class OdsF(Metric):
         label: Tensor,
         known: Tensor | None = None,
     ) -> None:
-        """Takes in a batch. At 425 x 560 pixels and 99 thresholds an image takes some ten seconds.
+        """Add a batch. An image of 425 x 560 pixels takes about ten seconds at 99 thresholds.
 
         Args:
             probability: [B, H, W] or [B, 1, H, W], floating, in [0, 1], on any device. Compared
                 with the thresholds in float32, or float64 if it is that.
             label: Of the same shape, bool.
-            known: Of the same shape, bool: pixels elsewhere are neither predicted nor labelled.
-                They are dropped after thinning. None: all are known.
+            known: Of the same shape, bool; other pixels count as neither predicted nor labelled.
+                They are dropped after thinning. None means that all pixels are known.
 
         Raises:
             TypeError: ``probability`` is not floating, or ``label`` or ``known`` is not bool.
@@ -207,30 +193,25 @@ class OdsF(Metric):
         reached = torch.bucketize(probability.detach().cpu().to(exact), thresholds, right=True)
         maps = (reached.byte(), label.cpu(), known.cpu())
         self._pending += map(_Image, *(x.flatten(0, -3).numpy() for x in maps))
-        # Many at a time, to be worth the forking; not all, whose maps would take gigabytes.
+        # Many at a time, since starting workers takes time; not all, since their maps would take
+        # gigabytes.
         if len(self._pending) >= 32 * self._workers:
             self._count()
 
     def _count(self) -> None:
-        """Count what is pending."""
-        counted: DataLoader[NDArray[np.int64]] = DataLoader(
-            _Counts(self._pending, self.max_dist, self.thresholds),
-            batch_size=None,
-            num_workers=min(self._workers, len(self._pending)),
-            worker_init_fn=begin_worker,
-            generator=torch.Generator(),  # the global one is left alone
-        )
-        for counts in counted:
+        """Count the pending images."""
+        count = partial(_count, max_dist=self.max_dist, n=self.thresholds)
+        for counts in in_processes(count, self._pending, self._workers):
             self.counts += torch.as_tensor(counts).to(self.counts.device)
         self._pending = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The F of one batch, which is taken in too."""
+        """Add a batch, and return its F."""
         self._count()
         return super().forward(*args, **kwargs)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Add up over the ranks."""
+        """Sum the counts over the ranks."""
         self._count()
         super().sync(*args, **kwargs)
 
@@ -243,8 +224,8 @@ class OdsF(Metric):
         """F at the best threshold.
 
         Returns:
-            Scalar in [0, 1], float32; 0 if nothing predicted was matched, NaN if no label pixel was
-            seen.
+            Scalar in [0, 1], float32; 0 if no predicted pixel was matched, NaN if there was no
+            label pixel.
         """
         self._count()
         matched, predicted, labelled = self.counts.double()
@@ -274,16 +255,16 @@ def _check(probability: Tensor, label: Tensor, known: Tensor) -> None:
 
 
 def _count(image: _Image, max_dist: float, n: int) -> NDArray[np.int64]:
-    """Pixels of one image matched, predicted and labelled, at every threshold: [3, n]."""
+    """Count the matched, predicted and labelled pixels of an image at every threshold: [3, n]."""
     reached, label, known = image
     sides = [np.flatnonzero(known.any(axis)) for axis in (1, 0)]
     distance = max_dist * math.hypot(*(np.ptp(side) + 1 if len(side) else 0 for side in sides))
     label = label & known
-    lost = np.bincount(reached.ravel(), minlength=n)  # how many pixels at the threshold of that no.
+    lost = np.bincount(reached.ravel(), minlength=n)  # pixels that reach k thresholds and no more
     counts = np.empty((3, n), np.int64)
     for k in range(n):
         if k and not lost[k]:
-            counts[:, k] = counts[:, k - 1]  # the same map again
+            counts[:, k] = counts[:, k - 1]  # the map is the same
             continue
         predicted = thin(reached > k) & known
         counts[:, k] = (

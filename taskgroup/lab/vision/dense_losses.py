@@ -1,4 +1,4 @@
-"""The losses of the published runs, each over the pixels whose label is known."""
+"""The losses of the published runs, over the pixels whose label is known."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from taskgroup.lab.vision.tasks import TASKONOMY, Task
 
 __all__ = ["criterion"]
 
-_EDGE_WEIGHT = 0.95  # of the rare class, an edge
-_IGNORE = 255  # no class: where nothing is known
-_EPS = 1e-8  # for the product of the two lengths, as in F.cosine_similarity
+_EDGE_WEIGHT = 0.95  # weight of edges, the rare class
+_IGNORE = 255  # class number of unknown pixels
+_EPS = 1e-8  # smallest product of the two lengths, as in F.cosine_similarity
 
 
 def criterion(
@@ -23,10 +23,10 @@ def criterion(
     masks: Mapping[str, Tensor],
     tasks: Mapping[str, Task] = TASKONOMY,
 ) -> dict[str, Tensor]:
-    r"""One masked loss per task.
+    r"""Compute one masked loss per task.
 
     With the set V of valid pixels of the batch, :math:`L = \frac{1}{\max(|V|, 1)} \sum_{p \in V}
-    \ell_p`, and by the task's ``loss``
+    \ell_p`. The task's ``loss`` defines :math:`\ell_p`:
 
     .. math::
         \ell_p = \begin{cases}
@@ -39,20 +39,20 @@ def criterion(
                 \text{weighted\_bce, balanced\_bce}
         \end{cases}
 
-    where w is .95 for weighted, and for balanced cross-entropy the share of the negatives in V.
+    where w is .95 for ``weighted_bce``, and the share of negatives in V for ``balanced_bce``.
 
-    What a masked label holds, NaN included, reaches neither the loss nor its gradient. A batch
-    without a valid pixel has the loss 0, with a graph and zero gradients.
+    Masked labels, even NaN, affect neither the loss nor its gradient. A batch without a valid pixel
+    has the loss 0, with a graph and zero gradients.
 
     Args:
-        outputs: ``{task: [B, C, H, W]}``, of ``tasks``.
-        labels: ``{task: [B, C, H, W]}``, at least the tasks of ``outputs``; of classes their
-            numbers, ``[B, 1, H, W]``, of a binary task 0 and 1.
-        masks: ``{task: [B, 1, H, W]}``, bool, at least the tasks of ``outputs``.
-        tasks: what is known of the tasks.
+        outputs: ``{task: [B, C, H, W]}``, with tasks in ``tasks``.
+        labels: ``{task: [B, C, H, W]}``, at least for the tasks of ``outputs``: values, class
+            numbers ``[B, 1, H, W]``, or 0 and 1 for a binary task.
+        masks: ``{task: [B, 1, H, W]}``, bool, at least for the tasks of ``outputs``.
+        tasks: ``{task: Task}``.
 
     Returns:
-        ``{task: scalar}``, the tasks of ``outputs`` in their order.
+        ``{task: scalar}``, in the order of ``outputs``.
 
     Example:
         >>> output, label = torch.zeros(1, 1, 1, 2), torch.tensor([[[[3.0, torch.nan]]]])
@@ -69,7 +69,7 @@ def _masked(kind: str, output: Tensor, label: Tensor, mask: Tensor) -> Tensor:
     valid = mask.sum().clamp(min=1)
     if kind == "cosine":
         label = torch.where(mask, label, 0)
-        # Many times faster than F.cosine_similarity, whose norms over dim 1 are slow on the CPU.
+        # Much faster on the CPU than F.cosine_similarity, whose norms over dim 1 are slow there.
         squares = output.square().sum(1, keepdim=True) * label.square().sum(1, keepdim=True)
         cosine = (output * label).sum(1, keepdim=True) * squares.clamp(min=_EPS**2).rsqrt()
         return torch.where(mask, 1 - cosine, 0).sum() / valid
@@ -84,7 +84,7 @@ def _masked(kind: str, output: Tensor, label: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, entropy, 0).sum() / valid
     if kind == "unit_l1":
         return torch.where(mask, F.normalize(output, dim=1) - label, 0).abs().sum() / valid
-    # Zero where masked before anything else: zero is also what flows back there.
+    # Masked pixels are set to zero first, so that their gradient is zero too.
     error = torch.where(mask, output - label, 0)
     total = error.abs().sum() if kind == "l1" else error.square().sum()
     return total / (valid * output.shape[1])

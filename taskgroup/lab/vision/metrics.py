@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,12 @@ class MaxF(BinaryPrecisionRecallCurve):
     .. math::
         F = \max_t \frac{(1 + \beta^2) P_t R_t}{\beta^2 P_t + R_t}, \qquad \beta^2 = 0.3,
 
-    at the thresholds t = .05, .10, ..., .95 of a probability, a pixel being salient from t on.
+    over the thresholds t = .05, .10, ..., .95; a pixel is salient if its probability is at least t.
 
     Example:
         >>> metric = MaxF()
         >>> metric.update(torch.tensor([0.9, 0.6, 0.2]), torch.tensor([1, 0, 0]))
-        >>> metric.compute().item()  # from .65 on nothing is wrong
+        >>> metric.compute().item()  # from .65 on, all pixels are right
         1.0
     """
 
@@ -42,9 +42,9 @@ class MaxF(BinaryPrecisionRecallCurve):
         super().__init__(thresholds=twentieths.tolist(), validate_args=False)
 
     def compute(self) -> Tensor:  # type: ignore[override]
-        """The F, a scalar; NaN where there is nothing to find."""
+        """The F, a scalar; NaN if no pixel is salient."""
         precision, recall, _ = super().compute()
-        # The curve ends in a point without a threshold: precision 1, recall 0.
+        # The last point of the curve, precision 1 and recall 0, has no threshold.
         precision, recall = precision[:-1], recall[:-1]
         f = (1 + self._BETA_SQUARED) * precision * recall
         f = (f / (self._BETA_SQUARED * precision + recall)).nan_to_num(0.0).max()
@@ -62,34 +62,35 @@ def evaluate(
     only: Collection[str] | None = None,
     workers: int = 0,
 ) -> dict[str, float]:
-    """Metric of every task that the model predicts.
+    """Compute the metric of every task that the model predicts.
 
-    Pixels are pooled over all samples, so the batch size does not change the result. By the
-    ``metric`` of a task:
+    Pixels are pooled over all samples, so that the batch size does not change the result. The
+    ``metric`` of a task is one of:
 
     =========  ====================================================================================
     ``l1``     mean absolute error over pixels and channels; normals are brought to unit length
     ``rmse``   root mean squared error
     ``angle``  mean angle, degrees, of predicted p and true g: ``2 atan2(|p - g|, |p + g|)``
-    ``miou``   intersection over union, the mean of the classes that occur
+    ``miou``   mean intersection over union of the classes that occur
     ``max_f``  :class:`~taskgroup.lab.vision.metrics.MaxF`
     ``ods_f``  :class:`~taskgroup.lab.vision.boundary.OdsF`
     =========  ====================================================================================
 
-    The model runs in evaluation mode; afterwards every module is back in the mode it was in.
+    The model runs in evaluation mode; afterwards every module returns to its previous mode.
 
     Args:
-        model: ``model(images)`` gives ``{task: [B, C, H, W]}``; images go to the device of its
-            first parameter.
-        samples: all of them, or batch by batch.
-        batch_size: Images per forward pass, of samples that come all at once.
-        tasks: what is known of the tasks.
-        only: those to evaluate; None is all that the model predicts.
-        workers: processes that match edges, which takes seconds an image; 0 is this one.
+        model: maps images to ``{task: [B, C, H, W]}``; images are moved to the device of its first
+            parameter.
+        samples: all samples in one, or an iterable of batches.
+        batch_size: images per forward pass, if ``samples`` is not an iterable of batches.
+        tasks: ``{task: Task}``.
+        only: the tasks to evaluate; None evaluates all that the model predicts.
+        workers: number of processes that match edges, which takes seconds per image; 0 works in
+            this process.
 
     Returns:
-        ``{task: metric}``; NaN for a task of which an output is not finite, and, with a warning,
-        for one without a valid pixel.
+        ``{task: metric}``; NaN for a task if one of its outputs is not finite, or, with a warning,
+        if it has no valid pixel.
     """
     host = torch.device("cpu")
     device = next((parameter.device for parameter in model.parameters()), host)
@@ -106,10 +107,10 @@ def evaluate(
                     continue
                 task = tasks[name]
                 if name not in metrics:
-                    with host:  # whatever torch's default: metrics are made there, and moved
+                    with host:  # whatever the default device; the metric is moved afterwards
                         metrics[name] = _metric(task, workers).to(device)
                     seen[name] = 0
-                if not output.isfinite().all():  # of which an argmax, say, would make a class
+                if not output.isfinite().all():  # an argmax, for one, would hide it
                     broken.add(name)
                     continue
                 n_valid = int(masks[name].sum())
@@ -136,22 +137,19 @@ def _slices(samples: Samples, batch_size: int) -> Iterator[Samples]:
 
 
 def _metric(task: Task, workers: int) -> Metric:
-    if task.metric == "miou":
-        return MulticlassJaccardIndex(task.channels, validate_args=False)
-    if task.metric == "ods_f":
-        return OdsF(task.max_dist, workers=workers)
-    simple: dict[str, Any] = {
+    kinds: dict[str, Callable[[], Metric]] = {
         "l1": MeanAbsoluteError,
-        "rmse": lambda: MeanSquaredError(squared=False),
+        "rmse": partial(MeanSquaredError, squared=False),
         "angle": MeanMetric,
+        "miou": partial(MulticlassJaccardIndex, task.channels, validate_args=False),
         "max_f": MaxF,
+        "ods_f": partial(OdsF, task.max_dist, workers=workers),
     }
-    metric: Metric = simple[task.metric]()
-    return metric
+    return kinds[task.metric]()
 
 
 def _update(metric: Metric, task: Task, output: Tensor, label: Tensor, mask: Tensor) -> None:
-    if task.metric == "ods_f":  # of whole images
+    if task.metric == "ods_f":  # takes whole images
         metric.update(output.sigmoid(), label > 0, mask)
         return
     if task.metric == "miou":
@@ -171,5 +169,5 @@ def _update(metric: Metric, task: Task, output: Tensor, label: Tensor, mask: Ten
 
 
 def _pixels(x: Tensor, mask: Tensor) -> Tensor:
-    """The values of the valid pixels, one row a pixel: [n, C]."""
+    """The values of the valid pixels, one row per pixel: [n, C]."""
     return x.movedim(1, -1)[mask.squeeze(1)]

@@ -11,7 +11,7 @@ import taskgroup as tg
 from taskgroup.lab.vision.backbones import ViTFeatures
 from taskgroup.lab.vision.tasks import TASKONOMY
 
-__all__ = ["ViTFeatures", "dense_model", "vit"]
+__all__ = ["dense_model", "vit"]
 
 
 def dense_model(
@@ -23,21 +23,21 @@ def dense_model(
 ) -> tg.MultiTaskModel:
     """A network for dense prediction: the encoder, then one head per task.
 
-    A linear head is a 1x1 convolution; a conv head has a 3x3 convolution, BatchNorm and ReLU before
-    it. Bilinear upsampling by the encoder's stride follows (``align_corners=False``), so outputs
-    are as large as the images. Weights of heads come from torch's global generator, in the order of
-    ``channels``.
+    A linear head is a 1x1 convolution. A conv head has a 3x3 convolution, BatchNorm and ReLU before
+    it. Both end with bilinear upsampling by the encoder's stride (``align_corners=False``), so that
+    outputs are as large as the images. The weights of the heads are drawn from torch's global
+    generator, in the order of ``channels``.
 
     Args:
-        encoder: Takes images [B, 3, H, W] to features [B, C, H / patch, W / patch] and has the
-            attributes ``channels``, C, and ``patch``, as what
+        encoder: A module that maps images [B, 3, H, W] to features [B, C, H / patch, W / patch] and
+            has the attributes ``channels``, C, and ``patch``, such as
             :func:`~taskgroup.lab.vision.backbones.backbone` returns.
         channels: {task: number of output channels}.
         decoder: ``"linear"`` or ``"conv"``.
         width: Channels between the convolutions of a conv head.
 
     Returns:
-        ``model(images [B, 3, H, W])`` gives {task: [B, channels[task], H, W]}.
+        A model that maps images [B, 3, H, W] to {task: [B, channels[task], H, W]}.
 
     Raises:
         ValueError: An unknown decoder, or an encoder without ``channels`` and ``patch``.
@@ -56,16 +56,17 @@ def dense_model(
     if not isinstance(features, int) or not isinstance(patch, int):
         raise ValueError(
             f"the encoder ({type(encoder).__name__}) does not say what the heads get: give it the "
-            "attributes channels, those of its features, and patch, its stride."
+            "attributes channels, the number of its features, and patch, its stride."
         )
-    heads = {
-        task: nn.Sequential(
-            *(_conv(features, width) if decoder == "conv" else ()),
-            nn.Conv2d(width if decoder == "conv" else features, outputs, kernel_size=1),
-            nn.Upsample(scale_factor=patch, mode="bilinear", align_corners=False),
-        )
-        for task, outputs in channels.items()
-    }
+    heads = {}
+    for task, outputs in channels.items():
+        layers: list[nn.Module] = []
+        if decoder == "conv":
+            layers.append(nn.Conv2d(features, width, kernel_size=3, padding=1, bias=False))
+            layers += [nn.BatchNorm2d(width), nn.ReLU()]
+        layers.append(nn.Conv2d(width if layers else features, outputs, kernel_size=1))
+        layers.append(nn.Upsample(scale_factor=patch, mode="bilinear", align_corners=False))
+        heads[task] = nn.Sequential(*layers)
     return tg.MultiTaskModel(encoder, heads)
 
 
@@ -79,20 +80,20 @@ def vit(
     attention_heads: int = 4,
     dropout: float = 0.0,
 ) -> tg.MultiTaskModel:
-    """The multi-task network: shared :class:`ViTFeatures`, then one head per task.
+    """A small network for Taskonomy's tasks: shared :class:`ViTFeatures`, then a head per task.
 
     A head is a 1x1 convolution and bilinear upsampling by the patch (``align_corners=False``), so
-    outputs are as large as the images. Weights come from torch's global generator, in the order of
-    ``tasks``: ``torch.manual_seed`` before the call makes the network reproducible.
+    that outputs are as large as the images. The weights are drawn from torch's global generator, in
+    the order of ``tasks``; call ``torch.manual_seed`` first to make the network reproducible.
 
-    The published networks are pretrained ViT-T to ViT-L, which
-    :func:`~taskgroup.lab.vision.models.dense_model` makes with
-    :func:`~taskgroup.lab.vision.backbones.backbone`; the default here is sized to be trained from
-    scratch on two CPU cores.
+    By default the network is small enough to be trained from scratch on two CPU cores. For the
+    published networks, pretrained ViT-T to ViT-L, use
+    :func:`~taskgroup.lab.vision.models.dense_model` with
+    :func:`~taskgroup.lab.vision.backbones.backbone`.
 
     Args:
         tasks: Names in :data:`~taskgroup.lab.vision.tasks.TASKONOMY`.
-        size: See :class:`ViTFeatures`, as for all that follow.
+        size: Size of the images, see :class:`ViTFeatures`.
         patch: Side of a patch in pixels.
         dim: Width of a block.
         depth: Number of blocks.
@@ -100,7 +101,7 @@ def vit(
         dropout: Probability of dropout.
 
     Returns:
-        ``model(images [B, 3, H, W])`` gives ``{task: [B, C, H, W]}``.
+        A model that maps images [B, 3, H, W] to ``{task: [B, C, H, W]}``.
 
     Raises:
         ValueError: An unknown task, or sizes that do not fit.
@@ -116,11 +117,3 @@ def vit(
         raise ValueError(f"unknown tasks {unknown}: the tasks are {', '.join(TASKONOMY)}")
     encoder = ViTFeatures(size, patch, dim, depth, attention_heads, dropout)
     return dense_model(encoder, {task: TASKONOMY[task].channels for task in tasks})
-
-
-def _conv(features: int, width: int) -> tuple[nn.Module, ...]:
-    return (
-        nn.Conv2d(features, width, kernel_size=3, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-    )

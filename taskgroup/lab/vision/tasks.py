@@ -1,4 +1,4 @@
-"""The tasks of the three benchmarks: what a network predicts, its loss and its metric."""
+"""The tasks of the three benchmarks: their outputs, losses and metrics."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Task:
     """One dense prediction task.
 
     Attributes:
-        name: as the data set calls it.
-        channels: of the prediction: values, classes, or one logit.
-        loss: see :func:`taskgroup.lab.vision.criterion`.
-        metric: see :func:`taskgroup.lab.vision.evaluate`.
-        title: Short title for figures.
-        max_dist: of ``"ods_f"``: how far a predicted edge may lie from a true one, as a share of
-            the image's diagonal.
+        name: the name in the data set.
+        channels: number of output channels: values, classes, or one logit.
+        loss: name of the loss, see :func:`taskgroup.lab.vision.criterion`.
+        metric: name of the metric, see :func:`taskgroup.lab.vision.evaluate`.
+        title: short title for figures.
+        max_dist: for the metric ``"ods_f"``, the largest distance between a predicted edge and a
+            true one, as a share of the image's diagonal.
     """
 
     name: str
@@ -44,17 +44,17 @@ class Task:
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether a smaller metric is the better one."""
+        """Whether a smaller metric is better."""
         return self.metric not in _HIGHER_IS_BETTER
 
     @property
     def metric_name(self) -> str:
-        """What the metric is called, its unit included."""
+        """The metric's name in tables and figures, with its unit."""
         return _METRIC_NAMES[self.metric]
 
     @property
     def kind(self) -> Literal["classes", "binary", "values"]:
-        """What a label holds, class numbers, 0 or 1, or values for every channel."""
+        """What a label holds: class numbers, 0 and 1, or values for every channel."""
         if self.loss == "cross_entropy":
             return "classes"
         return "binary" if self.loss.endswith("bce") else "values"
@@ -64,7 +64,7 @@ def _by_name(*tasks: Task) -> dict[str, Task]:
     return {task.name: task for task in tasks}
 
 
-#: The eleven tasks of Taskonomy by name, always in this order.
+#: The eleven tasks of Taskonomy, by name. The order is fixed.
 TASKONOMY: dict[str, Task] = _by_name(
     Task("depth_euclidean", 1, "l1", "l1", "Euclidean depth"),
     Task("depth_zbuffer", 1, "l1", "l1", "Z-buffer depth"),
@@ -79,7 +79,7 @@ TASKONOMY: dict[str, Task] = _by_name(
     Task("segment_unsup2d", 1, "l1", "l1", "2D segments"),
 )
 
-#: The four tasks of NYUD-v2.
+#: The four tasks of NYUD-v2, by name.
 NYUD: dict[str, Task] = _by_name(
     Task("semseg", 40, "cross_entropy", "miou", "Segmentation"),
     Task("depth", 1, "l1", "rmse", "Depth"),
@@ -87,7 +87,7 @@ NYUD: dict[str, Task] = _by_name(
     Task("edge", 1, "weighted_bce", "ods_f", "Edges", max_dist=0.011),
 )
 
-#: The five tasks of PASCAL-Context.
+#: The five tasks of PASCAL-Context, by name.
 PASCAL: dict[str, Task] = _by_name(
     Task("semseg", 21, "cross_entropy", "miou", "Segmentation"),
     Task("human_parts", 7, "cross_entropy", "miou", "Human parts"),

@@ -9,6 +9,7 @@ from skimage.morphology import thin
 from torch.nn import functional as F
 
 from taskgroup.lab.data import Augment, Fit, NYUDv2, Resize, Scene, augment, motorcycle
+from taskgroup.lab.data.physical_labels import surface
 from taskgroup.lab.vision.tasks import NYUD, PASCAL
 
 SHAPE = (90, 120)
@@ -75,13 +76,13 @@ def test_flipped_normals_are_those_of_the_flipped_depth():
     rows = slice(100, 160)
     depth, camera = photo.depth[rows], photo.camera._replace(cy=photo.camera.cy - 100)
     width = depth.shape[1]
-    normals = motorcycle.surface(depth, camera).normal
+    normals = surface(depth, camera).normal
     known = np.isfinite(normals[..., 0])
     label = np.where(known[..., None], normals, 0).astype(np.float32)
     scene = Scene(photo.image[rows], {"normals": label}, {"normals": known})
     flipped = augment.flip(scene)
     mirrored = camera._replace(cx=width - 1 - camera.cx)
-    expected = motorcycle.surface(depth[:, ::-1], mirrored).normal
+    expected = surface(depth[:, ::-1], mirrored).normal
     both = flipped.masks["normals"] & np.isfinite(expected[..., 0])
     assert both.mean() > 0.5
     np.testing.assert_allclose(flipped.labels["normals"][both], expected[both], atol=1e-5)

@@ -172,7 +172,9 @@ def test_an_unknown_part_of_a_body(broken):
     annotation = scipy.io.loadmat(path)["anno"]
     annotation[0][0][1][0][1][3][0][2][0] = np.array(["tentacle"])
     scipy.io.savemat(path, {"anno": annotation})
-    with pytest.raises(BadSampleError, match=r"left_0.mat names a part 'tentacle', which is none"):
+    with pytest.raises(
+        BadSampleError, match=r"left_0.mat names an unknown part of a body, 'tentacle'"
+    ):
         read_all(DATASETS["pascal-context"](root))
 
 

@@ -233,8 +233,8 @@ def test_wrong_arguments(minis, options, said):
 
 
 def test_wrong_folders(minis, tmp_path):
-    with pytest.raises(ValueError, match="nowhere is no folder; name the one that holds NYUDv2"):
+    with pytest.raises(ValueError, match="nowhere is not a folder; name the folder that holds"):
         NYUDv2(tmp_path / "nowhere")
     for kind, split in ((NYUDv2, "train"), (PASCALContext, "val"), (Taskonomy, "tiny/val")):
-        with pytest.raises(ValueError, match=f"cannot be read, .* is {tmp_path} the right folder"):
+        with pytest.raises(ValueError, match=f"cannot be read; is {tmp_path} the right folder"):
             kind(tmp_path, split)

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from taskgroup.lab.data import motorcycle
-from taskgroup.lab.data.motorcycle import Camera, surface
+from taskgroup.lab.data.physical_labels import Camera, surface
+from taskgroup.lab.data.taskonomy_encoding import normalise
 from taskgroup.lab.vision import TASKONOMY, Motorcycle
-from taskgroup.lab.vision.encoding import normalise
 
 
 @pytest.fixture(scope="module")

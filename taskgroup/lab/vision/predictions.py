@@ -1,4 +1,4 @@
-"""Labels and predictions as colours to look at."""
+"""Pictures of predictions and labels."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _UNKNOWN = 0.75  # grey
 
 
 def colour(task: Task, values: Tensor, known: Tensor, low: float, high: float) -> Tensor:
-    """Values of a task as RGB.
+    """Convert the values of a task to RGB.
 
-    Classes have colours of their own; a probability and one channel are grey levels, two channels
-    red and green, three red, green and blue.
+    Every class has a colour. A probability and a single channel become grey levels, two channels
+    red and green, and three channels red, green and blue.
 
     Args:
-        task: what the values are of.
-        values: [N, C, H, W]; of classes their numbers and of a binary task probabilities, C = 1.
-        known: [N, 1, H, W], bool; the rest is grey.
-        low: what is shown as black; of values alone.
-        high: what is shown as white.
+        task: the task of the values.
+        values: [N, C, H, W]; class numbers or the probabilities of a binary task have C = 1.
+        known: [N, 1, H, W], bool; unknown pixels become grey.
+        low: the value that becomes black; not used for classes and probabilities.
+        high: the value that becomes white.
 
     Returns:
         [N, H, W, 3] in [0, 1].
@@ -51,15 +51,15 @@ def colour(task: Task, values: Tensor, known: Tensor, low: float, high: float) -
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, tasks: Mapping[str, Task]) -> dict[str, Tensor]:
-    """What a model says, as labels: {task: [N, C, H, W]}, on the CPU.
+    """Predict labels for images: {task: [N, C, H, W]}, on the CPU.
 
-    Class numbers, probabilities, normals of unit length, and values as they are. The model is in
-    evaluation mode meanwhile.
+    Outputs become class numbers, probabilities, normals of unit length, or stay as they are. The
+    model predicts in evaluation mode.
 
     Args:
-        model: ``model(images)`` gives {task: [N, C, H, W]}.
+        model: maps images to {task: [N, C, H, W]}.
         images: [N, 3, H, W].
-        tasks: what is known of the tasks.
+        tasks: {task: :class:`Task`}.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     training = model.training
@@ -81,14 +81,14 @@ def predict(model: nn.Module, images: Tensor, tasks: Mapping[str, Task]) -> dict
 def draw(
     model: nn.Module, samples: Samples, rgb: Tensor, tasks: Mapping[str, Task], path: Path
 ) -> None:
-    """Input, target and prediction on some samples, as a PNG.
+    """Draw input, target and prediction of some samples, as a PNG.
 
     Args:
-        model: what predicts.
-        samples: some.
+        model: the model that predicts.
+        samples: the samples.
         rgb: their images [N, 3, H, W] in [0, 1].
-        tasks: what is known of the tasks.
-        path: of the PNG.
+        tasks: {task: :class:`Task`}.
+        path: the path of the PNG.
     """
     targets, outputs = {}, {}
     for name, output in predict(model, samples.images, tasks).items():
@@ -103,14 +103,14 @@ def draw(
 def draw_panel(
     model: nn.Module, image: Tensor, rgb: Tensor, tasks: Mapping[str, Task], path: Path
 ) -> None:
-    """An image without labels and all predictions for it, as a PNG.
+    """Draw an image without labels and all predictions for it, as a PNG.
 
     Args:
-        model: what predicts.
-        image: [3, H, W] as the model takes it.
-        rgb: the same in [0, 1].
-        tasks: what is known of the tasks.
-        path: of the PNG.
+        model: the model that predicts.
+        image: [3, H, W], normalised for the model.
+        rgb: the same image in [0, 1].
+        tasks: {task: :class:`Task`}.
+        path: the path of the PNG.
     """
     pictures = {}
     for name, output in predict(model, image[None], tasks).items():
@@ -121,18 +121,18 @@ def draw_panel(
 
 
 def _palette(n_classes: int) -> Tensor:
-    """A colour for each class, [n, 3]: hues around the circle, neighbours apart and unlike."""
+    """A colour for each class, [n, 3]; classes with neighbouring numbers differ in hue."""
     numbers = np.arange(n_classes)
     colours = colormaps["hsv"](numbers * 0.618034 % 1)[:, :3] * (1 - 0.25 * (numbers[:, None] % 3))
-    colours[0] = 0.15  # the background, where there is one
+    colours[0] = 0.15  # dark grey for the background, which is the first class of most tasks
     return torch.from_numpy(colours).float()
 
 
 def _range(values: Tensor, known: Tensor) -> tuple[float, float]:
-    """What to show as black and white: the 2nd and 98th percentile of all that is known."""
+    """The values for black and white: the 2nd and 98th percentile of the known values."""
     inside = values[known.expand_as(values)].float()
     if inside.numel() == 0:
         return -1.0, 1.0
-    inside = inside[:: max(1, inside.numel() // 10**6)]  # quantile takes no more than 16 million
+    inside = inside[:: max(1, inside.numel() // 10**6)]  # quantile takes at most 16 million
     low, high = torch.quantile(inside, inside.new_tensor([0.02, 0.98])).tolist()
     return low, max(high, low + 1e-6)

@@ -1,9 +1,9 @@
-"""How Taskonomy stores the labels of its tasks, and what a network is trained on.
+"""How Taskonomy stores labels, and how stored labels are normalised for training.
 
-Taskonomy keeps every label as an 8- or 16-bit image. :func:`encode` turns a physical label (metres,
-unit normals, 1/m, ...) into that image, :func:`normalise` turns the image into the numbers that a
-network is trained on. The scales are those of the published multi-task runs on Taskonomy, so losses
-and metrics can be read beside the published ones.
+Taskonomy stores every label as an 8- or 16-bit image. :func:`encode` turns a physical label
+(metres, unit normals, 1/m, ...) into that image. :func:`normalise` turns the image into the values
+that a network is trained on. The scales are those of the published multi-task runs on Taskonomy, so
+losses and metrics can be compared with the published ones.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from taskgroup.lab.vision.tasks import TASKONOMY
 
 __all__ = ["encode", "normalise"]
 
-# Where edges and keypoints saturate: these shares of the 16-bit range.
+# The shares of the 16-bit range at which edges and keypoints saturate.
 _CLIP = {"edge_occlusion": 0.00625, "edge_texture": 0.08, "keypoints2d": 0.005, "keypoints3d": 1.0}
 _OCCLUSION_SIGMA = 4.0  # px
 _CURVATURE_MEAN = np.array([123.572, 120.1], dtype=np.float32)
 _CURVATURE_STD = np.array([31.922, 21.658], dtype=np.float32)
-# Curvature saturates at this radius. Published images do not say theirs; with 2 cm the tubes and
-# spokes of the embedded scene spread about as far as the published standard deviations.
+# The radius at which curvature saturates. The published images do not state theirs; with 2 cm, the
+# labels of the embedded scene have about the published standard deviations.
 _MIN_RADIUS = 0.02  # m
 
 
 def encode(task: str, label: NDArray[np.floating]) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """Physical label to the integers that Taskonomy stores.
+    """Convert a physical label to the integers that Taskonomy stores.
 
     ==================================  ================================  ==========================
     task                                physical label                    stored
@@ -45,16 +45,16 @@ def encode(task: str, label: NDArray[np.floating]) -> NDArray[np.uint8] | NDArra
     segment_unsup2d, segment_unsup25d   value of the segment, 0 to 1      8 bit: 255 v
     ==================================  ================================  ==========================
 
-    An occlusion edge, a line one pixel wide, is stored at the height from which the Gaussian of
-    :func:`normalise` brings it to full strength.
+    An occlusion edge is a line of one pixel. It is stored with the value that the Gaussian of
+    :func:`normalise` smooths to full strength.
 
     Args:
         task: A name in :data:`~taskgroup.lab.vision.tasks.TASKONOMY`.
-        label: [H, W, C], in the units above. What is not finite counts as 0; in depth as missing,
-            which Taskonomy stores as 65535.
+        label: [H, W, C], in the units above. Values that are not finite count as 0; in depth, they
+            count as missing and are stored as 65535.
 
     Returns:
-        [H, W, C], uint8 or uint16, rounded to nearest and clipped to the range of the type.
+        [H, W, C], uint8 or uint16, rounded to the nearest integer and clipped to the type's range.
 
     Raises:
         ValueError: An unknown task.
@@ -73,7 +73,8 @@ def encode(task: str, label: NDArray[np.floating]) -> NDArray[np.uint8] | NDArra
         case "principal_curvature":
             return _round(127 + 127 * (_MIN_RADIUS * x).clip(-1, 1), np.uint8)
         case "edge_occlusion":
-            peak = math.sqrt(2 * math.pi) * _OCCLUSION_SIGMA  # of a line of height 1, smoothed: 1
+            # A line of this height has height 1 once it is smoothed.
+            peak = math.sqrt(2 * math.pi) * _OCCLUSION_SIGMA
             return _round(_CLIP[task] * 2**16 * peak * x, np.uint16)
         case "edge_texture" | "keypoints2d" | "keypoints3d":
             return _round(_CLIP[task] * 2**16 * x, np.uint16)
@@ -83,7 +84,7 @@ def encode(task: str, label: NDArray[np.floating]) -> NDArray[np.uint8] | NDArra
 
 
 def normalise(task: str, stored: NDArray[np.uint8] | NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Stored integers to the label that a network is trained on.
+    """Convert stored integers to the label that a network is trained on.
 
     ==========================================  ====================================================
     task                                        label, from the stored x
@@ -96,12 +97,12 @@ def normalise(task: str, stored: NDArray[np.uint8] | NDArray[np.uint16]) -> NDAr
     edge_texture, keypoints2d and 3d            x / (c 2^16), c = .08, .005, 1; from 0..1 to [-1, 1]
     ==========================================  ====================================================
 
-    "From 0..1 to [-1, 1]" is 2 min(x, 1) - 1. Normals are centred at 127, not at 127.5, so a zero
-    component comes out as -1/255.
+    "From 0..1 to [-1, 1]" means 2 min(x, 1) - 1. Normals are centred at 127, not at 127.5, so that
+    a component of zero becomes -1/255.
 
     Args:
         task: A name in :data:`~taskgroup.lab.vision.tasks.TASKONOMY`.
-        stored: [H, W, C], as :func:`encode` gives it.
+        stored: [H, W, C], as :func:`encode` returns it.
 
     Returns:
         [H, W, C], float32.

@@ -1,11 +1,11 @@
-"""Values that a file cannot hold, or hardly, if it is stored as its layout says.
+"""Find values in a file that are impossible or unlikely in the layout of its data set.
 
-A label that is stored in another way than the layout's (edges as 0 and 1, depth in millimetres)
-decodes without an error, to labels of nothing. All functions here give a sentence that names the
-file, or None. Those called ``fault_*`` find values that cannot be what the layout says; every file
-that is trained on goes through them, so they take little time beside the decoding. Those called
-``doubt*`` find what is possible and yet most likely a mistake, such as an edge map without an edge;
-``taskgroup data check`` asks them.
+A label that is stored in another way (edges as 0 and 1, depth in millimetres) can be decoded
+without an error, but the result is wrong. Every function here returns a sentence that names the
+file, or None. The functions ``fault_*`` find impossible values. Every file that is trained on goes
+through them, so they are fast compared with the decoding. The functions ``doubt*`` find values that
+are possible but most likely a mistake, such as an edge map without an edge; they are for
+``taskgroup data check``.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ __all__ = [
 ]
 
 _FARTHEST = 100.0  # metres, in a building; the sensor of NYUD-v2 sees 10
-_NEAREST = 0.3  # metres; every room has something farther away
+_NEAREST = 0.3  # metres; in every room something is farther away
 _MOST_EDGES = 0.5  # share of the pixels; edges are lines
-_UNIT = 0.3  # what the length of a normal may be off by, where normals were interpolated
-_FEW = 0.05  # share of the normals that may be off by more
-_NONE = 0.02  # vectors as short as that mean that there is no normal: one step of 8 bits
+_UNIT = 0.3  # tolerance for the length of a normal; interpolated normals are shorter
+_FEW = 0.05  # share of the normals that may exceed the tolerance
+_NONE = 0.02  # a shorter vector marks an unknown normal; this is one step of 8 bits
 
 
 def fault_of_binary(path: Path, stored: NDArray[Any], highest: int) -> str | None:
-    """Of a map that is stored as 0 and 1.
+    """Find a map that is stored as 0 and 1.
 
     Args:
-        path: of the file; as for all that follow.
-        stored: [H, W], whole numbers.
-        highest: what the layout has in the place of 1.
+        path: the path of the file, in all functions here.
+        stored: [H, W], integers.
+        highest: the value that the layout has in place of 1.
     """
     if stored.max(initial=0) == 1:
         return (
@@ -55,7 +55,7 @@ def fault_of_binary(path: Path, stored: NDArray[Any], highest: int) -> str | Non
 
 
 def fault_of_edges(path: Path, stored: NDArray[np.uint8]) -> str | None:
-    """Of an edge map [H, W] whose edges would all be lost: an edge is what is above 127."""
+    """Find an edge map [H, W] whose edges would all be lost, since an edge is above 127."""
     if 0 < (highest := stored.max(initial=0)) <= 127:
         return (
             f"{path} holds nothing above {highest}, but an edge is stored as 255; as it is, "
@@ -65,19 +65,19 @@ def fault_of_edges(path: Path, stored: NDArray[np.uint8]) -> str | None:
 
 
 def fault_of_classes(path: Path, highest: int, most: int, how: str) -> str | None:
-    """Of class numbers out of range.
+    """Find class numbers that are out of range.
 
     Args:
-        path: of the file.
-        highest: the greatest number in it.
-        most: the greatest that there may be.
-        how: how the layout stores classes.
+        path: the path of the file.
+        highest: the largest number in the file.
+        most: the largest number that the layout allows.
+        how: a sentence part that says how the layout stores classes.
     """
     return f"{path} holds the class number {highest}, but {how}." if highest > most else None
 
 
 def fault_of_depth(path: Path, depth: NDArray[np.float32]) -> str | None:
-    """Of depths [H, W] in metres that no room has."""
+    """Find depths [H, W] in metres that no room has."""
     if (highest := depth.max(initial=0)) > _FARTHEST:
         return (
             f"{path} holds depths up to {highest:,.0f}, but the layout has metres; divide it by "
@@ -87,12 +87,12 @@ def fault_of_depth(path: Path, depth: NDArray[np.float32]) -> str | None:
 
 
 def fault_of_normals(path: Path, vectors: NDArray[np.float32], how: str) -> str | None:
-    """Of normals [..., 3] most of which have not unit length.
+    """Find normals [..., 3] of which most do not have unit length.
 
     Args:
-        path: of the file.
-        vectors: as they are stored; some of them are enough.
-        how: how the layout stores them.
+        path: the path of the file.
+        vectors: the stored vectors; a sample of them is enough.
+        how: the formula by which the layout stores them.
     """
     off, n_known = _not_unit(vectors)
     if off > n_known / 2:
@@ -104,13 +104,13 @@ def fault_of_normals(path: Path, vectors: NDArray[np.float32], how: str) -> str 
 
 
 def doubt(path: Path, task: Task, label: NDArray[Any], known: NDArray[np.bool_]) -> str | None:
-    """Of a label that can be read.
+    """Find what is unlikely about a label of any task.
 
     Args:
-        path: of its file.
-        task: what it is of.
+        path: the path of the file.
+        task: the task of the label.
         label: [H, W, C], decoded.
-        known: [H, W].
+        known: [H, W], where the label is known.
     """
     if not known.any():
         return f"{path} tells nothing: all of its pixels are unknown."
@@ -126,7 +126,7 @@ def doubt(path: Path, task: Task, label: NDArray[Any], known: NDArray[np.bool_])
 
 
 def doubt_of_depth(path: Path, metres: NDArray[np.floating[Any]]) -> str | None:
-    """Of known depths, of which there is one at least."""
+    """Find unlikely depths among the known ones, of which there must be at least one."""
     farthest = metres.max()
     if not _NEAREST <= farthest <= _FARTHEST:
         return f"{path} holds depths up to {farthest:.3g} m; are they in another unit?"
@@ -134,7 +134,7 @@ def doubt_of_depth(path: Path, metres: NDArray[np.floating[Any]]) -> str | None:
 
 
 def doubt_of_normals(path: Path, vectors: NDArray[np.float32], how: str) -> str | None:
-    """Of normals [..., 3]; see :func:`fault_of_normals`."""
+    """Find unlikely normals [..., 3]; see :func:`fault_of_normals`."""
     off, n_known = _not_unit(vectors)
     if not n_known:
         return f"{path} tells nothing: all of its pixels are unknown."
@@ -147,7 +147,7 @@ def doubt_of_normals(path: Path, vectors: NDArray[np.float32], how: str) -> str 
 
 
 def doubt_of_image(path: Path, image: NDArray[np.uint8]) -> str | None:
-    """Of an image [H, W, 3]."""
+    """Find an unlikely image [H, W, 3]."""
     if (highest := image.max(initial=0)) <= 1:
         return f"{path} is black: it holds no value above {highest}, of 255."
     if (image == image[0, 0]).all():
@@ -156,7 +156,7 @@ def doubt_of_image(path: Path, image: NDArray[np.uint8]) -> str | None:
 
 
 def _not_unit(vectors: NDArray[np.float32]) -> tuple[int, int]:
-    """How many vectors have not unit length, of how many; those that mean no normal left out."""
+    """Count the vectors that do not have unit length, and all that are not unknown."""
     length = np.sqrt(np.einsum("...c,...c->...", vectors, vectors))
     known = length > _NONE
     off = np.count_nonzero(known & (np.abs(length - 1) > _UNIT))

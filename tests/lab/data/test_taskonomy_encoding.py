@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from taskgroup.lab.vision.encoding import encode, normalise
+from taskgroup.lab.data.taskonomy_encoding import encode, normalise
 from taskgroup.lab.vision.tasks import TASKONOMY
 
 

@@ -1,0 +1,95 @@
+"""What several commands use: their options, the settings they ask for, and their output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import rich
+import typer
+
+if TYPE_CHECKING:
+    from taskgroup.lab.train.recipe import Recipe
+
+__all__ = [
+    "Backbone",
+    "Baseline",
+    "Batches",
+    "Changes",
+    "Data",
+    "RecipeName",
+    "RunFolders",
+    "Size",
+    "given",
+    "say",
+    "settings",
+    "split",
+    "write",
+]
+
+
+def _absolute(folder: str | None) -> str | None:
+    """An absolute path, so that a run finds its data from any working directory."""
+    return None if folder is None else str(Path(folder).absolute())
+
+
+RecipeName = Annotated[
+    str, typer.Argument(help="Name of a recipe that ships with taskgroup, or path of a YAML file.")
+]
+RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")]
+Batches = Annotated[int | None, typer.Option(help="Number of batches of a run.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR", callback=_absolute, help="Folder of the data set, if it is read from one."
+    ),
+]
+Backbone = Annotated[
+    str | None,
+    typer.Option(
+        help="Pretrained encoder: vit-t, vit-s, vit-b, vit-l, ...; tiny is small, random, and "
+        "needs no download."
+    ),
+]
+Size = Annotated[
+    str | None, typer.Option(metavar="HxW", help="Size of the network's input in pixels.")
+]
+Baseline = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUN|FILE", help="Finished run, or YAML file of metrics, to compute Δm against."
+    ),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the recipe."),
+]
+
+
+def given(**options: object) -> dict[str, object]:
+    """The options that were given a value."""
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def settings(recipe: str, changes: list[str] | None, **options: object) -> Recipe:
+    """A recipe, overridden by ``--set`` and by the other options that were given a value."""
+    from taskgroup.lab.train.recipe import parse_changes, read_recipe
+
+    return read_recipe(recipe, {**parse_changes(changes or []), **given(**options)})
+
+
+def split(text: str) -> list[str]:
+    """The parts of a text between commas, such as ``"A,B"``."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def say(text: str) -> None:
+    """Print a sentence as it is: not wrapped, so that paths in it can be copied."""
+    rich.get_console().print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all: the one it replaces may be the result of hours."""
+    import taskgroup as tg
+
+    tg.checkpoint.write_atomically(path, lambda file: file.write(text.encode()))

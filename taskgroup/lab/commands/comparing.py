@@ -1,0 +1,157 @@
+"""``taskgroup compare`` and ``affinity-gain``: many runs that answer one question."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import rich
+import typer
+
+from taskgroup.lab.commands import common
+
+__all__ = ["affinity_gain", "compare"]
+
+Jobs = Annotated[
+    int | None,
+    typer.Option(help="Number of processes.", show_default="one per core; 1 on a GPU"),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Folder of the results; runs that it already holds are not repeated."
+    ),
+]
+
+
+def compare(
+    recipe: common.RecipeName = "motorcycle-small",
+    preset: Annotated[
+        str, typer.Option(help="What to compare: methods, or an ablation such as grouping.")
+    ] = "methods",
+    methods: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Only these methods of the preset.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Number of runs of each method.")] = 5,
+    batches: common.Batches = None,
+    budgets: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B,...",
+            help="Which comparisons to make: at equal batches, at equal time, and with a learning "
+            "rate tuned for each method.",
+        ),
+    ] = "batches,time,tuned",
+    rates: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Learning rates to choose from when tuning.",
+            show_default="a third of the recipe's, the recipe's, 3 times the recipe's",
+        ),
+    ] = None,
+    data: common.Data = None,
+    backbone: common.Backbone = None,
+    size: common.Size = None,
+    set_: common.Changes = None,
+    jobs: Jobs = None,
+    out: Out = None,
+) -> None:
+    """Compare methods over seeds, at equal batches and equal time; run it again to continue."""
+    from taskgroup.lab.compare import comparison_tables as report
+    from taskgroup.lab.compare.comparison import Comparison
+    from taskgroup.lab.compare.presets import JOINT, variants_by_name
+    from taskgroup.lab.compare.presets import preset as variants_of
+    from taskgroup.lab.train.recipe import make_problem
+    from taskgroup.lab.train.trainer import task_names
+
+    options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
+    chosen = common.settings(recipe, set_, **options)
+    variants = variants_of(preset, chosen, task_names(chosen, make_problem(chosen)))
+    if methods is not None:
+        variants = variants_by_name([JOINT, *common.split(methods)], variants)
+    tried = common.split(rates or "")
+    try:
+        numbers = [float(rate) for rate in tried]
+    except ValueError:
+        raise ValueError(f"--rates takes numbers, got {', '.join(tried)}.") from None
+    comparison = Comparison(
+        chosen,
+        variants,
+        seeds,
+        out or Path("runs") / f"compare-{Path(recipe).stem}",
+        budgets=common.split(budgets),
+        rates=numbers or [chosen.lr / 3, chosen.lr, 3 * chosen.lr],
+        strict=methods is not None,
+    )
+    console = rich.get_console()
+    titles = {variant.name: variant.title for variant in comparison.variants}
+    display = report.ComparisonDisplay(str(comparison.out), titles, console, comparison.delta)
+    with _stoppable(), display:
+        table = comparison.run(display.update, jobs)
+    for shown in report.tables(table):
+        console.print(shown)
+    common.write(comparison.out / f"{preset}.md", report.markdown(table, _command()))
+    report.write_csv(table, comparison.out / f"{preset}.csv")
+    report.delta_m_plot(table, comparison.out / f"{preset}.png")
+    common.say(f"Tables and picture ({preset}.md, .csv and .png) are in {comparison.out}")
+    if table.failed:
+        raise RuntimeError(
+            f"{len(table.failed)} runs failed and are missing above; the same command runs them "
+            f"again. The first error: {table.failed[0]}"
+        )
+
+
+def affinity_gain(
+    recipe: common.RecipeName = "yeast",
+    seeds: Annotated[
+        int, typer.Option(help="Number of runs of each pair and of each affinity.")
+    ] = 5,
+    batches: common.Batches = None,
+    data: common.Data = None,
+    backbone: common.Backbone = None,
+    size: common.Size = None,
+    set_: common.Changes = None,
+    jobs: Jobs = None,
+    out: Out = None,
+) -> None:
+    """Train every pair of tasks, and test whether affinities predict what the tasks gain."""
+    from taskgroup.lab.compare import gain_tables as report
+    from taskgroup.lab.compare.affinity_gain import AffinityGain
+    from taskgroup.lab.compare.comparison_tables import ComparisonDisplay
+
+    options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
+    measured = AffinityGain(
+        common.settings(recipe, set_, **options),
+        seeds,
+        out or Path("runs") / f"affinity-gain-{Path(recipe).stem}",
+    )
+    console = rich.get_console()
+    titles = {"proximal": "Proximal", "gradient": "From gradients", "lookahead": "Lookahead"}
+    with _stoppable(), ComparisonDisplay(str(measured.out), titles, console) as display:
+        gains = measured.run(display.update, jobs)
+    for shown in report.tables(gains):
+        console.print(shown)
+    common.write(measured.out / "gains.md", report.markdown(gains, _command()))
+    report.write_csv(gains, measured.out / "gains.csv")
+    report.affinity_gain_plot(gains, measured.out / "gains.png")
+    common.say(f"Tables and picture (gains.md, .csv and .png) are in {measured.out}")
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """On Ctrl-C, say how to continue, and exit with status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        common.say("Stopped; finished runs are kept. Run the same command again to continue.")
+        raise typer.Exit(130) from None
+
+
+def _command() -> str:
+    """The command as it was typed."""
+    return shlex.join(["taskgroup", *sys.argv[1:]])
