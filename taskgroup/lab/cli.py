@@ -362,7 +362,8 @@ def _compare(
     from taskgroup.lab.compare import comparison_tables as report
     from taskgroup.lab.compare.comparison import Comparison
     from taskgroup.lab.compare.presets import JOINT, preset, variants_by_name
-    from taskgroup.lab.train.recipe import make_problem, parse_changes, read_recipe
+    from taskgroup.lab.train.problem import make_problem
+    from taskgroup.lab.train.recipe import parse_changes, read_recipe
     from taskgroup.lab.train.trainer import task_names
 
     console = rich.get_console()

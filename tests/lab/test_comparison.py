@@ -12,7 +12,8 @@ from taskgroup.lab.compare import cost, workers
 from taskgroup.lab.compare.comparison import Comparison, Row
 from taskgroup.lab.compare.presets import PRESETS, Variant, preset, variants_by_name
 from taskgroup.lab.compare.statistics import Estimate
-from taskgroup.lab.train.recipe import Recipe, make_problem, read_recipe
+from taskgroup.lab.train.problem import make_problem
+from taskgroup.lab.train.recipe import Recipe, read_recipe
 from taskgroup.lab.train.trainer import Trainer, task_names
 from tests.lab.small import InThisProcess, yeast
 

@@ -6,7 +6,6 @@ import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from taskgroup.lab.data import (
 from taskgroup.lab.data.dense import Transform
 from taskgroup.lab.data.files import read_photo
 from taskgroup.lab.data.samples import Samples
+from taskgroup.lab.train.recipe import Recipe
 from taskgroup.lab.vision import pictures
 from taskgroup.lab.vision.backbones import ViTFeatures, backbone, save_config
 from taskgroup.lab.vision.dense_losses import criterion
@@ -38,28 +38,6 @@ __all__ = ["Benchmark"]
 
 _FIXED_TRAINING = 64  # images that the training metrics are computed on
 _PICTURED = 4  # held-out images in predictions.png
-
-
-class Settings(Protocol):
-    """Where the data is, and what the network is made by; see ``Recipe``."""
-
-    data: str
-    root: str | None
-    subset: str
-    tasks: tuple[str, ...] | None
-    size: tuple[int, int]
-    batch_size: int
-    bad: Literal["stop", "skip"]
-    workers: int
-    backbone: str
-    weights: str | None
-    decoder: Literal["linear", "conv"]
-    drop_path: float
-    patch: int
-    dim: int
-    depth: int
-    attention_heads: int
-    dropout: float
 
 
 class Benchmark:
@@ -74,7 +52,7 @@ class Benchmark:
 
     score = None
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Recipe) -> None:
         self._settings = settings
         self._kind = DATASETS[settings.data]
         self._tasks = self._kind.TASKS

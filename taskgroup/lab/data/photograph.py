@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import count, islice
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from taskgroup.lab.data import Resize, Scene
 from taskgroup.lab.data.files import read_photo
 from taskgroup.lab.data.motorcycle import Motorcycle
 from taskgroup.lab.data.samples import Samples
+from taskgroup.lab.train.recipe import Recipe
 from taskgroup.lab.vision import pictures
 from taskgroup.lab.vision.dense_losses import criterion
 from taskgroup.lab.vision.metrics import evaluate
@@ -29,17 +29,6 @@ __all__ = ["Photograph"]
 _TRAINING_CROPS = 64  # that the training metrics are computed on
 _PICTURED = 4  # held-out crops in predictions.png
 _ROWS = 250  # of the photograph
-
-
-class Settings(Protocol):
-    """What the network and the crops are made by."""
-
-    size: tuple[int, int]
-    patch: int
-    dim: int
-    depth: int
-    attention_heads: int
-    dropout: float
 
 
 class Photograph:
@@ -58,7 +47,7 @@ class Photograph:
     score = None
     splits = ("train", "held_out")
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Recipe) -> None:
         self._settings = settings
         self.scene = _scene(settings.size)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import count, islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc
 
 import taskgroup as tg
+from taskgroup.lab.train.recipe import NetworkSettings
 
 try:
     from river.datasets import Yeast as Records
@@ -45,14 +46,6 @@ class Table(NamedTuple):
     labels: Tensor
 
 
-class Settings(Protocol):
-    """What the network is made by."""
-
-    dim: int
-    depth: int
-    dropout: float
-
-
 class Yeast:
     """Which of 14 functional classes a yeast gene belongs to (Elisseeff & Weston, NIPS 2001).
 
@@ -71,7 +64,7 @@ class Yeast:
     metrics: Mapping[str, str] = dict.fromkeys(titles, "AUC")
     splits = ("train", "validation", "held_out")
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: NetworkSettings) -> None:
         self._settings = settings
         self._train = _tables()["train"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -12,8 +11,8 @@ from typing import Any, NamedTuple
 import yaml
 
 import taskgroup as tg
-from taskgroup.lab.train.problem import Problem
-from taskgroup.lab.train.recipe import CHANGEABLE, Recipe, make_problem, read_recipe
+from taskgroup.lab.train.problem import Problem, make_problem
+from taskgroup.lab.train.recipe import CHANGEABLE, Recipe, read_recipe
 from taskgroup.lab.train.trainer import find_device, make_model, task_names
 from taskgroup.lab.words import listed
 
@@ -79,7 +78,7 @@ def change_settings(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
             f"A run goes on with the {', '.join(fixed)} that it has; what may change is "
             f"{', '.join(CHANGEABLE)}."
         )
-    return dataclasses.replace(recipe, **changes)
+    return recipe.replace(**changes)
 
 
 def without_source(recipe: Recipe, run: Path) -> Recipe:
@@ -88,7 +87,7 @@ def without_source(recipe: Recipe, run: Path) -> Recipe:
         return recipe
     kept = run / "backbone"
     name = str(kept) if (kept / "config.json").is_file() else recipe.backbone
-    return dataclasses.replace(recipe, backbone=name, weights="random")
+    return recipe.replace(backbone=name, weights="random")
 
 
 def read_settings(run: Path) -> Recipe:
@@ -101,10 +100,7 @@ def read_settings(run: Path) -> Recipe:
         raise ValueError(
             f"{run} is no run: it has no config.yaml; name a folder that taskgroup train has made."
         )
-    try:
-        return read_recipe(run / "config.yaml")
-    except ValueError as error:
-        raise ValueError(f"The settings in {run / 'config.yaml'}: {error}") from None
+    return read_recipe(run / "config.yaml")
 
 
 def read_checkpoint(run: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""What a data set offers to a training run, and where those that ship are found."""
+"""What a data set offers to a training run, and the one that a recipe names."""
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,21 +10,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 import taskgroup as tg
+from taskgroup.lab.train.recipe import Recipe
 
-__all__ = ["IN_MEMORY", "Problem", "data_names", "where"]
-
-# Imported when asked for: each needs libraries of its own.
-_WHERE = {
-    "motorcycle": ("taskgroup.lab.data.photograph", "Photograph"),
-    "yeast": ("taskgroup.lab.data.yeast", "Yeast"),
-    "nyud-v2": ("taskgroup.lab.data.benchmark", "Benchmark"),
-    "pascal-context": ("taskgroup.lab.data.benchmark", "Benchmark"),
-    "taskonomy": ("taskgroup.lab.data.benchmark", "Benchmark"),
-}
-
-
-#: Those that are not read from a folder.
-IN_MEMORY = ("motorcycle", "yeast")
+__all__ = ["Problem", "make_problem"]
 
 
 class Problem(Protocol):
@@ -82,11 +71,14 @@ class Problem(Protocol):
         ...
 
 
-def data_names() -> list[str]:
-    """The data sets that ship with the package."""
-    return list(_WHERE)
+def make_problem(recipe: Recipe) -> Problem:
+    """The data set that a recipe names, with the recipe's settings.
 
-
-def where(data: str) -> tuple[str, str]:
-    """The module and the name of the class of a data set that ships with the package."""
-    return _WHERE[data]
+    Raises:
+        ImportError: if a library that it needs is missing; the sentence says what to install.
+    """
+    # Imported when it is asked for: each data set needs libraries of its own.
+    where = {"motorcycle": "photograph:Photograph", "yeast": "yeast:Yeast"}
+    name = where.get(recipe.data, "benchmark:Benchmark")
+    problem: Problem = pkgutil.resolve_name(f"taskgroup.lab.data.{name}")(recipe)
+    return problem

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import signal
@@ -31,7 +30,8 @@ from taskgroup.lab.train.evaluation import (
     without_source,
 )
 from taskgroup.lab.train.lock import Hold, hold, is_empty
-from taskgroup.lab.train.recipe import Recipe, make_problem
+from taskgroup.lab.train.problem import make_problem
+from taskgroup.lab.train.recipe import Recipe
 from taskgroup.lab.train.trainer import MODEL_SECTIONS, Progress, Trainer, task_names
 from taskgroup.lab.words import listed
 
@@ -83,7 +83,7 @@ class Run:
             self.save()
 
     def _write_config(self) -> None:
-        settings = yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False).encode()
+        settings = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False).encode()
         write = tg.checkpoint.write_atomically
         write(self.out / "config.yaml", lambda file: file.write(settings))
 
@@ -205,7 +205,7 @@ class Run:
                 started = time.perf_counter()
                 conflicts = self.recipe.conflicts_every
                 if conflicts is not None and trainer.batch % conflicts == 0:
-                    trainer.peek()  # whose time is that of the training
+                    trainer.batches.peek()  # whose time is that of the training
                     paused = time.perf_counter()
                     self._record_conflicts()
                     started += time.perf_counter() - paused
