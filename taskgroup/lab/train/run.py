@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 import taskgroup as tg
@@ -32,6 +30,7 @@ from taskgroup.lab.train.evaluation import (
 from taskgroup.lab.train.lock import Hold, hold, is_empty
 from taskgroup.lab.train.problem import make_problem
 from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.train.records import RECORDS, append_line, append_matrix, cut_records
 from taskgroup.lab.train.trainer import MODEL_SECTIONS, Progress, Trainer, task_names
 from taskgroup.lab.words import listed
 
@@ -39,11 +38,6 @@ __all__ = ["Interrupted", "Run", "load_metrics"]
 
 _EVENTS_EVERY = 10  # batches; TensorBoard thins finer curves out anyway
 _RECORDS = 400  # of affinity and seconds at most, evenly spread: a picture shows no more
-_LINES = (
-    *("metrics.jsonl", "affinity.jsonl", "seconds.jsonl", "conflicts.jsonl"),
-    "evaluations.jsonl",  # the last one; Run.resume relies on it
-)
-_RECORDED = (*_LINES, "summary.json")  # what a run must not lose
 
 
 class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
@@ -110,9 +104,7 @@ class Run:
             if state is not None:
                 run._load(state)
             run._write_config()
-            for name in _LINES:
-                last = run._cut(out / name)
-        run._evaluated = last  # of the evaluations, which come last
+            run._evaluated = cut_records(out, run.batch)["evaluations.jsonl"]
         return run
 
     @contextmanager
@@ -130,10 +122,8 @@ class Run:
         out = self.out
         if (out / "checkpoint.pt").is_file():
             return read_checkpoint(out)
-        lost = [
-            name for name in _RECORDED if (out / name).is_file() and (out / name).stat().st_size
-        ]
-        if lost:
+        files = [out / name for name in (*RECORDS, "summary.json")]
+        if lost := [file.name for file in files if file.is_file() and file.stat().st_size]:
             raise ValueError(
                 f"{out} has no checkpoint.pt to go on from, but {listed(lost)} of a training, "
                 "which would be lost; put its checkpoint.pt back, or train in another folder with "
@@ -207,7 +197,8 @@ class Run:
                 if conflicts is not None and trainer.batch % conflicts == 0:
                     trainer.batches.peek()  # whose time is that of the training
                     paused = time.perf_counter()
-                    self._record_conflicts()
+                    file, found = self.out / "conflicts.jsonl", trainer.conflicts()
+                    append_matrix(file, trainer.batch + 1, trainer.tasks, found)
                     started += time.perf_counter() - paused
                 try:
                     progress = trainer.step()
@@ -228,7 +219,7 @@ class Run:
                 self._seconds += time.perf_counter() - started
                 if recorded:
                     line = {"batch": trainer.batch, "seconds": self._all_seconds()}
-                    self._append("seconds.jsonl", line)
+                    append_line(self.out / "seconds.jsonl", line)
                 if saves:
                     self.save()
             if self._saved != trainer.batch:
@@ -261,19 +252,8 @@ class Run:
         """
         if self._affinity is not None:
             (batch, copy), self._affinity = self._affinity, None
-            self._append_matrix("affinity.jsonl", batch, copy.wait())
-
-    def _record_conflicts(self) -> None:
-        """Of the batch to come, whose number the line has."""
-        self._append_matrix("conflicts.jsonl", self.batch + 1, self.trainer.conflicts())
-
-    def _append_matrix(self, name: str, batch: int, matrix: Tensor) -> None:
-        """A line with a matrix; null where that is NaN, which JSON does not have."""
-        rounded = [
-            [None if math.isnan(value) else float(f"{value:.5g}") for value in row]
-            for row in matrix.tolist()
-        ]
-        self._append(name, {"batch": batch, "tasks": self.trainer.tasks, "matrix": rounded})
+            tasks = self.trainer.tasks
+            append_matrix(self.out / "affinity.jsonl", batch, tasks, copy.wait())
 
     def _all_seconds(self) -> dict[str, float]:
         return {**self.trainer.seconds, "everything": self._seconds}
@@ -286,14 +266,10 @@ class Run:
 
     def _record_evaluation(self, board: SummaryWriter) -> None:
         metrics = self.trainer.evaluate("held_out", quick=True)
-        self._append("evaluations.jsonl", {"batch": self.batch, "metrics": metrics})
+        append_line(self.out / "evaluations.jsonl", {"batch": self.batch, "metrics": metrics})
         self._evaluated = self.batch
         for task, value in metrics.items():
             board.add_scalar(f"held_out/{task}", value, self.batch)
-
-    def _append(self, name: str, line: dict[str, Any]) -> None:
-        with (self.out / name).open("a") as file:
-            file.write(json.dumps(line) + "\n")
 
     def _finish(self) -> dict[str, Any]:
         trainer, problem, groups = self.trainer, self.trainer.problem, self.trainer.groups
@@ -354,28 +330,6 @@ class Run:
         tg.checkpoint.save(self.out / "checkpoint.pt", state)
         self._saved = self.batch
 
-    def _cut(self, path: Path) -> int:
-        """Drop the lines of batches that ran after the checkpoint, and a line cut short.
-
-        Returns:
-            The batch of the last line that stays; 0 if there is none.
-        """
-        if not path.is_file():
-            return 0
-        lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if 1 <= _batch_of(line) <= self.batch]
-        if len(kept) < len(lines):
-            tg.checkpoint.write_atomically(path, lambda file: file.writelines(kept))
-        return _batch_of(kept[-1]) if kept else 0
-
-
-def _batch_of(line: bytes) -> int:
-    """The batch that a line is about; 0 for one that cannot be read."""
-    try:
-        return int(json.loads(line)["batch"]) if line.endswith(b"\n") else 0
-    except (ValueError, KeyError, TypeError):
-        return 0
-
 
 def _check_empty(out: Path) -> None:
     if out.exists() and (not out.is_dir() or not is_empty(out)):
@@ -420,7 +374,7 @@ def _stop_signals() -> Iterator[_Stop]:
             signal.signal(restored, handler)
 
 
-def _write_line(file: Any, progress: Progress) -> None:
+def _write_line(file: TextIO, progress: Progress) -> None:
     line = {
         "batch": progress.batch,
         "losses": progress.losses,
