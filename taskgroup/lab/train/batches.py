@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from taskgroup.lab.train.problem import Problem
+from taskgroup.lab.train.recipe import Recipe
 
 __all__ = ["Batches"]
 
@@ -18,8 +19,7 @@ class Batches:
 
     Args:
         problem: the data set.
-        batch_size: samples per batch.
-        seed: of the order of the samples.
+        recipe: the size of the batches, and the seed of their order.
         device: where the tensors of a batch are sent, without waiting for their arrival.
         drawn: batches that a run has drawn before, which are passed over.
 
@@ -28,11 +28,11 @@ class Batches:
     """
 
     def __init__(
-        self, problem: Problem, batch_size: int, seed: int, device: torch.device, drawn: int = 0
+        self, problem: Problem, recipe: Recipe, device: torch.device, drawn: int = 0
     ) -> None:
         self.drawn = drawn
         self._device = device
-        self._stream = problem.batches(batch_size, seed, drawn)
+        self._stream = problem.batches(recipe.batch_size, recipe.seed, drawn)
         self._ahead: Any = None  # the next batch, if it is loaded
         self._error: Exception | None = None  # raised while it was loaded
 

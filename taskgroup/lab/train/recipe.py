@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,19 +39,7 @@ CHANGEABLE = (
     *("checkpoint_every", "evaluate_every", "conflicts_every", "baseline"),
 )
 
-# What an error of pydantic says is allowed, by the error's type.
-_ALLOWED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "string_type": "a word",
-    "tuple_type": "a list of words",
-    "too_short": "a list of words",
-    "finite_number": "finite",
-    "greater_than_equal": "at least {ge}",
-    "less_than_equal": "at most {le}",
-    "less_than": "less than {lt}",
-    "literal_error": "{expected}",
-}
+_SHIPPED = Path(__file__).parent / "recipes"
 
 
 def _number(value: Any) -> Any:
@@ -75,12 +62,14 @@ def _sides(value: Any) -> tuple[int, int]:
     return height, width
 
 
-def _words(value: Any) -> Any:
+def _words(value: Any) -> tuple[str, ...]:
     """The words of ``"a, b"`` or ``["a", "b"]``."""
     words = value.split(",") if isinstance(value, str) else value
-    if isinstance(words, list | tuple) and all(isinstance(word, str) for word in words):
-        return tuple(word.strip() for word in words)
-    return value  # refused as what it is
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        words = []
+    if not words:
+        raise ValueError(f"tasks must be a list of words, got {value!r}.")
+    return tuple(word.strip() for word in words)
 
 
 _Number = Annotated[float, BeforeValidator(_number)]
@@ -103,15 +92,14 @@ class _Section(pydantic.BaseModel):
 
 def _sentence(error: ErrorDetails, known: list[str]) -> str:
     """What pydantic found wrong with a setting."""
-    context = error.get("ctx", {})
     if error["type"] == "value_error":
-        return str(context["error"])
+        return str(error["ctx"]["error"])  # of a validator below
     key = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"the settings are {', '.join(known)}."
         return f"Unknown setting {key!r}; {hint}"
-    return f"{key} must be {_ALLOWED[error['type']].format(**context)}, got {error['input']!r}."
+    return f"{error['msg'].replace('Input should', f'{key} must')}, got {error['input']!r}."
 
 
 class DataSettings(_Section):
@@ -134,7 +122,7 @@ class DataSettings(_Section):
     data: Literal["motorcycle", "yeast", "nyud-v2", "pascal-context", "taskonomy"] = "motorcycle"
     root: str | None = None
     subset: Literal["tiny", "medium", "fullplus"] = "tiny"
-    tasks: Annotated[tuple[str, ...], BeforeValidator(_words), Field(min_length=1)] | None = None
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_words)] | None = None
     size: Annotated[tuple[int, int], BeforeValidator(_sides)] = (64, 64)
     batch_size: _Count = 8
     bad: Literal["stop", "skip"] = "stop"
@@ -331,8 +319,7 @@ class Recipe(GroupSettings, OptimizerSettings, NetworkSettings, DataSettings):
 
 def recipe_names() -> list[str]:
     """The recipes that ship with the package."""
-    folder = resources.files("taskgroup.lab.train") / "recipes"
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
+    return sorted(file.stem for file in _SHIPPED.glob("*.yaml"))
 
 
 def read_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
@@ -350,19 +337,15 @@ def read_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
         >>> read_recipe("motorcycle", parse_changes(["lr=3e-4", "method=joint"])).lr
         0.0003
     """
-    path = Path(name)
-    if str(name) in recipe_names():
-        text = (resources.files("taskgroup.lab.train") / "recipes" / f"{name}.yaml").read_text()
-    elif path.is_file():
-        text = path.read_text()
-    else:
+    path = _SHIPPED / f"{name}.yaml" if str(name) in recipe_names() else Path(name)
+    if not path.is_file():
         raise ValueError(
             f"There is no recipe {str(name)!r}; name a YAML file or one of: "
             f"{', '.join(recipe_names())}."
         )
     try:
-        settings = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{name} must hold lines 'key: value', got {type(settings).__name__}.")

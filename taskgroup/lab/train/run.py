@@ -20,7 +20,6 @@ from taskgroup.lab.report.reader import read_lines
 from taskgroup.lab.train.clock import LateCopy
 from taskgroup.lab.train.evaluation import (
     CHECKPOINT_VERSION,
-    change_settings,
     delta_m,
     read_baseline,
     read_checkpoint,
@@ -96,7 +95,7 @@ class Run:
         """
         out = Path(out)
         run = cls.__new__(cls)
-        recipe = change_settings(read_settings(out), changes or {})
+        recipe = read_settings(out, changes)
         run.out, run._hold = out, None
         with run._holding():
             state = run._read_state()

@@ -81,7 +81,7 @@ class Trainer:
         self.seconds = dict.fromkeys(MODEL_SECTIONS, 0.0)
         self._clock = Clock(self.seconds, self.device)
         self._peak_bytes = 0  # before this object was made
-        self.batches = self._batches_after(0)
+        self.batches = Batches(self.problem, recipe, self.device)
 
         torch.manual_seed(recipe.seed)
         with _memory_in_words(recipe):
@@ -106,10 +106,6 @@ class Trainer:
         self.groups.attach(self.optimizer, self.model.heads, outside=recipe.outside)
         self.scheduler = PolynomialLR(self.optimizer, recipe.batches, recipe.poly_power)
         self.model.train()
-
-    def _batches_after(self, drawn: int) -> Batches:
-        recipe = self.recipe
-        return Batches(self.problem, recipe.batch_size, recipe.seed, self.device, drawn)
 
     def _make_groups(self) -> tg.TaskGroups:
         recipe = self.recipe
@@ -345,14 +341,13 @@ class Trainer:
         self.groups.load_state_dict(state["groups"])
         if self._method is not None:
             self._method.load_state_dict(state["method"])
-        self.batches = self._batches_after(state["drawn"])
+        self.batches = Batches(self.problem, self.recipe, self.device, state["drawn"])
         torch.set_rng_state(state["torch"])
         if self._on_gpu and state["cuda"] is not None:
             torch.cuda.set_rng_state(state["cuda"], self.device)
         self.batch = state["batch"]
         self.skipped = state["skipped"]
-        self.seconds = state["seconds"]
-        self._clock = Clock(self.seconds, self.device)
+        self.seconds.update(state["seconds"])
         self._peak_bytes = state.get("peak_bytes") or 0
 
 
