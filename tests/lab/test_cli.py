@@ -155,7 +155,9 @@ def test_stopped_and_resumed_run_is_the_one_that_was_not(finished, tmp_path, num
             os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match="Stopped after batch 5 of 8; go on with taskgroup train"):
+    with pytest.raises(
+        Interrupted, match="Stopped after batch 5 of 8; to continue: taskgroup train"
+    ):
         run.train(stop)
     assert signal.getsignal(number) is before
     assert len(load_metrics(run.out)) == 5
@@ -351,7 +353,7 @@ def test_stopped_in_its_evaluation_it_goes_on_to_it(tmp_path, monkeypatch):
         patch.setattr(Trainer, "evaluate", interrupted)
         stopped = invoke("--out", tmp_path / "run")
     assert stopped.exit_code == 130, stopped.output
-    assert "Stopped before the evaluation was done; go on with taskgroup train --resume" in (
+    assert "Stopped before the evaluation was done; to continue: taskgroup train --resume" in (
         stopped.output.replace("\n", "")
     )
     again = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "run")])
@@ -451,7 +453,9 @@ def test_wrong_settings_of_a_file_name_it(tmp_path):
     with pytest.raises(ValueError, match=said):
         read_recipe(file)
     file.write_text("1: 2\n")
-    with pytest.raises(ValueError, match="mine.yaml: Unknown setting '1'; the settings are data, "):
+    with pytest.raises(
+        ValueError, match=r"mine.yaml: Unknown setting '1'; the settings are data, "
+    ):
         read_recipe(file)
     file.write_text("lr: 1e-4\n")
     with pytest.raises(ValueError, match=r"^lr must be greater than or equal to 0, got -1\.$"):

@@ -19,13 +19,13 @@ class Problem(Protocol):
     """A data set with its tasks, network, losses and metrics.
 
     Attributes:
-        titles: ``{task: name}`` as shown, all tasks of the data set in their order.
-        lower_is_better: ``{task: whether a smaller metric is the better one}``.
-        metrics: ``{task: what its metric is}``, in a word or two.
-        score: from ``{task: loss}`` to ``{task: score}`` in (0, 1), higher is better; None where
-            the losses give no such score.
-        splits: what can be evaluated: ``"train"`` (fixed training data), ``"held_out"``, and
-            ``"validation"`` where there is data to choose settings on.
+        titles: ``{task: name as shown}`` for all tasks of the data set, in their order.
+        lower_is_better: ``{task: whether a smaller metric is better}``.
+        metrics: ``{task: name of its metric}``.
+        score: a function from ``{task: loss}`` to ``{task: score}`` in (0, 1), higher is better;
+            None if the losses give no such score.
+        splits: the splits that can be evaluated: ``"train"`` (fixed training data), ``"held_out"``,
+            and ``"validation"`` if there is data to choose settings on.
     """
 
     titles: Mapping[str, str]
@@ -35,39 +35,39 @@ class Problem(Protocol):
     splits: Sequence[str]
 
     def model(self, tasks: Sequence[str]) -> tg.MultiTaskModel:
-        """A fresh network for some of the tasks, from torch's global generator."""
+        """A new network for some of the tasks, initialised by torch's global generator."""
         ...
 
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Any]:
-        """An endless stream of random training batches, from one on.
+        """An endless stream of random training batches that begins with batch ``start``.
 
-        What batch n holds follows from the seed and n alone. Batches are tuples, lists and dicts of
-        tensors on the CPU.
+        Batch n depends on the seed and n alone. A batch is a tuple, list or dict of tensors on the
+        CPU.
         """
         ...
 
     def inputs(self, batch: Any) -> Tensor:
-        """What of a batch the model is called with."""
+        """The part of a batch that the model is called with."""
         ...
 
     def losses(self, outputs: Mapping[str, Tensor], batch: Any) -> dict[str, Tensor]:
-        """``{task: scalar}`` for the tasks of the outputs."""
+        """``{task: scalar loss}`` for the tasks of the outputs."""
         ...
 
     def evaluate(self, model: nn.Module, split: str, quick: bool = False) -> dict[str, float]:
-        """``{task: metric}`` over all of a split; ``quick`` may leave out what takes long."""
+        """``{task: metric}`` over all of a split; ``quick`` may leave out slow metrics."""
         ...
 
     def draw(self, model: nn.Module, folder: Path) -> None:
-        """Pictures of what the model predicts, where the data has any."""
+        """Write pictures of what the model predicts, if the data are images."""
         ...
 
     def keep(self, model: nn.Module, folder: Path) -> None:
-        """Write what it takes, besides the settings, to build the network again."""
+        """Write what is needed, besides the settings, to build the network again."""
         ...
 
     def predict(self, model: nn.Module, image: Path, out: Path) -> None:
-        """A picture of what the model predicts for an image file."""
+        """Write a picture of what the model predicts for an image file."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""A training run: the loop, and the files it leaves."""
+"""A training run in a folder: trained, stopped, resumed, evaluated and summarised."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from taskgroup.lab.words import listed
 
 __all__ = ["Interrupted", "Run", "load_metrics"]
 
-_EVENTS_EVERY = 10  # batches; TensorBoard thins finer curves out anyway
-_RECORDS = 400  # of affinity and seconds at most, evenly spread: a picture shows no more
+_EVENTS_EVERY = 10  # batches; TensorBoard thins out finer curves anyway
+_RECORDS = 400  # most records of affinity and seconds in a run: a picture shows no more
 
 
 class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
@@ -46,19 +46,20 @@ class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
 class Run:
     """One training run in a folder of its own.
 
-    The folder holds ``config.yaml``; ``metrics.jsonl``, a line per batch; ``affinity.jsonl`` and
-    ``seconds.jsonl``, the matrix and the time so far up to 400 times a run; ``conflicts.jsonl`` and
-    ``evaluations.jsonl`` where the recipe wants any on the way; ``checkpoint.pt``; TensorBoard
-    events; and, at the end, ``summary.json`` and pictures. A run that was stopped, even by SIGKILL,
-    goes on exactly from its last checkpoint, of which there is one from the beginning. No other
-    process can write to the folder until the training has ended.
+    The folder holds ``config.yaml``, the settings; ``metrics.jsonl``, a line per batch;
+    ``affinity.jsonl`` and ``seconds.jsonl``, the affinity and the time so far, up to 400 times a
+    run; ``conflicts.jsonl`` and ``evaluations.jsonl``, if the recipe asks for them;
+    ``checkpoint.pt``; TensorBoard events; and, at the end, ``summary.json`` and pictures. The first
+    checkpoint is written before the first batch. A run that was stopped, even by SIGKILL, resumes
+    exactly from its last checkpoint. No other process can write to the folder until the training
+    has ended.
 
     Args:
         recipe: the settings.
         out: the folder; new or empty.
 
     Raises:
-        ValueError: if the folder is in use, or the recipe's baseline has no summary.
+        ValueError: if the folder is not empty or in use, or the recipe's baseline cannot be read.
         OSError: if the folder cannot be written to.
     """
 
@@ -72,7 +73,7 @@ class Run:
             _check_empty(out)  # another process may have been quicker
             self._write_config()
             self.trainer.problem.keep(self.trainer.model, out)
-            # Before the first record: a run with records and no checkpoint has lost it.
+            # Written before the first record: records without a checkpoint mean that it was lost.
             self.save()
 
     def _write_config(self) -> None:
@@ -82,16 +83,16 @@ class Run:
 
     @classmethod
     def resume(cls, out: str | Path, changes: Mapping[str, Any] | None = None) -> Run:
-        """Take up a run where its last checkpoint was written.
+        """Resume a run from its last checkpoint.
 
         Args:
             out: the folder.
-            changes: ``{key: value}``, settings of
-                :data:`~taskgroup.lab.train.recipe.CHANGEABLE` that are others now.
+            changes: ``{key: value}``, other values for some settings of
+                :data:`~taskgroup.lab.train.recipe.CHANGEABLE`.
 
         Raises:
             ValueError: if there is no run, its checkpoint is lost or cannot be read, or another
-                process trains it. Nothing in the folder has changed then.
+                process trains it. The folder is not changed then.
         """
         out = Path(out)
         run = cls.__new__(cls)
@@ -108,7 +109,7 @@ class Run:
 
     @contextmanager
     def _holding(self) -> Iterator[None]:
-        """Hold the folder, and keep hold of it unless something goes wrong."""
+        """Hold the folder, and let go of it only if something goes wrong."""
         self._hold = self._hold or hold(self.out)
         try:
             yield
@@ -117,7 +118,7 @@ class Run:
             raise
 
     def _read_state(self) -> dict[str, Any] | None:
-        """The checkpoint; None of a run that was stopped before it had one."""
+        """The checkpoint; None if the run was stopped before it had one."""
         out = self.out
         if (out / "checkpoint.pt").is_file():
             return read_checkpoint(out)
@@ -125,7 +126,7 @@ class Run:
         if lost := [file.name for file in files if file.is_file() and file.stat().st_size]:
             raise ValueError(
                 f"{out} has no checkpoint.pt to go on from, but {listed(lost)} of a training, "
-                "which would be lost; put its checkpoint.pt back, or train in another folder with "
+                "which would be lost; put its checkpoint.pt back, or name another folder with "
                 "--out."
             )
         return None
@@ -133,10 +134,10 @@ class Run:
     def _set_up(self, recipe: Recipe, out: Path, built: Recipe | None = None) -> None:
         self.recipe = recipe
         self.out = out
-        self._seconds = 0.0  # in batches, everything
+        self._seconds = 0.0  # of all batches, everything in them included
         self._evaluated = 0  # the batch of the last evaluation
-        self._saved: int | None = None  # that of the checkpoint
-        # Recorded after this batch, and not written yet.
+        self._saved: int | None = None  # the batch of the last checkpoint
+        # The batch and the affinity recorded after it, if it is not written yet.
         self._affinity: tuple[int, LateCopy] | None = None
         self._baseline: dict[str, float] | None = None
         if recipe.baseline:
@@ -171,7 +172,7 @@ class Run:
             What ``summary.json`` holds.
 
         Raises:
-            Interrupted: at the first SIGINT or SIGTERM, once the batch at hand is done and a
+            Interrupted: after the first SIGINT or SIGTERM, when the current batch is done and a
                 checkpoint is written.
             ValueError: if another process trains the run.
         """
@@ -190,11 +191,11 @@ class Run:
             while trainer.batch < self.recipe.batches and not stop.asked:
                 if self._evaluates_now() and self._evaluated < trainer.batch:
                     self._record_evaluation(board)
-                    continue  # and look whether to stop
+                    continue  # a signal may have asked to stop
                 started = time.perf_counter()
                 conflicts = self.recipe.conflicts_every
                 if conflicts is not None and trainer.batch % conflicts == 0:
-                    trainer.batches.peek()  # whose time is that of the training
+                    trainer.batches.peek()  # loading it counts as training
                     paused = time.perf_counter()
                     file, found = self.out / "conflicts.jsonl", trainer.conflicts()
                     append_matrix(file, trainer.batch + 1, trainer.tasks, found)
@@ -210,11 +211,11 @@ class Run:
                 if trainer.batch % _EVENTS_EVERY == 0:
                     _write_events(board, progress)
                 listen(progress)
-                # Before an evaluation as well, which may take long and be stopped.
+                # Also before an evaluation, which may take long and be stopped.
                 every = trainer.batch % self.recipe.checkpoint_every == 0
                 saves = stop.asked or every or self._evaluates_now()
                 if saves or trainer.batch == self.recipe.batches:
-                    trainer.wait()  # what the GPU still has to do belongs to the training
+                    trainer.wait()  # the work that the GPU has left counts as training
                 self._seconds += time.perf_counter() - started
                 if recorded:
                     line = {"batch": trainer.batch, "seconds": self._all_seconds()}
@@ -225,14 +226,14 @@ class Run:
                 self.save()
             if stop.asked:
                 raise Interrupted(
-                    f"Stopped after batch {trainer.batch} of {self.recipe.batches}; go on with "
+                    f"Stopped after batch {trainer.batch} of {self.recipe.batches}; to continue: "
                     f"taskgroup train --resume {self.out}"
                 )
         try:
             return self._finish()
         except KeyboardInterrupt:
             raise Interrupted(
-                f"Stopped before the evaluation was done; go on with taskgroup train --resume "
+                f"Stopped before the evaluation was done; to continue: taskgroup train --resume "
                 f"{self.out}"
             ) from None
 
@@ -247,7 +248,7 @@ class Run:
     def _write_affinity(self) -> None:
         """Write the affinity that was recorded last, unless it is written.
 
-        From a GPU that is after the next step, when it has long arrived and nobody waits for it.
+        On a GPU this is done after the next batch, when the copy has arrived and nothing waits.
         """
         if self._affinity is not None:
             (batch, copy), self._affinity = self._affinity, None
@@ -259,7 +260,7 @@ class Run:
 
     def _evaluates_now(self) -> bool:
         every = self.recipe.evaluate_every
-        if every is None or not 0 < self.batch < self.recipe.batches:  # the end is evaluated anyway
+        if every is None or not 0 < self.batch < self.recipe.batches:  # the end always is
             return False
         return self.batch % every == 0
 
@@ -315,12 +316,12 @@ class Run:
         return summary
 
     def save(self) -> None:
-        """Write ``checkpoint.pt``; a crash on the way leaves the one before.
+        """Write ``checkpoint.pt``; if the process crashes meanwhile, the last one stays.
 
         Raises:
-            OSError: if it cannot be written; the sentence says so.
+            OSError: if it cannot be written.
         """
-        self._write_affinity()  # a run that resumes here cannot write it
+        self._write_affinity()  # a run that is resumed from here could not write it
         state = {
             "version": CHECKPOINT_VERSION,
             "seconds": self._seconds,
@@ -333,13 +334,13 @@ class Run:
 def _check_empty(out: Path) -> None:
     if out.exists() and (not out.is_dir() or not is_empty(out)):
         raise ValueError(
-            f"{out} exists and is not empty; name another folder with --out, or go on with it "
-            f"by --resume {out}."
+            f"{out} exists and is not empty; name another folder with --out, or resume the run in "
+            f"it with --resume {out}."
         )
 
 
 def load_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl`` of a run, but for one cut short at the end.
+    """The lines of a run's ``metrics.jsonl``, without a last line that was cut short.
 
     Raises:
         ValueError: if another line cannot be read.
@@ -353,7 +354,7 @@ class _Stop:
 
 @contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """The first SIGINT or SIGTERM sets a flag; the second acts as if this were not here."""
+    """Let the first SIGINT or SIGTERM set a flag; the second has its usual effect."""
     stop = _Stop()
     previous: dict[int, Any] = {}
 
@@ -364,7 +365,7 @@ def _stop_signals() -> Iterator[_Stop]:
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
             previous[number] = signal.signal(number, note)
-        except ValueError:  # not in the main thread, which alone gets signals
+        except ValueError:  # this is not the main thread, the only one that gets signals
             break
     try:
         yield stop

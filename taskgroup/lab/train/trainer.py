@@ -1,4 +1,4 @@
-"""One model, one method, batch after batch: the loop that every run shares."""
+"""The loop that every run shares: it trains one network by one method, batch after batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from taskgroup.lab.train.recipe import Recipe
 
 __all__ = ["MODEL_SECTIONS", "Progress", "Trainer", "find_device", "make_model", "task_names"]
 
-#: What a user would pay for without taskgroup, of the parts of a batch that are timed.
+#: The timed parts of a batch that would also take time without taskgroup.
 MODEL_SECTIONS = ("forward", "loss", "backward", "optimizer")
 
 
@@ -32,9 +32,9 @@ class Progress:
     Attributes:
         batch: batches done.
         batches: batches of the whole run.
-        losses: of every task, before the first step of the batch.
-        groups: as they were stepped on.
-        partition: as it stands.
+        losses: ``{task: loss}`` before the first step of the batch.
+        groups: the groups of the batch, in the order of their steps.
+        partition: the current partition.
     """
 
     batch: int
@@ -47,27 +47,26 @@ class Progress:
 class Trainer:
     """Trains a network by a recipe: selectively, or by a joint method.
 
-    Weights, batches and the order of the groups come from the recipe's seed: two trainers of one
-    seed and different methods start from the same weights and see the same batches.
+    Weights, batches and the order of the groups follow from the recipe's seed: two trainers with
+    the same seed and different methods start from the same weights and see the same batches.
 
     Args:
         recipe: the settings.
 
     Attributes:
         problem: the data set.
-        tasks: those that are trained.
+        tasks: the tasks that are trained, in the order of the data set.
         model: the network.
         batches: the training data, batch after batch.
-        groups: the task groups; for a joint method all tasks are one.
-        device: that it is trained on.
+        groups: the task groups; a joint method has all tasks in one group.
+        device: where the network is trained.
         batch: batches done.
-        skipped: those without a step, for which the method found no weights.
-        seconds: ``{section: seconds}``, so far; on a GPU but for the batch at hand, see
-            :meth:`wait`.
+        skipped: batches without a step, since the method found no weights.
+        seconds: ``{section: seconds}`` so far; on a GPU, the last batch is added by :meth:`wait`.
 
     Raises:
-        ValueError: if the recipe does not fit the data set, or there is no GPU as it wants one.
-        ImportError: if the method or the data set needs what is not installed.
+        ValueError: if the recipe does not fit the data set, or asks for a GPU and there is none.
+        ImportError: if the method or the data set needs a library that is not installed.
         RuntimeError: if the network does not fit in the GPU's memory.
     """
 
@@ -101,7 +100,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             parameters,
             weight_decay=recipe.weight_decay,
-            fused=True,  # a third of the time of the default on a CPU
+            fused=True,  # on a CPU it takes a third of the default's time
         )
         self.groups.attach(self.optimizer, self.model.heads, outside=recipe.outside)
         self.scheduler = PolynomialLR(self.optimizer, recipe.batches, recipe.poly_power)
@@ -215,7 +214,7 @@ class Trainer:
         return losses
 
     def _step_on_groups(self, batch: Any) -> tuple[_LossCopy, list[tuple[str, ...]]]:
-        """The loop that the README shows, with a clock beside it."""
+        """The loop of the README, timed."""
         copy: _LossCopy | None = None
         stepped = []
         for group in self.groups:
@@ -270,9 +269,9 @@ class Trainer:
         self._clock.lap("optimizer")
 
     def conflicts(self) -> Tensor:
-        """Cosines of the tasks' gradients on the encoder, ``[K, K]``, on the batch to come.
+        """Cosines of the tasks' gradients on the encoder, ``[K, K]``, on the next batch.
 
-        Nothing of the training changes: it goes on as if nobody had looked.
+        The training is not changed: neither its batches nor its random state.
         """
         batch = self.batches.peek()
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
@@ -285,12 +284,12 @@ class Trainer:
         return tg.conflicts(tg.task_gram(gradients))
 
     def affinity(self) -> Tensor:
-        """The affinity that is learned, ``[K, K]``; NaN of an entry that was never observed."""
+        """The affinity learned so far, ``[K, K]``; entries that were never observed are NaN."""
         affinity = self.groups.affinity
         return affinity.matrix.masked_fill(affinity.observed == 0, math.nan)
 
     def lookahead(self) -> Tensor:
-        """The inter-task affinity by its definition, ``[K, K]``, on a fresh batch."""
+        """The inter-task affinity by its definition, ``[K, K]``, on a new batch."""
         batch = next(self.batches)
         inputs = self.problem.inputs(batch)
         return tg.lookahead_affinity(
@@ -300,23 +299,23 @@ class Trainer:
         )
 
     def evaluate(self, split: str, quick: bool = False) -> dict[str, float]:
-        """``{task: metric}`` on a split of the data; ``quick`` may leave out what takes long."""
+        """``{task: metric}`` on a split of the data; ``quick`` may leave out slow metrics."""
         with _memory_in_words(self.recipe):
             return self.problem.evaluate(self.model, split, quick)
 
     def wait(self) -> None:
-        """Wait until the GPU is done with all batches so far; ``seconds`` has them all then."""
+        """Wait until the GPU has done all batches so far; ``seconds`` then includes them all."""
         self._clock.read(wait=True)
 
     @property
     def peak_bytes(self) -> int | None:
-        """Bytes of torch's allocator on the GPU at the peak, so far; None on the CPU."""
+        """Peak bytes of torch's allocator on the GPU so far; None on the CPU."""
         if not self._on_gpu:
             return None
         return max(self._peak_bytes, torch.cuda.max_memory_allocated(self.device))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything an exact resume needs; it loads under ``weights_only=True``."""
+        """Everything that an exact resume needs; it loads under ``weights_only=True``."""
         self.wait()
         return {
             "batch": self.batch,
@@ -334,7 +333,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where :meth:`state_dict` was taken."""
+        """Restore what :meth:`state_dict` returned, to train on exactly from there."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -352,7 +351,7 @@ class Trainer:
 
 
 _LossCopy = tuple[tuple[str, ...], LateCopy]  # tasks, and their losses on the way to the host
-_EPOCHS = 20  # that DWA divides a run into: batches are drawn at random, without epochs
+_EPOCHS = 20  # epochs of DWA in a run: batches are drawn at random, and have none of their own
 
 
 @contextmanager
@@ -373,18 +372,18 @@ def _memory_in_words(recipe: Recipe) -> Iterator[None]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device that a recipe names; ``"auto"`` is a GPU where torch sees one.
+    """The device that a recipe names; ``"auto"`` is a GPU if torch finds one.
 
     Raises:
-        ValueError: if there is no GPU where one is asked for.
+        ValueError: if a GPU is asked for and there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
         reason = "nvidia-smi says whether the driver sees one"
         if torch.version.cuda is None:
-            reason = "it was built without CUDA, pytorch.org says how to install one with it"
+            reason = "it was built without CUDA; pytorch.org says how to install one with CUDA"
         raise ValueError(
             f"device: cuda needs a GPU, and this torch {torch.__version__} finds none ({reason}); "
-            "to run on the CPU, take --set device=cpu."
+            "to run on the CPU, give --set device=cpu."
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -392,9 +391,9 @@ def find_device(name: str) -> torch.device:
 
 
 def make_model(problem: Problem, tasks: Sequence[str], device: torch.device) -> tg.MultiTaskModel:
-    """The network of a problem in float32 on a device, whatever torch's defaults are.
+    """A problem's network in float32 on a device, whatever torch's default dtype and device are.
 
-    Its weights are drawn on the CPU, so that they are the same for every device.
+    Its weights are drawn on the CPU, so they are the same for every device.
     """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
