@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import yaml
 
-import taskgroup as tg
 from taskgroup.lab.train.lock import hold, is_empty
 from taskgroup.lab.train.memory import peak_bytes
 from taskgroup.lab.train.recipe import Recipe, read_recipe
+from taskgroup.lab.train.records import write_text
 from taskgroup.lab.train.trainer import Trainer
 
 __all__ = ["Cell", "Result", "open_folder", "train_cell"]
@@ -78,8 +78,7 @@ def train_cell(cell: Cell, folder: Path) -> Result:
         # Cells run side by side, one per core: none has workers of its own.
         result = _train(cell.recipe.replace(workers=0), cell.lookahead_every)
     result["settings"] = cell.settings
-    text = json.dumps(result)
-    tg.checkpoint.write_atomically(cell.file(folder), lambda file: file.write(text.encode()))
+    write_text(cell.file(folder), json.dumps(result))
     return result
 
 
@@ -164,9 +163,8 @@ def open_folder(folder: Path, recipe: Recipe) -> Path:
             f"{folder} cannot be made ({error.strerror}); name another folder with --out."
         ) from None
     if not file.is_file():
-        text = yaml.safe_dump(settings, sort_keys=False)
         with hold(folder):
-            tg.checkpoint.write_atomically(file, lambda opened: opened.write(text.encode()))
+            write_text(file, yaml.safe_dump(settings, sort_keys=False))
     return folder / "cells"
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-import taskgroup as tg
 from taskgroup.lab.compare.cell import Cell, Result, open_folder
 from taskgroup.lab.compare.presets import JOINT, REFERENCE, Variant
 from taskgroup.lab.compare.statistics import Estimate, estimate, noise_floor
@@ -20,6 +19,7 @@ from taskgroup.lab.train.evaluation import delta_m
 from taskgroup.lab.train.lock import hold
 from taskgroup.lab.train.problem import Problem, make_problem
 from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.train.records import write_text
 from taskgroup.lab.train.trainer import Trainer, find_device, task_names
 
 __all__ = ["Budget", "Comparison", "Row", "Table"]
@@ -317,8 +317,7 @@ class Comparison:
         return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
 
     def _write_yaml(self, name: str, values: dict[str, Any]) -> None:
-        text = yaml.safe_dump(values, sort_keys=False)
-        tg.checkpoint.write_atomically(self.out / name, lambda opened: opened.write(text.encode()))
+        write_text(self.out / name, yaml.safe_dump(values, sort_keys=False))
 
     @property
     def _reference(self) -> Variant:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from taskgroup.lab.train.problem import Problem
+from taskgroup.lab.train.problem import Batch, Problem
 from taskgroup.lab.train.recipe import Recipe
 
 __all__ = ["Batches"]
@@ -33,15 +31,15 @@ class Batches:
         self.drawn = drawn
         self._device = device
         self._stream = problem.batches(recipe.batch_size, recipe.seed, drawn)
-        self._ahead: Any = None  # the next batch, if it is loaded
+        self._ahead: Batch | None = None  # the next batch, if it is loaded
         self._error: Exception | None = None  # raised while it was loaded
 
-    def __next__(self) -> Any:
+    def __next__(self) -> Batch:
         batch, self._ahead = self.peek(), None
         self.drawn += 1
         return batch
 
-    def peek(self) -> Any:
+    def peek(self) -> Batch:
         """The next batch, which stays the next one."""
         if self._error is not None:
             error, self._error = self._error, None

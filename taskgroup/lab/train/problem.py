@@ -12,7 +12,10 @@ from torch import Tensor, nn
 import taskgroup as tg
 from taskgroup.lab.train.recipe import Recipe
 
-__all__ = ["Problem", "make_problem"]
+__all__ = ["Batch", "Problem", "make_problem"]
+
+#: A batch of a data set: a tuple, list or dict of tensors.
+Batch = tuple[Any, ...] | list[Any] | dict[str, Any]
 
 
 class Problem(Protocol):
@@ -38,19 +41,18 @@ class Problem(Protocol):
         """A new network for some of the tasks, initialised by torch's global generator."""
         ...
 
-    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Any]:
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """An endless stream of random training batches that begins with batch ``start``.
 
-        Batch n depends on the seed and n alone. A batch is a tuple, list or dict of tensors on the
-        CPU.
+        Batch n depends on the seed and n alone. Its tensors are on the CPU.
         """
         ...
 
-    def inputs(self, batch: Any) -> Tensor:
+    def inputs(self, batch: Batch) -> Tensor:
         """The part of a batch that the model is called with."""
         ...
 
-    def losses(self, outputs: Mapping[str, Tensor], batch: Any) -> dict[str, Tensor]:
+    def losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """``{task: scalar loss}`` for the tasks of the outputs."""
         ...
 

@@ -42,19 +42,19 @@ CHANGEABLE = (
 _SHIPPED = Path(__file__).parent / "recipes"
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
     """The number that a string spells: YAML 1.1 reads ``1e-3`` as a string."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
-        return value  # refused as what it is
+        return value  # pydantic refuses it
 
 
 def _sides(value: Any) -> tuple[int, int]:
     """Height and width of ``64``, ``"64x48"`` or ``[64, 48]``."""
     sides = str(value).split("x") if isinstance(value, int | str) else value
     try:
-        height, width = (int(side) for side in (2 * sides if len(sides) == 1 else sides))
+        height, width = map(int, 2 * sides if len(sides) == 1 else sides)
     except (TypeError, ValueError):
         height = width = 0
     if height < 1 or width < 1:
@@ -62,14 +62,12 @@ def _sides(value: Any) -> tuple[int, int]:
     return height, width
 
 
-def _words(value: Any) -> tuple[str, ...]:
+def _words(value: object) -> tuple[str, ...]:
     """The words of ``"a, b"`` or ``["a", "b"]``."""
     words = value.split(",") if isinstance(value, str) else value
-    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
-        words = []
-    if not words:
-        raise ValueError(f"tasks must be a list of words, got {value!r}.")
-    return tuple(word.strip() for word in words)
+    if isinstance(words, list | tuple) and words and all(isinstance(word, str) for word in words):
+        return tuple(word.strip() for word in words)
+    raise ValueError(f"tasks must be a list of words, got {value!r}.")
 
 
 _Number = Annotated[float, BeforeValidator(_number)]
@@ -78,7 +76,7 @@ _Count = Annotated[int, Field(ge=1)]
 
 
 class _Section(pydantic.BaseModel):
-    """Settings that are checked when they are made, and do not change."""
+    """Settings that are checked when they are made, and cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -91,9 +89,9 @@ class _Section(pydantic.BaseModel):
 
 
 def _sentence(error: ErrorDetails, known: list[str]) -> str:
-    """What pydantic found wrong with a setting."""
+    """Say what pydantic found wrong with a setting."""
     if error["type"] == "value_error":
-        return str(error["ctx"]["error"])  # of a validator below
+        return str(error["ctx"]["error"])  # a sentence already, of a validator in this file
     key = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known, n=1)

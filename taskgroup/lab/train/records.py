@@ -1,4 +1,4 @@
-"""The files that a run appends to while it trains, one JSON line at a time."""
+"""The files that a run writes: records that it appends to, one JSON line at a time, and texts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from torch import Tensor
 
 import taskgroup as tg
 
-__all__ = ["RECORDS", "append_line", "append_matrix", "cut_records"]
+__all__ = ["RECORDS", "append_line", "append_matrix", "cut_records", "write_text"]
 
 #: The files of a run that hold lines about its batches.
 RECORDS = (
     *("metrics.jsonl", "affinity.jsonl", "seconds.jsonl", "conflicts.jsonl"),
     "evaluations.jsonl",
 )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file; if the process crashes meanwhile, the old file stays."""
+    tg.checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from taskgroup.lab.train.evaluation import (
 from taskgroup.lab.train.lock import Hold, hold, is_empty
 from taskgroup.lab.train.problem import make_problem
 from taskgroup.lab.train.recipe import Recipe
-from taskgroup.lab.train.records import RECORDS, append_line, append_matrix, cut_records
+from taskgroup.lab.train.records import RECORDS, append_line, append_matrix, cut_records, write_text
 from taskgroup.lab.train.trainer import MODEL_SECTIONS, Progress, Trainer, task_names
 from taskgroup.lab.words import listed
 
@@ -77,9 +77,8 @@ class Run:
             self.save()
 
     def _write_config(self) -> None:
-        settings = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False).encode()
-        write = tg.checkpoint.write_atomically
-        write(self.out / "config.yaml", lambda file: file.write(settings))
+        settings = self.recipe.model_dump(mode="json")
+        write_text(self.out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
     @classmethod
     def resume(cls, out: str | Path, changes: Mapping[str, Any] | None = None) -> Run:
@@ -297,10 +296,7 @@ class Run:
             "seconds": self._all_seconds(),
             "peak_bytes": peak_bytes,
         }
-        tg.checkpoint.write_atomically(
-            self.out / "summary.json",
-            lambda file: file.write(json.dumps(summary, indent=2).encode()),
-        )
+        write_text(self.out / "summary.json", json.dumps(summary, indent=2))
         titles = {task: problem.titles[task] for task in trainer.tasks}
         learned = [line for line in history if line["batch"] > self.recipe.warmup]
         plots.affinity(trainer.affinity(), titles, groups.partition, self.out / "affinity.png")

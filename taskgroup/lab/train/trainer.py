@@ -16,7 +16,7 @@ import taskgroup as tg
 from taskgroup.lab.compare.credit import PublishedCredit
 from taskgroup.lab.train.batches import Batches
 from taskgroup.lab.train.clock import Clock, LateCopy
-from taskgroup.lab.train.problem import Problem, make_problem
+from taskgroup.lab.train.problem import Batch, Problem, make_problem
 from taskgroup.lab.train.recipe import Recipe
 
 __all__ = ["MODEL_SECTIONS", "Progress", "Trainer", "find_device", "make_model", "task_names"]
@@ -172,17 +172,17 @@ class Trainer:
             partition=self.groups.partition,
         )
 
-    def _outputs(self, batch: Any, group: tg.Group | None = None) -> dict[str, Tensor]:
+    def _outputs(self, batch: Batch, group: tg.Group | None = None) -> dict[str, Tensor]:
         enabled = self.recipe.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
             outputs: dict[str, Tensor] = self.model(self.problem.inputs(batch), group=group)
         return outputs
 
-    def _losses(self, outputs: Mapping[str, Tensor], batch: Any) -> dict[str, Tensor]:
+    def _losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """In float32: a bfloat16 has too few digits to tell what one step changed."""
         return self.problem.losses({task: out.float() for task, out in outputs.items()}, batch)
 
-    def _forward(self, batch: Any, group: tg.Group | None = None) -> dict[str, Tensor]:
+    def _forward(self, batch: Batch, group: tg.Group | None = None) -> dict[str, Tensor]:
         """The losses of a batch, with the gradients set to zero; all of it is timed."""
         self._clock.start()
         outputs = self._outputs(batch, group)
@@ -213,7 +213,7 @@ class Trainer:
             )
         return losses
 
-    def _step_on_groups(self, batch: Any) -> tuple[_LossCopy, list[tuple[str, ...]]]:
+    def _step_on_groups(self, batch: Batch) -> tuple[_LossCopy, list[tuple[str, ...]]]:
         """The loop of the README, timed."""
         copy: _LossCopy | None = None
         stepped = []
@@ -232,7 +232,7 @@ class Trainer:
         return copy, stepped
 
     def _step_jointly(
-        self, batch: Any, method: tg.methods.JointMethod
+        self, batch: Batch, method: tg.methods.JointMethod
     ) -> tuple[_LossCopy, list[tuple[str, ...]]]:
         losses = self._forward(batch)
         copy = self._copy(losses)
