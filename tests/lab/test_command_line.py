@@ -70,7 +70,7 @@ def test_affinity_gain_leaves_tables_and_a_picture(tmp_path, trained, monkeypatc
         (["--budgets", "time,money"], "no budget money"),
         (["--rates", "fast"], "--rates takes numbers, got fast"),
         (["--rates", "-1,1"], "lr must be greater than or equal to 0, got -1.0"),
-        (["--rates", "inf"], "lr must be finite"),
+        (["--rates", "inf"], "lr must be a finite number, got inf"),
         (["--seeds", "0"], "at least one seed"),
         (["--batches", "1"], "at least two batches"),
         (["--jobs", "0"], "jobs must be at least 1, got 0"),

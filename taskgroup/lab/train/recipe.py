@@ -33,7 +33,7 @@ __all__ = [
     "recipe_names",
 ]
 
-#: Settings that may change when a run is resumed or evaluated: they do not affect what is learned.
+#: The settings that may change when a run is resumed or evaluated; they do not affect the training.
 CHANGEABLE = (
     *("root", "bad", "workers", "device"),
     *("checkpoint_every", "evaluate_every", "conflicts_every", "baseline"),
