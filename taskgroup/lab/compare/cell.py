@@ -16,7 +16,7 @@ import yaml
 from taskgroup.lab.train.lock import hold, is_empty
 from taskgroup.lab.train.memory import peak_bytes
 from taskgroup.lab.train.recipe import Recipe, read_recipe
-from taskgroup.lab.train.records import write_text
+from taskgroup.lab.train.run_files import write_text
 from taskgroup.lab.train.trainer import Trainer
 
 __all__ = ["Cell", "Result", "open_folder", "train_cell"]

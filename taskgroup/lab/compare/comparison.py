@@ -19,7 +19,7 @@ from taskgroup.lab.train.evaluation import delta_m
 from taskgroup.lab.train.lock import hold
 from taskgroup.lab.train.problem import Problem, make_problem
 from taskgroup.lab.train.recipe import Recipe
-from taskgroup.lab.train.records import write_text
+from taskgroup.lab.train.run_files import write_text
 from taskgroup.lab.train.trainer import Trainer, find_device, task_names
 
 __all__ = ["Budget", "Comparison", "Row", "Table"]

@@ -29,7 +29,13 @@ from taskgroup.lab.train.evaluation import (
 from taskgroup.lab.train.lock import Hold, hold, is_empty
 from taskgroup.lab.train.problem import make_problem
 from taskgroup.lab.train.recipe import Recipe
-from taskgroup.lab.train.records import RECORDS, append_line, append_matrix, cut_records, write_text
+from taskgroup.lab.train.run_files import (
+    RECORDS,
+    append_line,
+    append_matrix,
+    cut_records,
+    write_text,
+)
 from taskgroup.lab.train.trainer import MODEL_SECTIONS, Progress, Trainer, task_names
 from taskgroup.lab.words import listed
 

@@ -193,15 +193,6 @@ class Trainer:
         self._clock.lap("optimizer")
         return losses
 
-    def _copy(self, losses: Mapping[str, Tensor]) -> _LossCopy:
-        """Send the losses to the host.
-
-        On a GPU they are read once the steps of the batch are launched. Reading them then waits for
-        the forward pass alone, and the GPU goes on with what follows it.
-        """
-        values = torch.stack([loss.detach() for loss in losses.values()])
-        return tuple(losses), LateCopy(values)
-
     def _read(self, copy: _LossCopy) -> dict[str, float]:
         """The losses as numbers; raises if one is not finite."""
         tasks, values = copy
@@ -220,7 +211,7 @@ class Trainer:
         for group in self.groups:
             losses = self._forward(batch, group)
             loss = group.loss(losses)
-            copy = copy or self._copy(losses)
+            copy = copy or _copy_losses(losses)
             if self._published is not None:
                 self._published.observe(group, losses)
             self._clock.start()
@@ -235,7 +226,7 @@ class Trainer:
         self, batch: Batch, method: tg.methods.JointMethod
     ) -> tuple[_LossCopy, list[tuple[str, ...]]]:
         losses = self._forward(batch)
-        copy = self._copy(losses)
+        copy = _copy_losses(losses)
         if not self._on_gpu:
             self._read(copy)  # raises the same error for all methods, before their own
         self._clock.start()
@@ -352,6 +343,15 @@ class Trainer:
 
 _LossCopy = tuple[tuple[str, ...], LateCopy]  # tasks, and their losses on the way to the host
 _EPOCHS = 20  # epochs of DWA in a run: batches are drawn at random, and have none of their own
+
+
+def _copy_losses(losses: Mapping[str, Tensor]) -> _LossCopy:
+    """Send the losses to the host.
+
+    On a GPU they are read once the steps of the batch are launched. Reading them then waits for the
+    forward pass alone, and the GPU goes on with what follows it.
+    """
+    return tuple(losses), LateCopy(torch.stack([loss.detach() for loss in losses.values()]))
 
 
 @contextmanager
