@@ -460,6 +460,8 @@ def test_wrong_settings_of_a_file_name_it(tmp_path):
     file.write_text("lr: 1e-4\n")
     with pytest.raises(ValueError, match=r"^lr must be greater than or equal to 0, got -1\.$"):
         read_recipe(file, {"lr": -1})  # the file is not wrong
+    file.write_text("lr: fast\nroot: there\n")  # what is wrong with it is overridden
+    assert read_recipe(file, {"lr": "1e-4", "data": "nyud-v2"}).root == "there"
 
 
 def test_the_keys_of_all_sections_are_told_apart():

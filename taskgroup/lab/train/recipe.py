@@ -347,11 +347,15 @@ def read_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
         raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{name} must hold lines 'key: value', got {type(settings).__name__}.")
+    settings = {str(key): value for key, value in settings.items()}
     try:
-        recipe = Recipe(**{str(key): value for key, value in settings.items()})
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    return recipe.replace(**changes or {})
+        return Recipe(**{**settings, **(changes or {})})
+    except ValueError:
+        try:
+            Recipe(**settings)
+        except ValueError as error:  # the file is wrong without the changes too
+            raise ValueError(f"{name}: {error}") from None
+        raise
 
 
 def parse_changes(changes: Iterable[str]) -> dict[str, Any]:
