@@ -46,7 +46,7 @@ def is_empty(folder: Path) -> bool:
 
 
 class Hold:
-    """A locked folder; made by :func:`hold`."""
+    """A locked folder, made by :func:`hold`; ``forget()`` releases it early."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / LOCK
@@ -56,17 +56,13 @@ class Hold:
             opened = _lock(folder, path)
         os.ftruncate(opened, 0)
         os.pwrite(opened, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        self._end = weakref.finalize(self, _release, opened, path, os.getpid())
+        self.forget = weakref.finalize(self, _release, opened, path, os.getpid())
 
     def __enter__(self) -> Hold:
         return self
 
     def __exit__(self, *_: object) -> None:
         """Do nothing: the hold ends with the last reference to it, and the block was one."""
-
-    def forget(self) -> None:
-        """In a forked process: leave the folder to the parent."""
-        self._end()
 
 
 def _lock(folder: Path, path: Path) -> int:

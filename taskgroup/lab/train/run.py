@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 from torch.utils.tensorboard import SummaryWriter
@@ -209,10 +209,11 @@ class Run:
                     progress = trainer.step()
                 finally:
                     self._write_affinity()
-                _write_line(metrics, progress)
+                line = {name: v for name, v in vars(progress).items() if name != "batches"}
+                metrics.write(json.dumps(line) + "\n")
                 recorded = trainer.batch % -(-self.recipe.batches // _RECORDS) == 0
-                if recorded:
-                    self._record_affinity()
+                if recorded and self.recipe.method == "selective":
+                    self._affinity = trainer.batch, LateCopy(trainer.affinity())
                 if trainer.batch % _EVENTS_EVERY == 0:
                     _write_events(board, progress)
                 listen(progress)
@@ -242,18 +243,10 @@ class Run:
                 f"{self.out}"
             ) from None
 
-    def _record_affinity(self) -> None:
-        if self.recipe.method != "selective":
-            return
-        matrix = self.trainer.affinity()
-        self._affinity = self.batch, LateCopy(matrix)
-        if matrix.device.type == "cpu":
-            self._write_affinity()
-
     def _write_affinity(self) -> None:
         """Write the affinity that was recorded last, unless it is written.
 
-        On a GPU this is done after the next batch, when the copy has arrived and nothing waits.
+        This is done after the next batch: by then a copy from a GPU has arrived, and nothing waits.
         """
         if self._affinity is not None:
             (batch, copy), self._affinity = self._affinity, None
@@ -374,16 +367,6 @@ def _stop_signals() -> Iterator[_Stop]:
     finally:
         for restored, handler in previous.items():
             signal.signal(restored, handler)
-
-
-def _write_line(file: TextIO, progress: Progress) -> None:
-    line = {
-        "batch": progress.batch,
-        "losses": progress.losses,
-        "groups": progress.groups,
-        "partition": progress.partition,
-    }
-    file.write(json.dumps(line) + "\n")
 
 
 def _write_events(board: SummaryWriter, progress: Progress) -> None:
