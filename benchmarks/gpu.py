@@ -60,7 +60,7 @@ SUMMARY = re.compile(  # of pytest
     r"^=*\s*((?:\d+ \w+,? ?)+) (?:in|collected in) [\d.]+s", re.MULTILINE
 )
 DRY_RUN = ROOT / "build" / "dry-run"
-LAB = ("skimage", "torchmetrics", "transformers", "yaml")  # needed to read a recipe
+LAB = ("pydantic", "skimage", "torchmetrics", "transformers", "yaml")  # needed to read a recipe
 LIBRARIES = ROOT / "taskgroup"
 
 
@@ -159,7 +159,13 @@ def steps(dry: bool) -> list[Step]:
         benchmark("Figure 2", "figure2", seconds=120, needs=("transformers",)),
         *sanitizers(dry),
         test("distributed", "distributed", seconds=45, parallel=side_by_side),
-        test("training runs", "training", seconds=45, parallel=side_by_side, needs=("yaml",)),
+        test(
+            "training runs",
+            "training",
+            seconds=45,
+            parallel=side_by_side,
+            needs=("pydantic", "yaml"),
+        ),
         benchmark("methods", "methods", seconds=30),
         benchmark(
             "whole batches",

@@ -10,6 +10,7 @@ EXTRAS = [
     "matplotlib",
     "PIL",
     "plotly",
+    "pydantic",
     "river",
     "rich",
     "scipy",

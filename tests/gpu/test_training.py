@@ -9,6 +9,7 @@ from torch import nn
 import taskgroup as tg
 
 pytest.importorskip("yaml", reason="recipes need PyYAML, which is not installed")
+pytest.importorskip("pydantic", reason="recipes need pydantic, which is not installed")
 
 from taskgroup.lab.compare.cost import step_seconds
 from taskgroup.lab.data.samples import Samples

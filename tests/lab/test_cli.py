@@ -20,8 +20,16 @@ from taskgroup import checkpoint
 from taskgroup.lab.cli import app
 from taskgroup.lab.report import plots
 from taskgroup.lab.report.reader import load_run_data
+from taskgroup.lab.train.evaluation import load_trained
 from taskgroup.lab.train.lock import LOCK
-from taskgroup.lab.train.recipe import read_recipe
+from taskgroup.lab.train.recipe import (
+    DataSettings,
+    GroupSettings,
+    NetworkSettings,
+    OptimizerSettings,
+    Recipe,
+    read_recipe,
+)
 from taskgroup.lab.train.run import Interrupted, Run, load_metrics
 from taskgroup.lab.train.trainer import Trainer
 from taskgroup.lab.vision import TASKONOMY, Motorcycle, criterion, vit
@@ -147,7 +155,9 @@ def test_stopped_and_resumed_run_is_the_one_that_was_not(finished, tmp_path, num
             os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match="Stopped after batch 5 of 8; go on with taskgroup train"):
+    with pytest.raises(
+        Interrupted, match="Stopped after batch 5 of 8; to continue: taskgroup train"
+    ):
         run.train(stop)
     assert signal.getsignal(number) is before
     assert len(load_metrics(run.out)) == 5
@@ -343,7 +353,7 @@ def test_stopped_in_its_evaluation_it_goes_on_to_it(tmp_path, monkeypatch):
         patch.setattr(Trainer, "evaluate", interrupted)
         stopped = invoke("--out", tmp_path / "run")
     assert stopped.exit_code == 130, stopped.output
-    assert "Stopped before the evaluation was done; go on with taskgroup train --resume" in (
+    assert "Stopped before the evaluation was done; to continue: taskgroup train --resume" in (
         stopped.output.replace("\n", "")
     )
     again = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "run")])
@@ -368,6 +378,99 @@ def test_default_folder_is_new_each_time(tmp_path, monkeypatch):
     ]
 
 
+# As runs wrote it when all settings were fields of one class.
+FLAT = """\
+data: motorcycle
+root: null
+subset: tiny
+tasks: null
+size:
+- 32
+- 32
+batch_size: 2
+bad: stop
+workers: 0
+backbone: tiny
+patch: 8
+dim: 16
+depth: 4
+attention_heads: 2
+dropout: 0.1
+weights: null
+decoder: linear
+drop_path: 0.0
+device: cpu
+precision: float32
+batches: 8
+lr: 0.001
+head_lr: null
+head_lr_times: '1'
+weight_decay: 1.0e-06
+poly_power: 0.9
+method: selective
+grouping: affinity-propagation
+affinity: proximal
+preference: null
+credit: step
+outside: coast
+decay: 0.05
+warmup: 2
+regroup_every: 1
+groups_per_batch: null
+observe_every: 1
+seed: 0
+checkpoint_every: 3
+evaluate_every: null
+conflicts_every: 25
+baseline: null
+"""
+
+
+def test_settings_written_before_they_had_sections_are_read_and_written_alike(finished, tmp_path):
+    run = Run(small(), tmp_path / "run")
+
+    def stop(progress):
+        if progress.batch == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        run.train(stop)
+    config = run.out / "config.yaml"
+    assert config.read_text() == FLAT
+    config.write_text(FLAT)
+    resumed = Run.resume(run.out)
+    assert config.read_text() == FLAT
+    resumed.train()
+    assert_same_run(run.out, finished[0].out)
+    assert load_trained(run.out).recipe == small()
+    assert load_run_data(run.out).settings["head_lr_times"] == "1"
+
+
+def test_wrong_settings_of_a_file_name_it(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("lr: fast\ndimm: 3\n")
+    said = "mine.yaml: lr must be a valid number, got 'fast'. Unknown setting 'dimm'; did you mean"
+    with pytest.raises(ValueError, match=said):
+        read_recipe(file)
+    file.write_text("1: 2\n")
+    with pytest.raises(
+        ValueError, match=r"mine.yaml: Unknown setting '1'; the settings are data, "
+    ):
+        read_recipe(file)
+    file.write_text("lr: 1e-4\n")
+    with pytest.raises(ValueError, match=r"^lr must be greater than or equal to 0, got -1\.$"):
+        read_recipe(file, {"lr": -1})  # the file is not wrong
+    file.write_text("lr: fast\nroot: there\n")  # what is wrong with it is overridden
+    assert read_recipe(file, {"lr": "1e-4", "data": "nyud-v2"}).root == "there"
+
+
+def test_the_keys_of_all_sections_are_told_apart():
+    sections = [DataSettings, NetworkSettings, OptimizerSettings, GroupSettings]
+    names = [name for section in sections for name in section.model_fields]
+    assert len(names) == len(set(names))
+    assert names == list(Recipe.model_fields)[: len(names)]
+
+
 def test_recipe_from_a_file(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("lr: 1e-4\nbatches: 3\n")
@@ -383,21 +486,29 @@ def test_recipe_from_a_file(tmp_path):
         (["--set", "leraning_rate=1"], "Unknown setting 'leraning_rate'"),
         (["--set", "head_rl=1"], "did you mean 'head_lr'"),
         (["--set", "lr"], "key=value"),
-        (["--set", "lr=fast"], "lr must be a number, got 'fast'"),
-        (["--set", "lr=-1"], "lr must be finite and not negative"),
-        (["--set", "batches=1.5"], "batches must be a whole number"),
-        (["--set", "batches=true"], "batches must be a whole number"),
+        (["--set", "lr=fast"], "lr must be a valid number, got 'fast'"),
+        (["--set", "lr=-1"], "lr must be greater than or equal to 0, got -1"),
+        (["--set", "lr=true"], "lr must be a valid number, got True"),
+        (["--set", "lr=.inf"], "lr must be a finite number, got inf"),
+        (["--set", "batches=1.5"], "batches must be a valid integer, got "),
+        (["--set", "batches=true"], "batches must be a valid integer, got "),
         (["--set", "outside=freeze"], "'hold' or 'coast', got 'freeze'"),
         (["--set", "decay=2"], r"decay must be in \(0, 1\]"),
-        (["--batches", "0"], "batches must be at least 1"),
-        (["--set", "attention_heads=0"], "attention_heads must be at least 1"),
-        (["--set", "dropout=1.5"], r"dropout must be in \[0, 1\], got 1.5"),
-        (["--seed", "-1"], "seed must be a number from 0"),
-        (["--seed", "99999999999999999999"], "seed must be a number from 0"),
+        (["--batches", "0"], "batches must be greater than or equal to 1, got 0"),
+        (["--set", "attention_heads=0"], "attention_heads must be greater than or equal to 1"),
+        (["--set", "dropout=1.5"], "dropout must be less than or equal to 1, got 1.5"),
+        (["--seed", "-1"], "seed must be greater than or equal to 0, got -1"),
+        (["--seed", "99999999999999999999"], "seed must be less than 4611686018427387904"),
         (["--method", "jiont"], "no method 'jiont'; the methods are joint, "),
         (["--grouping", "kmeans"], "affinity-propagation, .*kmeans:M.* groups, got 'kmeans'"),
+        (["--set", "tasks=[1, 2]"], r"tasks must be a list of words, got \[1, 2\]"),
+        (["--set", "tasks=[]"], r"tasks must be a list of words, got \[\]"),
+        (
+            ["--set", "lr=fast", "--set", "dimm=1"],
+            "lr must be a valid number, got 'fast'. Unknown setting 'dimm'; did you mean 'dim'",
+        ),
         (["--set", "tasks=normal,edges"], "motorcycle has no task 'edges'; its tasks are depth_"),
-        (["--set", "data=nyud"], "data must be one of motorcycle, .*, got 'nyud'"),
+        (["--set", "data=nyud"], "data must be 'motorcycle', .* or 'taskonomy', got 'nyud'"),
         (["--grouping", "random:12"], "cannot fill 12 groups with 11 tasks"),
         (["--baseline", "nowhere"], "nowhere has no summary.json"),
     ],
@@ -420,7 +531,7 @@ def test_bad_folders(tmp_path):
 
     result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "full")])
     assert result.exit_code == 2
-    assert "is no run" in result.output
+    assert "is not a run" in result.output
 
     result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path), "--seed", "1"])
     assert result.exit_code == 2

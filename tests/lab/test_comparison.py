@@ -12,7 +12,8 @@ from taskgroup.lab.compare import cost, workers
 from taskgroup.lab.compare.comparison import Comparison, Row
 from taskgroup.lab.compare.presets import PRESETS, Variant, preset, variants_by_name
 from taskgroup.lab.compare.statistics import Estimate
-from taskgroup.lab.train.recipe import Recipe, make_problem, read_recipe
+from taskgroup.lab.train.problem import make_problem
+from taskgroup.lab.train.recipe import Recipe, read_recipe
 from taskgroup.lab.train.trainer import Trainer, task_names
 from tests.lab.small import InThisProcess, yeast
 
@@ -171,8 +172,8 @@ def test_as_many_processes_as_asked_for(tmp_path, trained):
         ({"variants": [GD, Variant("x", "X", {}, against="gd-8")]}, "add 'gd-8'"),
         ({"budgets": ["batches", "money"]}, "no budget money; take some of batches, time, tuned"),
         ({"budgets": ["tuned"]}, "give another one than that of the recipe"),
-        ({"budgets": ["tuned"], "rates": [1e-2, -1.0]}, "lr must be finite and not negative"),
-        ({"budgets": ["tuned"], "rates": [math.nan]}, "lr must be finite and not negative"),
+        ({"budgets": ["tuned"], "rates": [1e-2, -1.0]}, "lr must be greater .* to 0, got -1.0"),
+        ({"budgets": ["tuned"], "rates": [math.nan]}, "lr must be greater .* to 0, got nan"),
         (
             {"variants": [GD, Variant("r", "Random", {"grouping": "random:9"})], "strict": True},
             "Random cannot be compared here: .*cannot fill 9 groups with 3 tasks",

@@ -1,6 +1,5 @@
 """What the trainer does on a GPU, tried on one that is none."""
 
-import dataclasses
 import json
 
 import pytest
@@ -211,7 +210,7 @@ def test_a_loss_that_is_not_finite_is_said_first():
     settings = recipe(method="uw")
     for device in ("cpu", "cuda"):
         with FakeGPU():
-            trainer = Trainer(dataclasses.replace(settings, device=device))
+            trainer = Trainer(settings.replace(device=device))
             with torch.no_grad():
                 next(trainer.model.parameters()).fill_(torch.nan)
             with pytest.raises(FloatingPointError, match="is not finite after batch 0"):

@@ -291,7 +291,7 @@ def test_runs_that_cannot_be_read(tmp_path):
     assert len(notes) == 4
     assert "odd/config.yaml: Unknown setting 'dimm'" in notes[2]
     assert write_report(runs, tmp_path / "page.html", notes)[:4] == notes
-    with pytest.raises(ValueError, match="none is no run"):
+    with pytest.raises(ValueError, match="none is not a run"):
         load_runs([tmp_path / "none"])
 
 
@@ -366,7 +366,7 @@ def test_command_line(tmp_path, monkeypatch):
     assert (tmp_path / "new/folder/page.html").exists()
     for arguments, said in (
         ([runs[0], "--out", tmp_path], f"{tmp_path} is a folder; name the HTML file"),
-        ([tmp_path / "none"], "none is no run"),
+        ([tmp_path / "none"], "none is not a run"),
     ):
         result = invoke(*arguments)
         assert result.exit_code == 2

@@ -13,7 +13,8 @@ from taskgroup.lab.compare import comparison_tables as report
 from taskgroup.lab.compare.comparison import BUDGETS, Row, Table
 from taskgroup.lab.compare.presets import PRESETS, preset
 from taskgroup.lab.compare.statistics import Estimate
-from taskgroup.lab.train.recipe import make_problem, read_recipe
+from taskgroup.lab.train.problem import make_problem
+from taskgroup.lab.train.recipe import read_recipe
 
 SPLITS = ("train", "validation", "held_out")
 

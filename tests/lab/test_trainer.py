@@ -225,7 +225,7 @@ def test_conflicts_are_those_of_the_batch_to_come_and_change_nothing(way):
     assert torch.equal(torch.get_rng_state(), drawn)
     assert torch.equal(looked.conflicts(), found)  # the same batch, the same dropout
     # By hand: the batch that the other trainer takes next.
-    batch = other._next()
+    batch = next(other.batches)
     losses = other.problem.losses(other.model(other.problem.inputs(batch)), batch)
     shared = list(other.model.encoder.parameters())
     rows = torch.stack(

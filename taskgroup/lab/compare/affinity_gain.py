@@ -15,8 +15,8 @@ from scipy import stats
 from taskgroup.lab.compare.cell import Cell, open_folder
 from taskgroup.lab.compare.workers import Listener, Workers
 from taskgroup.lab.train.lock import hold
-from taskgroup.lab.train.problem import Problem
-from taskgroup.lab.train.recipe import Recipe, make_problem
+from taskgroup.lab.train.problem import Problem, make_problem
+from taskgroup.lab.train.recipe import Recipe
 from taskgroup.lab.train.trainer import find_device, task_names
 
 __all__ = ["AffinityGain", "Correlation", "Gains", "spearman"]
@@ -138,7 +138,7 @@ class AffinityGain:
         return [
             Cell(
                 f"joint-{'-'.join(tasks)}",
-                dataclasses.replace(self.recipe, method="gd", tasks=tasks, seed=seed),
+                self.recipe.replace(method="gd", tasks=tasks, seed=seed),
             )
             for seed in self._seeds()
         ]
@@ -151,12 +151,12 @@ class AffinityGain:
         cells = []
         for seed in self._seeds():
             if kind == "lookahead":
-                recipe = dataclasses.replace(self.recipe, method="gd", seed=seed)
+                recipe = self.recipe.replace(method="gd", seed=seed)
                 every = max(1, recipe.batches // _LOOKAHEADS)
                 cells.append(Cell("lookahead", recipe, lookahead_every=every))
             else:
                 settings: dict[str, Any] = {"method": "selective", "affinity": kind}
-                cells.append(Cell(kind, dataclasses.replace(self.recipe, seed=seed, **settings)))
+                cells.append(Cell(kind, self.recipe.replace(seed=seed, **settings)))
         return cells
 
     def _metrics(self, cells: Iterable[Cell], task: str) -> Floats:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import yaml
 
-import taskgroup as tg
 from taskgroup.lab.train.lock import hold, is_empty
 from taskgroup.lab.train.memory import peak_bytes
 from taskgroup.lab.train.recipe import Recipe, read_recipe
+from taskgroup.lab.train.run_files import write_text
 from taskgroup.lab.train.trainer import Trainer
 
 __all__ = ["Cell", "Result", "open_folder", "train_cell"]
@@ -25,7 +25,7 @@ Result = dict[str, Any]
 
 _VERSION = 1  # of what a file holds; a file of another one is not read
 # Settings that change nothing about the result of a cell.
-_IRRELEVANT = ("checkpoint_every", "evaluate_every", "conflicts_every", "baseline", "workers")
+_IRRELEVANT = {"checkpoint_every", "evaluate_every", "conflicts_every", "baseline", "workers"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +46,7 @@ class Cell:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides how the run goes, as JSON can hold it."""
-        settings = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
-        return {key: settings[key] for key in settings if key not in _IRRELEVANT}
+        return self.recipe.model_dump(mode="json", exclude=_IRRELEVANT)
 
     def file(self, folder: Path) -> Path:
         """Where the result is kept: the name holds a digest of all settings."""
@@ -77,10 +76,9 @@ def train_cell(cell: Cell, folder: Path) -> Result:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a run that diverges; the result says so
         # Cells run side by side, one per core: none has workers of its own.
-        result = _train(dataclasses.replace(cell.recipe, workers=0), cell.lookahead_every)
+        result = _train(cell.recipe.replace(workers=0), cell.lookahead_every)
     result["settings"] = cell.settings
-    text = json.dumps(result)
-    tg.checkpoint.write_atomically(cell.file(folder), lambda file: file.write(text.encode()))
+    write_text(cell.file(folder), json.dumps(result))
     return result
 
 
@@ -147,9 +145,9 @@ def open_folder(folder: Path, recipe: Recipe) -> Path:
         ValueError: if the folder holds runs of other settings, or something else.
     """
     file = folder / "base.yaml"
-    settings = Cell("", dataclasses.replace(recipe, seed=0)).settings
+    settings = Cell("", recipe.replace(seed=0)).settings
     if file.is_file():
-        there = Cell("", dataclasses.replace(read_recipe(file), seed=0)).settings
+        there = Cell("", read_recipe(file, {"seed": 0})).settings
         if differing := [key for key in settings if settings[key] != there[key]]:
             raise ValueError(
                 f"{folder} holds runs with other settings "
@@ -165,9 +163,8 @@ def open_folder(folder: Path, recipe: Recipe) -> Path:
             f"{folder} cannot be made ({error.strerror}); name another folder with --out."
         ) from None
     if not file.is_file():
-        text = yaml.safe_dump(settings, sort_keys=False)
         with hold(folder):
-            tg.checkpoint.write_atomically(file, lambda opened: opened.write(text.encode()))
+            write_text(file, yaml.safe_dump(settings, sort_keys=False))
     return folder / "cells"
 
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import yaml
 
-import taskgroup as tg
 from taskgroup.lab.compare.cell import Cell, Result, open_folder
 from taskgroup.lab.compare.presets import JOINT, REFERENCE, Variant
 from taskgroup.lab.compare.statistics import Estimate, estimate, noise_floor
 from taskgroup.lab.compare.workers import Listener, Workers
 from taskgroup.lab.train.evaluation import delta_m
 from taskgroup.lab.train.lock import hold
-from taskgroup.lab.train.problem import Problem
-from taskgroup.lab.train.recipe import Recipe, make_problem
+from taskgroup.lab.train.problem import Problem, make_problem
+from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.train.run_files import write_text
 from taskgroup.lab.train.trainer import Trainer, find_device, task_names
 
 __all__ = ["Budget", "Comparison", "Row", "Table"]
@@ -186,7 +186,7 @@ class Comparison:
         self.budgets = [budget for budget in BUDGETS if budget.name in wanted | {"batches"}]
         self.rates = sorted({*rates, recipe.lr})
         for rate in self.rates:
-            dataclasses.replace(recipe, lr=rate)  # raises where it is out of range, before the runs
+            recipe.replace(lr=rate)  # raises where it is out of range, before the runs
         if "tuned" in wanted and len(self.rates) < 2:
             raise ValueError("To choose the best rate, give another one than that of the recipe.")
         self.tuning_seeds = tuning_seeds
@@ -213,7 +213,7 @@ class Comparison:
         return True
 
     def _recipe(self, variant: Variant, seed: int, **settings: Any) -> Recipe:
-        return dataclasses.replace(self.recipe, seed=seed, **{**variant.settings, **settings})
+        return self.recipe.replace(seed=seed, **{**variant.settings, **settings})
 
     # What is run, stage by stage.
 
@@ -252,7 +252,7 @@ class Comparison:
         ]
 
     def _single_recipe(self, task: str, seed: int) -> Recipe:
-        return dataclasses.replace(self.recipe, seed=seed, method="gd", tasks=(task,))
+        return self.recipe.replace(seed=seed, method="gd", tasks=(task,))
 
     def _by(self, budget: str) -> list[Cell]:
         """Seed by seed, so that what disturbs the machine for a while disturbs all methods."""
@@ -317,8 +317,7 @@ class Comparison:
         return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
 
     def _write_yaml(self, name: str, values: dict[str, Any]) -> None:
-        text = yaml.safe_dump(values, sort_keys=False)
-        tg.checkpoint.write_atomically(self.out / name, lambda opened: opened.write(text.encode()))
+        write_text(self.out / name, yaml.safe_dump(values, sort_keys=False))
 
     @property
     def _reference(self) -> Variant:

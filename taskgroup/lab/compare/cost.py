@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 import warnings
@@ -34,9 +33,7 @@ def step_seconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
     Returns:
         ``{name: seconds}``; NaN for one that diverges or fails at once.
     """
-    trainers = {
-        name: Trainer(dataclasses.replace(recipe, workers=0)) for name, recipe in recipes.items()
-    }
+    trainers = {name: Trainer(recipe.replace(workers=0)) for name, recipe in recipes.items()}
     seconds = dict.fromkeys(recipes, 0.0)
     steps = dict.fromkeys(recipes, 0)
     clocks = {

@@ -218,7 +218,7 @@ def _without_doubles(variants: list[Variant], recipe: Recipe) -> list[Variant]:
     """Each only once: what has the recipe's own setting is the reference, under another title."""
     kept: dict[Recipe, Variant] = {}
     for variant in variants:
-        made = dataclasses.replace(recipe, **variant.settings)
+        made = recipe.replace(**variant.settings)
         if made in kept:
             kept[made] = dataclasses.replace(kept[made], title=variant.title)
         else:

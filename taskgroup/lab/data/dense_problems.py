@@ -31,6 +31,7 @@ from taskgroup.lab.data.dense_dataset import Transform
 from taskgroup.lab.data.files import read_photo
 from taskgroup.lab.data.motorcycle import Motorcycle
 from taskgroup.lab.data.samples import Samples
+from taskgroup.lab.train.problem import Problem
 from taskgroup.lab.train.recipe import Recipe
 from taskgroup.lab.vision import predictions
 from taskgroup.lab.vision.backbones import ViTFeatures, backbone, save_config
@@ -45,7 +46,7 @@ _PICTURED = 4  # held-out images or crops in predictions.png
 _ROWS = 250  # of the photograph
 
 
-class DenseProblem:
+class DenseProblem(Problem):
     """A data set of images with the network and the losses of the published runs.
 
     The losses are distances without an upper bound, so there is no score in (0, 1).
@@ -55,8 +56,6 @@ class DenseProblem:
         kind: the data set that defines the tasks, and the scale of the images.
         splits: the splits that can be evaluated.
     """
-
-    score = None
 
     def __init__(self, settings: Recipe, kind: type[DenseDataset], splits: Sequence[str]) -> None:
         self._settings = settings

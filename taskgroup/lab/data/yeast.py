@@ -9,8 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import count, islice
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,8 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc
 
 import taskgroup as tg
+from taskgroup.lab.train.problem import Problem
+from taskgroup.lab.train.recipe import NetworkSettings
 
 try:
     from river.datasets import Yeast as Records
@@ -45,15 +46,7 @@ class Table(NamedTuple):
     labels: Tensor
 
 
-class Settings(Protocol):
-    """The settings of the network."""
-
-    dim: int
-    depth: int
-    dropout: float
-
-
-class Yeast:
+class Yeast(Problem):
     """Which of 14 functional classes a yeast gene belongs to (Elisseeff & Weston, NIPS 2001).
 
     There are 2,417 genes with 103 features (expression levels and phylogenetic profiles). Each
@@ -72,7 +65,7 @@ class Yeast:
     metrics: Mapping[str, str] = dict.fromkeys(titles, "AUC")
     splits = ("train", "validation", "held_out")
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: NetworkSettings) -> None:
         self._settings = settings
         self._train = _tables()["train"]
 
@@ -107,10 +100,6 @@ class Yeast:
         for rows in islice(drawn, start, None):
             yield Table(self._train.features[rows], self._train.labels[rows])
 
-    def inputs(self, batch: Table) -> Tensor:
-        """The features ``[B, 103]``."""
-        return batch.features
-
     def losses(self, outputs: Mapping[str, Tensor], batch: Table) -> dict[str, Tensor]:
         """Binary cross-entropy of every task."""
         column = {task: k for k, task in enumerate(self.titles)}
@@ -118,20 +107,6 @@ class Yeast:
             task: F.binary_cross_entropy_with_logits(output[:, 0], batch.labels[:, column[task]])
             for task, output in outputs.items()
         }
-
-    def draw(self, model: nn.Module, folder: Path) -> None:
-        """Do nothing, since a table has no pictures."""
-
-    def keep(self, model: nn.Module, folder: Path) -> None:
-        """Do nothing, since the settings describe the network completely."""
-
-    def predict(self, model: nn.Module, image: Path, out: Path) -> None:
-        """Refuse to predict from an image.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("This run was trained on a table, not on images.")
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str, quick: bool = False) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -81,7 +80,7 @@ def _load(run: Path) -> RunData:
     evaluation_batches, evaluations = _evaluations(run / "evaluations.jsonl", tasks)
     return RunData(
         name=str(run),
-        settings=dataclasses.asdict(recipe),
+        settings=recipe.model_dump(),
         tasks=tasks,
         warmup=_warmup(recipe, len(tasks), batches, steps),
         batches=np.array(batches, np.int64),

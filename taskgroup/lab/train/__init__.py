@@ -1,4 +1,4 @@
-"""Training runs: one in a folder of its own, or many side by side.
+"""Training runs: the settings, the loop, and the folder of a run.
 
-Needs the extra ``train``, a comparison ``compare``: ``pip install 'taskgroup[compare]'``.
+Needs the extra ``train``: ``pip install 'taskgroup[train]'``.
 """

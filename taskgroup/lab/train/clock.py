@@ -1,4 +1,4 @@
-"""The time that parts of a training take, and numbers that a GPU sends while it works on."""
+"""Times the parts of a training, and copies results from a GPU without making it wait."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["Clock", "LateCopy"]
 class Clock:
     """Adds the time between laps to named sections.
 
-    On a GPU that is the time between two events on its stream, idle time in between included. They
-    are read once they have been reached, so that nobody waits for them: the laps of one batch while
-    the next is under way.
+    On a GPU, a lap is the time between two events on the GPU's stream, idle time included. The
+    events are read once the GPU has passed them, so nothing waits for them: the laps of one batch
+    are read during the next.
 
     Args:
-        seconds: ``{section: seconds}``, which laps add to.
-        device: whose time.
-        now: seconds of the host.
+        seconds: ``{section: seconds}``, which laps are added to.
+        device: the device whose time is taken.
+        now: the clock of the host, seconds.
 
     Example:
         >>> seconds = {"forward": 0.0}
@@ -43,15 +43,15 @@ class Clock:
         self._on_gpu = device.type == "cuda"
         self._now = now
         self._since: float | torch.cuda.Event = 0.0
-        # Laps to be read: the section, where it began and where it ended.
+        # Laps that are not read yet: the section, its beginning and its end.
         self._laps: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def start(self) -> None:
-        """A lap begins."""
+        """Begin a lap."""
         self._since = self._mark()
 
     def lap(self, section: str) -> None:
-        """A lap of a section ends, and the next one begins."""
+        """End a lap, add it to a section, and begin the next lap."""
         since, self._since = self._since, self._mark()
         if isinstance(since, float):
             assert isinstance(self._since, float)
@@ -61,7 +61,7 @@ class Clock:
             self._laps.append((section, since, self._since))
 
     def read(self, wait: bool = False) -> None:
-        """Add the laps that the GPU has reached the end of; ``wait`` for the last of all."""
+        """Add the laps whose end the GPU has reached; with ``wait``, wait for all of them."""
         if wait and self._laps:
             self._laps[-1][2].synchronize()
         while self._laps and self._laps[0][2].query():
@@ -77,9 +77,9 @@ class Clock:
 
 
 class LateCopy:
-    """A copy of a tensor on its way from a GPU to the host, which waits for it in :meth:`wait`.
+    """A copy of a tensor that is under way from a GPU to the host until :meth:`wait` returns it.
 
-    A tensor on the host is taken as it is.
+    A tensor that is on the host is not copied.
     """
 
     def __init__(self, tensor: Tensor) -> None:

@@ -1,8 +1,7 @@
-"""A trained network by itself: loaded from a run, evaluated, and held against a baseline."""
+"""What a run has left, read again: settings, checkpoint, trained network, metrics, baseline."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -12,15 +11,14 @@ from typing import Any, NamedTuple
 import yaml
 
 import taskgroup as tg
-from taskgroup.lab.train.problem import Problem
-from taskgroup.lab.train.recipe import CHANGEABLE, Recipe, make_problem, read_recipe
+from taskgroup.lab.train.problem import Problem, make_problem
+from taskgroup.lab.train.recipe import CHANGEABLE, Recipe, read_recipe
 from taskgroup.lab.train.trainer import find_device, make_model, task_names
 from taskgroup.lab.words import listed
 
 __all__ = [
     "CHECKPOINT_VERSION",
     "Trained",
-    "change_settings",
     "delta_m",
     "load_summary",
     "load_trained",
@@ -34,13 +32,13 @@ CHECKPOINT_VERSION = 3
 
 
 class Trained(NamedTuple):
-    """What a run has trained so far.
+    """A network that a run has trained so far.
 
     Attributes:
-        recipe: its settings.
+        recipe: the settings of the run.
         problem: the data set.
         model: the network, in evaluation mode.
-        batch: batches that it was trained on.
+        batch: how many batches it was trained on.
     """
 
     recipe: Recipe
@@ -50,17 +48,17 @@ class Trained(NamedTuple):
 
 
 def load_trained(run: str | Path, changes: Mapping[str, Any] | None = None) -> Trained:
-    """The network of a run's last checkpoint; the run may go on meanwhile.
+    """The network of a run's last checkpoint; the run may still be training.
 
     Args:
         run: its folder.
-        changes: ``{key: value}``, settings to override: where the data is now, say.
+        changes: ``{key: value}``, settings to override, such as where the data is now.
 
     Raises:
         ValueError: if there is no run, or no checkpoint that can be read.
     """
     run = Path(run)
-    recipe = change_settings(read_settings(run), changes or {})
+    recipe = read_settings(run, changes)
     state = read_checkpoint(run)
     problem = make_problem(without_source(recipe, run))
     model = make_model(problem, task_names(recipe, problem), find_device(recipe.device))
@@ -68,43 +66,42 @@ def load_trained(run: str | Path, changes: Mapping[str, Any] | None = None) -> T
     return Trained(recipe, problem, model.eval(), state["trainer"]["batch"])
 
 
-def change_settings(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """The settings of a run that goes on, or is evaluated, otherwise or elsewhere.
-
-    Raises:
-        ValueError: for a setting that decides what the run trains.
-    """
-    if fixed := [name for name in changes if name not in CHANGEABLE]:
-        raise ValueError(
-            f"A run goes on with the {', '.join(fixed)} that it has; what may change is "
-            f"{', '.join(CHANGEABLE)}."
-        )
-    return dataclasses.replace(recipe, **changes)
-
-
 def without_source(recipe: Recipe, run: Path) -> Recipe:
-    """The settings that build the network of a run, whose weights the checkpoint has."""
+    """The settings that build a run's network without its pretrained weights.
+
+    The weights are in the checkpoint, and the source of the pretrained ones may be gone.
+    """
     if recipe.backbone == "tiny":
         return recipe
     kept = run / "backbone"
     name = str(kept) if (kept / "config.json").is_file() else recipe.backbone
-    return dataclasses.replace(recipe, backbone=name, weights="random")
+    return recipe.replace(backbone=name, weights="random")
 
 
-def read_settings(run: Path) -> Recipe:
+def read_settings(run: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
     """The settings of a run.
 
+    Args:
+        run: its folder.
+        changes: ``{key: value}``, other values for some settings of
+            :data:`~taskgroup.lab.train.recipe.CHANGEABLE`.
+
     Raises:
-        ValueError: if it is none.
+        ValueError: if the folder is not a run, its settings cannot be read, or a change would
+            affect what the run learns.
     """
     if not (run / "config.yaml").is_file():
         raise ValueError(
-            f"{run} is no run: it has no config.yaml; name a folder that taskgroup train has made."
+            f"{run} is not a run: it has no config.yaml; name a folder that taskgroup train has "
+            "made."
         )
-    try:
-        return read_recipe(run / "config.yaml")
-    except ValueError as error:
-        raise ValueError(f"The settings in {run / 'config.yaml'}: {error}") from None
+    recipe = read_recipe(run / "config.yaml", changes)
+    if fixed := [name for name in changes or {} if name not in CHANGEABLE]:
+        raise ValueError(
+            f"A run keeps the {', '.join(fixed)} that it was started with; the settings that may "
+            f"change are {', '.join(CHANGEABLE)}."
+        )
+    return recipe
 
 
 def read_checkpoint(run: Path) -> dict[str, Any]:
@@ -115,11 +112,11 @@ def read_checkpoint(run: Path) -> dict[str, Any]:
     """
     path = run / "checkpoint.pt"
     if not path.is_file():
-        raise ValueError(f"{run} has no checkpoint.pt yet; train it a while longer.")
+        raise ValueError(f"{run} has no checkpoint.pt yet; train it for longer.")
     state = tg.checkpoint.load(path)
     if state.get("version") != CHECKPOINT_VERSION:
         raise ValueError(
-            f"{path} has version {state.get('version')}, this taskgroup reads "
+            f"{path} has version {state.get('version')}, and this taskgroup reads version "
             f"{CHECKPOINT_VERSION}; use the taskgroup that wrote it."
         )
     return state
@@ -133,24 +130,25 @@ def load_summary(run: str | Path) -> dict[str, Any]:
     """
     path = Path(run) / "summary.json"
     if not path.is_file():
-        raise ValueError(f"{run} has no summary.json: it is no run, or not finished.")
+        raise ValueError(f"{run} has no summary.json: it is not a run, or not finished.")
     try:
         summary: dict[str, Any] = json.loads(path.read_text())
     except ValueError:
-        raise ValueError(f"{path} cannot be read; delete it, and --resume the run.") from None
+        raise ValueError(f"{path} cannot be read; delete it, and resume the run.") from None
     return summary
 
 
 def read_baseline(path: str | Path, tasks: list[str]) -> dict[str, float]:
-    """What Δm is computed against: ``{task: metric}`` of some tasks.
+    """Read what Δm is computed against, ``{task: metric}``.
 
     Args:
         path: a finished run, or a YAML file of ``task: metric``, as
             ``taskgroup evaluate RUN... --save FILE`` writes it from single-task runs.
-        tasks: those that are wanted.
+        tasks: the tasks whose metrics are needed.
 
     Raises:
-        ValueError: if it cannot be read, or lacks a task.
+        ValueError: if it cannot be read, lacks a task, or has a metric that nothing can be divided
+            by.
     """
     path = Path(path)
     if not path.is_file():
@@ -164,20 +162,22 @@ def read_baseline(path: str | Path, tasks: list[str]) -> dict[str, float]:
             isinstance(value, int | float) and not isinstance(value, bool)
             for value in found.values()
         ):
-            raise ValueError(f"{path} must hold lines 'task: metric', numbers all of them.")
+            raise ValueError(
+                f"{path} must hold lines 'task: metric', where every metric is a number."
+            )
     if lacking := [task for task in tasks if task not in found]:
         raise ValueError(
             f"The baseline {path} has no metric of {listed(lacking)}; it has {listed(found)}."
         )
     if useless := [task for task in tasks if not 0 < found[task] < math.inf]:
         raise ValueError(
-            f"Δm divides by the metrics of the baseline, and in {path} that of {listed(useless)} "
-            "is no positive number."
+            f"Δm divides by the metrics of the baseline, and in {path} the metric of "
+            f"{listed(useless)} is not a positive number."
         )
     return {task: float(found[task]) for task in tasks}
 
 
 def delta_m(metrics: Mapping[str, float], baseline: Mapping[str, float], problem: Problem) -> float:
-    """Δm of metrics of a problem, in percent."""
+    """Δm of a problem's metrics against a baseline, in percent."""
     lower = {task: problem.lower_is_better[task] for task in metrics}
     return tg.delta_m(metrics, {task: baseline[task] for task in metrics}, lower)

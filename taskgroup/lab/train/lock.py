@@ -1,4 +1,4 @@
-"""One process at a time writes to a folder of results."""
+"""Locks a folder of results, so that one process at a time writes to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ except ImportError:  # no locks on this system
 
 __all__ = ["LOCK", "Hold", "hold", "is_empty"]
 
-#: The file that is locked; there while a folder is in use, and after that process was killed.
+#: The locked file. It exists while a folder is in use, and stays if that process is killed.
 LOCK = ".lock"
 
 _HELD: weakref.WeakValueDictionary[Path, Hold] = weakref.WeakValueDictionary()
@@ -24,13 +24,13 @@ def hold(folder: Path) -> Hold:
     """Keep other processes out of a folder for as long as something refers to the result.
 
     ``with hold(folder): ...`` does so for a block. The system releases the lock when the process
-    ends, however it ends. What holds the folder in this process already shares the hold.
+    ends, however it ends. A second call in the same process returns the same hold.
 
     Args:
-        folder: that exists.
+        folder: an existing folder.
 
     Raises:
-        ValueError: if another process has the folder; the sentence says which.
+        ValueError: if another process holds the folder; the sentence names the process.
         OSError: if the folder cannot be written to.
     """
     key = folder.resolve()
@@ -46,27 +46,23 @@ def is_empty(folder: Path) -> bool:
 
 
 class Hold:
-    """A locked folder; made by :func:`hold`."""
+    """A locked folder, made by :func:`hold`; ``forget()`` releases it early."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / LOCK
         opened = _lock(folder, path)
-        while not _is(opened, path):  # it was removed by the process that had it
+        while not _is(opened, path):  # the process that had it has removed it
             os.close(opened)
             opened = _lock(folder, path)
         os.ftruncate(opened, 0)
         os.pwrite(opened, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        self._end = weakref.finalize(self, _release, opened, path, os.getpid())
+        self.forget = weakref.finalize(self, _release, opened, path, os.getpid())
 
     def __enter__(self) -> Hold:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing: it ends with the last reference to it, of which the block was one."""
-
-    def forget(self) -> None:
-        """In a forked process: leave the folder to the parent."""
-        self._end()
+        """Do nothing: the hold ends with the last reference to it, and the block was one."""
 
 
 def _lock(folder: Path, path: Path) -> int:
@@ -78,16 +74,16 @@ def _lock(folder: Path, path: Path) -> int:
         who = os.pread(opened, 200, 0).decode(errors="replace") or "another process"
         os.close(opened)
         raise ValueError(
-            f"{folder} is in use by {who}; wait until that one has ended and start again, or name "
-            "another folder with --out."
+            f"{folder} is in use by {who}; wait until that process has ended and start again, or "
+            "name another folder with --out."
         ) from None
-    except OSError:  # a file system without locks: as well as it can be done there
+    except OSError:  # this file system has no locks: go on without
         pass
     return opened
 
 
 def _is(opened: int, path: Path) -> bool:
-    """Whether an open file is still what the path names."""
+    """Whether the path still names an open file."""
     try:
         return os.path.samestat(os.fstat(opened), path.stat())
     except FileNotFoundError:
@@ -102,9 +98,9 @@ def _release(opened: int, path: Path, owner: int) -> None:
 
 
 def _forget() -> None:
-    """In a forked process, a worker say: the folder is the parent's alone.
+    """In a forked process, such as a worker of a data loader: leave the folders to the parent.
 
-    It could not be taken up again until the last worker has ended, were it killed.
+    If the parent is killed, a folder would otherwise stay locked until its last worker ends.
     """
     for held in list(_HELD.values()):
         held.forget()

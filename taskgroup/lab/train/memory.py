@@ -1,4 +1,4 @@
-"""How much memory a call takes at its peak."""
+"""Measures how much memory a call takes at its peak."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ __all__ = ["peak_bytes"]
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     """Bytes of torch's allocator at the peak of one call, above what was held before.
 
-    On the CPU from the profiler, to which the allocator reports every piece it hands out and takes
-    back: unlike the resident size of the process it is exact and the same from run to run. What a
-    library allocates by itself (scratch of oneDNN, the solvers' small arrays) is not in it.
+    On the CPU they are counted by the profiler, to which the allocator reports every allocation and
+    release. Unlike the resident size of the process, the count is exact and the same from run to
+    run. It leaves out what other libraries allocate (scratch memory of oneDNN, small arrays of the
+    solvers).
 
     Args:
-        function: what is measured; called once.
-        device: whose memory.
+        function: the call to measure; it is made once.
+        device: the device whose memory is measured.
 
     Example:
         >>> peak_bytes(lambda: torch.zeros(1000), torch.device("cpu"))
@@ -49,7 +50,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 
 @contextmanager
 def _no_stderr() -> Iterator[None]:
-    """Away with what the profiler's C++ code says of its start and stop."""
+    """Silence the profiler, whose C++ code writes to stderr when it starts and stops."""
     kept = os.dup(2)
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 2)

@@ -1,10 +1,8 @@
-"""A training run: the loop, and the files it leaves."""
+"""A training run in a folder: trained, stopped, resumed, evaluated and summarised."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +12,6 @@ from types import FrameType
 from typing import Any
 
 import yaml
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 import taskgroup as tg
@@ -23,7 +20,6 @@ from taskgroup.lab.report.reader import read_lines
 from taskgroup.lab.train.clock import LateCopy
 from taskgroup.lab.train.evaluation import (
     CHECKPOINT_VERSION,
-    change_settings,
     delta_m,
     read_baseline,
     read_checkpoint,
@@ -31,19 +27,22 @@ from taskgroup.lab.train.evaluation import (
     without_source,
 )
 from taskgroup.lab.train.lock import Hold, hold, is_empty
-from taskgroup.lab.train.recipe import Recipe, make_problem
+from taskgroup.lab.train.problem import make_problem
+from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.train.run_files import (
+    RECORDS,
+    append_line,
+    append_matrix,
+    cut_records,
+    write_text,
+)
 from taskgroup.lab.train.trainer import MODEL_SECTIONS, Progress, Trainer, task_names
 from taskgroup.lab.words import listed
 
 __all__ = ["Interrupted", "Run", "load_metrics"]
 
-_EVENTS_EVERY = 10  # batches; TensorBoard thins finer curves out anyway
-_RECORDS = 400  # of affinity and seconds at most, evenly spread: a picture shows no more
-_LINES = (
-    *("metrics.jsonl", "affinity.jsonl", "seconds.jsonl", "conflicts.jsonl"),
-    "evaluations.jsonl",  # the last one; Run.resume relies on it
-)
-_RECORDED = (*_LINES, "summary.json")  # what a run must not lose
+_EVENTS_EVERY = 10  # batches; TensorBoard thins out finer curves anyway
+_RECORDS = 400  # most records of affinity and seconds in a run: a picture shows no more
 
 
 class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
@@ -53,19 +52,20 @@ class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
 class Run:
     """One training run in a folder of its own.
 
-    The folder holds ``config.yaml``; ``metrics.jsonl``, a line per batch; ``affinity.jsonl`` and
-    ``seconds.jsonl``, the matrix and the time so far up to 400 times a run; ``conflicts.jsonl`` and
-    ``evaluations.jsonl`` where the recipe wants any on the way; ``checkpoint.pt``; TensorBoard
-    events; and, at the end, ``summary.json`` and pictures. A run that was stopped, even by SIGKILL,
-    goes on exactly from its last checkpoint, of which there is one from the beginning. No other
-    process can write to the folder until the training has ended.
+    The folder holds ``config.yaml``, the settings; ``metrics.jsonl``, a line per batch;
+    ``affinity.jsonl`` and ``seconds.jsonl``, the affinity and the time so far, up to 400 times a
+    run; ``conflicts.jsonl`` and ``evaluations.jsonl``, if the recipe asks for them;
+    ``checkpoint.pt``; TensorBoard events; and, at the end, ``summary.json`` and pictures. The first
+    checkpoint is written before the first batch. A run that was stopped, even by SIGKILL, resumes
+    exactly from its last checkpoint. No other process can write to the folder until the training
+    has ended.
 
     Args:
         recipe: the settings.
         out: the folder; new or empty.
 
     Raises:
-        ValueError: if the folder is in use, or the recipe's baseline has no summary.
+        ValueError: if the folder is not empty or in use, or the recipe's baseline cannot be read.
         OSError: if the folder cannot be written to.
     """
 
@@ -79,30 +79,29 @@ class Run:
             _check_empty(out)  # another process may have been quicker
             self._write_config()
             self.trainer.problem.keep(self.trainer.model, out)
-            # Before the first record: a run with records and no checkpoint has lost it.
+            # Written before the first record: records without a checkpoint mean that it was lost.
             self.save()
 
     def _write_config(self) -> None:
-        settings = yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False).encode()
-        write = tg.checkpoint.write_atomically
-        write(self.out / "config.yaml", lambda file: file.write(settings))
+        settings = self.recipe.model_dump(mode="json")
+        write_text(self.out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
     @classmethod
     def resume(cls, out: str | Path, changes: Mapping[str, Any] | None = None) -> Run:
-        """Take up a run where its last checkpoint was written.
+        """Resume a run from its last checkpoint.
 
         Args:
             out: the folder.
-            changes: ``{key: value}``, settings of
-                :data:`~taskgroup.lab.train.recipe.CHANGEABLE` that are others now.
+            changes: ``{key: value}``, other values for some settings of
+                :data:`~taskgroup.lab.train.recipe.CHANGEABLE`.
 
         Raises:
             ValueError: if there is no run, its checkpoint is lost or cannot be read, or another
-                process trains it. Nothing in the folder has changed then.
+                process trains it. The folder is not changed then.
         """
         out = Path(out)
         run = cls.__new__(cls)
-        recipe = change_settings(read_settings(out), changes or {})
+        recipe = read_settings(out, changes)
         run.out, run._hold = out, None
         with run._holding():
             state = run._read_state()
@@ -110,14 +109,12 @@ class Run:
             if state is not None:
                 run._load(state)
             run._write_config()
-            for name in _LINES:
-                last = run._cut(out / name)
-        run._evaluated = last  # of the evaluations, which come last
+            run._evaluated = cut_records(out, run.batch)["evaluations.jsonl"]
         return run
 
     @contextmanager
     def _holding(self) -> Iterator[None]:
-        """Hold the folder, and keep hold of it unless something goes wrong."""
+        """Hold the folder, and let go of it only if something goes wrong."""
         self._hold = self._hold or hold(self.out)
         try:
             yield
@@ -126,17 +123,15 @@ class Run:
             raise
 
     def _read_state(self) -> dict[str, Any] | None:
-        """The checkpoint; None of a run that was stopped before it had one."""
+        """The checkpoint; None if the run was stopped before it had one."""
         out = self.out
         if (out / "checkpoint.pt").is_file():
             return read_checkpoint(out)
-        lost = [
-            name for name in _RECORDED if (out / name).is_file() and (out / name).stat().st_size
-        ]
-        if lost:
+        files = [out / name for name in (*RECORDS, "summary.json")]
+        if lost := [file.name for file in files if file.is_file() and file.stat().st_size]:
             raise ValueError(
                 f"{out} has no checkpoint.pt to go on from, but {listed(lost)} of a training, "
-                "which would be lost; put its checkpoint.pt back, or train in another folder with "
+                "which would be lost; put its checkpoint.pt back, or name another folder with "
                 "--out."
             )
         return None
@@ -144,10 +139,10 @@ class Run:
     def _set_up(self, recipe: Recipe, out: Path, built: Recipe | None = None) -> None:
         self.recipe = recipe
         self.out = out
-        self._seconds = 0.0  # in batches, everything
+        self._seconds = 0.0  # of all batches, everything in them included
         self._evaluated = 0  # the batch of the last evaluation
-        self._saved: int | None = None  # that of the checkpoint
-        # Recorded after this batch, and not written yet.
+        self._saved: int | None = None  # the batch of the last checkpoint
+        # The batch and the affinity recorded after it, if it is not written yet.
         self._affinity: tuple[int, LateCopy] | None = None
         self._baseline: dict[str, float] | None = None
         if recipe.baseline:
@@ -182,7 +177,7 @@ class Run:
             What ``summary.json`` holds.
 
         Raises:
-            Interrupted: at the first SIGINT or SIGTERM, once the batch at hand is done and a
+            Interrupted: after the first SIGINT or SIGTERM, when the current batch is done and a
                 checkpoint is written.
             ValueError: if another process trains the run.
         """
@@ -201,99 +196,78 @@ class Run:
             while trainer.batch < self.recipe.batches and not stop.asked:
                 if self._evaluates_now() and self._evaluated < trainer.batch:
                     self._record_evaluation(board)
-                    continue  # and look whether to stop
+                    continue  # a signal may have asked to stop
                 started = time.perf_counter()
                 conflicts = self.recipe.conflicts_every
                 if conflicts is not None and trainer.batch % conflicts == 0:
-                    trainer.peek()  # whose time is that of the training
+                    trainer.batches.peek()  # loading it counts as training
                     paused = time.perf_counter()
-                    self._record_conflicts()
+                    file, found = self.out / "conflicts.jsonl", trainer.conflicts()
+                    append_matrix(file, trainer.batch + 1, trainer.tasks, found)
                     started += time.perf_counter() - paused
                 try:
                     progress = trainer.step()
                 finally:
                     self._write_affinity()
-                _write_line(metrics, progress)
+                line = {name: v for name, v in vars(progress).items() if name != "batches"}
+                metrics.write(json.dumps(line) + "\n")
                 recorded = trainer.batch % -(-self.recipe.batches // _RECORDS) == 0
-                if recorded:
-                    self._record_affinity()
+                if recorded and self.recipe.method == "selective":
+                    self._affinity = trainer.batch, LateCopy(trainer.affinity())
                 if trainer.batch % _EVENTS_EVERY == 0:
                     _write_events(board, progress)
                 listen(progress)
-                # Before an evaluation as well, which may take long and be stopped.
+                # Also before an evaluation, which may take long and be stopped.
                 every = trainer.batch % self.recipe.checkpoint_every == 0
                 saves = stop.asked or every or self._evaluates_now()
                 if saves or trainer.batch == self.recipe.batches:
-                    trainer.wait()  # what the GPU still has to do belongs to the training
+                    trainer.wait()  # the work that the GPU has left counts as training
                 self._seconds += time.perf_counter() - started
                 if recorded:
                     line = {"batch": trainer.batch, "seconds": self._all_seconds()}
-                    self._append("seconds.jsonl", line)
+                    append_line(self.out / "seconds.jsonl", line)
                 if saves:
                     self.save()
             if self._saved != trainer.batch:
                 self.save()
             if stop.asked:
                 raise Interrupted(
-                    f"Stopped after batch {trainer.batch} of {self.recipe.batches}; go on with "
+                    f"Stopped after batch {trainer.batch} of {self.recipe.batches}; to continue: "
                     f"taskgroup train --resume {self.out}"
                 )
         try:
             return self._finish()
         except KeyboardInterrupt:
             raise Interrupted(
-                f"Stopped before the evaluation was done; go on with taskgroup train --resume "
+                f"Stopped before the evaluation was done; to continue: taskgroup train --resume "
                 f"{self.out}"
             ) from None
-
-    def _record_affinity(self) -> None:
-        if self.recipe.method != "selective":
-            return
-        matrix = self.trainer.affinity()
-        self._affinity = self.batch, LateCopy(matrix)
-        if matrix.device.type == "cpu":
-            self._write_affinity()
 
     def _write_affinity(self) -> None:
         """Write the affinity that was recorded last, unless it is written.
 
-        From a GPU that is after the next step, when it has long arrived and nobody waits for it.
+        This is done after the next batch: by then a copy from a GPU has arrived, and nothing waits.
         """
         if self._affinity is not None:
             (batch, copy), self._affinity = self._affinity, None
-            self._append_matrix("affinity.jsonl", batch, copy.wait())
-
-    def _record_conflicts(self) -> None:
-        """Of the batch to come, whose number the line has."""
-        self._append_matrix("conflicts.jsonl", self.batch + 1, self.trainer.conflicts())
-
-    def _append_matrix(self, name: str, batch: int, matrix: Tensor) -> None:
-        """A line with a matrix; null where that is NaN, which JSON does not have."""
-        rounded = [
-            [None if math.isnan(value) else float(f"{value:.5g}") for value in row]
-            for row in matrix.tolist()
-        ]
-        self._append(name, {"batch": batch, "tasks": self.trainer.tasks, "matrix": rounded})
+            tasks = self.trainer.tasks
+            append_matrix(self.out / "affinity.jsonl", batch, tasks, copy.wait())
 
     def _all_seconds(self) -> dict[str, float]:
         return {**self.trainer.seconds, "everything": self._seconds}
 
     def _evaluates_now(self) -> bool:
         every = self.recipe.evaluate_every
-        if every is None or not 0 < self.batch < self.recipe.batches:  # the end is evaluated anyway
+        if every is None or not 0 < self.batch < self.recipe.batches:  # the end always is
             return False
         return self.batch % every == 0
 
     def _record_evaluation(self, board: SummaryWriter) -> None:
         metrics = self.trainer.evaluate("held_out", quick=True)
-        self._append("evaluations.jsonl", {"batch": self.batch, "metrics": metrics})
+        append_line(self.out / "evaluations.jsonl", {"batch": self.batch, "metrics": metrics})
         self._evaluated = self.batch
         for task, value in metrics.items():
             board.add_scalar(f"held_out/{task}", value, self.batch)
-
-    def _append(self, name: str, line: dict[str, Any]) -> None:
-        with (self.out / name).open("a") as file:
-            file.write(json.dumps(line) + "\n")
 
     def _finish(self) -> dict[str, Any]:
         trainer, problem, groups = self.trainer, self.trainer.problem, self.trainer.groups
@@ -321,10 +295,7 @@ class Run:
             "seconds": self._all_seconds(),
             "peak_bytes": peak_bytes,
         }
-        tg.checkpoint.write_atomically(
-            self.out / "summary.json",
-            lambda file: file.write(json.dumps(summary, indent=2).encode()),
-        )
+        write_text(self.out / "summary.json", json.dumps(summary, indent=2))
         titles = {task: problem.titles[task] for task in trainer.tasks}
         learned = [line for line in history if line["batch"] > self.recipe.warmup]
         plots.affinity(trainer.affinity(), titles, groups.partition, self.out / "affinity.png")
@@ -340,12 +311,12 @@ class Run:
         return summary
 
     def save(self) -> None:
-        """Write ``checkpoint.pt``; a crash on the way leaves the one before.
+        """Write ``checkpoint.pt``; if the process crashes meanwhile, the last one stays.
 
         Raises:
-            OSError: if it cannot be written; the sentence says so.
+            OSError: if it cannot be written.
         """
-        self._write_affinity()  # a run that resumes here cannot write it
+        self._write_affinity()  # a run that is resumed from here could not write it
         state = {
             "version": CHECKPOINT_VERSION,
             "seconds": self._seconds,
@@ -354,39 +325,17 @@ class Run:
         tg.checkpoint.save(self.out / "checkpoint.pt", state)
         self._saved = self.batch
 
-    def _cut(self, path: Path) -> int:
-        """Drop the lines of batches that ran after the checkpoint, and a line cut short.
-
-        Returns:
-            The batch of the last line that stays; 0 if there is none.
-        """
-        if not path.is_file():
-            return 0
-        lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if 1 <= _batch_of(line) <= self.batch]
-        if len(kept) < len(lines):
-            tg.checkpoint.write_atomically(path, lambda file: file.writelines(kept))
-        return _batch_of(kept[-1]) if kept else 0
-
-
-def _batch_of(line: bytes) -> int:
-    """The batch that a line is about; 0 for one that cannot be read."""
-    try:
-        return int(json.loads(line)["batch"]) if line.endswith(b"\n") else 0
-    except (ValueError, KeyError, TypeError):
-        return 0
-
 
 def _check_empty(out: Path) -> None:
     if out.exists() and (not out.is_dir() or not is_empty(out)):
         raise ValueError(
-            f"{out} exists and is not empty; name another folder with --out, or go on with it "
-            f"by --resume {out}."
+            f"{out} exists and is not empty; name another folder with --out, or resume the run in "
+            f"it with --resume {out}."
         )
 
 
 def load_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl`` of a run, but for one cut short at the end.
+    """The lines of a run's ``metrics.jsonl``, without a last line that was cut short.
 
     Raises:
         ValueError: if another line cannot be read.
@@ -400,7 +349,7 @@ class _Stop:
 
 @contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """The first SIGINT or SIGTERM sets a flag; the second acts as if this were not here."""
+    """Let the first SIGINT or SIGTERM set a flag; the second has its usual effect."""
     stop = _Stop()
     previous: dict[int, Any] = {}
 
@@ -411,23 +360,13 @@ def _stop_signals() -> Iterator[_Stop]:
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
             previous[number] = signal.signal(number, note)
-        except ValueError:  # not in the main thread, which alone gets signals
+        except ValueError:  # this is not the main thread, the only one that gets signals
             break
     try:
         yield stop
     finally:
         for restored, handler in previous.items():
             signal.signal(restored, handler)
-
-
-def _write_line(file: Any, progress: Progress) -> None:
-    line = {
-        "batch": progress.batch,
-        "losses": progress.losses,
-        "groups": progress.groups,
-        "partition": progress.partition,
-    }
-    file.write(json.dumps(line) + "\n")
 
 
 def _write_events(board: SummaryWriter, progress: Progress) -> None:

@@ -1,27 +1,27 @@
-"""One model, one method, batch after batch: the loop that every run shares."""
+"""The loop that every run shares: it trains one network by one method, batch after batch."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import PolynomialLR
-from torch.utils._pytree import tree_map
 
 import taskgroup as tg
 from taskgroup.lab.compare.credit import PublishedCredit
+from taskgroup.lab.train.batches import Batches
 from taskgroup.lab.train.clock import Clock, LateCopy
-from taskgroup.lab.train.problem import Problem
-from taskgroup.lab.train.recipe import Recipe, make_problem
+from taskgroup.lab.train.problem import Batch, Problem, make_problem
+from taskgroup.lab.train.recipe import Recipe
 
 __all__ = ["MODEL_SECTIONS", "Progress", "Trainer", "find_device", "make_model", "task_names"]
 
-#: What a user would pay for without taskgroup, of the parts of a batch that are timed.
+#: The timed parts of a batch that would also take time without taskgroup.
 MODEL_SECTIONS = ("forward", "loss", "backward", "optimizer")
 
 
@@ -32,9 +32,9 @@ class Progress:
     Attributes:
         batch: batches done.
         batches: batches of the whole run.
-        losses: of every task, before the first step of the batch.
-        groups: as they were stepped on.
-        partition: as it stands.
+        losses: ``{task: loss}`` before the first step of the batch.
+        groups: the groups of the batch, in the order of their steps.
+        partition: the current partition.
     """
 
     batch: int
@@ -47,26 +47,26 @@ class Progress:
 class Trainer:
     """Trains a network by a recipe: selectively, or by a joint method.
 
-    Weights, batches and the order of the groups come from the recipe's seed: two trainers of one
-    seed and different methods start from the same weights and see the same batches.
+    Weights, batches and the order of the groups follow from the recipe's seed: two trainers with
+    the same seed and different methods start from the same weights and see the same batches.
 
     Args:
         recipe: the settings.
 
     Attributes:
         problem: the data set.
-        tasks: those that are trained.
+        tasks: the tasks that are trained, in the order of the data set.
         model: the network.
-        groups: the task groups; for a joint method all tasks are one.
-        device: that it is trained on.
+        batches: the training data, batch after batch.
+        groups: the task groups; a joint method has all tasks in one group.
+        device: where the network is trained.
         batch: batches done.
-        skipped: those without a step, for which the method found no weights.
-        seconds: ``{section: seconds}``, so far; on a GPU but for the batch at hand, see
-            :meth:`wait`.
+        skipped: batches without a step, since the method found no weights.
+        seconds: ``{section: seconds}`` so far; on a GPU, the last batch is added by :meth:`wait`.
 
     Raises:
-        ValueError: if the recipe does not fit the data set, or there is no GPU as it wants one.
-        ImportError: if the method or the data set needs what is not installed.
+        ValueError: if the recipe does not fit the data set, or asks for a GPU and there is none.
+        ImportError: if the method or the data set needs a library that is not installed.
         RuntimeError: if the network does not fit in the GPU's memory.
     """
 
@@ -80,13 +80,10 @@ class Trainer:
         self.seconds = dict.fromkeys(MODEL_SECTIONS, 0.0)
         self._clock = Clock(self.seconds, self.device)
         self._peak_bytes = 0  # before this object was made
-        self._drawn = 0
-        self._ahead: Any = None  # a batch of the stream that was looked at
-        self._error_ahead: Exception | None = None  # raised while it was loaded
-        self._stream = self.problem.batches(recipe.batch_size, recipe.seed)
+        self.batches = Batches(self.problem, recipe, self.device)
 
         torch.manual_seed(recipe.seed)
-        with self._memory_in_words():
+        with _memory_in_words(recipe):
             self.model = make_model(self.problem, self.tasks, self.device)
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -103,7 +100,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             parameters,
             weight_decay=recipe.weight_decay,
-            fused=True,  # a third of the time of the default on a CPU
+            fused=True,  # on a CPU it takes a third of the default's time
         )
         self.groups.attach(self.optimizer, self.model.heads, outside=recipe.outside)
         self.scheduler = PolynomialLR(self.optimizer, recipe.batches, recipe.poly_power)
@@ -155,15 +152,15 @@ class Trainer:
             FloatingPointError: if a loss is not finite.
             RuntimeError: if the batch does not fit in the GPU's memory.
         """
-        method = self._method
-        with self._memory_in_words():
-            batch = self._next()
-            read, stepped = (
-                self._step_on_groups(batch) if method is None else self._step_jointly(batch, method)
-            )
+        with _memory_in_words(self.recipe):
+            batch = next(self.batches)
+            if self._method is None:
+                copy, stepped = self._step_on_groups(batch)
+            else:
+                copy, stepped = self._step_jointly(batch, self._method)
             if self._on_gpu and self.batch + 1 < self.recipe.batches:
-                self._load_ahead()  # the GPU has enough to do meanwhile
-        losses = read()
+                self.batches.load_ahead()  # while the GPU works on this one
+        losses = self._read(copy)
         self._clock.read()
         self.scheduler.step()
         self.batch += 1
@@ -175,151 +172,102 @@ class Trainer:
             partition=self.groups.partition,
         )
 
-    def _next(self) -> Any:
-        """The next batch of the stream, on the device."""
-        batch, self._ahead = self.peek(), None
-        self._drawn += 1
-        return batch
-
-    def _load_ahead(self) -> None:
-        """Load the next batch; an error is raised when that batch is asked for."""
-        try:
-            self.peek()
-        except Exception as error:  # this batch is trained on, and must be counted first
-            self._error_ahead = error
-
-    def peek(self) -> Any:
-        """The batch to come, on the device."""
-        if self._error_ahead is not None:
-            error, self._error_ahead = self._error_ahead, None
-            raise error
-        if self._ahead is None:
-            self._ahead = tree_map(self._send, next(self._stream))
-        return self._ahead
-
-    def _send(self, tensor: Tensor) -> Tensor:
-        """To the device, without waiting for it: from pinned memory where that is a GPU."""
-        if self._on_gpu and not tensor.is_pinned():
-            # Of the tensor's own numbers alone, where it is a part of a larger one.
-            tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
-        return tensor.to(self.device, non_blocking=True)
-
-    def _autocast(self) -> torch.autocast:
+    def _outputs(self, batch: Batch, group: tg.Group | None = None) -> dict[str, Tensor]:
         enabled = self.recipe.precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
+            outputs: dict[str, Tensor] = self.model(self.problem.inputs(batch), group=group)
+        return outputs
 
-    def _losses(self, outputs: Mapping[str, Tensor], batch: Any) -> dict[str, Tensor]:
-        """In float32: a bfloat16 has no digits to tell what one step changed."""
+    def _losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """In float32: a bfloat16 has too few digits to tell what one step changed."""
         return self.problem.losses({task: out.float() for task, out in outputs.items()}, batch)
 
-    def _reading(self, losses: Mapping[str, Tensor]) -> Callable[[], dict[str, float]]:
-        """What reads the losses as numbers, and raises where one is not finite.
+    def _forward(self, batch: Batch, group: tg.Group | None = None) -> dict[str, Tensor]:
+        """The losses of a batch, with the gradients set to zero; all of it is timed."""
+        self._clock.start()
+        outputs = self._outputs(batch, group)
+        self._clock.lap("forward")
+        losses = self._losses(outputs, batch)
+        self._clock.lap("loss")
+        self.optimizer.zero_grad()
+        self._clock.lap("optimizer")
+        return losses
 
-        On a GPU they are on their way from now on: who reads them once the steps of the batch are
-        launched waits for the forward pass alone, and the GPU goes on with what follows it.
-        """
-        tasks, values = tuple(losses), torch.stack([loss.detach() for loss in losses.values()])
-        copy = LateCopy(values)
+    def _read(self, copy: _LossCopy) -> dict[str, float]:
+        """The losses as numbers; raises if one is not finite."""
+        tasks, values = copy
+        losses = dict(zip(tasks, values.wait().tolist(), strict=True))
+        if lost := [task for task, value in losses.items() if not math.isfinite(value)]:
+            raise FloatingPointError(
+                f"The loss of {', '.join(lost)} is not finite after batch {self.batch}; take a "
+                "smaller learning rate."
+            )
+        return losses
 
-        def read() -> dict[str, float]:
-            found = dict(zip(tasks, copy.wait().tolist(), strict=True))
-            if lost := [task for task, value in found.items() if not math.isfinite(value)]:
-                raise FloatingPointError(
-                    f"The loss of {', '.join(lost)} is not finite after batch {self.batch}; take a "
-                    "smaller learning rate."
-                )
-            return found
-
-        return read
-
-    def _step_on_groups(self, batch: Any) -> tuple[_Read, list[tuple[str, ...]]]:
-        """The loop that the README shows, with a clock beside it."""
-        inputs = self.problem.inputs(batch)
-        clock = self._clock
-        read: _Read | None = None
+    def _step_on_groups(self, batch: Batch) -> tuple[_LossCopy, list[tuple[str, ...]]]:
+        """The loop of the README, timed."""
+        copy: _LossCopy | None = None
         stepped = []
         for group in self.groups:
-            clock.start()
-            with self._autocast():
-                outputs = self.model(inputs, group=group)
-            clock.lap("forward")
-            losses = self._losses(outputs, batch)
-            clock.lap("loss")
-            self.optimizer.zero_grad()
-            clock.lap("optimizer")
+            losses = self._forward(batch, group)
             loss = group.loss(losses)
-            if read is None:
-                read = self._reading({task: losses[task] for task in group.observed})
+            copy = copy or _copy_losses(losses)
             if self._published is not None:
                 self._published.observe(group, losses)
-            clock.start()
+            self._clock.start()
             loss.backward()
-            clock.lap("backward")
-            with self._scaled_head_lr():
-                self.optimizer.step()
-            clock.lap("optimizer")
+            self._clock.lap("backward")
+            self._step_optimizer()
             stepped.append(group.tasks)
-        assert read is not None
-        return read, stepped
+        assert copy is not None
+        return copy, stepped
 
     def _step_jointly(
-        self, batch: Any, method: tg.methods.JointMethod
-    ) -> tuple[_Read, list[tuple[str, ...]]]:
-        inputs = self.problem.inputs(batch)
-        clock = self._clock
-        clock.start()
-        with self._autocast():
-            outputs = self.model(inputs)
-        clock.lap("forward")
-        losses = self._losses(outputs, batch)
-        clock.lap("loss")
-        self.optimizer.zero_grad()
-        clock.lap("optimizer")
-        read = self._reading(losses)
+        self, batch: Batch, method: tg.methods.JointMethod
+    ) -> tuple[_LossCopy, list[tuple[str, ...]]]:
+        losses = self._forward(batch)
+        copy = _copy_losses(losses)
         if not self._on_gpu:
-            read()  # raises one error, where the methods have one each
-        clock.start()
+            self._read(copy)  # raises the same error for all methods, before their own
+        self._clock.start()
         try:
             method.backward(losses)
         except tg.methods.NoWeightsError:
             self.skipped += 1
-            return read, []
+            return copy, []
         except Exception:
-            read()  # the losses first
+            self._read(copy)  # losses that are not finite are the reason, if there are any
             raise
-        clock.lap("backward")
-        with self._scaled_head_lr():
-            self.optimizer.step()
-        clock.lap("optimizer")
+        self._clock.lap("backward")
+        self._step_optimizer()
         if method.observes_step:
-            with torch.no_grad(), self._autocast():
-                outputs = self.model(inputs)
-            method.observe(self._losses(outputs, batch))
-            clock.lap("forward")
-        return read, [tuple(self.tasks)]
+            with torch.no_grad():
+                method.observe(self._losses(self._outputs(batch), batch))
+            self._clock.lap("forward")
+        return copy, [tuple(self.tasks)]
 
-    @contextmanager
-    def _scaled_head_lr(self) -> Iterator[None]:
-        """The learning rate of the heads, times what the recipe says, for one step."""
+    def _step_optimizer(self) -> None:
+        """A step with the heads' learning rate times what the recipe says."""
         n_groups = len(self.groups.partition)
         times = {"1": 1, "sqrt(M)": math.sqrt(n_groups), "M": n_groups, "K": len(self.tasks)}
         heads = self.optimizer.param_groups[1]
-        before = heads["lr"]  # which the scheduler goes on from
-        heads["lr"] = before * times[self.recipe.head_lr_times]
+        scheduled = heads["lr"]  # which the scheduler goes on from
+        heads["lr"] = scheduled * times[self.recipe.head_lr_times]
         try:
-            yield
+            self.optimizer.step()
         finally:
-            heads["lr"] = before
+            heads["lr"] = scheduled
+        self._clock.lap("optimizer")
 
     def conflicts(self) -> Tensor:
-        """Cosines of the tasks' gradients on the encoder, ``[K, K]``, on the batch to come.
+        """Cosines of the tasks' gradients on the encoder, ``[K, K]``, on the next batch.
 
-        Nothing of the training changes: it goes on as if nobody had looked.
+        The training is not changed: neither its batches nor its random state.
         """
-        batch = self.peek()
+        batch = self.batches.peek()
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        with torch.random.fork_rng([self.device] if self._on_gpu else []), self._autocast():
-            outputs = self.model(self.problem.inputs(batch))
+        with torch.random.fork_rng([self.device] if self._on_gpu else []):
+            outputs = self._outputs(batch)
         losses = self._losses(outputs, batch)
         gradients = tg.task_gradients(losses, self.model.encoder.parameters())
         for buffer, before in buffers:  # running statistics
@@ -327,13 +275,13 @@ class Trainer:
         return tg.conflicts(tg.task_gram(gradients))
 
     def affinity(self) -> Tensor:
-        """The affinity that is learned, ``[K, K]``; NaN of an entry that was never observed."""
+        """The affinity learned so far, ``[K, K]``; entries that were never observed are NaN."""
         affinity = self.groups.affinity
         return affinity.matrix.masked_fill(affinity.observed == 0, math.nan)
 
     def lookahead(self) -> Tensor:
-        """The inter-task affinity by its definition, ``[K, K]``, on a fresh batch."""
-        batch = self._next()
+        """The inter-task affinity by its definition, ``[K, K]``, on a new batch."""
+        batch = next(self.batches)
         inputs = self.problem.inputs(batch)
         return tg.lookahead_affinity(
             lambda: self._losses(self.model(inputs), batch),
@@ -342,40 +290,23 @@ class Trainer:
         )
 
     def evaluate(self, split: str, quick: bool = False) -> dict[str, float]:
-        """``{task: metric}`` on a split of the data; ``quick`` may leave out what takes long."""
-        with self._memory_in_words():
+        """``{task: metric}`` on a split of the data; ``quick`` may leave out slow metrics."""
+        with _memory_in_words(self.recipe):
             return self.problem.evaluate(self.model, split, quick)
 
     def wait(self) -> None:
-        """Wait until the GPU is done with all batches so far; ``seconds`` has them all then."""
+        """Wait until the GPU has done all batches so far; ``seconds`` then includes them all."""
         self._clock.read(wait=True)
 
     @property
     def peak_bytes(self) -> int | None:
-        """Bytes of torch's allocator on the GPU at the peak, so far; None on the CPU."""
+        """Peak bytes of torch's allocator on the GPU so far; None on the CPU."""
         if not self._on_gpu:
             return None
         return max(self._peak_bytes, torch.cuda.max_memory_allocated(self.device))
 
-    @contextmanager
-    def _memory_in_words(self) -> Iterator[None]:
-        """Say which settings take less of the GPU's memory where it is not enough."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            recipe = self.recipe
-            height, width = recipe.size
-            raise RuntimeError(
-                f"The memory of the GPU is not enough for {recipe.data} with batch_size: "
-                f"{recipe.batch_size}, size: {height}x{width}, backbone: {recipe.backbone} and "
-                f"precision: {recipe.precision}. Lower one of these, with --set "
-                f"batch_size={max(1, recipe.batch_size // 2)} or --set precision=bfloat16 for "
-                "instance; where several processes share the GPU, take fewer --jobs. Torch says: "
-                f"{str(error).splitlines()[0][:200]}"
-            ) from error
-
     def state_dict(self) -> dict[str, Any]:
-        """Everything an exact resume needs; it loads under ``weights_only=True``."""
+        """Everything that an exact resume needs; it loads under ``weights_only=True``."""
         self.wait()
         return {
             "batch": self.batch,
@@ -387,49 +318,72 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "groups": self.groups.state_dict(),
             "method": {} if self._method is None else self._method.state_dict(),
-            "drawn": self._drawn,
+            "drawn": self.batches.drawn,
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(self.device) if self._on_gpu else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where :meth:`state_dict` was taken."""
+        """Restore what :meth:`state_dict` returned, to train on exactly from there."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.groups.load_state_dict(state["groups"])
         if self._method is not None:
             self._method.load_state_dict(state["method"])
-        self._drawn, self._ahead = state["drawn"], None
-        recipe = self.recipe
-        self._stream = self.problem.batches(recipe.batch_size, recipe.seed, self._drawn)
+        self.batches = Batches(self.problem, self.recipe, self.device, state["drawn"])
         torch.set_rng_state(state["torch"])
         if self._on_gpu and state["cuda"] is not None:
             torch.cuda.set_rng_state(state["cuda"], self.device)
         self.batch = state["batch"]
         self.skipped = state["skipped"]
-        self.seconds = state["seconds"]
-        self._clock = Clock(self.seconds, self.device)
+        self.seconds.update(state["seconds"])
         self._peak_bytes = state.get("peak_bytes") or 0
 
 
-_Read = Callable[[], dict[str, float]]
-_EPOCHS = 20  # that DWA divides a run into: batches are drawn at random, without epochs
+_LossCopy = tuple[tuple[str, ...], LateCopy]  # tasks, and their losses on the way to the host
+_EPOCHS = 20  # epochs of DWA in a run: batches are drawn at random, and have none of their own
+
+
+def _copy_losses(losses: Mapping[str, Tensor]) -> _LossCopy:
+    """Send the losses to the host.
+
+    On a GPU they are read once the steps of the batch are launched. Reading them then waits for the
+    forward pass alone, and the GPU goes on with what follows it.
+    """
+    return tuple(losses), LateCopy(torch.stack([loss.detach() for loss in losses.values()]))
+
+
+@contextmanager
+def _memory_in_words(recipe: Recipe) -> Iterator[None]:
+    """If the GPU's memory is not enough, say which settings take less of it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        height, width = recipe.size
+        raise RuntimeError(
+            f"The memory of the GPU is not enough for {recipe.data} with batch_size: "
+            f"{recipe.batch_size}, size: {height}x{width}, backbone: {recipe.backbone} and "
+            f"precision: {recipe.precision}. Lower one of these, with --set "
+            f"batch_size={max(1, recipe.batch_size // 2)} or --set precision=bfloat16 for "
+            "instance; where several processes share the GPU, take fewer --jobs. Torch says: "
+            f"{str(error).splitlines()[0][:200]}"
+        ) from error
 
 
 def find_device(name: str) -> torch.device:
-    """The device that a recipe names; ``"auto"`` is a GPU where torch sees one.
+    """The device that a recipe names; ``"auto"`` is a GPU if torch finds one.
 
     Raises:
-        ValueError: if there is no GPU where one is asked for.
+        ValueError: if a GPU is asked for and there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
         reason = "nvidia-smi says whether the driver sees one"
         if torch.version.cuda is None:
-            reason = "it was built without CUDA, pytorch.org says how to install one with it"
+            reason = "it was built without CUDA; pytorch.org says how to install one with CUDA"
         raise ValueError(
             f"device: cuda needs a GPU, and this torch {torch.__version__} finds none ({reason}); "
-            "to run on the CPU, take --set device=cpu."
+            "to run on the CPU, give --set device=cpu."
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -437,9 +391,9 @@ def find_device(name: str) -> torch.device:
 
 
 def make_model(problem: Problem, tasks: Sequence[str], device: torch.device) -> tg.MultiTaskModel:
-    """The network of a problem in float32 on a device, whatever torch's defaults are.
+    """A problem's network in float32 on a device, whatever torch's default dtype and device are.
 
-    Its weights are drawn on the CPU, so that they are the same for every device.
+    Its weights are drawn on the CPU, so they are the same for every device.
     """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
