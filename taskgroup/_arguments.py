@@ -5,7 +5,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection
 
-__all__ = ["listed", "whole_number"]
+from torch import Tensor
+
+__all__ = ["described", "listed", "whole_number"]
 
 
 def whole_number(name: str, value: object, at_least: int) -> int:
@@ -50,3 +52,15 @@ def listed(names: Collection[str]) -> str:
     if len(names) <= _MOST:
         return repr(names)
     return f"{repr(names[:10])[:-1]}, ... ({len(names)} in all)]"
+
+
+def described(value: object) -> str:
+    """The type of the value; dtype and shape of a tensor.
+
+    Example:
+        >>> described(1.0)
+        'float'
+    """
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {list(value.shape)}"
+    return type(value).__name__

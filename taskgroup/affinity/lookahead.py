@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from taskgroup._losses import Losses, check_graph, losses_by_task
 from taskgroup._random_state import RandomState
-from taskgroup.affinity.base import Losses
 
 __all__ = ["lookahead_affinity"]
 
@@ -51,7 +51,8 @@ def lookahead_affinity(
         column k the effect on task k. NaN where :math:`L_k` is not finite and positive.
 
     Raises:
-        TypeError: if ``optimizer`` is no optimizer, or ``shared`` holds no tensors.
+        TypeError: if ``optimizer`` is not an optimizer, ``shared`` holds anything but tensors, or
+            ``closure`` returns neither a mapping nor a tensor.
         ValueError: if a loss is not a scalar with a graph, the tasks change from call to call, the
             optimizer holds none of the shared parameters, or its step needs a closure.
 
@@ -68,11 +69,11 @@ def lookahead_affinity(
     kept = _Kept(optimizer, moving)
     random_states = [RandomState(device) for device in {p.device: None for p in moving}]
 
-    def run() -> Losses:
+    def run() -> dict[Any, Tensor]:
         for state in random_states:
             state.replay()
         torch.clear_autocast_cache()  # of weights from before a step
-        return closure()
+        return losses_by_task(closure(), what="The losses that closure returns")
 
     names: tuple[Any, ...] | None = None
     rows: list[Tensor] = []
@@ -80,27 +81,23 @@ def lookahead_affinity(
         while names is None or len(rows) < len(names):
             with torch.enable_grad():
                 losses = run()
-            before = _stacked(losses).detach().double()
-            if names is not None and _names(losses) != names:
+            before = _stacked(losses).detach()
+            if names is not None and tuple(losses) != names:
                 raise ValueError(
-                    f"The closure returned losses of {list(names)} and then of "
-                    f"{list(_names(losses))}: it must name the same tasks at every call."
+                    f"The closure returned losses of {list(names)} and then of {list(losses)}: it "
+                    "must name the same tasks at every call."
                 )
-            names = _names(losses)
-            loss = list(losses.values() if isinstance(losses, Mapping) else losses)[len(rows)]
-            if not loss.requires_grad:
-                raise ValueError(
-                    f"The loss of task {names[len(rows)]!r} has no graph, so no step can be taken "
-                    "on it; compute it with gradients on, from outputs that are not detached."
-                )
-            gradients = torch.autograd.grad(loss, moving, allow_unused=True)
+            names = tuple(losses)
+            task = names[len(rows)]
+            check_graph({task: losses[task]}, "no step can be taken on it")
+            gradients = torch.autograd.grad(losses[task], moving, allow_unused=True)
             kept.clear_gradients()
             for parameter, gradient in zip(moving, gradients, strict=True):
                 parameter.grad = None if gradient is None else _of_its_own(gradient, parameter)
             _step(optimizer)
             kept.restore_parameters(besides=moving)  # weight decay, say, may move the others
             with torch.no_grad():
-                after = _stacked(run()).double()
+                after = _stacked(run())
             kept.restore()
             valid = before.isfinite() & (before > 0)
             rows.append(torch.where(valid, 1 - after / before, torch.nan))
@@ -110,6 +107,10 @@ def lookahead_affinity(
             state.replay()
         torch.clear_autocast_cache()
     return torch.stack(rows).float()
+
+
+def _stacked(losses: dict[Any, Tensor]) -> Tensor:
+    return torch.stack(list(losses.values())).double()
 
 
 def _checked_optimizer(optimizer: Any) -> Optimizer:
@@ -271,32 +272,3 @@ def _in_place(
         return value
 
     return refill
-
-
-def _names(losses: Losses) -> tuple[Any, ...]:
-    return tuple(losses) if isinstance(losses, Mapping) else tuple(range(len(losses)))
-
-
-def _stacked(losses: Losses) -> Tensor:
-    if isinstance(losses, Mapping):
-        for task, loss in losses.items():
-            if not isinstance(loss, Tensor):
-                raise ValueError(
-                    f"The loss of task {task!r} must be a scalar tensor, got {loss!r}; return the "
-                    "loss itself, without .item()."
-                )
-            if loss.dim() != 0 or not loss.is_floating_point():
-                raise ValueError(
-                    f"The loss of task {task!r} must be a scalar floating-point tensor, got "
-                    f"{loss.dtype} of shape {list(loss.shape)}; reduce it, with .mean() for "
-                    "instance."
-                )
-        losses = (
-            torch.stack(list(losses.values()))
-            if losses
-            else torch.empty(0, dtype=torch.float32, device="cpu")
-        )
-    if not isinstance(losses, Tensor) or losses.dim() != 1 or len(losses) == 0:
-        got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"The closure must return {{task: scalar}} or a tensor [K], got {got}.")
-    return losses

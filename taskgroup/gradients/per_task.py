@@ -7,15 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from taskgroup._losses import Losses, check_graph, losses_by_task
 from taskgroup.gradients.through_grad import gradients_through_grad
-from taskgroup.gradients.vectorised import _check_vanishing, _cotangents, _explained, _is_constant
+from taskgroup.gradients.vectorised import check_vanishing, cotangents, explained, is_constant
 from taskgroup.ops._sharded import any_sharded
 
 __all__ = ["task_gradients"]
 
 
 def task_gradients(
-    losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor,
+    losses: Losses | Sequence[Tensor],
     params: Iterable[Tensor],
     *,
     retain_graph: bool = False,
@@ -65,7 +66,7 @@ def task_gradients(
         >>> task_gradients({"depth": (x * x).sum(), "normal": x.sum() + bias}, [x, bias])
         [[tensor([2., 4.]), None], [tensor([1., 1.]), tensor(1.)]]
     """
-    scalars = _scalars(losses)
+    scalars = scalars_with_graph(losses)
     params = list(params)
     if not params:
         raise ValueError("params is empty: name at least one parameter that the tasks share.")
@@ -95,23 +96,23 @@ def task_gradients(
         return found
     if batched:
         stacked = torch.stack(scalars)
-        with _explained(vectorised=True):
+        with explained(vectorised=True):
             rows = torch.autograd.grad(
                 stacked,
                 active,
-                _cotangents(stacked),
+                cotangents(stacked),
                 retain_graph=retain_graph,
                 allow_unused=True,
                 is_grads_batched=True,
             )
-        _check_vanishing([_is_constant(r[-1]) for r in rows if r is not None])
+        check_vanishing([is_constant(r[-1]) for r in rows if r is not None])
         found = [[None if r is None else r[k] for r in rows] for k in range(len(scalars))]
     else:
         found = []
         own: Sequence[Tensor | None]
         for k, scalar in enumerate(scalars):
             keep = retain_graph or k < len(scalars) - 1
-            with _explained():
+            with explained():
                 own = torch.autograd.grad(scalar, active, retain_graph=keep, allow_unused=True)
             found.append(list(own))
     found = [[_laid_out(g, p) for g, p in zip(own, active, strict=True)] for own in found]
@@ -124,33 +125,13 @@ def task_gradients(
     return result
 
 
-def _scalars(losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> list[Tensor]:
+def scalars_with_graph(losses: Losses | Sequence[Tensor]) -> list[Tensor]:
     """The losses one by one, checked."""
-    if isinstance(losses, Tensor):
-        if losses.dim() != 1:
-            raise ValueError(
-                f"Stacked losses must have shape [K], one per task, got {list(losses.shape)}."
-            )
-        named = {f"{k}": loss for k, loss in enumerate(losses.unbind())}
-    elif isinstance(losses, Mapping):
-        named = {repr(task): loss for task, loss in losses.items()}
-    else:
-        named = {f"{k}": loss for k, loss in enumerate(losses)}
-    if not named:
-        raise ValueError("losses is empty: it must hold the loss of at least one task.")
-    for task, loss in named.items():
-        if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
-            got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
-                f"The loss of task {task} must be a floating-point scalar tensor, got {got}; "
-                "reduce it, with .mean() for instance."
-            )
-        if not loss.requires_grad:
-            raise ValueError(
-                f"The loss of task {task} has no graph, so it has no gradient; compute it with "
-                "gradients on, from outputs that are not detached."
-            )
-    return list(named.values())
+    by_task = losses_by_task(
+        losses if isinstance(losses, Mapping | Tensor) else dict(enumerate(losses))
+    )
+    check_graph(by_task)
+    return list(by_task.values())
 
 
 def _laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from taskgroup.gradients.per_task import _scalars
-from taskgroup.gradients.through_grad import _nodes
+from taskgroup._losses import Losses
+from taskgroup.gradients.per_task import scalars_with_graph
+from taskgroup.gradients.through_grad import graph_nodes
 from taskgroup.gradients.vectorised import (
-    _check_batched,
-    _check_vanishing,
-    _constant,
-    _cotangents,
-    _explained,
-    _is_constant,
+    check_batched,
+    check_vanishing,
+    constant_error,
+    cotangents,
+    explained,
+    is_constant,
 )
 from taskgroup.ops import task_gram
 from taskgroup.ops._gradient_list import check_number_of_tasks
@@ -27,7 +28,7 @@ __all__ = ["streaming_task_gram"]
 
 
 def streaming_task_gram(
-    losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor,
+    losses: Losses | Sequence[Tensor],
     params: Iterable[Tensor],
     *,
     retain_graph: bool = False,
@@ -60,7 +61,7 @@ def streaming_task_gram(
         tensor([[20.,  6.],
                 [ 6.,  2.]])
     """
-    scalars = _scalars(losses)
+    scalars = scalars_with_graph(losses)
     n_tasks = len(scalars)
     check_number_of_tasks(n_tasks)
     active = list(dict.fromkeys(parameter for parameter in params if parameter.requires_grad))
@@ -75,7 +76,7 @@ def streaming_task_gram(
     def collect(rows: Tensor) -> None:
         if rows.is_complex():
             rows = torch.view_as_real(rows.resolve_conj())
-        constant.append(_is_constant(rows[-1]))
+        constant.append(is_constant(rows[-1]))
         gram = task_gram([[row] for row in rows[:-1].unbind()])
         if not grams:
             grams.append(gram.double())
@@ -94,7 +95,9 @@ def streaming_task_gram(
     try:
         stacked = torch.stack(scalars)
         # Torch's own rule for cdist drops the batch dimension (functorch), without a word.
-        hooks += [node.register_hook(partial(_check_batched, node)) for node in _nodes([stacked])]
+        hooks += [
+            node.register_hook(partial(check_batched, node)) for node in graph_nodes([stacked])
+        ]
 
         def backward(cotangent: Tensor) -> Tensor:
             torch.autograd.grad(
@@ -103,14 +106,14 @@ def streaming_task_gram(
             return cotangent
 
         if active:
-            with _explained(vectorised=True):
-                torch.func.vmap(backward)(_cotangents(stacked))
+            with explained(vectorised=True):
+                torch.func.vmap(backward)(cotangents(stacked))
     finally:
         for handle in hooks:
             handle.remove()
     if not grams:
         raise ValueError("No loss reaches any of the parameters: name those the tasks share.")
-    _check_vanishing(constant)
+    check_vanishing(constant)
     return grams[0].to(torch.float64 if torch.float64 in dtypes else torch.float32)
 
 
@@ -119,7 +122,7 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def forward(gradient: Tensor, collect: Callable[[Tensor], None]) -> Tensor:
-        raise _constant()  # a gradient without the dimension of the tasks
+        raise constant_error()  # a gradient without the dimension of the tasks
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskgroup.gradients.vectorised import _explained
+from taskgroup.gradients.vectorised import explained
 
 
 def gradients_through_grad(
@@ -19,26 +19,42 @@ def gradients_through_grad(
     *,
     retain_graph: bool = False,
 ) -> list[list[Tensor | None]]:
-    """The same by way of ``.grad``, where FSDP puts the gradients of sharded parameters.
+    """The gradient of every loss on the parameters, by way of ``.grad``, which is put back.
 
-    Hooks of ``register_post_accumulate_grad_hook``, such as an optimizer's step, do not run.
+    FSDP puts the gradients of sharded parameters there. Hooks of
+    ``register_post_accumulate_grad_hook``, such as an optimizer's step, do not run.
 
     Args:
         losses: K scalars.
         params: T parameters.
-        others: parameters that the tasks reach besides; their ``.grad`` is put back as well.
-        retain_graph: keep the graph for a backward pass that comes after.
+        others: more parameters that the losses reach; their ``.grad`` is put back as well.
+        retain_graph: keep the graph for a later backward pass.
+
+    Returns:
+        ``[K][T]`` gradients; None where a task does not reach a parameter.
     """
+    others = list(others)
+    with hooks_held(losses, [*params, *others]):
+        return backward_passes(losses, params, others, retain_graph=retain_graph)
+
+
+def backward_passes(
+    losses: Sequence[Tensor],
+    params: Sequence[Tensor],
+    others: Sequence[Tensor] = (),
+    *,
+    retain_graph: bool = False,
+) -> list[list[Tensor | None]]:
+    """The same, for use within :func:`hooks_held`."""
     kept = [(parameter, parameter.grad) for parameter in (*params, *others)]
     found: list[list[Tensor | None]] = []
     try:
-        with hooks_held(losses, [parameter for parameter, _ in kept]):
-            for k, loss in enumerate(losses):
-                for parameter, _ in kept:
-                    parameter.grad = None
-                with _explained():
-                    loss.backward(retain_graph=retain_graph or k < len(losses) - 1)
-                found.append([parameter.grad for parameter in params])
+        for k, loss in enumerate(losses):
+            for parameter, _ in kept:
+                parameter.grad = None
+            with explained():
+                loss.backward(retain_graph=retain_graph or k < len(losses) - 1)
+            found.append([parameter.grad for parameter in params])
     finally:
         for parameter, gradient in kept:
             parameter.grad = gradient
@@ -65,7 +81,7 @@ def hooks_held(
     """
     leaves = [parameter for parameter in params if _hooks(parameter)]
     if leaves or search:
-        found = (n.variable for n in _nodes(losses) if type(n).__name__ == "AccumulateGrad")
+        found = (n.variable for n in graph_nodes(losses) if type(n).__name__ == "AccumulateGrad")
         leaves += [leaf for leaf in found if _hooks(leaf)]
     # Emptied in place, for the handles that remove hooks know the dictionary.
     live = {leaf: _hooks(leaf) for leaf in leaves}
@@ -93,7 +109,7 @@ def _hooks(tensor: Tensor) -> dict[Any, Callable[[Tensor], Any]]:
     return getattr(tensor, "_post_accumulate_grad_hooks", None) or {}
 
 
-def _nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
     """The nodes of a graph, each once."""
     waiting: list[Any] = [torch.autograd.graph.get_gradient_edge(t).node for t in tensors]
     seen = set()

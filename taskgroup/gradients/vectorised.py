@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def _cotangents(stacked: Tensor) -> Tensor:
+def cotangents(stacked: Tensor) -> Tensor:
     """``[K + 1, K]``: a row for every task, and one of zeros.
 
     A backward pass is linear, so the gradient of the last row is zero. Where it is not, something
@@ -21,22 +21,24 @@ def _cotangents(stacked: Tensor) -> Tensor:
     return torch.eye(n_tasks + 1, n_tasks, dtype=stacked.dtype, device=stacked.device)
 
 
-def _is_constant(gradient: Tensor) -> Tensor:
+def is_constant(gradient: Tensor) -> Tensor:
     """Whether the gradient of the row of zeros is something else: a flag on its device."""
     return gradient.nan_to_num(0.0, 0.0, 0.0).any()  # NaN is 0 * inf, and shows by itself
 
 
-def _check_vanishing(flags: list[Tensor]) -> None:
+def check_vanishing(flags: list[Tensor]) -> None:
+    """Raise if any flag of :func:`is_constant` is set; waits for the device."""
     if any(flags):
-        raise _constant()
+        raise constant_error()
 
 
-def _check_batched(node: Any, found: tuple[Any, ...], given: tuple[Any, ...]) -> None:
+def check_batched(node: Any, found: tuple[Any, ...], given: tuple[Any, ...]) -> None:
+    """Raise if a node of the graph drops the batch dimension: a hook of the node."""
     batched = torch._C._functorch.is_batchedtensor
     if any(g is not None and batched(g) for g in given) and not all(
         g is None or batched(g) or g.numel() == 0 for g in found
     ):
-        raise _constant(node.name())
+        raise constant_error(node.name())
 
 
 _ONE_BY_ONE = "take the gradients one by one, with task_gradients(losses, params)"
@@ -76,7 +78,8 @@ class _NotVectorisedError(RuntimeError):
     """A vectorised backward pass whose result would be wrong; it says what to do."""
 
 
-def _constant(node: str = "") -> _NotVectorisedError:
+def constant_error(node: str = "") -> _NotVectorisedError:
+    """The error for a gradient that is the same for every task."""
     where = f" of {node}" if node else ""
     return _NotVectorisedError(
         f"The vectorised backward pass{where} gives a gradient that does not depend on the loss, "
@@ -85,7 +88,7 @@ def _constant(node: str = "") -> _NotVectorisedError:
 
 
 @contextmanager
-def _explained(*, vectorised: bool = False) -> Iterator[None]:
+def explained(*, vectorised: bool = False) -> Iterator[None]:
     """Says what to do about the backward passes that torch refuses."""
     try:
         yield

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from taskgroup._arguments import listed
-from taskgroup.affinity.base import Losses
+from taskgroup._losses import Losses, check_graph, check_losses, check_one_device
 from taskgroup.loop.host_copy import waits_for
 from taskgroup.loop.rounds import Members
 
@@ -129,13 +129,8 @@ class LossReader:
         """
         if isinstance(losses, Tensor):
             own, measured = self._read_stacked(losses, members, needed)
-        elif isinstance(losses, Mapping):
-            own, measured = self._read_named(losses, members, needed)
         else:
-            raise TypeError(
-                f"Losses must be {{task: scalar tensor}} or one tensor [{len(self.tasks)}] in the "
-                f"order {listed(self.tasks)}, got {type(losses).__name__}."
-            )
+            own, measured = self._read_named(losses, members, needed)
         own = _at_least_float32(own)
         if self.weights is not None:
             weights = self.group(members).weights
@@ -156,15 +151,14 @@ class LossReader:
         if isinstance(losses, Tensor):
             stacked = len(losses) == len(self.tasks)
             return [losses[k if stacked else bisect_left(needed, k)] for k in members]
-        found = [losses[self.tasks[k]] for k in members]
-        for k, loss in zip(members, found, strict=True):
-            if not loss.requires_grad:
-                raise ValueError(
-                    f"The loss of task {self.tasks[k]!r} has no graph, and this step measures its "
-                    "gradient: call the MultiTaskModel with group=group, or compute the losses of "
-                    "the tasks in group.graph with gradients on."
-                )
-        return found
+        found = {self.tasks[k]: losses[self.tasks[k]] for k in members}
+        check_graph(
+            found,
+            "this step cannot measure its gradient",
+            "call the MultiTaskModel with group=group, or compute the losses of the tasks in "
+            "group.graph with gradients on",
+        )
+        return list(found.values())
 
     def spread(self, measured: Tensor, needed: Members) -> Tensor:
         """The losses of ``needed`` at their places in ``[K]``, NaN for the other tasks."""
@@ -184,11 +178,12 @@ class LossReader:
             mine = values if members == needed else [losses[self.tasks[k]] for k in members]
             measured = torch.stack(values).detach()
             own = torch.stack(mine) if len(mine) > 1 else mine[0].clone()
-        except (KeyError, TypeError, RuntimeError):
+        except (AttributeError, KeyError, TypeError, RuntimeError):
             self._explain(losses, members, needed)
             raise
         if (
-            not self._known.issuperset(losses)
+            not isinstance(losses, Mapping)
+            or not self._known.issuperset(losses)
             or measured.dim() != 1
             or not measured.is_floating_point()
             or not all(value.requires_grad for value in mine)
@@ -197,60 +192,27 @@ class LossReader:
         self._settle_on(measured.device)
         return own, measured
 
-    def _explain(self, losses: Mapping[str, Tensor], members: Members, needed: Members) -> None:
+    def _explain(self, losses: Losses, members: Members, needed: Members) -> None:
         """Raise with a sentence on what is wrong with the losses."""
-        if unknown := [task for task in losses if task not in self._known]:
-            raise ValueError(
-                f"Unknown task {unknown[0]!r} among the losses; the tasks are "
-                f"{listed(self.tasks)}. "
-                "Leave it out: group.loss({t: losses[t] for t in group.observed})."
-            )
-        for k in needed:
-            value = losses.get(self.tasks[k])
-            if value is None:
-                raise ValueError(
-                    f"The loss of task {self.tasks[k]!r} is missing; this step needs those of "
-                    f"group.observed, {listed(self.names(needed))}."
-                )
-            if not isinstance(value, Tensor) or value.dim() != 0 or not value.is_floating_point():
-                cure = "reduce it, with .mean() for instance"
-                if isinstance(value, int | float):
-                    cure = "hand over the tensor itself, without .item() or float()"
-                raise ValueError(
-                    f"The loss of task {self.tasks[k]!r} must be a floating-point scalar tensor, "
-                    f"got {_described(value)}; {cure}."
-                )
-            first = losses[self.tasks[needed[0]]]
-            if value.device != first.device:
-                raise ValueError(
-                    f"The loss of task {self.tasks[k]!r} is on {value.device}, that of "
-                    f"{self.tasks[needed[0]]!r} on {first.device}; move them to one device."
-                )
-        for k in members:
-            if not losses[self.tasks[k]].requires_grad:
-                raise ValueError(
-                    f"The loss of task {self.tasks[k]!r} has no graph, so the group "
-                    f"{listed(self.names(members))} cannot be stepped on; compute it with "
-                    "gradients on, from outputs that are not detached."
-                )
+        names = self.names(needed)
+        check_losses(losses, self.tasks, names, names="group.observed")
+        own = self.names(members)
+        if isinstance(losses, Tensor):
+            losses = dict.fromkeys(own, losses)
+        else:
+            check_one_device({task: losses[task] for task in names})
+        group = f"the group {listed(own)} cannot be stepped on"
+        check_graph({task: losses[task] for task in own}, group)
 
     def _read_stacked(
         self, losses: Tensor, members: Members, needed: Members
     ) -> tuple[Tensor, Tensor]:
-        if losses.shape not in ((len(self.tasks),), (len(needed),)) or not (
-            losses.is_floating_point()
+        if (
+            losses.shape not in ((len(self.tasks),), (len(needed),))
+            or not losses.is_floating_point()
+            or not losses.requires_grad
         ):
-            few = f" or [{len(needed)}], those of group.observed;" * (needed != self.everyone)
-            raise ValueError(
-                f"Stacked losses must be floating point [{len(self.tasks)}], one per task in the "
-                f"order {listed(self.tasks)},{few} got {_described(losses)}."
-            )
-        if not losses.requires_grad:
-            raise ValueError(
-                "The stacked losses have no graph, so the group "
-                f"{listed(self.names(members))} cannot be stepped on; compute them with gradients "
-                "on and join them with torch.stack."
-            )
+            self._explain(losses, members, needed)
         self._settle_on(losses.device)
         given = self.everyone if len(losses) == len(self.tasks) else needed
         # Copies: compiled models may write their next output over this one.
@@ -360,12 +322,6 @@ def _checked_weights(
                 f"The weight of task {task!r} must be finite and not negative, got {weight}."
             )
     return floats
-
-
-def _described(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {list(value.shape)}"
-    return type(value).__name__
 
 
 def send_like(values: Tensor, like: Tensor) -> Tensor:

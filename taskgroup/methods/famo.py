@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from taskgroup._losses import Losses
 from taskgroup.methods.loss_space import ScalarizerMethod
 from taskgroup.methods.method import enabled, torch_as_it_comes, values_of
 
@@ -88,9 +89,7 @@ class FAMO(ScalarizerMethod):
         self._scalarizer._optimizer = adam
         self._scalarizer._prev_losses = torch.zeros_like(self._logits, requires_grad=False)
 
-    def backward(
-        self, losses: Mapping[str, Tensor] | Tensor, scaler: GradScaler | None = None
-    ) -> Tensor:
+    def backward(self, losses: Losses, scaler: GradScaler | None = None) -> Tensor:
         """As for every method, once per step.
 
         Raises:
@@ -118,7 +117,7 @@ class FAMO(ScalarizerMethod):
         self._open = True
         return weights
 
-    def observe(self, losses: Mapping[str, Tensor] | Tensor) -> None:
+    def observe(self, losses: Losses) -> None:
         """Learn from the losses on the same batch after the step; they need no graph.
 
         Args:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from taskgroup.gradients.through_grad import hooks_held
+from taskgroup._losses import Losses
+from taskgroup.gradients.through_grad import backward_passes, hooks_held
 from taskgroup.methods.method import JointMethod, enabled, torch_as_it_comes
 from taskgroup.ops import combine, task_gram
 
@@ -32,9 +33,7 @@ class GradientMethod(JointMethod):
 
     _requires: ClassVar[tuple[str, ...]] = ("torchjd",)
 
-    def backward(
-        self, losses: Mapping[str, Tensor] | Tensor, scaler: GradScaler | None = None
-    ) -> Tensor:
+    def backward(self, losses: Losses, scaler: GradScaler | None = None) -> Tensor:
         """Add to the gradients of the shared parameters and the heads, as the method says.
 
         The gradients of the shared parameters stay as they were if anything fails; the heads' may
@@ -60,7 +59,7 @@ class GradientMethod(JointMethod):
         # Through a stacked tensor every pass comes to all heads: their hooks are to wait as well.
         with hooks_held(scalars, self._shared, search=isinstance(losses, Tensor)) as run_hooks:
             scaled = scalars if scaler is None else list(scaler.scale(scalars))
-            found = self._passes(scaled)
+            found = backward_passes(scaled, self._shared)
         with torch.no_grad():
             columns = [_Column(own) for own in zip(*found, strict=True)]
             gradients = _apart([list(own) for own in zip(*(c.plain for c in columns), strict=True)])
@@ -85,32 +84,6 @@ class GradientMethod(JointMethod):
             scale: what they are multiplied by; None without a scaler.
         """
         raise NotImplementedError
-
-    def _passes(self, scalars: Sequence[Tensor]) -> Gradients:
-        """The gradients ``[K][T]`` on the shared parameters, whose ``.grad`` stays as it was.
-
-        Each is the very tensor that autograd made, taken away from the parameter.
-        """
-        before = [parameter.grad for parameter in self._shared]
-        gradients: Gradients = []
-        try:
-            for k, loss in enumerate(scalars):
-                for parameter in self._shared:
-                    parameter.grad = None
-                loss.backward(retain_graph=k < len(scalars) - 1)
-                gradients.append([parameter.grad for parameter in self._shared])
-        except RuntimeError as error:
-            if "donated buffer" in str(error):
-                raise RuntimeError(
-                    "The compiled model frees its buffers in its first backward pass, and "
-                    f"{type(self).__name__} takes one per task: set "
-                    "torch._functorch.config.donated_buffer = False before the model is compiled."
-                ) from error
-            raise
-        finally:
-            for parameter, gradient in zip(self._shared, before, strict=True):
-                parameter.grad = gradient
-        return gradients
 
 
 class GramMethod(GradientMethod):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from taskgroup._losses import Losses
 from taskgroup.methods.method import JointMethod, enabled, torch_as_it_comes, values_of
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class LossMethod(JointMethod):
     """A method that needs the values of the losses alone: base of those in loss space."""
 
     def backward(  # noqa: D102 (inherited)
-        self, losses: Mapping[str, Tensor] | Tensor, scaler: GradScaler | None = None
+        self, losses: Losses, scaler: GradScaler | None = None
     ) -> Tensor:
         scaler = enabled(scaler)
         scalars = self._read(losses)
@@ -108,9 +109,7 @@ class _LearnedMethod(ScalarizerMethod):
     def _made(self) -> Scalarizer:
         raise NotImplementedError
 
-    def backward(
-        self, losses: Mapping[str, Tensor] | Tensor, scaler: GradScaler | None = None
-    ) -> Tensor:
+    def backward(self, losses: Losses, scaler: GradScaler | None = None) -> Tensor:
         weights = super().backward(losses, scaler)
         self._passes += 1
         # Looked at once, since it waits for the device. (Fused optimizers do not count versions.)

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from taskgroup._arguments import described
+from taskgroup._losses import Losses, check_graph, check_one_device, losses_by_task
+
 __all__ = ["JointMethod"]
 
 
@@ -88,9 +91,7 @@ class JointMethod:
         if isinstance(tasks, str) or not self._tasks or len(set(self._tasks)) < len(self._tasks):
             raise ValueError(f"tasks must be a sequence of different names, got {tasks!r}.")
 
-    def backward(
-        self, losses: Mapping[str, Tensor] | Tensor, scaler: GradScaler | None = None
-    ) -> Tensor:
+    def backward(self, losses: Losses, scaler: GradScaler | None = None) -> Tensor:
         """Add to the gradients of the shared parameters and the heads, as the method says.
 
         Args:
@@ -112,7 +113,7 @@ class JointMethod:
         """
         raise NotImplementedError
 
-    def observe(self, losses: Mapping[str, Tensor] | Tensor) -> None:
+    def observe(self, losses: Losses) -> None:
         """Look at the losses on the same batch after the step, not scaled; only FAMO needs it."""
 
     def parameters(self) -> list[nn.Parameter]:
@@ -147,10 +148,10 @@ class JointMethod:
                     "load it into the same method of the same tasks."
                 )
         for key, value in kept.items():
-            if _kind(state[key]) != _kind(value):
+            if described(state[key]) != described(value):
                 raise ValueError(
-                    f"{key} in the state of {kept['method']} must be {_kind(value)}, got "
-                    f"{_kind(state[key])}; pass what state_dict() returned."
+                    f"{key} in the state of {kept['method']} must be {described(value)}, got "
+                    f"{described(state[key])}; pass what state_dict() returned."
                 )
         self._load(state)
 
@@ -161,49 +162,13 @@ class JointMethod:
     def _load(self, state: Mapping[str, Any]) -> None:
         """Take over a state that has been checked."""
 
-    def _read(self, losses: Mapping[str, Tensor] | Tensor, with_graph: bool = True) -> list[Tensor]:
+    def _read(self, losses: Losses, with_graph: bool = True) -> list[Tensor]:
         """The losses one by one in task order, checked."""
-        if isinstance(losses, Tensor):
-            if losses.shape != (len(self._tasks),):
-                raise ValueError(
-                    f"Stacked losses must have shape [{len(self._tasks)}], one per task in the "
-                    f"order {list(self._tasks)}, got {list(losses.shape)}."
-                )
-            scalars = list(losses.unbind())
-        elif isinstance(losses, Mapping):
-            if unknown := [task for task in losses if task not in self._tasks]:
-                raise ValueError(
-                    f"Unknown task {unknown[0]!r} among the losses; the tasks are "
-                    f"{list(self._tasks)}. Leave it out."
-                )
-            if absent := [task for task in self._tasks if task not in losses]:
-                raise ValueError(
-                    f"The loss of task {absent[0]!r} is missing: a joint method steps on all "
-                    f"tasks, {list(self._tasks)}."
-                )
-            scalars = [losses[task] for task in self._tasks]
-        else:
-            raise TypeError(
-                f"Losses must be {{task: scalar tensor}} or one tensor [{len(self._tasks)}] in the "
-                f"order {list(self._tasks)}, got {type(losses).__name__}."
-            )
-        for task, loss in zip(self._tasks, scalars, strict=True):
-            if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
-                raise ValueError(
-                    f"The loss of task {task!r} must be a floating-point scalar tensor, got "
-                    f"{_kind(loss)}; reduce it, with .mean() for instance."
-                )
-            if loss.device != scalars[0].device:
-                raise ValueError(
-                    f"The loss of task {task!r} is on {loss.device}, that of {self._tasks[0]!r} on "
-                    f"{scalars[0].device}; move them to one device."
-                )
-            if with_graph and not loss.requires_grad:
-                raise ValueError(
-                    f"The loss of task {task!r} has no graph, so it has no gradient; compute it "
-                    "with gradients on, from outputs that are not detached."
-                )
-        return scalars
+        by_task = losses_by_task(losses, self._tasks)
+        check_one_device(by_task)
+        if with_graph:
+            check_graph(by_task)
+        return list(by_task.values())
 
 
 def values_of(scalars: Sequence[Tensor]) -> Tensor:
@@ -241,9 +206,3 @@ def torch_as_it_comes() -> Iterator[None]:
         if torch.is_autocast_enabled("cpu"):
             stack.enter_context(torch.autocast("cpu", enabled=False))
         yield
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {list(value.shape)}"
-    return type(value).__name__

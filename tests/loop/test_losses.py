@@ -42,7 +42,7 @@ def opened():
         (torch.ones(2, requires_grad=True), ValueError, r"\[3\], one per task.*\[2\]"),
         (torch.ones(3, 1, requires_grad=True), ValueError, r"got torch.float32 of shape \[3, 1\]"),
         (torch.ones(()), ValueError, r"got torch.float32 of shape \[\]"),
-        (torch.ones(3), ValueError, "have no graph"),
+        (torch.ones(3), ValueError, "has no graph, so the group"),
         (torch.ones(3, dtype=torch.int64), ValueError, "int64"),
         (torch.ones(3, device="meta", requires_grad=True), ValueError, "on meta, those before"),
         ([1.0, 2.0, 3.0], TypeError, "got list"),
