@@ -70,24 +70,13 @@ class FAMO(ScalarizerMethod):
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value!r}.")
-        from torchjd.scalarization import FAMO as Scalarizer  # noqa: N811
+        from taskgroup.methods._torchjd import FAMO as Scalarizer  # noqa: N811
 
         with torch_as_it_comes():
             self._scalarizer: Scalarizer = Scalarizer(
-                len(self._tasks), lr=lr, weight_decay=weight_decay
-            ).to(self._device, torch.float32)
+                len(self._tasks), lr, weight_decay, self._device
+            )
         self._open = False  # whether a step is to be observed
-        # TorchJD makes Adam and its moments on first use: made now, for a state that has the same
-        # keys from the start.
-        self._logits = self._scalarizer._w
-        adam = torch.optim.Adam([self._logits], lr=lr, weight_decay=weight_decay)
-        self._adam = adam.state[self._logits] = {
-            "step": torch.zeros((), dtype=torch.float32, device="cpu"),
-            "exp_avg": torch.zeros_like(self._logits, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(self._logits, requires_grad=False),
-        }
-        self._scalarizer._optimizer = adam
-        self._scalarizer._prev_losses = torch.zeros_like(self._logits, requires_grad=False)
 
     def backward(self, losses: Losses, scaler: GradScaler | None = None) -> Tensor:
         """As for every method, once per step.
@@ -132,27 +121,18 @@ class FAMO(ScalarizerMethod):
         scalars = self._read(losses, with_graph=False)
         with torch.inference_mode(False), torch_as_it_comes():
             after = values_of(scalars).to(self._device)
-            before = self._scalarizer._prev_losses
-            assert before is not None
+            before = self._scalarizer.losses
             both = torch.stack([before, after])
             # The logarithm of anything else would stay in the logits for ever.
             if (both.isfinite() & (both >= 0)).all() & (before != after).any():
                 self._scalarizer.update(after)
         self._open = False
 
-    def _kept(self) -> dict[str, Tensor]:
-        assert self._scalarizer._prev_losses is not None
-        return {
-            "logits": self._logits.detach(),
-            "losses": self._scalarizer._prev_losses,
-            **self._adam,
-        }
-
     def _state(self) -> dict[str, Any]:
-        kept = {name: value.to("cpu", copy=True) for name, value in self._kept().items()}
-        return {**kept, "open": self._open}
+        kept = self._scalarizer.memory().items()
+        return {**{name: value.to("cpu", copy=True) for name, value in kept}, "open": self._open}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        for name, value in self._kept().items():
+        for name, value in self._scalarizer.memory().items():
             value.copy_(state[name])
         self._open = state["open"]

@@ -141,7 +141,12 @@ class GramMethod(GradientMethod):
 
     def _weigh(self, gram: Tensor) -> Tensor:
         """From the Gram matrix ``[K, K]`` on the host to the weights ``[K]``."""
-        return self._weighting(gram.double())
+        return self._weighting(self._prepared(gram))
+
+    @staticmethod
+    def _prepared(gram: Tensor) -> Tensor:
+        """The Gram matrix as the weighting takes it."""
+        return gram.double()
 
 
 def targets(gradients: Gradients) -> list[Tensor | None]:

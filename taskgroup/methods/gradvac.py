@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from taskgroup.methods.gradient_space import GramMethod
@@ -36,6 +35,7 @@ class GradVac(GramMethod):
             range.
 
     Example:
+        >>> import torch
         >>> x = torch.zeros(2, requires_grad=True)
         >>> method = GradVac([x], ["a", "b"])
         >>> weights = method.backward({"a": x[0], "b": x[1] - x[0]})
@@ -47,20 +47,12 @@ class GradVac(GramMethod):
         self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str], beta: float = 0.5
     ) -> None:
         super().__init__(shared, tasks)
-        from torchjd.aggregation import GradVacWeighting
+        from taskgroup.methods._torchjd import GradVacWeighting
 
-        self._weighting: Any = GradVacWeighting(beta)
-        n_tasks = len(self._tasks)
-        self._set(torch.zeros(n_tasks, n_tasks, dtype=torch.float64, device="cpu"))
-
-    def _set(self, phi: Tensor) -> None:
-        # TorchJD makes its averages on first use: made now, for a state that is whole from the
-        # start.
-        self._weighting._phi_t = phi
-        self._weighting._state_key = (len(phi), phi.dtype)
+        self._weighting: GradVacWeighting = GradVacWeighting(beta, len(self._tasks))
 
     def _state(self) -> dict[str, Any]:
-        return {"phi": self._weighting._phi_t.clone()}
+        return {"phi": self._weighting.phi.clone()}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self._set(state["phi"].to("cpu", copy=True))
+        self._weighting.phi = state["phi"].to("cpu", copy=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from importlib import import_module
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -12,7 +13,31 @@ from taskgroup.methods.gradient_space import GramMethod
 __all__ = ["IMTLG", "MGDA", "AlignedMTL", "CAGrad", "FairGrad", "PCGrad", "UPGrad"]
 
 
-class MGDA(GramMethod):
+def _as_it_is(gram: Tensor) -> Tensor:
+    """For weightings that decide the rank: no more precise than it was computed."""
+    return gram
+
+
+def _of_trace_one(gram: Tensor) -> Tensor:
+    """For weightings that take less than 1e-4 for zero: small gradients are not zeros."""
+    return (gram / gram.diagonal().sum()).double()
+
+
+class _StatelessMethod(GramMethod):
+    """A method with one of the weightings in ``torchjd.aggregation``, by name and options."""
+
+    def __init__(
+        self,
+        shared: nn.Module | Iterable[Tensor],
+        tasks: Sequence[str],
+        weighting: str,
+        **options: Any,
+    ) -> None:
+        super().__init__(shared, tasks)
+        self._weighting = getattr(import_module("torchjd.aggregation"), weighting)(**options)
+
+
+class MGDA(_StatelessMethod):
     r"""MGDA: the shortest convex combination of the gradients.
 
     .. math::
@@ -50,13 +75,10 @@ class MGDA(GramMethod):
         epsilon: float = 1e-3,
         max_iters: int = 100,
     ) -> None:
-        super().__init__(shared, tasks)
-        from torchjd.aggregation import MGDAWeighting
-
-        self._weighting = MGDAWeighting(epsilon, max_iters)
+        super().__init__(shared, tasks, "MGDAWeighting", epsilon=epsilon, max_iters=max_iters)
 
 
-class PCGrad(GramMethod):
+class PCGrad(_StatelessMethod):
     r"""PCGrad: each gradient without what conflicts with the others, projected away one by one.
 
     .. math::
@@ -85,13 +107,10 @@ class PCGrad(GramMethod):
     """
 
     def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
-        super().__init__(shared, tasks)
-        from torchjd.aggregation import PCGradWeighting
-
-        self._weighting = PCGradWeighting()
+        super().__init__(shared, tasks, "PCGradWeighting")
 
 
-class CAGrad(GramMethod):
+class CAGrad(_StatelessMethod):
     r"""CAGrad: near the mean gradient, the direction best for the task that gains least.
 
     .. math::
@@ -120,20 +139,15 @@ class CAGrad(GramMethod):
     """
 
     _requires: ClassVar[tuple[str, ...]] = ("torchjd", "cvxpy", "clarabel")
+    _prepared = staticmethod(_of_trace_one)
 
     def __init__(
         self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str], c: float = 0.4
     ) -> None:
-        super().__init__(shared, tasks)
-        from torchjd.aggregation import CAGradWeighting
-
-        self._weighting = CAGradWeighting(c)
-
-    def _weigh(self, gram: Tensor) -> Tensor:
-        return super()._weigh(_scaled(gram))
+        super().__init__(shared, tasks, "CAGradWeighting", c=c)
 
 
-class IMTLG(GramMethod):
+class IMTLG(_StatelessMethod):
     r"""IMTL-G: the combination whose projections on all gradients are equal.
 
     .. math::
@@ -161,17 +175,13 @@ class IMTLG(GramMethod):
         tensor([0.7500, 0.7500])
     """
 
+    _prepared = staticmethod(_as_it_is)
+
     def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
-        super().__init__(shared, tasks)
-        from torchjd.aggregation import IMTLGWeighting
-
-        self._weighting = IMTLGWeighting()
-
-    def _weigh(self, gram: Tensor) -> Tensor:
-        return self._weighting(gram)  # as precise as it is, no more: it decides the rank
+        super().__init__(shared, tasks, "IMTLGWeighting")
 
 
-class AlignedMTL(GramMethod):
+class AlignedMTL(_StatelessMethod):
     r"""Aligned-MTL: the gradients made orthogonal and of one length, then averaged.
 
     .. math::
@@ -201,24 +211,20 @@ class AlignedMTL(GramMethod):
         tensor([0.5000, 0.5000])
     """
 
+    _prepared = staticmethod(_as_it_is)
+
     def __init__(
         self,
         shared: nn.Module | Iterable[Tensor],
         tasks: Sequence[str],
         scale_mode: str = "min",
     ) -> None:
-        super().__init__(shared, tasks)
         if scale_mode not in ("min", "median", "rmse"):
             raise ValueError(f"scale_mode must be 'min', 'median' or 'rmse', got {scale_mode!r}.")
-        from torchjd.aggregation import AlignedMTLWeighting
-
-        self._weighting = AlignedMTLWeighting(scale_mode=scale_mode)  # type: ignore[arg-type]
-
-    def _weigh(self, gram: Tensor) -> Tensor:
-        return self._weighting(gram)  # as precise as it is, no more: it decides the rank
+        super().__init__(shared, tasks, "AlignedMTLWeighting", scale_mode=scale_mode)
 
 
-class UPGrad(GramMethod):
+class UPGrad(_StatelessMethod):
     r"""UPGrad: each gradient projected to where it conflicts with none; the mean of these.
 
     .. math::
@@ -246,18 +252,13 @@ class UPGrad(GramMethod):
     """
 
     _requires: ClassVar[tuple[str, ...]] = ("torchjd", "qpsolvers", "quadprog")
+    _prepared = staticmethod(_of_trace_one)
 
     def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
-        super().__init__(shared, tasks)
-        from torchjd.aggregation import UPGradWeighting
-
-        self._weighting = UPGradWeighting()
-
-    def _weigh(self, gram: Tensor) -> Tensor:
-        return super()._weigh(_scaled(gram))
+        super().__init__(shared, tasks, "UPGradWeighting")
 
 
-class FairGrad(GramMethod):
+class FairGrad(_StatelessMethod):
     r"""FairGrad: alpha-fair shares of the gain, tasks that gain little first.
 
     .. math::
@@ -286,6 +287,7 @@ class FairGrad(GramMethod):
     """
 
     _requires: ClassVar[tuple[str, ...]] = ("torchjd", "scipy")
+    _prepared = staticmethod(_of_trace_one)
 
     def __init__(
         self,
@@ -294,20 +296,12 @@ class FairGrad(GramMethod):
         alpha: float = 2.0,
         max_iters: int | None = None,
     ) -> None:
-        super().__init__(shared, tasks)
         if not alpha > 0:
             raise ValueError(f"alpha must be positive, got {alpha!r}.")
-        from torchjd.aggregation import FairGradWeighting
-
-        self._weighting = FairGradWeighting(alpha, max_iters)
+        super().__init__(shared, tasks, "FairGradWeighting", alpha=alpha, max_iters=max_iters)
         self._alpha = alpha
 
     def _weigh(self, gram: Tensor) -> Tensor:
         # The solver is good where numbers are near 1, and the scale can be solved for by hand.
         scale = gram.diagonal().sum().double() ** (-self._alpha / (self._alpha + 1))
-        return super()._weigh(_scaled(gram)) * scale
-
-
-def _scaled(gram: Tensor) -> Tensor:
-    """Of trace 1: TorchJD takes less than 1e-4 for zero, and small gradients are no zeros."""
-    return gram / gram.diagonal().sum()
+        return super()._weigh(gram) * scale
