@@ -61,13 +61,8 @@ class FAMO(scalarization.FAMO):
             "exp_avg_sq": zeros.clone(),
         }
 
-    @property
-    def losses(self) -> Tensor:
-        """The losses ``[K]`` before the step."""
-        return self._prev_losses
-
     def memory(self) -> dict[str, Tensor]:
-        """The tensors that it remembers, not copies."""
+        """The tensors that it remembers, not copies; ``losses`` are those before the step."""
         adam: dict[str, Tensor] = self._optimizer.state[self._w]
         return {"logits": self._w.detach(), "losses": self._prev_losses, **adam}
 

@@ -121,7 +121,7 @@ class FAMO(ScalarizerMethod):
         scalars = self._read(losses, with_graph=False)
         with torch.inference_mode(False), torch_as_it_comes():
             after = values_of(scalars).to(self._device)
-            before = self._scalarizer.losses
+            before = self._scalarizer.memory()["losses"]
             both = torch.stack([before, after])
             # The logarithm of anything else would stay in the logits for ever.
             if (both.isfinite() & (both >= 0)).all() & (before != after).any():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from importlib import import_module
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,6 @@ from torch.amp import GradScaler
 
 from taskgroup._losses import Losses
 from taskgroup.methods.method import JointMethod, enabled, torch_as_it_comes, values_of
-
-if TYPE_CHECKING:
-    from torchjd.scalarization import Scalarizer
 
 __all__ = ["GD", "IMTLL", "UW", "LossMethod", "ScalarizerMethod"]
 
@@ -75,7 +73,7 @@ class ScalarizerMethod(LossMethod):
     """A method whose weights are the derivatives of one of TorchJD's scalarizers."""
 
     _requires: ClassVar[tuple[str, ...]] = ("torchjd",)
-    _scalarizer: Scalarizer
+    _scalarizer: nn.Module
 
     def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
         super().__init__(shared, tasks)
@@ -96,18 +94,17 @@ class ScalarizerMethod(LossMethod):
 class _LearnedMethod(ScalarizerMethod):
     """A method that learns one number per task along with the model, by gradient."""
 
+    _name: ClassVar[str]  # of the scalarizer in torchjd.scalarization
     _learned: nn.Parameter
     _passes = 0  # backward passes since the start, or since a state was loaded
 
     def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
         super().__init__(shared, tasks)
+        made = getattr(import_module("torchjd.scalarization"), self._name)
         with torch_as_it_comes():
-            self._scalarizer = self._made().to(self._device, torch.float32)
+            self._scalarizer = made(len(self._tasks)).to(self._device, torch.float32)
         (self._learned,) = self._scalarizer.parameters()
         self._start = self._learned.detach().clone()
-
-    def _made(self) -> Scalarizer:
-        raise NotImplementedError
 
     def backward(self, losses: Losses, scaler: GradScaler | None = None) -> Tensor:
         weights = super().backward(losses, scaler)
@@ -166,10 +163,7 @@ class UW(_LearnedMethod):
         tensor([0.5000, 0.5000])
     """
 
-    def _made(self) -> Scalarizer:
-        from torchjd.scalarization import UW as Uncertainty  # noqa: N811
-
-        return Uncertainty(len(self._tasks))
+    _name = "UW"
 
 
 class IMTLL(_LearnedMethod):
@@ -198,7 +192,4 @@ class IMTLL(_LearnedMethod):
         tensor([1., 1.])
     """
 
-    def _made(self) -> Scalarizer:
-        from torchjd.scalarization import IMTLL as Scales  # noqa: N811
-
-        return Scales(len(self._tasks))
+    _name = "IMTLL"
