@@ -1,7 +1,7 @@
-"""What TorchJD keeps private and the methods need: the only file that touches it.
+"""The private parts of TorchJD that the methods need; no other file touches them.
 
-Written for the version in ``WRITTEN_FOR``. Importing this file imports TorchJD, which is optional:
-a method imports it when it is made.
+This file is written for TorchJD ``WRITTEN_FOR``. It imports TorchJD, which is optional, so a method
+imports this file only when it is created.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ WRITTEN_FOR = "0.18"
 
 
 class DWA(scalarization.DWA):
-    """DWA with a history that can be read and replaced."""
+    """DWA whose history can be read and replaced."""
 
     @property
     def history(self) -> tuple[Tensor | None, int, list[Tensor]]:
-        """The sum of the losses ``[K]`` of this epoch, its batches, the means of up to two epochs.
+        """The sum of this epoch's losses ``[K]``, its batches, and the means of the last epochs.
 
-        The sum is None before the first batch of an epoch.
+        The sum is None before the first batch of an epoch; the means are those of up to two epochs.
         """
         return self._loss_sum, self._n_batches, self._previous_averages
 
@@ -37,13 +37,13 @@ class DWA(scalarization.DWA):
 
 
 class FAMO(scalarization.FAMO):
-    """FAMO whose state has the same keys from the start: TorchJD makes Adam on its first use.
+    """FAMO whose memory is complete from the start; TorchJD creates it on first use.
 
     Args:
         n_tasks: K.
-        lr: of the logits.
-        weight_decay: of the logits.
-        device: of all that it remembers, in float32.
+        lr: the learning rate of the logits.
+        weight_decay: the weight decay of the logits.
+        device: the device of the memory, which is float32.
     """
 
     _optimizer: torch.optim.Adam
@@ -62,13 +62,13 @@ class FAMO(scalarization.FAMO):
         }
 
     def memory(self) -> dict[str, Tensor]:
-        """The tensors that it remembers, not copies; ``losses`` are those before the step."""
+        """The tensors themselves, not copies; ``losses`` are those before the step."""
         adam: dict[str, Tensor] = self._optimizer.state[self._w]
         return {"logits": self._w.detach(), "losses": self._prev_losses, **adam}
 
 
 class GradVacWeighting(aggregation.GradVacWeighting):
-    """GradVac whose averages ``phi``, float64 ``[K, K]``, exist from the start."""
+    """GradVac whose averages, float64 ``[K, K]``, exist from the start."""
 
     def __init__(self, beta: float, n_tasks: int) -> None:
         super().__init__(beta)
@@ -87,11 +87,11 @@ class GradVacWeighting(aggregation.GradVacWeighting):
 
 
 class NashMTLWeighting(_NashMTLWeighting):
-    """Nash-MTL that says what the solver did, and can be copied.
+    """Nash-MTL that can be copied and reports what the solver did.
 
-    TorchJD makes the convex problem in the step 0 and swallows the errors of the solver. Here the
-    problem is made at once and watched, and the steps are counted from the end of the first period,
-    which changes nothing else.
+    TorchJD creates the convex problem when the step count is 0, and hides the errors of the solver.
+    Here the problem is created by the constructor and watched. To keep TorchJD from creating it
+    again, the step count starts at ``update_weights_every``, which has the same effect as 0.
     """
 
     prvs_alpha: Any
@@ -107,13 +107,13 @@ class NashMTLWeighting(_NashMTLWeighting):
         self.problem = self.prob
 
     def forward(self, matrix: Tensor, /) -> Tensor:
-        """The weights ``[K]``, from a matrix ``[K, P]`` whose Gram matrix is that of the tasks."""
+        """Compute the weights ``[K]`` from a square root ``[K, K]`` of the Gram matrix."""
         self.prob = Watched(self.problem)
         return super().forward(matrix)
 
     @property
     def watched(self) -> Watched:
-        """What the solver did in the last call."""
+        """The solver's record of the last call."""
         found: Watched = self.prob
         return found
 
@@ -126,8 +126,8 @@ class NashMTLWeighting(_NashMTLWeighting):
     def memory(self, memory: tuple[Any, Any, int]) -> None:
         self.prvs_alpha, self.normalization_factor, self.step = memory
 
-    # A copy makes a problem of its own: copies of CVXPY's do not survive. No tensor is pickled: if
-    # it is deleted before a spawned process reads it, its file is gone.
+    # A copy creates its own problem, because copies of CVXPY problems do not work. No tensor is
+    # pickled: its file would be gone if it were deleted before a spawned process reads it.
     def __reduce__(self) -> tuple[Any, ...]:
         options = self.n_tasks, self.max_norm, self.update_weights_every, self.optim_niter
         return type(self), options, self.memory
@@ -137,20 +137,20 @@ class NashMTLWeighting(_NashMTLWeighting):
 
 
 class Watched:
-    """A CVXPY problem that counts how often it was tried and solved in one step."""
+    """A CVXPY problem that counts how often it was tried and how often solved."""
 
     def __init__(self, problem: Any) -> None:
         self._problem = problem
         self.tried = 0
         self.solved = 0
-        self.said: object = ""  # by the solver, where it found nothing
+        self.said: object = ""  # the solver's last error or status
 
     def solve(self, **options: Any) -> None:
         """Solve the problem and count it."""
         self.tried += 1
         try:
             with warnings.catch_warnings():
-                # It is about speed alone, and the problem is small.
+                # The warning is about speed, and the problem is small.
                 warnings.filterwarnings("ignore", ".*not DPP", UserWarning)
                 self._problem.solve(**options)
         except Exception as error:

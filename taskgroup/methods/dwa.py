@@ -15,26 +15,26 @@ __all__ = ["DWA"]
 
 
 class DWA(ScalarizerMethod):
-    r"""Dynamic weight average: more weight to the tasks whose losses fall more slowly.
+    r"""Dynamic weight average: gives more weight to tasks whose losses fall more slowly.
 
     .. math::
         w_k = K \operatorname{softmax}_k \bigl( \bar L_k(t-1) / (T \, \bar L_k(t-2)) \bigr)
 
-    with :math:`\bar L_k(t)` the mean loss of epoch :math:`t`; all weights are 1 in the first two
-    epochs. From "End-to-End Multi-Task Learning with Attention" (Liu et al., CVPR 2019), by
-    TorchJD. With a ``GradScaler``, a batch whose losses are not finite does not count.
+    with :math:`\bar L_k(t)` the mean loss of epoch :math:`t`. All weights are 1 in the first two
+    epochs. From "End-to-End Multi-Task Learning with Attention" (Liu et al., CVPR 2019), computed
+    by TorchJD. With a ``GradScaler``, a batch whose losses are not finite does not count.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them.
         tasks: the K task names.
-        epoch: backward passes in an epoch, such as ``len(loader)``; after so many the method rolls
-            its history by itself.
-        temperature: :math:`T` > 0; larger is more uniform. The paper uses 2.
+        epoch: the number of backward passes in an epoch, such as ``len(loader)``. The method counts
+            them and finds the end of an epoch by itself.
+        temperature: :math:`T` > 0; a larger one makes the weights more uniform. The paper uses 2.
 
     Raises:
         ImportError: if TorchJD is missing.
         ValueError: if nothing is shared, the tasks are not K different names, or an option is out
-            of its range.
+            of range.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
@@ -76,7 +76,7 @@ class DWA(ScalarizerMethod):
 
     def _state(self) -> dict[str, Any]:
         total, n_batches, averages = self._scalarizer.history
-        # The shapes are the same from the start: zeros stand for what is not known yet.
+        # The shapes never change: zeros stand for what is not known yet.
         zeros = torch.zeros(len(self._tasks), dtype=torch.float32, device="cpu")
         rows = [*(average.cpu() for average in averages), zeros, zeros][:2]
         return {

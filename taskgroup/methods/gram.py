@@ -1,4 +1,4 @@
-"""The methods that weigh by inner products of gradients and remember nothing."""
+"""The methods that compute weights from inner products of gradients, without memory."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["IMTLG", "MGDA", "AlignedMTL", "CAGrad", "FairGrad", "PCGrad", "UPGra
 
 
 def _as_it_is(gram: Tensor) -> Tensor:
-    """For weightings that decide the rank: no more precise than it was computed."""
+    """For weightings that estimate the rank: float64 would make rounding errors look like rank."""
     return gram
 
 
 def _of_trace_one(gram: Tensor) -> Tensor:
-    """For weightings that take less than 1e-4 for zero: small gradients are not zeros."""
+    """Scaled to trace 1, for weightings that treat numbers below 1e-4 as zero."""
     return (gram / gram.diagonal().sum()).double()
 
 
 class _StatelessMethod(GramMethod):
-    """A method with one of the weightings in ``torchjd.aggregation``, by name and options."""
+    """Creates a weighting of ``torchjd.aggregation`` by its name and options."""
 
     def __init__(
         self,
@@ -38,20 +38,20 @@ class _StatelessMethod(GramMethod):
 
 
 class MGDA(_StatelessMethod):
-    r"""MGDA: the shortest convex combination of the gradients.
+    r"""MGDA: takes the shortest convex combination of the gradients.
 
     .. math::
         \min_{w \ge 0,\ \sum_k w_k = 1} \Bigl\lVert \sum_k w_k g_k \Bigr\rVert^2
 
-    by Frank-Wolfe. From "Multiple-gradient descent algorithm for multiobjective optimization"
-    (Désidéri, 2012) and "Multi-Task Learning as Multi-Objective Optimization" (Sener and Koltun,
-    NeurIPS 2018), by TorchJD.
+    solved by Frank-Wolfe. From "Multiple-gradient descent algorithm for multiobjective
+    optimization" (Désidéri, 2012) and "Multi-Task Learning as Multi-Objective Optimization" (Sener
+    and Koltun, NeurIPS 2018), computed by TorchJD.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them.
         tasks: the K task names.
-        epsilon: the step of Frank-Wolfe below which it ends.
-        max_iters: its iterations at most.
+        epsilon: Frank-Wolfe stops when its step is smaller than this.
+        max_iters: the maximal number of its iterations.
 
     Raises:
         ImportError: if TorchJD is missing.
@@ -79,14 +79,15 @@ class MGDA(_StatelessMethod):
 
 
 class PCGrad(_StatelessMethod):
-    r"""PCGrad: each gradient without what conflicts with the others, projected away one by one.
+    r"""PCGrad: projects away from each gradient what conflicts with the others, one by one.
 
     .. math::
         \hat g_i \leftarrow \hat g_i - \frac{\langle \hat g_i, g_j \rangle}{\lVert g_j \rVert^2} g_j
         \quad \text{where} \quad \langle \hat g_i, g_j \rangle < 0
 
-    for the j in random order (torch's global generator); the sum of all :math:`\hat g_i`. From
-    "Gradient Surgery for Multi-Task Learning" (Yu et al., NeurIPS 2020), by TorchJD.
+    for all j in random order (torch's global generator). The step is the sum of all
+    :math:`\hat g_i`. From "Gradient Surgery for Multi-Task Learning" (Yu et al., NeurIPS 2020),
+    computed by TorchJD.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them.
@@ -111,19 +112,19 @@ class PCGrad(_StatelessMethod):
 
 
 class CAGrad(_StatelessMethod):
-    r"""CAGrad: near the mean gradient, the direction best for the task that gains least.
+    r"""CAGrad: searches near the mean gradient for the best direction for the task that gains least.
 
     .. math::
         \max_d \min_k \langle g_k, d \rangle \quad \text{s.t.} \quad
         \lVert d - g_0 \rVert \le c \lVert g_0 \rVert, \qquad g_0 = \tfrac1K \sum_k g_k
 
-    From "Conflict-Averse Gradient Descent for Multi-task Learning" (Liu et al., NeurIPS 2021), by
-    TorchJD. At a Pareto-stationary point the weights are zero.
+    From "Conflict-Averse Gradient Descent for Multi-task Learning" (Liu et al., NeurIPS 2021),
+    computed by TorchJD. At a Pareto-stationary point the weights are zero.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them.
         tasks: the K task names.
-        c: how far from the mean, 0 or more; the paper's 0.4.
+        c: how far the direction may be from the mean, 0 or more; the paper uses 0.4.
 
     Raises:
         ImportError: if TorchJD, cvxpy or clarabel is missing.
@@ -148,14 +149,14 @@ class CAGrad(_StatelessMethod):
 
 
 class IMTLG(_StatelessMethod):
-    r"""IMTL-G: the combination whose projections on all gradients are equal.
+    r"""IMTL-G: takes the combination whose projections on all gradients are equal.
 
     .. math::
         \Bigl\langle \sum_j w_j g_j, \frac{g_k}{\lVert g_k \rVert} \Bigr\rangle
         \ \text{the same for all } k, \qquad \sum_k w_k = 1
 
-    From "Towards Impartial Multi-task Learning" (Liu et al., ICLR 2021), by TorchJD, for gradients
-    that may depend on each other.
+    From "Towards Impartial Multi-task Learning" (Liu et al., ICLR 2021), computed by TorchJD; the
+    gradients may be linearly dependent.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them.
@@ -182,25 +183,25 @@ class IMTLG(_StatelessMethod):
 
 
 class AlignedMTL(_StatelessMethod):
-    r"""Aligned-MTL: the gradients made orthogonal and of one length, then averaged.
+    r"""Aligned-MTL: makes the gradients orthogonal and equally long, then averages them.
 
     .. math::
         w = \sqrt{\lambda_{\min}} \, V \Lambda^{-1/2} V^\top \tfrac1K \mathbf 1,
         \qquad G = V \Lambda V^\top
 
-    over the eigenvalues that are not zero. From "Independent Component Alignment for Multi-Task
-    Learning" (Senushkin et al., CVPR 2023), by TorchJD.
+    over the nonzero eigenvalues. From "Independent Component Alignment for Multi-Task Learning"
+    (Senushkin et al., CVPR 2023), computed by TorchJD.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them.
         tasks: the K task names.
-        scale_mode: the length, from the eigenvalues: ``"min"`` (the paper's), ``"median"`` or
-            ``"rmse"``.
+        scale_mode: how the common length follows from the eigenvalues: ``"min"`` (the paper's
+            choice), ``"median"`` or ``"rmse"``.
 
     Raises:
         ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, the tasks are not K different names, or the mode is
-            another.
+        ValueError: if nothing is shared, the tasks are not K different names, or ``scale_mode``
+            is not one of these.
 
     Example:
         >>> import torch
@@ -225,14 +226,14 @@ class AlignedMTL(_StatelessMethod):
 
 
 class UPGrad(_StatelessMethod):
-    r"""UPGrad: each gradient projected to where it conflicts with none; the mean of these.
+    r"""UPGrad: projects each gradient to where it conflicts with none, then averages them.
 
     .. math::
         \frac1K \sum_k \operatorname*{argmin}_{x:\ \langle x, g_j \rangle \ge 0 \ \forall j}
         \lVert x - g_k \rVert
 
     From "Jacobian Descent for Multi-Objective Optimization" (Quinton and Rey, 2024, arXiv
-    2406.16232), by TorchJD.
+    2406.16232), computed by TorchJD.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them.
@@ -259,18 +260,20 @@ class UPGrad(_StatelessMethod):
 
 
 class FairGrad(_StatelessMethod):
-    r"""FairGrad: alpha-fair shares of the gain, tasks that gain little first.
+    r"""FairGrad: divides the gain among the tasks by alpha-fairness.
 
     .. math::
         G w = w^{-1 / \alpha}
 
-    From "Fair Resource Allocation in Multi-Task Learning" (Ban and Ji, ICML 2024), by TorchJD.
+    From "Fair Resource Allocation in Multi-Task Learning" (Ban and Ji, ICML 2024), computed by
+    TorchJD.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them.
         tasks: the K task names.
-        alpha: the fairness; 1 is proportional, more is nearer to max-min. The published code's 2.
-        max_iters: evaluations of the solver at most; None is SciPy's 100 K.
+        alpha: the fairness. 1 is proportional fairness, larger values approach max-min fairness;
+            the published code uses 2.
+        max_iters: the maximal number of evaluations by the solver; None is SciPy's default, 100 K.
 
     Raises:
         ImportError: if TorchJD or SciPy is missing.
@@ -302,6 +305,6 @@ class FairGrad(_StatelessMethod):
         self._alpha = alpha
 
     def _weigh(self, gram: Tensor) -> Tensor:
-        # The solver is good where numbers are near 1, and the scale can be solved for by hand.
+        # The solver is accurate for numbers near 1, and the scale has a closed form.
         scale = gram.diagonal().sum().double() ** (-self._alpha / (self._alpha + 1))
         return super()._weigh(gram) * scale

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from taskgroup._losses import Losses
-from taskgroup.methods.method import JointMethod, enabled, torch_as_it_comes, values_of
+from taskgroup.methods.method import JointMethod, enabled, torch_defaults, values_of
 
 __all__ = ["GD", "IMTLL", "UW", "LossMethod", "ScalarizerMethod"]
 
-# Backward passes without a step on what a method learns, after which it was surely forgotten: more
-# than anyone's micro-batches.
+# After so many backward passes without a step on the learned parameters, the optimizer surely does
+# not hold them: nobody accumulates over as many micro-batches.
 _FORGOTTEN = 100
 
 
 class LossMethod(JointMethod):
-    """A method that needs the values of the losses alone: base of those in loss space."""
+    """Base class of the methods that need only the values of the losses."""
 
     def backward(  # noqa: D102 (inherited)
         self, losses: Losses, scaler: GradScaler | None = None
@@ -37,15 +37,15 @@ class LossMethod(JointMethod):
         return weights
 
     def _weigh(self, values: Tensor, scaler: GradScaler | None) -> Tensor:
-        """From the losses ``[K]``, float32 without a graph, to their weights ``[K]``.
+        """Compute the weights ``[K]`` from the losses ``[K]``, float32 without a graph.
 
-        With a scaler, what is remembered must not take in losses that are not finite.
+        With a scaler, losses that are not finite must not change the memory of the method.
         """
         raise NotImplementedError
 
 
 class GD(LossMethod):
-    r"""Plain gradient descent on the sum of the losses: what every other method is compared with.
+    r"""Gradient descent on the sum of the losses, the baseline of all other methods.
 
     .. math::
         w_k = 1
@@ -70,29 +70,29 @@ class GD(LossMethod):
 
 
 class ScalarizerMethod(LossMethod):
-    """A method whose weights are the derivatives of one of TorchJD's scalarizers."""
+    """Base class of the methods whose weights are the derivatives of a TorchJD scalarizer."""
 
     _requires: ClassVar[tuple[str, ...]] = ("torchjd",)
     _scalarizer: nn.Module
 
     def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
         super().__init__(shared, tasks)
-        self._device = self._shared[0].device  # of what the method remembers
+        self._device = self._shared[0].device  # of the memory of the method
 
     def _weigh(self, values: Tensor, scaler: GradScaler | None) -> Tensor:
         values = values.to(self._device).requires_grad_()
-        with torch_as_it_comes():
+        with torch_defaults():
             total = self._scalarizer(values)
             (weights,) = torch.autograd.grad(total, values, retain_graph=True)
             self._learn(total, scaler)
         return weights
 
     def _learn(self, total: Tensor, scaler: GradScaler | None) -> None:
-        """Add to the gradients of what the scalarizer itself learns."""
+        """Add to the gradients of the parameters that the scalarizer learns."""
 
 
 class _LearnedMethod(ScalarizerMethod):
-    """A method that learns one number per task along with the model, by gradient."""
+    """Base class of the methods that learn one number per task together with the model."""
 
     _name: ClassVar[str]  # of the scalarizer in torchjd.scalarization
     _learned: nn.Parameter
@@ -101,7 +101,7 @@ class _LearnedMethod(ScalarizerMethod):
     def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
         super().__init__(shared, tasks)
         made = getattr(import_module("torchjd.scalarization"), self._name)
-        with torch_as_it_comes():
+        with torch_defaults():
             self._scalarizer = made(len(self._tasks)).to(self._device, torch.float32)
         (self._learned,) = self._scalarizer.parameters()
         self._start = self._learned.detach().clone()
@@ -109,12 +109,12 @@ class _LearnedMethod(ScalarizerMethod):
     def backward(self, losses: Losses, scaler: GradScaler | None = None) -> Tensor:
         weights = super().backward(losses, scaler)
         self._passes += 1
-        # Looked at once, since it waits for the device. (Fused optimizers do not count versions.)
+        # Compared once, since it waits for the device. Fused optimizers do not count versions.
         if self._passes == _FORGOTTEN and torch.equal(self._learned, self._start):
             warnings.warn(
-                f"{type(self).__name__} learns its weights, and no optimizer has stepped on them "
+                f"{type(self).__name__} learns its weights, but no optimizer has stepped on them "
                 f"in {_FORGOTTEN} backward passes: pass method.parameters() to the optimizer "
-                "together with the model's. Until then all weights stay as they are.",
+                "together with the model's. Until then the weights do not change.",
                 stacklevel=2,
             )
         return weights
@@ -138,13 +138,13 @@ class _LearnedMethod(ScalarizerMethod):
 
 
 class UW(_LearnedMethod):
-    r"""Uncertainty weighting: a log-variance per task, learned with the model.
+    r"""Uncertainty weighting: learns a log-variance per task together with the model.
 
     .. math::
         \sum_k \tfrac12 e^{-s_k} L_k + \tfrac12 s_k, \qquad w_k = \tfrac12 e^{-s_k}
 
     From "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and Semantics"
-    (Kendall et al., CVPR 2018), by TorchJD. The :math:`s_k` start at zero; pass
+    (Kendall et al., CVPR 2018), computed by TorchJD. The :math:`s_k` start at zero; pass
     :meth:`JointMethod.parameters` to the optimizer.
 
     Args:
@@ -167,12 +167,12 @@ class UW(_LearnedMethod):
 
 
 class IMTLL(_LearnedMethod):
-    r"""IMTL-L, impartial loss balance: a scale per task, learned with the model.
+    r"""IMTL-L, impartial loss balance: learns a scale per task together with the model.
 
     .. math::
         \sum_k e^{s_k} L_k - s_k, \qquad w_k = e^{s_k}
 
-    From "Towards Impartial Multi-task Learning" (Liu et al., ICLR 2021), by TorchJD. The
+    From "Towards Impartial Multi-task Learning" (Liu et al., ICLR 2021), computed by TorchJD. The
     :math:`s_k` start at zero; pass :meth:`JointMethod.parameters` to the optimizer. Losses should
     be positive.
 

@@ -1,4 +1,4 @@
-"""Nash-MTL: the tasks bargain for the step."""
+"""Nash-MTL: the step is the solution of a bargaining game between the tasks."""
 
 from __future__ import annotations
 
@@ -14,39 +14,41 @@ __all__ = ["NashMTL"]
 
 
 class NashMTL(GramMethod):
-    r"""Nash-MTL: the Nash bargaining solution, at which all gain the same relative to their weight.
+    r"""Nash-MTL: takes the Nash bargaining solution as the step.
 
     .. math::
         G w = 1 / w, \qquad \text{then shortened to} \quad
         \Bigl\lVert \sum_k w_k g_k \Bigr\rVert \le n
 
-    with G divided by its norm, by a sequence of convex problems (ECOS) that starts from the weights
-    of the step before. From "Multi-Task Learning as a Bargaining Game" (Navon et al., ICML 2022),
-    by TorchJD. Where the solver finds nothing the weights of the step before stay, as in the
-    published code, and ``unsolved`` counts it; where it has never found any,
-    :meth:`~JointMethod.backward` raises: published numbers of this method were equal
-    weights by accident.
+    with G divided by its norm. A sequence of convex problems, which starts from the weights of the
+    last step, is solved by ECOS. From "Multi-Task Learning as a Bargaining Game" (Navon et al.,
+    ICML 2022), computed by TorchJD. If the solver finds no solution, the weights of the last step
+    stay, as in the published code, and ``unsolved`` counts the step. If it has never found one,
+    :meth:`~JointMethod.backward` raises: otherwise the weights would silently be equal, as in some
+    published results.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them.
         tasks: the K task names.
-        max_norm: the length n at most; 0 is no limit. The published code's 1.
-        update_weights_every: steps that keep their weights; 1 weighs anew in each.
-        optim_niter: convex problems in a step at most; the published code's 20.
+        max_norm: the maximal length n of the step; 0 is no limit. The published code uses 1.
+        update_weights_every: the number of steps that share their weights; 1 computes new weights
+            in every step.
+        optim_niter: the maximal number of convex problems in a step; the published code uses 20.
 
     Attributes:
-        unsolved: steps that kept the weights of the one before, for want of a solution.
+        unsolved: the number of steps that kept the weights of the last one, because the solver
+            found no solution.
 
     Raises:
         ImportError: if TorchJD, cvxpy or ecos is missing.
         ValueError: if nothing is shared, the tasks are not K different names, or an option is out
-            of its range.
+            of range.
 
     Example:
         >>> x = torch.zeros(2, requires_grad=True)
         >>> method = NashMTL([x], ["a", "b"])
         >>> weights = method.backward({"a": x[0], "b": 3 * x[1]})
-        >>> x.grad.round(decimals=2)  # both gain the same
+        >>> x.grad.round(decimals=2)  # both tasks gain the same
         tensor([0.7100, 0.7100])
     """
 
@@ -66,7 +68,7 @@ class NashMTL(GramMethod):
         self._weighting: NashMTLWeighting = NashMTLWeighting(
             len(self._tasks), max_norm, update_weights_every, optim_niter
         )
-        self._found = False  # whether any problem was ever solved
+        self._found = False  # whether the solver has ever found a solution
         self.unsolved = 0
 
     def _weigh(self, gram: Tensor) -> Tensor:
