@@ -1,4 +1,4 @@
-"""Checks of arguments, and the words for them, that several parts share."""
+"""Checks of arguments, and parts of error messages."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["described", "listed", "whole_number"]
 
 
 def whole_number(name: str, value: object, at_least: int) -> int:
-    """The argument as a plain int.
+    """Convert an argument to an int.
 
     Args:
-        name: of the argument, for the message.
-        value: an integer of Python, NumPy or torch; no bool.
+        name: the name of the argument, for the message.
+        value: an integer of Python, NumPy or torch, but not a bool.
         at_least: the smallest number allowed.
 
     Raises:
-        ValueError: if it is no integer, or too small.
+        ValueError: if ``value`` is not an integer, or too small.
 
     Example:
         >>> import numpy as np
@@ -27,7 +27,7 @@ def whole_number(name: str, value: object, at_least: int) -> int:
         5
     """
     try:
-        # True is an integer to Python, and never the number that was meant.
+        # True is an integer in Python, but surely a mistake here.
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = None
@@ -40,7 +40,7 @@ _MOST = 12
 
 
 def listed(names: Collection[str]) -> str:
-    """The names as a list, of many the first few.
+    """The names as a list in a message; only the first few of many.
 
     Example:
         >>> listed(["depth", "normal"])
@@ -55,7 +55,7 @@ def listed(names: Collection[str]) -> str:
 
 
 def described(value: object) -> str:
-    """The type of the value; dtype and shape of a tensor.
+    """The type of the value, or the dtype and shape of a tensor.
 
     Example:
         >>> described(1.0)

@@ -22,43 +22,44 @@ def task_gradients(
     retain_graph: bool = False,
     batched: bool = False,
 ) -> list[list[Tensor | None]]:
-    """The gradient of every task's loss on the parameters, each on its own.
+    """Compute the gradient of each task's loss on the parameters.
 
-    One backward pass per task. ``.grad`` is neither read nor written. The graph is freed with the
-    last pass, unless it is to be kept. In data-parallel training these are the gradients of this
-    rank's samples. Strides are those of the parameter, as in ``.grad``: fused optimizers read past
-    other ones. The gradient of an embedding with ``sparse=True`` is a sparse tensor; the ops take
-    dense ones.
+    This takes one backward pass per task, and neither reads nor writes ``.grad``. The last pass
+    frees the graph unless ``retain_graph`` is True. In data-parallel training these are the
+    gradients of this rank's samples. A gradient has the strides of its parameter, as ``.grad``
+    does, because fused optimizers assume it. The gradient of an embedding with ``sparse=True`` is a
+    sparse tensor, while the ops take dense ones.
 
-    Parameters that are sharded (FSDP2's DTensors) are not in the graph of a loss: FSDP itself puts
-    their gradients into ``.grad``, sharded and averaged over the ranks. Each task's is taken from
-    there and what was there is put back. The ``.grad`` of parameters that are not among ``params``,
-    those of the heads, takes the gradients of all tasks in: call ``zero_grad()`` afterwards. List
-    the parameters before the forward, after which whole ones may stand in their place.
+    Sharded parameters (FSDP2's DTensors) are not in the graph of a loss: FSDP puts their gradients
+    into ``.grad``, sharded and averaged over the ranks. Each task's gradients are taken from there,
+    and the previous ``.grad`` is put back. Parameters that are not among ``params``, such as those
+    of the heads, accumulate the gradients of all tasks in ``.grad``: call ``zero_grad()``
+    afterwards. List the parameters before the forward pass, which may replace them by unsharded
+    ones.
 
     Args:
         losses: K scalars: ``{task: loss}``, a sequence, or one tensor ``[K]``.
-        params: T parameters, those the tasks share as a rule; each once. Frozen ones are passed
-            over.
-        retain_graph: keep the graph for a backward pass that comes after.
-        batched: all tasks in one vectorised backward pass (``torch.vmap``). It is faster where the
-            model is small, takes the memory of K + 1 passes at once, runs every head's backward
-            pass for every task, and needs an operation with a batching rule for each of the model.
-            A parameter that only some of the tasks reach gets zeros instead of None for the rest.
+        params: T different parameters, usually those that the tasks share. Frozen ones are skipped.
+        retain_graph: keep the graph for a later backward pass.
+        batched: compute all gradients in one vectorised backward pass (``torch.vmap``). It is
+            faster for small models, but takes the memory of K + 1 passes, runs the backward pass of
+            every head for every task, and needs a batching rule for every operation of the model.
+            A parameter that only some tasks reach gets zeros instead of None for the others.
 
     Returns:
-        ``[K][T]`` gradients, in the order of the losses and the parameters; None where a task does
-        not reach a parameter, or it is frozen. A stacked tensor reaches whatever one of its losses
-        reaches: zeros stand there for the others.
+        ``[K][T]`` gradients, in the order of the losses and the parameters; None if a task does not
+        reach a parameter or the parameter is frozen. If the losses are stacked in one tensor, a
+        parameter that any task reaches gets zeros instead of None for the others.
 
     Raises:
-        ValueError: if there is no loss or parameter, a parameter is listed twice, or a loss is not
-            a scalar with a graph; the sentence names the task. If ``batched`` is asked for and
-            parameters are sharded.
-        RuntimeError: if the backward pass can run only once (a compiled model), or only writes to
-            ``.grad`` (reentrant checkpointing); the sentence names the setting. With ``batched``,
-            if torch cannot vectorise the backward pass, or a part of a gradient does not depend on
-            the losses: take the gradients one by one then.
+        ValueError: if there is no loss or parameter, a parameter is listed twice, a loss is not a
+            scalar with a graph (the message names the task), or ``batched`` is True and parameters
+            are sharded.
+        TypeError: if ``losses`` is not a mapping, a sequence or a tensor.
+        RuntimeError: if the backward pass can run only once (a compiled model) or only writes to
+            ``.grad`` (reentrant checkpointing); the message names the setting. With ``batched``, if
+            torch cannot vectorise the backward pass, or a part of a gradient does not depend on the
+            losses; compute the gradients without ``batched`` then.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -91,7 +92,7 @@ def task_gradients(
         if all(gradient is None for own in found for gradient in own):
             raise ValueError(
                 "No loss reaches any of the sharded parameters: list the parameters before the "
-                "forward, which puts others in their place."
+                "forward pass, which may replace them."
             )
         return found
     if batched:
@@ -126,7 +127,7 @@ def task_gradients(
 
 
 def scalars_with_graph(losses: Losses | Sequence[Tensor]) -> list[Tensor]:
-    """The losses one by one, checked."""
+    """The losses one by one, each checked to be a scalar with a graph."""
     by_task = losses_by_task(
         losses if isinstance(losses, Mapping | Tensor) else dict(enumerate(losses))
     )
@@ -135,10 +136,10 @@ def scalars_with_graph(losses: Losses | Sequence[Tensor]) -> list[Tensor]:
 
 
 def _laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
-    """The gradient as ``.grad`` holds it, with the strides of the parameter.
+    """The gradient as ``.grad`` would hold it, with the strides of the parameter.
 
-    Autograd may hand out one that is transposed or expanded, or that is to be negated when read.
-    Fused optimizers on the CPU, which read memory in order, would step along other numbers.
+    Autograd may return a tensor that is transposed, expanded or lazily negated. Fused optimizers on
+    the CPU read the memory in order, so they would step along wrong numbers.
     """
     if gradient is None or gradient.layout != torch.strided:
         return gradient
@@ -147,11 +148,11 @@ def _laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
         return gradient
     if _strides(gradient) == _strides(parameter) and 0 not in _strides(gradient):
         return gradient
-    # Where the parameter is not dense itself, torch chooses.
+    # If the parameter is not dense itself, torch chooses the strides.
     like = torch.empty_like(parameter.detach(), dtype=gradient.dtype, device=gradient.device)
     return gradient if _strides(gradient) == _strides(like) else like.copy_(gradient)
 
 
 def _strides(tensor: Tensor) -> list[int]:
-    """Those that matter."""
+    """The strides of all dimensions larger than 1."""
     return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]

@@ -1,4 +1,4 @@
-"""The Gram matrix of gradients that are never held all at once."""
+"""The Gram matrix of the tasks' gradients without holding all of them at once."""
 
 from __future__ import annotations
 
@@ -33,26 +33,29 @@ def streaming_task_gram(
     *,
     retain_graph: bool = False,
 ) -> Tensor:
-    r"""The Gram matrix of the tasks' gradients, without ever holding all gradients.
+    r"""Compute the Gram matrix of the tasks' gradients without holding all of them at once.
 
-    One vectorised backward pass (``torch.vmap``) for all tasks; as soon as the K gradients on one
-    parameter are there their inner products are added up and they are dropped. Besides what the
-    backward pass itself needs, K + 1 times the largest parameter is held, where
-    ``task_gram(task_gradients(losses, params))`` holds K times all of them. The price: every head's
-    backward pass runs for every task, and every operation of the model needs a batching rule.
+    One vectorised backward pass (``torch.vmap``) covers all tasks. As soon as the K gradients on
+    one parameter are computed, their inner products are added to the matrix and the gradients are
+    freed. Besides the memory of the backward pass itself, this takes K + 1 times the largest
+    parameter, while ``task_gram(task_gradients(losses, params))`` takes K times all parameters. In
+    return, the backward pass of every head runs for every task, and every operation of the model
+    needs a batching rule.
 
     Args:
         losses: K scalars: ``{task: loss}``, a sequence, or one tensor ``[K]``; K from 1 to 1024.
-        params: the parameters, those the tasks share as a rule; one that is listed twice counts
-            once. Frozen ones are passed over.
-        retain_graph: keep the graph for a backward pass that comes after.
+        params: the parameters, usually those that the tasks share. One that is listed twice counts
+            once; frozen ones are skipped.
+        retain_graph: keep the graph for a later backward pass.
 
     Returns:
-        ``[K, K]``, row i column j :math:`\langle g_i, g_j \rangle` (its real part, where parameters
-        are complex); of the dtype that :func:`taskgroup.task_gram` gives.
+        ``[K, K]``; row i, column j is :math:`\langle g_i, g_j \rangle`, or its real part if
+        parameters are complex. The dtype is that of :func:`taskgroup.task_gram`.
 
     Raises:
-        ValueError: if a loss is not a scalar with a graph, or no parameter is reached.
+        ValueError: if a loss is not a scalar with a graph, no loss reaches a parameter, or
+            parameters are sharded.
+        TypeError: if ``losses`` is not a mapping, a sequence or a tensor.
         RuntimeError: as for :func:`task_gradients` with ``batched``.
 
     Example:
@@ -90,11 +93,11 @@ def streaming_task_gram(
         nothing: Tensor = _Collect.apply(rows, collect)  # type: ignore[no-untyped-call]
         return rows if keep else nothing
 
-    # What is computed passes its gradient on to what it was computed from.
+    # A tensor that is not a leaf has to pass its gradient on.
     hooks = [p.register_hook(partial(hook, keep=not p.is_leaf)) for p in active]
     try:
         stacked = torch.stack(scalars)
-        # Torch's own rule for cdist drops the batch dimension (functorch), without a word.
+        # Torch's own batching rule for cdist silently drops the batch dimension.
         hooks += [
             node.register_hook(partial(check_batched, node)) for node in graph_nodes([stacked])
         ]
@@ -118,11 +121,11 @@ def streaming_task_gram(
 
 
 class _Collect(torch.autograd.Function):
-    """Hands the gradients of all tasks on one parameter over, and lets go of them."""
+    """Passes the gradients of all tasks on one parameter to a function, and frees them."""
 
     @staticmethod
     def forward(gradient: Tensor, collect: Callable[[Tensor], None]) -> Tensor:
-        raise constant_error()  # a gradient without the dimension of the tasks
+        raise constant_error()  # runs only if the gradient has no dimension for the tasks
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -133,5 +136,5 @@ class _Collect(torch.autograd.Function):
         info: Any, in_dims: Any, gradient: Tensor, collect: Callable[[Tensor], None]
     ) -> tuple[Tensor, int]:
         collect(gradient.movedim(in_dims[0], 0))
-        # Autograd wants a gradient back: one of the right shape that holds a single number.
+        # Autograd expects a gradient: this one has the right shape, but holds a single number.
         return gradient.new_zeros(()).expand(gradient.shape), in_dims[0]

@@ -1,4 +1,7 @@
-"""Gradients taken through .grad, for shards that autograd.grad does not reach."""
+"""Gradients of single tasks through ``.grad``, as FSDP and the joint methods need them.
+
+This is the only place that runs ``backward()`` once per task.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,11 @@ def gradients_through_grad(
     *,
     retain_graph: bool = False,
 ) -> list[list[Tensor | None]]:
-    """The gradient of every loss on the parameters, by way of ``.grad``, which is put back.
+    """Compute the gradient of each loss by way of ``.grad``, whose old value is put back.
 
-    FSDP puts the gradients of sharded parameters there. Hooks of
-    ``register_post_accumulate_grad_hook``, such as an optimizer's step, do not run.
+    This is where FSDP puts the gradients of sharded parameters. Hooks registered with
+    ``register_post_accumulate_grad_hook``, such as an optimizer that steps in the backward pass, do
+    not run.
 
     Args:
         losses: K scalars.
@@ -45,7 +49,10 @@ def backward_passes(
     *,
     retain_graph: bool = False,
 ) -> list[list[Tensor | None]]:
-    """The same, for use within :func:`hooks_held`."""
+    """Do the same within :func:`hooks_held`, for callers that run the hooks afterwards.
+
+    The gradients are the tensors that autograd has made, not copies.
+    """
     kept = [(parameter, parameter.grad) for parameter in (*params, *others)]
     found: list[list[Tensor | None]] = []
     try:
@@ -65,25 +72,25 @@ def backward_passes(
 def hooks_held(
     losses: Iterable[Tensor], params: Iterable[Tensor], *, search: bool = False
 ) -> Iterator[Callable[[], None]]:
-    """Holds the hooks of ``register_post_accumulate_grad_hook`` while gradients are incomplete.
+    """Suspend hooks of ``register_post_accumulate_grad_hook`` while gradients are incomplete.
 
-    An optimizer in such a hook would step on the gradient of every single task.
+    An optimizer in such a hook would otherwise step on the gradient of every single task.
 
     Args:
-        losses: with a graph. Where a parameter has such hooks, those of all leaves of the graph are
-            held: it takes a search, which takes time.
-        params: whose hooks are held.
+        losses: scalars with a graph. If a parameter has such hooks, those of all leaves of the
+            graph are suspended; finding the leaves takes time.
+        params: the parameters whose hooks are suspended.
         search: search the graph in any case.
 
     Yields:
-        What runs the hooks, once each, for the tensors that a gradient came to within the block;
-        to be called after it, when ``.grad`` is complete.
+        A function that runs the hooks, once for each tensor that got a gradient within the block.
+        Call it after the block, when ``.grad`` is complete.
     """
     leaves = [parameter for parameter in params if _hooks(parameter)]
     if leaves or search:
         found = (n.variable for n in graph_nodes(losses) if type(n).__name__ == "AccumulateGrad")
         leaves += [leaf for leaf in found if _hooks(leaf)]
-    # Emptied in place, for the handles that remove hooks know the dictionary.
+    # Emptied in place, since the handles that remove hooks refer to the dictionary.
     live = {leaf: _hooks(leaf) for leaf in leaves}
     held = {leaf: dict(hooks) for leaf, hooks in live.items()}
     reached: dict[Tensor, None] = {}
@@ -110,7 +117,7 @@ def _hooks(tensor: Tensor) -> dict[Any, Callable[[Tensor], Any]]:
 
 
 def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """The nodes of a graph, each once."""
+    """All nodes of the graph behind the tensors, each once."""
     waiting: list[Any] = [torch.autograd.graph.get_gradient_edge(t).node for t in tensors]
     seen = set()
     while waiting:

@@ -211,7 +211,7 @@ class _Column:
 def _apart(gradients: Gradients) -> Gradients:
     """Copy each target that shares its memory with another gradient, since it is written over.
 
-    Autograd may return two views of one tensor, for instance for a and b in a.view(-1) + b.view(-1).
+    Autograd may return two views of one tensor, as for a and b in a.view(-1) + b.view(-1).
     """
     memory = Counter(
         g.untyped_storage().data_ptr() for own in gradients for g in own if g is not None
@@ -227,9 +227,8 @@ def _add(gradient: Tensor, parameter: Tensor) -> None:
     if parameter.grad is None:
         parameter.grad = gradient
     elif parameter.grad.is_sparse and not gradient.is_sparse:
-        parameter.grad = (
-            gradient + parameter.grad
-        )  # torch cannot add a dense tensor to a sparse one in place
+        # torch cannot add a dense tensor to a sparse one in place.
+        parameter.grad = gradient + parameter.grad
     else:
         parameter.grad += gradient
 

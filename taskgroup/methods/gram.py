@@ -112,7 +112,7 @@ class PCGrad(_StatelessMethod):
 
 
 class CAGrad(_StatelessMethod):
-    r"""CAGrad: searches near the mean gradient for the best direction for the task that gains least.
+    r"""CAGrad: searches near the mean gradient for what is best for the task that gains least.
 
     .. math::
         \max_d \min_k \langle g_k, d \rangle \quad \text{s.t.} \quad
