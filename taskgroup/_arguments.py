@@ -55,12 +55,7 @@ def listed(names: Collection[str]) -> str:
 
 
 def described(value: object) -> str:
-    """The type of the value, or the dtype and shape of a tensor.
-
-    Example:
-        >>> described(1.0)
-        'float'
-    """
+    """The type of the value, or the dtype and shape of a tensor."""
     if isinstance(value, Tensor):
         return f"{value.dtype} of shape {list(value.shape)}"
     return type(value).__name__

@@ -125,21 +125,18 @@ def _checked_optimizer(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def _needs_closure(optimizer: Optimizer) -> str:
-    return (
-        f"The step of {type(optimizer).__name__} needs a closure, but lookahead_affinity calls "
-        "step() without one: pass another optimizer on the same parameters, such as "
-        f"torch.optim.SGD(model.parameters(), lr) or the one that {type(optimizer).__name__} wraps."
-    )
-
-
 def _step(optimizer: Optimizer) -> None:
     try:
         optimizer.step()
     except Exception as error:  # each optimizer raises its own
         if "closure" not in str(error).lower():
             raise
-        raise ValueError(_needs_closure(optimizer)) from error
+        name = type(optimizer).__name__
+        raise ValueError(
+            f"The step of {name} needs a closure, but lookahead_affinity calls step() without one: "
+            "pass another optimizer on the same parameters, such as "
+            f"torch.optim.SGD(model.parameters(), lr) or the one that {name} wraps."
+        ) from error
 
 
 def _moving(shared: nn.Module | Iterable[Tensor], optimizer: Optimizer) -> list[Tensor]:

@@ -116,13 +116,10 @@ def task_gradients(
             with explained():
                 own = torch.autograd.grad(scalar, active, retain_graph=keep, allow_unused=True)
             found.append(list(own))
-    found = [[_laid_out(g, p) for g, p in zip(own, active, strict=True)] for own in found]
-    if len(active) == len(params):
-        return found
     result = []
     for own in found:
-        gradients = iter(own)
-        result.append([next(gradients) if p.requires_grad else None for p in params])
+        laid_out = {p: _laid_out(g, p) for g, p in zip(own, active, strict=True)}
+        result.append([laid_out.get(parameter) for parameter in params])
     return result
 
 

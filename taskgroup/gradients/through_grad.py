@@ -22,21 +22,7 @@ def gradients_through_grad(
     *,
     retain_graph: bool = False,
 ) -> list[list[Tensor | None]]:
-    """Compute the gradient of each loss by way of ``.grad``, whose old value is put back.
-
-    This is where FSDP puts the gradients of sharded parameters. Hooks registered with
-    ``register_post_accumulate_grad_hook``, such as an optimizer that steps in the backward pass, do
-    not run.
-
-    Args:
-        losses: K scalars.
-        params: T parameters.
-        others: more parameters that the losses reach; their ``.grad`` is put back as well.
-        retain_graph: keep the graph for a later backward pass.
-
-    Returns:
-        ``[K][T]`` gradients; None where a task does not reach a parameter.
-    """
+    """Do the same as :func:`backward_passes`, but suspend the hooks meanwhile."""
     others = list(others)
     with hooks_held(losses, [*params, *others]):
         return backward_passes(losses, params, others, retain_graph=retain_graph)
@@ -49,9 +35,18 @@ def backward_passes(
     *,
     retain_graph: bool = False,
 ) -> list[list[Tensor | None]]:
-    """Do the same within :func:`hooks_held`, for callers that run the hooks afterwards.
+    """Take the gradient of each loss from ``.grad``, and put the old ``.grad`` back.
 
-    The gradients are the tensors that autograd has made, not copies.
+    FSDP puts the gradients of sharded parameters there. Call it within :func:`hooks_held`.
+
+    Args:
+        losses: K scalars.
+        params: T parameters.
+        others: more parameters that the losses reach; their ``.grad`` is put back as well.
+        retain_graph: keep the graph for a later backward pass.
+
+    Returns:
+        ``[K][T]``, the tensors that autograd has made; None if a task does not reach a parameter.
     """
     kept = [(parameter, parameter.grad) for parameter in (*params, *others)]
     found: list[list[Tensor | None]] = []

@@ -1,7 +1,8 @@
 """Joint methods to compare with: each steps on all tasks at once.
 
 Most of them are adapters over TorchJD's solvers (``pip install 'taskgroup[compare]'``) that never
-build TorchJD's matrix of all gradients. TorchJD is imported when a method is created::
+build TorchJD's matrix of all gradients. TorchJD is imported when a method is created. All methods
+take the arguments ``shared`` and ``tasks`` of :class:`JointMethod`, and raise its errors::
 
     method = tg.methods.find("cagrad")(model.encoder, tasks)
     ...

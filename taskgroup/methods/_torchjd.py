@@ -72,18 +72,15 @@ class GradVacWeighting(aggregation.GradVacWeighting):
 
     def __init__(self, beta: float, n_tasks: int) -> None:
         super().__init__(beta)
-        self.phi = torch.zeros(n_tasks, n_tasks, dtype=torch.float64, device="cpu")
+        phi = torch.zeros(n_tasks, n_tasks, dtype=torch.float64, device="cpu")
+        self._phi_t = phi  # type: ignore[assignment]
+        self._state_key = (n_tasks, phi.dtype)
 
     @property
     def phi(self) -> Tensor:
-        """The moving averages of the cosines."""
+        """The moving averages themselves, not a copy."""
         assert isinstance(self._phi_t, Tensor)
         return self._phi_t
-
-    @phi.setter
-    def phi(self, phi: Tensor) -> None:
-        self._phi_t = phi  # type: ignore[assignment]
-        self._state_key = (len(phi), phi.dtype)
 
 
 class NashMTLWeighting(_NashMTLWeighting):
@@ -96,6 +93,7 @@ class NashMTLWeighting(_NashMTLWeighting):
 
     prvs_alpha: Any
     prob: Any
+    watched: Watched  # the solver's record of the last call
 
     def __init__(
         self, n_tasks: int, max_norm: float, update_weights_every: int, optim_niter: int
@@ -108,14 +106,8 @@ class NashMTLWeighting(_NashMTLWeighting):
 
     def forward(self, matrix: Tensor, /) -> Tensor:
         """Compute the weights ``[K]`` from a square root ``[K, K]`` of the Gram matrix."""
-        self.prob = Watched(self.problem)
+        self.watched = self.prob = Watched(self.problem)
         return super().forward(matrix)
-
-    @property
-    def watched(self) -> Watched:
-        """The solver's record of the last call."""
-        found: Watched = self.prob
-        return found
 
     @property
     def memory(self) -> tuple[Any, Any, int]:

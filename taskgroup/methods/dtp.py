@@ -30,8 +30,6 @@ class DTP(LossMethod):
     yet.
 
     Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
         score: a function from the detached losses of a batch, ``{task: loss}``, to
             ``{task: score}``. It may use other numbers, such as the accuracy on this batch. If the
             method is pickled, this must be a function of a module, not a lambda.
@@ -41,8 +39,7 @@ class DTP(LossMethod):
             the user.
 
     Raises:
-        ValueError: if there is no score, nothing is shared, the tasks are not K different names, or
-            an option is out of range.
+        ValueError: if there is no score, or an option is out of range.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)

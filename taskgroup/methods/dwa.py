@@ -25,16 +25,12 @@ class DWA(ScalarizerMethod):
     by TorchJD. With a ``GradScaler``, a batch whose losses are not finite does not count.
 
     Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
         epoch: the number of backward passes in an epoch, such as ``len(loader)``. The method counts
             them and finds the end of an epoch by itself.
         temperature: :math:`T` > 0; a larger one makes the weights more uniform. The paper uses 2.
 
     Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, the tasks are not K different names, or an option is out
-            of range.
+        ValueError: if an option is out of range.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)

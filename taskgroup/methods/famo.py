@@ -37,15 +37,11 @@ class FAMO(ScalarizerMethod):
     logits. Losses are read on the host, which waits for the device.
 
     Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
         lr: the learning rate of the logits; the paper uses 0.025.
         weight_decay: the weight decay of the logits; the paper uses 1e-3.
 
     Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, the tasks are not K different names, or an option is
-            negative.
+        ValueError: if an option is negative.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)

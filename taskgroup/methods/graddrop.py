@@ -24,14 +24,6 @@ class GradDrop(GradientMethod):
     Models with Gradient Sign Dropout" (Chen et al., NeurIPS 2020), computed by TorchJD in float32.
     Tasks have no weights as a whole, so :meth:`~JointMethod.backward` returns ones.
 
-    Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-
-    Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, or the tasks are not K different names.
-
     Example:
         >>> x = torch.zeros(2, requires_grad=True)
         >>> method = GradDrop([x], ["a", "b"])

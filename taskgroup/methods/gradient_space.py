@@ -34,19 +34,11 @@ class GradientMethod(JointMethod):
     _requires: ClassVar[tuple[str, ...]] = ("torchjd",)
 
     def backward(self, losses: Losses, scaler: GradScaler | None = None) -> Tensor:
-        """Add the method's gradients to ``.grad`` of the shared parameters and the heads.
+        """Add to ``.grad`` as :meth:`JointMethod.backward` does.
 
         If anything fails, the gradients of the shared parameters do not change; those of the heads
-        may have been added to.
-
-        Args:
-            losses: as in :meth:`JointMethod.backward`.
-            scaler: as in :meth:`JointMethod.backward`.
-
-        Returns:
-            The weights ``[K]`` of the tasks, without a graph, on the device of the losses. They are
-            ones if all gradients on the shared parameters are zero, and NaN if the scaler is going
-            to skip the batch.
+        may have been added to. The weights are ones if all gradients on the shared parameters are
+        zero, and NaN if the scaler is going to skip the batch.
 
         Raises:
             ValueError: if a task is unknown or missing, or its loss is not a scalar with a graph.

@@ -25,14 +25,10 @@ class GradVac(GramMethod):
     From "Gradient Vaccine" (Wang et al., ICLR 2021, arXiv 2010.05874), computed by TorchJD.
 
     Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
         beta: the weight of a new cosine, in [0, 1]; TorchJD uses 0.5, the paper 0.01.
 
     Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, the tasks are not K different names, or ``beta`` is out
-            of range.
+        ValueError: if ``beta`` is out of range.
 
     Example:
         >>> import torch
@@ -55,4 +51,4 @@ class GradVac(GramMethod):
         return {"phi": self._weighting.phi.clone()}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self._weighting.phi = state["phi"].to("cpu", copy=True)
+        self._weighting.phi.copy_(state["phi"])

@@ -48,15 +48,11 @@ class MGDA(_StatelessMethod):
     and Koltun, NeurIPS 2018), computed by TorchJD.
 
     Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
         epsilon: Frank-Wolfe stops when its step is smaller than this.
         max_iters: the maximal number of its iterations.
 
     Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, the tasks are not K different names, or an option is not
-            positive.
+        ValueError: if an option is not positive.
 
     Example:
         >>> import torch
@@ -89,14 +85,6 @@ class PCGrad(_StatelessMethod):
     :math:`\hat g_i`. From "Gradient Surgery for Multi-Task Learning" (Yu et al., NeurIPS 2020),
     computed by TorchJD.
 
-    Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-
-    Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, or the tasks are not K different names.
-
     Example:
         >>> import torch
         >>> x = torch.zeros(2, requires_grad=True)
@@ -122,13 +110,10 @@ class CAGrad(_StatelessMethod):
     computed by TorchJD. At a Pareto-stationary point the weights are zero.
 
     Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
         c: how far the direction may be from the mean, 0 or more; the paper uses 0.4.
 
     Raises:
-        ImportError: if TorchJD, cvxpy or clarabel is missing.
-        ValueError: if nothing is shared, the tasks are not K different names, or c is negative.
+        ValueError: if c is negative.
 
     Example:
         >>> import torch
@@ -158,14 +143,6 @@ class IMTLG(_StatelessMethod):
     From "Towards Impartial Multi-task Learning" (Liu et al., ICLR 2021), computed by TorchJD; the
     gradients may be linearly dependent.
 
-    Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-
-    Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, or the tasks are not K different names.
-
     Example:
         >>> import torch
         >>> x = torch.zeros(2, requires_grad=True)
@@ -193,15 +170,11 @@ class AlignedMTL(_StatelessMethod):
     (Senushkin et al., CVPR 2023), computed by TorchJD.
 
     Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
         scale_mode: how the common length follows from the eigenvalues: ``"min"`` (the paper's
             choice), ``"median"`` or ``"rmse"``.
 
     Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, the tasks are not K different names, or ``scale_mode``
-            is not one of these.
+        ValueError: if ``scale_mode`` is not one of these.
 
     Example:
         >>> import torch
@@ -235,14 +208,6 @@ class UPGrad(_StatelessMethod):
     From "Jacobian Descent for Multi-Objective Optimization" (Quinton and Rey, 2024, arXiv
     2406.16232), computed by TorchJD.
 
-    Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-
-    Raises:
-        ImportError: if TorchJD, qpsolvers or quadprog is missing.
-        ValueError: if nothing is shared, or the tasks are not K different names.
-
     Example:
         >>> import torch
         >>> x = torch.zeros(2, requires_grad=True)
@@ -269,16 +234,12 @@ class FairGrad(_StatelessMethod):
     TorchJD.
 
     Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
         alpha: the fairness. 1 is proportional fairness, larger values approach max-min fairness;
             the published code uses 2.
         max_iters: the maximal number of evaluations by the solver; None is SciPy's default, 100 K.
 
     Raises:
-        ImportError: if TorchJD or SciPy is missing.
-        ValueError: if nothing is shared, the tasks are not K different names, or alpha is not
-            positive.
+        ValueError: if alpha is not positive.
 
     Example:
         >>> import torch

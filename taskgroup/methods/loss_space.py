@@ -50,13 +50,6 @@ class GD(LossMethod):
     .. math::
         w_k = 1
 
-    Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-
-    Raises:
-        ValueError: if nothing is shared, or the tasks are not K different names.
-
     Example:
         >>> x = torch.ones(2, requires_grad=True)
         >>> GD([x], ["a", "b"]).backward({"a": x.sum(), "b": x.square().sum()})
@@ -147,14 +140,6 @@ class UW(_LearnedMethod):
     (Kendall et al., CVPR 2018), computed by TorchJD. The :math:`s_k` start at zero; pass
     :meth:`JointMethod.parameters` to the optimizer.
 
-    Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-
-    Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, or the tasks are not K different names.
-
     Example:
         >>> x = torch.ones(2, requires_grad=True)
         >>> method = UW([x], ["a", "b"])
@@ -175,14 +160,6 @@ class IMTLL(_LearnedMethod):
     From "Towards Impartial Multi-task Learning" (Liu et al., ICLR 2021), computed by TorchJD. The
     :math:`s_k` start at zero; pass :meth:`JointMethod.parameters` to the optimizer. Losses should
     be positive.
-
-    Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-
-    Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, or the tasks are not K different names.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)

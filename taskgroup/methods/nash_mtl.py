@@ -28,8 +28,6 @@ class NashMTL(GramMethod):
     published results.
 
     Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
         max_norm: the maximal length n of the step; 0 is no limit. The published code uses 1.
         update_weights_every: the number of steps that share their weights; 1 computes new weights
             in every step.
@@ -40,9 +38,7 @@ class NashMTL(GramMethod):
             found no solution.
 
     Raises:
-        ImportError: if TorchJD, cvxpy or ecos is missing.
-        ValueError: if nothing is shared, the tasks are not K different names, or an option is out
-            of range.
+        ValueError: if an option is out of range.
 
     Example:
         >>> x = torch.zeros(2, requires_grad=True)
