@@ -95,7 +95,7 @@ def lookahead_affinity(
             for parameter, gradient in zip(moving, gradients, strict=True):
                 parameter.grad = None if gradient is None else _of_its_own(gradient, parameter)
             _step(optimizer)
-            kept.restore_parameters(besides=moving)  # which weight decay may have moved
+            kept.restore_parameters(besides=moving)  # weight decay may move others
             with torch.no_grad():
                 after = _stacked(run())
             kept.restore()
