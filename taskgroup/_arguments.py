@@ -1,4 +1,4 @@
-"""Checks of arguments, and parts of error messages."""
+"""Checks of arguments, and their messages, for all parts of the package."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = ["described", "listed", "whole_number"]
 
 
 def whole_number(name: str, value: object, at_least: int) -> int:
-    """Convert an argument to an int.
+    """The argument as a plain int.
 
     Args:
-        name: the name of the argument, for the message.
-        value: an integer of Python, NumPy or torch, but not a bool.
+        name: name of the argument, for the message.
+        value: an integer of Python, NumPy or torch; not a bool.
         at_least: the smallest number allowed.
 
     Raises:
-        ValueError: if ``value`` is not an integer, or too small.
+        ValueError: if it is not an integer, or too small.
 
     Example:
         >>> import numpy as np
@@ -27,7 +27,7 @@ def whole_number(name: str, value: object, at_least: int) -> int:
         5
     """
     try:
-        # True is an integer in Python, but surely a mistake here.
+        # True is an integer to Python, and never the number that was meant.
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = None
@@ -40,7 +40,7 @@ _MOST = 12
 
 
 def listed(names: Collection[str]) -> str:
-    """The names as a list in a message; only the first few of many.
+    """The names as a list, for messages; a long list is shortened.
 
     Example:
         >>> listed(["depth", "normal"])
