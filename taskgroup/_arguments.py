@@ -1,23 +1,25 @@
-"""Checks of arguments, and the words for them, that several parts share."""
+"""Checks of arguments, and their messages, for all parts of the package."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Collection
 
-__all__ = ["listed", "whole_number"]
+from torch import Tensor
+
+__all__ = ["described", "listed", "whole_number"]
 
 
 def whole_number(name: str, value: object, at_least: int) -> int:
     """The argument as a plain int.
 
     Args:
-        name: of the argument, for the message.
-        value: an integer of Python, NumPy or torch; no bool.
+        name: name of the argument, for the message.
+        value: an integer of Python, NumPy or torch; not a bool.
         at_least: the smallest number allowed.
 
     Raises:
-        ValueError: if it is no integer, or too small.
+        ValueError: if it is not an integer, or too small.
 
     Example:
         >>> import numpy as np
@@ -38,7 +40,7 @@ _MOST = 12
 
 
 def listed(names: Collection[str]) -> str:
-    """The names as a list, of many the first few.
+    """The names as a list, for messages; a long list is shortened.
 
     Example:
         >>> listed(["depth", "normal"])
@@ -50,3 +52,10 @@ def listed(names: Collection[str]) -> str:
     if len(names) <= _MOST:
         return repr(names)
     return f"{repr(names[:10])[:-1]}, ... ({len(names)} in all)]"
+
+
+def described(value: object) -> str:
+    """The type of the value, or the dtype and shape of a tensor."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {list(value.shape)}"
+    return type(value).__name__

@@ -1,4 +1,4 @@
-"""How much a multi-task model gains over a baseline, in one number."""
+"""The average relative gain of a multi-task model over a baseline."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ def delta_m(
     baseline: Mapping[str, float],
     lower_is_better: Collection[str] | Mapping[str, bool],
 ) -> float:
-    r"""The average relative gain over the tasks, in percent; positive is better.
+    r"""Compute the average relative gain over the tasks, in percent; positive is better.
 
     .. math::
         \Delta_m = \frac{100}{K} \sum_k (-1)^{l_k} \frac{M_k - M_{b,k}}{M_{b,k}}
 
-    with :math:`l_k = 1` where a lower value is better (Maninis et al., CVPR 2019).
+    with :math:`l_k = 1` if a lower value is better and 0 otherwise (Maninis et al., CVPR 2019).
 
-    The gain is relative to the baseline, so it needs metrics that have a zero and lie above it: an
-    error, an accuracy, a mIoU. Below zero, as for a log-likelihood, :math:`R^2` or a correlation,
-    the formula would turn the sign of the gain, and shifting the metric changes its size.
+    The gain is relative to the baseline, so it needs metrics that are positive and have a
+    meaningful zero, such as an error, an accuracy or a mIoU. If the metric can be negative, as a
+    log-likelihood, :math:`R^2` or a correlation, the formula would reverse the sign of the gain,
+    and adding a constant to the metric would change its size.
 
     Args:
-        results: the metric :math:`M_k` of each task, a number or a tensor of one.
-        baseline: the metric :math:`M_{b,k}` of each task, usually of single-task models; positive.
-        lower_is_better: the tasks whose metric is an error, or ``{task: bool}`` for all of them.
+        results: the metric :math:`M_k` of each task, a number or a tensor that holds one number.
+        baseline: the metric :math:`M_{b,k}` of each task, positive; usually of single-task models.
+        lower_is_better: the tasks whose metric is an error, or ``{task: bool}`` for all tasks.
 
     Returns:
-        Percent, averaged over the tasks; NaN where a metric is NaN.
+        The gain in percent, averaged over the tasks; NaN if a metric is NaN.
 
     Raises:
         ValueError: if the tasks differ, if there are none, or if a baseline is zero, negative or
-            infinite; the sentence names the task.
-        TypeError: if a metric is no number.
+            infinite; the message names the task.
+        TypeError: if a metric is not a number, or an argument is not of a type given above.
 
     Example:
         >>> round(delta_m({"depth": 0.9, "segment": 55.0}, {"depth": 1.0, "segment": 50.0},
@@ -65,8 +66,8 @@ def delta_m(
         differing += sorted(lower - set(results))
     if differing:
         raise ValueError(
-            "results, baseline and lower_is_better must speak of the same tasks; "
-            f"these are not in all of them: {', '.join(map(repr, differing))}."
+            "results, baseline and lower_is_better must name the same tasks; these are not in all "
+            f"of them: {', '.join(map(repr, differing))}."
         )
     total = 0.0
     for task in results:
@@ -79,9 +80,9 @@ def delta_m(
             )
         if against < 0 or math.isinf(against):
             raise ValueError(
-                f"The baseline of task {task!r} is {against:g}, and a gain relative to it says "
-                "nothing; leave the task out or use a metric that is finite and above zero, an "
-                "error for instance."
+                f"The baseline of task {task!r} is {against:g}, so a relative gain has no meaning; "
+                "leave the task out or use a metric that is finite and above zero, such as an "
+                "error."
             )
         gain = (value - against) / against
         total += -gain if task in lower else gain
@@ -89,13 +90,13 @@ def delta_m(
 
 
 def _number(value: Any, what: str) -> float:
-    """One number as a float, whether Python's, NumPy's or a tensor's."""
+    """Convert a number of Python, NumPy or torch to a float."""
     got = type(value).__name__
     try:
         if callable(item := getattr(value, "item", None)):
             value = item()
         if not isinstance(value, str | bytes | bytearray):  # float() would parse them
             return float(value)
-    except (TypeError, ValueError, RuntimeError):  # of several numbers, say
+    except (TypeError, ValueError, RuntimeError):  # it holds several numbers, for example
         pass
     raise TypeError(f"{what} must be one number, got {value!r} of type {got}.")

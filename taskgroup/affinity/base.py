@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Affinity", "Losses"]
+from taskgroup._losses import Losses
 
-Losses = Mapping[str, Tensor] | Tensor  # {task: scalar}, or one tensor in the order of the tasks
+__all__ = ["Affinity", "Losses"]
 
 
 class Affinity:

@@ -1,18 +1,18 @@
-"""The inter-task affinity by its definition: step, look, go back."""
+"""The inter-task affinity by its definition: take a step, compare the losses, undo the step."""
 
 from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from taskgroup._losses import Losses, check_graph, losses_by_task
 from taskgroup._random_state import RandomState
-from taskgroup.affinity.base import Losses
 
 __all__ = ["lookahead_affinity"]
 
@@ -22,36 +22,37 @@ def lookahead_affinity(
     optimizer: Optimizer,
     shared: nn.Module | Iterable[Tensor],
 ) -> Tensor:
-    r"""Measures the inter-task affinity once, by stepping on each task and taking the step back.
+    r"""Measure the inter-task affinity once, by stepping on each task and undoing the step.
 
     .. math::
         A_{ik} = 1 - \frac{L_k(\Theta_s - \Delta_i)}{L_k(\Theta_s)}
 
-    with :math:`\Delta_i` the optimizer's step on the loss of task :math:`i`, of which the shared
-    parameters :math:`\Theta_s` alone are moved (Fifty et al., "Efficiently Identifying Task
-    Groupings for Multi-Task Learning", NeurIPS 2021). Afterwards everything is as it was, to the
-    bit: parameters, gradients, the optimizer's state and torch's random state. The parameters, the
-    tensors of the optimizer's state and its lists and dicts stay the same objects.
+    with :math:`\Delta_i` the optimizer's step on the loss of task :math:`i`, which moves only the
+    shared parameters :math:`\Theta_s` (Fifty et al., "Efficiently Identifying Task Groupings for
+    Multi-Task Learning", NeurIPS 2021). Afterwards parameters, gradients, the state of the
+    optimizer and torch's random state are restored bitwise. The parameters, the tensors of the
+    optimizer's state and its lists and dicts stay the same objects.
 
-    It takes 2K forward and K backward passes. Every call of ``closure`` starts from the same
-    random state, so that dropout draws the same masks. What a forward pass changes besides is not
-    known here: keep BatchNorm's running statistics from moving, with ``model.eval()`` say. In mixed
-    precision the closure runs the model in ``torch.autocast``; losses are not scaled, so prefer
-    bfloat16 to float16.
+    It takes 2K forward and K backward passes. Every call of ``closure`` starts from the same random
+    state, so that dropout draws the same masks. Anything else that a forward pass changes is not
+    restored: prevent updates of BatchNorm's running statistics, for instance with ``model.eval()``.
+    For mixed precision, run the model within ``torch.autocast`` in the closure; losses are not
+    scaled, so prefer bfloat16 to float16.
 
     Args:
-        closure: runs the model on one batch and returns the losses, ``{task: scalar}`` or a tensor
-            ``[K]``, the same tasks at every call. It takes no backward pass.
-        optimizer: whose step is measured; any whose ``step()`` needs no closure, so neither L-BFGS
-            nor SAM. One that a trainer has wrapped will do.
+        closure: a function that runs the model on one batch, without a backward pass, and returns
+            the losses, ``{task: scalar}`` or a tensor ``[K]``, of the same tasks at every call.
+        optimizer: the optimizer whose step is measured, which a trainer may have wrapped. Its
+            ``step()`` must not need a closure, as those of L-BFGS and SAM do.
         shared: the parameters that the tasks share, or the module that holds them.
 
     Returns:
         Float32 ``[K, K]`` on the device of the losses; row i is the effect of stepping task i,
-        column k the effect on task k. NaN where :math:`L_k` is not finite and positive.
+        column k the effect on task k. NaN if :math:`L_k` is not finite and positive.
 
     Raises:
-        TypeError: if ``optimizer`` is no optimizer, or ``shared`` holds no tensors.
+        TypeError: if ``optimizer`` is not an optimizer, ``shared`` holds anything but tensors, or
+            ``closure`` returns neither a mapping nor a tensor.
         ValueError: if a loss is not a scalar with a graph, the tasks change from call to call, the
             optimizer holds none of the shared parameters, or its step needs a closure.
 
@@ -68,11 +69,11 @@ def lookahead_affinity(
     kept = _Kept(optimizer, moving)
     random_states = [RandomState(device) for device in {p.device: None for p in moving}]
 
-    def run() -> Losses:
+    def run() -> dict[Any, Tensor]:
         for state in random_states:
             state.replay()
-        torch.clear_autocast_cache()  # of weights from before a step
-        return closure()
+        torch.clear_autocast_cache()  # which holds copies of the weights from before a step
+        return losses_by_task(closure(), what="The losses that closure returns")
 
     names: tuple[Any, ...] | None = None
     rows: list[Tensor] = []
@@ -80,27 +81,23 @@ def lookahead_affinity(
         while names is None or len(rows) < len(names):
             with torch.enable_grad():
                 losses = run()
-            before = _stacked(losses).detach().double()
-            if names is not None and _names(losses) != names:
+            before = _stacked(losses).detach()
+            if names is not None and tuple(losses) != names:
                 raise ValueError(
-                    f"The closure returned losses of {list(names)} and then of "
-                    f"{list(_names(losses))}: it must name the same tasks at every call."
+                    f"The closure returned losses of {list(names)} and then of {list(losses)}: it "
+                    "must name the same tasks at every call."
                 )
-            names = _names(losses)
-            loss = list(losses.values() if isinstance(losses, Mapping) else losses)[len(rows)]
-            if not loss.requires_grad:
-                raise ValueError(
-                    f"The loss of task {names[len(rows)]!r} has no graph, so no step can be taken "
-                    "on it; compute it with gradients on, from outputs that are not detached."
-                )
-            gradients = torch.autograd.grad(loss, moving, allow_unused=True)
+            names = tuple(losses)
+            task = names[len(rows)]
+            check_graph({task: losses[task]}, "no step can be taken on it")
+            gradients = torch.autograd.grad(losses[task], moving, allow_unused=True)
             kept.clear_gradients()
             for parameter, gradient in zip(moving, gradients, strict=True):
                 parameter.grad = None if gradient is None else _of_its_own(gradient, parameter)
             _step(optimizer)
-            kept.restore_parameters(besides=moving)  # weight decay, say, may move the others
+            kept.restore_parameters(besides=moving)  # weight decay may move others
             with torch.no_grad():
-                after = _stacked(run()).double()
+                after = _stacked(run())
             kept.restore()
             valid = before.isfinite() & (before > 0)
             rows.append(torch.where(valid, 1 - after / before, torch.nan))
@@ -112,8 +109,12 @@ def lookahead_affinity(
     return torch.stack(rows).float()
 
 
+def _stacked(losses: dict[Any, Tensor]) -> Tensor:
+    return torch.stack(list(losses.values())).double()
+
+
 def _checked_optimizer(optimizer: Any) -> Optimizer:
-    """The optimizer itself, without what a trainer has wrapped around it."""
+    """The optimizer itself, without the wrappers of a trainer."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     if not isinstance(optimizer, Optimizer):
@@ -124,26 +125,22 @@ def _checked_optimizer(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def _needs_closure(optimizer: Optimizer) -> str:
-    return (
-        f"The step of {type(optimizer).__name__} needs a closure, and lookahead_affinity takes "
-        "steps without one, on given gradients: pass an optimizer of such steps on the same "
-        "parameters, torch.optim.SGD(model.parameters(), lr) or the one that "
-        f"{type(optimizer).__name__} wraps."
-    )
-
-
 def _step(optimizer: Optimizer) -> None:
     try:
         optimizer.step()
-    except Exception as error:  # each optimizer raises what it likes
+    except Exception as error:  # each optimizer raises its own
         if "closure" not in str(error).lower():
             raise
-        raise ValueError(_needs_closure(optimizer)) from error
+        name = type(optimizer).__name__
+        raise ValueError(
+            f"The step of {name} needs a closure, but lookahead_affinity calls step() without one: "
+            "pass another optimizer on the same parameters, such as "
+            f"torch.optim.SGD(model.parameters(), lr) or the one that {name} wraps."
+        ) from error
 
 
 def _moving(shared: nn.Module | Iterable[Tensor], optimizer: Optimizer) -> list[Tensor]:
-    """The shared parameters that have a gradient."""
+    """The shared parameters that require a gradient."""
     if isinstance(shared, Tensor):
         shared = [shared]
     found = list(shared.parameters() if isinstance(shared, nn.Module) else shared)
@@ -164,21 +161,21 @@ def _moving(shared: nn.Module | Iterable[Tensor], optimizer: Optimizer) -> list[
 
 
 def _of_its_own(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """As backward() leaves it: not shared with another parameter, and laid out as its own."""
+    """A copy with the strides of the parameter, as backward() makes it."""
     if gradient.layout is not torch.strided:
         return gradient.clone()
     return torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
 
 
 class _Kept:
-    """All that a step changes, and the way back."""
+    """Keeps everything that a step changes, and restores it."""
 
     def __init__(self, optimizer: Optimizer, shared: list[Tensor]) -> None:
         in_groups = [p for group in optimizer.param_groups for p in group["params"]]
         self._parameters = list({id(p): p for p in (*in_groups, *shared)}.values())
         self._values = [parameter.detach().clone() for parameter in self._parameters]
         self._gradients = [parameter.grad for parameter in self._parameters]
-        self._restore_optimizer = _way_back(optimizer, {id(p) for p in self._parameters})
+        self._restore_optimizer = _restorer(optimizer, {id(p) for p in self._parameters})
 
     def clear_gradients(self) -> None:
         for parameter in self._parameters:
@@ -199,35 +196,35 @@ class _Kept:
         self._restore_optimizer()
 
 
-def _way_back(value: Any, seen: set[int], stands_in: bool = True) -> Callable[[], Any]:
-    """What makes the value again what it is now, and returns it.
+def _restorer(value: Any, seen: set[int], stands_in: bool = True) -> Callable[[], Any]:
+    """A function that restores the value to what it is now, and returns it.
 
-    Tensors, generators, lists, dicts and optimizers stay the objects they are, which others may
-    hold as well.
+    Tensors, generators, lists, dicts and optimizers stay the same objects, since others may refer
+    to them.
 
     Args:
         value: an optimizer, or a part of one.
-        seen: ids of the objects that are brought back elsewhere.
-        stands_in: what is of another kind is replaced by a copy, as in the state of an optimizer;
-            otherwise it is left alone, as its attributes are, of which one may be the model.
+        seen: the ids of the objects that are restored elsewhere.
+        stands_in: whether objects of other types are replaced by a copy, as in the state of an
+            optimizer. Otherwise they are not touched: an attribute may be the model.
     """
     if id(value) in seen or value is None or isinstance(value, str | int | float | complex):
         return lambda: value
     if isinstance(value, Optimizer):
         seen.add(id(value))
         inside = {
-            name: _way_back(part, seen, name in ("state", "param_groups"))
+            name: _restorer(part, seen, name in ("state", "param_groups"))
             for name, part in vars(value).items()
         }
         return _in_place(value, vars(value), inside)
     if isinstance(value, dict):
         seen.add(id(value))
         return _in_place(
-            value, value, {key: _way_back(part, seen, stands_in) for key, part in value.items()}
+            value, value, {key: _restorer(part, seen, stands_in) for key, part in value.items()}
         )
     if isinstance(value, list | tuple | deque):
         seen.add(id(value))
-        parts = [_way_back(part, seen, stands_in) for part in value]
+        parts = [_restorer(part, seen, stands_in) for part in value]
 
         def refill() -> Any:
             restored = [part() for part in parts]
@@ -262,7 +259,7 @@ def _way_back(value: Any, seen: set[int], stands_in: bool = True) -> Callable[[]
 def _in_place(
     value: Any, mapping: dict[Any, Any], parts: dict[Any, Callable[[], Any]]
 ) -> Callable[[], Any]:
-    """What refills the mapping, which is the value or holds its attributes."""
+    """A function that refills the mapping, which is the value or holds its attributes."""
 
     def refill() -> Any:
         restored = {key: part() for key, part in parts.items()}
@@ -271,32 +268,3 @@ def _in_place(
         return value
 
     return refill
-
-
-def _names(losses: Losses) -> tuple[Any, ...]:
-    return tuple(losses) if isinstance(losses, Mapping) else tuple(range(len(losses)))
-
-
-def _stacked(losses: Losses) -> Tensor:
-    if isinstance(losses, Mapping):
-        for task, loss in losses.items():
-            if not isinstance(loss, Tensor):
-                raise ValueError(
-                    f"The loss of task {task!r} must be a scalar tensor, got {loss!r}; return the "
-                    "loss itself, without .item()."
-                )
-            if loss.dim() != 0 or not loss.is_floating_point():
-                raise ValueError(
-                    f"The loss of task {task!r} must be a scalar floating-point tensor, got "
-                    f"{loss.dtype} of shape {list(loss.shape)}; reduce it, with .mean() for "
-                    "instance."
-                )
-        losses = (
-            torch.stack(list(losses.values()))
-            if losses
-            else torch.empty(0, dtype=torch.float32, device="cpu")
-        )
-    if not isinstance(losses, Tensor) or losses.dim() != 1 or len(losses) == 0:
-        got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"The closure must return {{task: scalar}} or a tensor [K], got {got}.")
-    return losses

@@ -1,1 +1,1 @@
-"""The gradients of single tasks, and what their inner products tell."""
+"""The gradients of single tasks, and the analysis of their inner products."""

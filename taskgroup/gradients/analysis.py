@@ -1,4 +1,4 @@
-"""What the Gram matrix of gradients tells: conflicts, and how near a Pareto-stationary point is."""
+"""Analysis of the Gram matrix of gradients: conflicts and Pareto stationarity."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 __all__ = ["conflicts", "pareto_stationarity"]
 
 
-# How far from optimal the weights of pareto_stationarity may be, relative to the longest gradient.
+# The tolerance of pareto_stationarity, relative to the squared length of the longest gradient.
 _TOLERANCE = 1e-12
 
 
 def conflicts(gram: Tensor) -> Tensor:
-    r"""Cosines between the gradients of tasks; where one is negative, the two conflict.
+    r"""Cosines between the gradients of tasks; two tasks conflict if theirs is negative.
 
     .. math::
         C_{ij} = G_{ij} / \sqrt{G_{ii} G_{jj}}
@@ -25,8 +25,8 @@ def conflicts(gram: Tensor) -> Tensor:
         gram: ``[K, K]``, as :func:`taskgroup.task_gram` returns it.
 
     Returns:
-        ``[K, K]`` in [-1, 1], of the dtype and on the device of ``gram``, ones on the diagonal; 0
-        between a task whose gradient is zero and any other.
+        ``[K, K]`` in [-1, 1], with the dtype and device of ``gram``. The diagonal is 1; the cosine
+        of a gradient that is zero with any other is 0.
 
     Raises:
         ValueError: if ``gram`` is not square.
@@ -38,7 +38,7 @@ def conflicts(gram: Tensor) -> Tensor:
     """
     _check_square(gram)
     norm = gram.diagonal().sqrt()
-    # Divided twice, since the product of two norms may overflow or vanish where they do not.
+    # Divided twice, since the product of two norms may overflow or underflow even if they do not.
     cosines = (gram / norm[:, None] / norm).clamp(-1, 1)
     cosines = torch.where((norm[:, None] == 0) | (norm == 0), 0.0, cosines)
     return cosines.fill_diagonal_(1.0)
@@ -51,18 +51,17 @@ def pareto_stationarity(gram: Tensor) -> Tensor:
         \min_{w \ge 0,\ \sum_k w_k = 1} w^\top G\, w
         = \min_w \Bigl\lVert \sum_k w_k g_k \Bigr\rVert^2
 
-    Zero where some convex combination of the gradients vanishes: no step improves all tasks at
-    once. The sequence of group updates converges to such points (Theorem 4 of "Selective Task Group
-    Updates for Multi-Task Optimization", ICLR 2025, arXiv 2502.11986). Solved exactly, by Wolfe's
-    algorithm for the point of least norm in a polytope ("Finding the nearest point in a polytope",
-    Mathematical Programming 11, 1976), in float64 on the host; it waits for the device.
+    It is zero if some convex combination of the gradients is zero: then no step improves all tasks
+    at once. The sequence of group updates converges to such points (Theorem 4 of "Selective Task
+    Group Updates for Multi-Task Optimization", ICLR 2025, arXiv 2502.11986). Wolfe's algorithm
+    ("Finding the nearest point in a polytope", Mathematical Programming 11, 1976) solves the
+    problem exactly, in float64 on the host, which waits for the device.
 
     Args:
         gram: ``[K, K]``, as :func:`taskgroup.task_gram` returns it.
 
     Returns:
-        A scalar of the dtype and on the device of ``gram``, not negative; NaN where ``gram`` is not
-        finite.
+        A nonnegative scalar with the dtype and device of ``gram``; NaN if ``gram`` is not finite.
 
     Raises:
         ValueError: if ``gram`` is not square or empty.
@@ -90,7 +89,7 @@ def _least_norm_weights(gram: np.ndarray[Any, np.dtype[np.float64]]) -> Any:
     weights = np.zeros(n_tasks)
     weights[gram.diagonal().argmin()] = 1.0
     corral = weights > 0  # the gradients in the combination
-    for _ in range(100 * n_tasks):  # it ends by itself; rounding may make it circle
+    for _ in range(100 * n_tasks):  # it ends by itself, unless rounding makes it cycle
         product = gram @ weights
         entering = int(product.argmin())
         if product[entering] >= weights @ product - _TOLERANCE * scale or corral[entering]:
@@ -108,7 +107,7 @@ def _least_norm_weights(gram: np.ndarray[Any, np.dtype[np.float64]]) -> Any:
             if (target > 0).all():
                 weights[inside] = target
                 break
-            # Out of the simplex: go as far as it allows, and let go of what reaches zero.
+            # Outside the simplex: go as far as possible, and drop the weights that reach zero.
             old = weights[inside]
             shrinking = target <= 0
             ratio = np.full(len(inside), np.inf)

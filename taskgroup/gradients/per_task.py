@@ -7,57 +7,59 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from taskgroup._losses import Losses, check_graph, losses_by_task
 from taskgroup.gradients.through_grad import gradients_through_grad
-from taskgroup.gradients.vectorised import _check_vanishing, _cotangents, _explained, _is_constant
+from taskgroup.gradients.vectorised import check_vanishing, cotangents, explained, is_constant
 from taskgroup.ops._sharded import any_sharded
 
 __all__ = ["task_gradients"]
 
 
 def task_gradients(
-    losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor,
+    losses: Losses | Sequence[Tensor],
     params: Iterable[Tensor],
     *,
     retain_graph: bool = False,
     batched: bool = False,
 ) -> list[list[Tensor | None]]:
-    """The gradient of every task's loss on the parameters, each on its own.
+    """Compute the gradient of each task's loss on the parameters.
 
-    One backward pass per task. ``.grad`` is neither read nor written. The graph is freed with the
-    last pass, unless it is to be kept. In data-parallel training these are the gradients of this
-    rank's samples. Strides are those of the parameter, as in ``.grad``: fused optimizers read past
-    other ones. The gradient of an embedding with ``sparse=True`` is a sparse tensor; the ops take
-    dense ones.
+    This takes one backward pass per task, and neither reads nor writes ``.grad``. The last pass
+    frees the graph unless ``retain_graph`` is True. In data-parallel training these are the
+    gradients of this rank's samples. A gradient has the strides of its parameter, as ``.grad``
+    does, because fused optimizers assume it. The gradient of an embedding with ``sparse=True`` is a
+    sparse tensor, while the ops take dense ones.
 
-    Parameters that are sharded (FSDP2's DTensors) are not in the graph of a loss: FSDP itself puts
-    their gradients into ``.grad``, sharded and averaged over the ranks. Each task's is taken from
-    there and what was there is put back. The ``.grad`` of parameters that are not among ``params``,
-    those of the heads, takes the gradients of all tasks in: call ``zero_grad()`` afterwards. List
-    the parameters before the forward, after which whole ones may stand in their place.
+    Sharded parameters (FSDP2's DTensors) are not in the graph of a loss: FSDP puts their gradients
+    into ``.grad``, sharded and averaged over the ranks. Each task's gradients are taken from there,
+    and the previous ``.grad`` is put back. Parameters that are not among ``params``, such as those
+    of the heads, accumulate the gradients of all tasks in ``.grad``: call ``zero_grad()``
+    afterwards. List the parameters before the forward pass, which may replace them by unsharded
+    ones.
 
     Args:
         losses: K scalars: ``{task: loss}``, a sequence, or one tensor ``[K]``.
-        params: T parameters, those the tasks share as a rule; each once. Frozen ones are passed
-            over.
-        retain_graph: keep the graph for a backward pass that comes after.
-        batched: all tasks in one vectorised backward pass (``torch.vmap``). It is faster where the
-            model is small, takes the memory of K + 1 passes at once, runs every head's backward
-            pass for every task, and needs an operation with a batching rule for each of the model.
-            A parameter that only some of the tasks reach gets zeros instead of None for the rest.
+        params: T different parameters, usually those that the tasks share. Frozen ones are skipped.
+        retain_graph: keep the graph for a later backward pass.
+        batched: compute all gradients in one vectorised backward pass (``torch.vmap``). It is
+            faster for small models, but takes the memory of K + 1 passes, runs the backward pass of
+            every head for every task, and needs a batching rule for every operation of the model.
+            A parameter that only some tasks reach gets zeros instead of None for the others.
 
     Returns:
-        ``[K][T]`` gradients, in the order of the losses and the parameters; None where a task does
-        not reach a parameter, or it is frozen. A stacked tensor reaches whatever one of its losses
-        reaches: zeros stand there for the others.
+        ``[K][T]`` gradients, in the order of the losses and the parameters; None if a task does not
+        reach a parameter or the parameter is frozen. If the losses are stacked in one tensor, a
+        parameter that any task reaches gets zeros instead of None for the others.
 
     Raises:
-        ValueError: if there is no loss or parameter, a parameter is listed twice, or a loss is not
-            a scalar with a graph; the sentence names the task. If ``batched`` is asked for and
-            parameters are sharded.
-        RuntimeError: if the backward pass can run only once (a compiled model), or only writes to
-            ``.grad`` (reentrant checkpointing); the sentence names the setting. With ``batched``,
-            if torch cannot vectorise the backward pass, or a part of a gradient does not depend on
-            the losses: take the gradients one by one then.
+        ValueError: if there is no loss or parameter, a parameter is listed twice, a loss is not a
+            scalar with a graph (the message names the task), or ``batched`` is True and parameters
+            are sharded.
+        TypeError: if ``losses`` is not a mapping, a sequence or a tensor.
+        RuntimeError: if the backward pass can run only once (a compiled model) or only writes to
+            ``.grad`` (reentrant checkpointing); the message names the setting. With ``batched``, if
+            torch cannot vectorise the backward pass, or a part of a gradient does not depend on the
+            losses; compute the gradients without ``batched`` then.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -65,7 +67,7 @@ def task_gradients(
         >>> task_gradients({"depth": (x * x).sum(), "normal": x.sum() + bias}, [x, bias])
         [[tensor([2., 4.]), None], [tensor([1., 1.]), tensor(1.)]]
     """
-    scalars = _scalars(losses)
+    scalars = scalars_with_graph(losses)
     params = list(params)
     if not params:
         raise ValueError("params is empty: name at least one parameter that the tasks share.")
@@ -90,74 +92,51 @@ def task_gradients(
         if all(gradient is None for own in found for gradient in own):
             raise ValueError(
                 "No loss reaches any of the sharded parameters: list the parameters before the "
-                "forward, which puts others in their place."
+                "forward pass, which may replace them."
             )
         return found
     if batched:
         stacked = torch.stack(scalars)
-        with _explained(vectorised=True):
+        with explained(vectorised=True):
             rows = torch.autograd.grad(
                 stacked,
                 active,
-                _cotangents(stacked),
+                cotangents(stacked),
                 retain_graph=retain_graph,
                 allow_unused=True,
                 is_grads_batched=True,
             )
-        _check_vanishing([_is_constant(r[-1]) for r in rows if r is not None])
+        check_vanishing([is_constant(r[-1]) for r in rows if r is not None])
         found = [[None if r is None else r[k] for r in rows] for k in range(len(scalars))]
     else:
         found = []
         own: Sequence[Tensor | None]
         for k, scalar in enumerate(scalars):
             keep = retain_graph or k < len(scalars) - 1
-            with _explained():
+            with explained():
                 own = torch.autograd.grad(scalar, active, retain_graph=keep, allow_unused=True)
             found.append(list(own))
-    found = [[_laid_out(g, p) for g, p in zip(own, active, strict=True)] for own in found]
-    if len(active) == len(params):
-        return found
     result = []
     for own in found:
-        gradients = iter(own)
-        result.append([next(gradients) if p.requires_grad else None for p in params])
+        laid_out = {p: _laid_out(g, p) for g, p in zip(own, active, strict=True)}
+        result.append([laid_out.get(parameter) for parameter in params])
     return result
 
 
-def _scalars(losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> list[Tensor]:
-    """The losses one by one, checked."""
-    if isinstance(losses, Tensor):
-        if losses.dim() != 1:
-            raise ValueError(
-                f"Stacked losses must have shape [K], one per task, got {list(losses.shape)}."
-            )
-        named = {f"{k}": loss for k, loss in enumerate(losses.unbind())}
-    elif isinstance(losses, Mapping):
-        named = {repr(task): loss for task, loss in losses.items()}
-    else:
-        named = {f"{k}": loss for k, loss in enumerate(losses)}
-    if not named:
-        raise ValueError("losses is empty: it must hold the loss of at least one task.")
-    for task, loss in named.items():
-        if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
-            got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
-                f"The loss of task {task} must be a floating-point scalar tensor, got {got}; "
-                "reduce it, with .mean() for instance."
-            )
-        if not loss.requires_grad:
-            raise ValueError(
-                f"The loss of task {task} has no graph, so it has no gradient; compute it with "
-                "gradients on, from outputs that are not detached."
-            )
-    return list(named.values())
+def scalars_with_graph(losses: Losses | Sequence[Tensor]) -> list[Tensor]:
+    """The losses one by one, each checked to be a scalar with a graph."""
+    by_task = losses_by_task(
+        losses if isinstance(losses, Mapping | Tensor) else dict(enumerate(losses))
+    )
+    check_graph(by_task)
+    return list(by_task.values())
 
 
 def _laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
-    """The gradient as ``.grad`` holds it, with the strides of the parameter.
+    """The gradient as ``.grad`` would hold it, with the strides of the parameter.
 
-    Autograd may hand out one that is transposed or expanded, or that is to be negated when read.
-    Fused optimizers on the CPU, which read memory in order, would step along other numbers.
+    Autograd may return a tensor that is transposed, expanded or lazily negated. Fused optimizers on
+    the CPU read the memory in order, so they would step along wrong numbers.
     """
     if gradient is None or gradient.layout != torch.strided:
         return gradient
@@ -166,11 +145,11 @@ def _laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
         return gradient
     if _strides(gradient) == _strides(parameter) and 0 not in _strides(gradient):
         return gradient
-    # Where the parameter is not dense itself, torch chooses.
+    # If the parameter is not dense itself, torch chooses the strides.
     like = torch.empty_like(parameter.detach(), dtype=gradient.dtype, device=gradient.device)
     return gradient if _strides(gradient) == _strides(like) else like.copy_(gradient)
 
 
 def _strides(tensor: Tensor) -> list[int]:
-    """Those that matter."""
+    """The strides of all dimensions larger than 1."""
     return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]

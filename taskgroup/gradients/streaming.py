@@ -1,23 +1,24 @@
-"""The Gram matrix of gradients that are never held all at once."""
+"""The Gram matrix of the tasks' gradients without holding all of them at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from taskgroup.gradients.per_task import _scalars
-from taskgroup.gradients.through_grad import _nodes
+from taskgroup._losses import Losses
+from taskgroup.gradients.per_task import scalars_with_graph
+from taskgroup.gradients.through_grad import graph_nodes
 from taskgroup.gradients.vectorised import (
-    _check_batched,
-    _check_vanishing,
-    _constant,
-    _cotangents,
-    _explained,
-    _is_constant,
+    check_batched,
+    check_vanishing,
+    constant_error,
+    cotangents,
+    explained,
+    is_constant,
 )
 from taskgroup.ops import task_gram
 from taskgroup.ops._gradient_list import check_number_of_tasks
@@ -27,31 +28,34 @@ __all__ = ["streaming_task_gram"]
 
 
 def streaming_task_gram(
-    losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor,
+    losses: Losses | Sequence[Tensor],
     params: Iterable[Tensor],
     *,
     retain_graph: bool = False,
 ) -> Tensor:
-    r"""The Gram matrix of the tasks' gradients, without ever holding all gradients.
+    r"""Compute the Gram matrix of the tasks' gradients without holding all of them at once.
 
-    One vectorised backward pass (``torch.vmap``) for all tasks; as soon as the K gradients on one
-    parameter are there their inner products are added up and they are dropped. Besides what the
-    backward pass itself needs, K + 1 times the largest parameter is held, where
-    ``task_gram(task_gradients(losses, params))`` holds K times all of them. The price: every head's
-    backward pass runs for every task, and every operation of the model needs a batching rule.
+    One vectorised backward pass (``torch.vmap``) covers all tasks. As soon as the K gradients on
+    one parameter are computed, their inner products are added to the matrix and the gradients are
+    freed. Besides the memory of the backward pass itself, this takes K + 1 times the largest
+    parameter, while ``task_gram(task_gradients(losses, params))`` takes K times all parameters. In
+    return, the backward pass of every head runs for every task, and every operation of the model
+    needs a batching rule.
 
     Args:
         losses: K scalars: ``{task: loss}``, a sequence, or one tensor ``[K]``; K from 1 to 1024.
-        params: the parameters, those the tasks share as a rule; one that is listed twice counts
-            once. Frozen ones are passed over.
-        retain_graph: keep the graph for a backward pass that comes after.
+        params: the parameters, usually those that the tasks share. One that is listed twice counts
+            once; frozen ones are skipped.
+        retain_graph: keep the graph for a later backward pass.
 
     Returns:
-        ``[K, K]``, row i column j :math:`\langle g_i, g_j \rangle` (its real part, where parameters
-        are complex); of the dtype that :func:`taskgroup.task_gram` gives.
+        ``[K, K]``; row i, column j is :math:`\langle g_i, g_j \rangle`, or its real part if
+        parameters are complex. The dtype is that of :func:`taskgroup.task_gram`.
 
     Raises:
-        ValueError: if a loss is not a scalar with a graph, or no parameter is reached.
+        ValueError: if a loss is not a scalar with a graph, no loss reaches a parameter, or
+            parameters are sharded.
+        TypeError: if ``losses`` is not a mapping, a sequence or a tensor.
         RuntimeError: as for :func:`task_gradients` with ``batched``.
 
     Example:
@@ -60,7 +64,7 @@ def streaming_task_gram(
         tensor([[20.,  6.],
                 [ 6.,  2.]])
     """
-    scalars = _scalars(losses)
+    scalars = scalars_with_graph(losses)
     n_tasks = len(scalars)
     check_number_of_tasks(n_tasks)
     active = list(dict.fromkeys(parameter for parameter in params if parameter.requires_grad))
@@ -75,7 +79,7 @@ def streaming_task_gram(
     def collect(rows: Tensor) -> None:
         if rows.is_complex():
             rows = torch.view_as_real(rows.resolve_conj())
-        constant.append(_is_constant(rows[-1]))
+        constant.append(is_constant(rows[-1]))
         gram = task_gram([[row] for row in rows[:-1].unbind()])
         if not grams:
             grams.append(gram.double())
@@ -89,12 +93,14 @@ def streaming_task_gram(
         nothing: Tensor = _Collect.apply(rows, collect)  # type: ignore[no-untyped-call]
         return rows if keep else nothing
 
-    # What is computed passes its gradient on to what it was computed from.
+    # A tensor that is not a leaf has to pass its gradient on.
     hooks = [p.register_hook(partial(hook, keep=not p.is_leaf)) for p in active]
     try:
         stacked = torch.stack(scalars)
-        # Torch's own rule for cdist drops the batch dimension (functorch), without a word.
-        hooks += [node.register_hook(partial(_check_batched, node)) for node in _nodes([stacked])]
+        # Torch's own batching rule for cdist silently drops the batch dimension.
+        hooks += [
+            node.register_hook(partial(check_batched, node)) for node in graph_nodes([stacked])
+        ]
 
         def backward(cotangent: Tensor) -> Tensor:
             torch.autograd.grad(
@@ -103,23 +109,23 @@ def streaming_task_gram(
             return cotangent
 
         if active:
-            with _explained(vectorised=True):
-                torch.func.vmap(backward)(_cotangents(stacked))
+            with explained(vectorised=True):
+                torch.func.vmap(backward)(cotangents(stacked))
     finally:
         for handle in hooks:
             handle.remove()
     if not grams:
         raise ValueError("No loss reaches any of the parameters: name those the tasks share.")
-    _check_vanishing(constant)
+    check_vanishing(constant)
     return grams[0].to(torch.float64 if torch.float64 in dtypes else torch.float32)
 
 
 class _Collect(torch.autograd.Function):
-    """Hands the gradients of all tasks on one parameter over, and lets go of them."""
+    """Passes the gradients of all tasks on one parameter to a function, and frees them."""
 
     @staticmethod
     def forward(gradient: Tensor, collect: Callable[[Tensor], None]) -> Tensor:
-        raise _constant()  # a gradient without the dimension of the tasks
+        raise constant_error()  # runs only if the gradient has no dimension for the tasks
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -130,5 +136,5 @@ class _Collect(torch.autograd.Function):
         info: Any, in_dims: Any, gradient: Tensor, collect: Callable[[Tensor], None]
     ) -> tuple[Tensor, int]:
         collect(gradient.movedim(in_dims[0], 0))
-        # Autograd wants a gradient back: one of the right shape that holds a single number.
+        # Autograd expects a gradient: this one has the right shape, but holds a single number.
         return gradient.new_zeros(()).expand(gradient.shape), in_dims[0]

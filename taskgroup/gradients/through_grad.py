@@ -1,4 +1,7 @@
-"""Gradients taken through .grad, for shards that autograd.grad does not reach."""
+"""Gradients of single tasks through ``.grad``, as FSDP and the joint methods need them.
+
+This is the only place that runs ``backward()`` once per task.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskgroup.gradients.vectorised import _explained
+from taskgroup.gradients.vectorised import explained
 
 
 def gradients_through_grad(
@@ -19,26 +22,41 @@ def gradients_through_grad(
     *,
     retain_graph: bool = False,
 ) -> list[list[Tensor | None]]:
-    """The same by way of ``.grad``, where FSDP puts the gradients of sharded parameters.
+    """Do the same as :func:`backward_passes`, but suspend the hooks meanwhile."""
+    others = list(others)
+    with hooks_held(losses, [*params, *others]):
+        return backward_passes(losses, params, others, retain_graph=retain_graph)
 
-    Hooks of ``register_post_accumulate_grad_hook``, such as an optimizer's step, do not run.
+
+def backward_passes(
+    losses: Sequence[Tensor],
+    params: Sequence[Tensor],
+    others: Sequence[Tensor] = (),
+    *,
+    retain_graph: bool = False,
+) -> list[list[Tensor | None]]:
+    """Take the gradient of each loss from ``.grad``, and put the old ``.grad`` back.
+
+    FSDP puts the gradients of sharded parameters there. Call it within :func:`hooks_held`.
 
     Args:
         losses: K scalars.
         params: T parameters.
-        others: parameters that the tasks reach besides; their ``.grad`` is put back as well.
-        retain_graph: keep the graph for a backward pass that comes after.
+        others: more parameters that the losses reach; their ``.grad`` is put back as well.
+        retain_graph: keep the graph for a later backward pass.
+
+    Returns:
+        ``[K][T]``, the tensors that autograd has made; None if a task does not reach a parameter.
     """
     kept = [(parameter, parameter.grad) for parameter in (*params, *others)]
     found: list[list[Tensor | None]] = []
     try:
-        with hooks_held(losses, [parameter for parameter, _ in kept]):
-            for k, loss in enumerate(losses):
-                for parameter, _ in kept:
-                    parameter.grad = None
-                with _explained():
-                    loss.backward(retain_graph=retain_graph or k < len(losses) - 1)
-                found.append([parameter.grad for parameter in params])
+        for k, loss in enumerate(losses):
+            for parameter, _ in kept:
+                parameter.grad = None
+            with explained():
+                loss.backward(retain_graph=retain_graph or k < len(losses) - 1)
+            found.append([parameter.grad for parameter in params])
     finally:
         for parameter, gradient in kept:
             parameter.grad = gradient
@@ -49,25 +67,25 @@ def gradients_through_grad(
 def hooks_held(
     losses: Iterable[Tensor], params: Iterable[Tensor], *, search: bool = False
 ) -> Iterator[Callable[[], None]]:
-    """Holds the hooks of ``register_post_accumulate_grad_hook`` while gradients are incomplete.
+    """Suspend hooks of ``register_post_accumulate_grad_hook`` while gradients are incomplete.
 
-    An optimizer in such a hook would step on the gradient of every single task.
+    An optimizer in such a hook would otherwise step on the gradient of every single task.
 
     Args:
-        losses: with a graph. Where a parameter has such hooks, those of all leaves of the graph are
-            held: it takes a search, which takes time.
-        params: whose hooks are held.
+        losses: scalars with a graph. If a parameter has such hooks, those of all leaves of the
+            graph are suspended; finding the leaves takes time.
+        params: the parameters whose hooks are suspended.
         search: search the graph in any case.
 
     Yields:
-        What runs the hooks, once each, for the tensors that a gradient came to within the block;
-        to be called after it, when ``.grad`` is complete.
+        A function that runs the hooks, once for each tensor that got a gradient within the block.
+        Call it after the block, when ``.grad`` is complete.
     """
     leaves = [parameter for parameter in params if _hooks(parameter)]
     if leaves or search:
-        found = (n.variable for n in _nodes(losses) if type(n).__name__ == "AccumulateGrad")
+        found = (n.variable for n in graph_nodes(losses) if type(n).__name__ == "AccumulateGrad")
         leaves += [leaf for leaf in found if _hooks(leaf)]
-    # Emptied in place, for the handles that remove hooks know the dictionary.
+    # Emptied in place, since the handles that remove hooks refer to the dictionary.
     live = {leaf: _hooks(leaf) for leaf in leaves}
     held = {leaf: dict(hooks) for leaf, hooks in live.items()}
     reached: dict[Tensor, None] = {}
@@ -93,8 +111,8 @@ def _hooks(tensor: Tensor) -> dict[Any, Callable[[Tensor], Any]]:
     return getattr(tensor, "_post_accumulate_grad_hooks", None) or {}
 
 
-def _nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """The nodes of a graph, each once."""
+def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """All nodes of the graph behind the tensors, each once."""
     waiting: list[Any] = [torch.autograd.graph.get_gradient_edge(t).node for t in tensors]
     seen = set()
     while waiting:

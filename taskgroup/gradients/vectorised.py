@@ -1,4 +1,4 @@
-"""What all gradients from one vectorised backward pass need, and why some graphs have none."""
+"""Helpers for vectorised backward passes, and the errors of graphs that do not allow them."""
 
 from __future__ import annotations
 
@@ -10,39 +10,40 @@ import torch
 from torch import Tensor
 
 
-def _cotangents(stacked: Tensor) -> Tensor:
-    """``[K + 1, K]``: a row for every task, and one of zeros.
+def cotangents(stacked: Tensor) -> Tensor:
+    """``[K + 1, K]``: one row for each task, and a row of zeros.
 
-    A backward pass is linear, so the gradient of the last row is zero. Where it is not, something
-    in it does not depend on the losses, and the other rows hold it even for tasks that do not
-    reach it.
+    A backward pass is linear, so the gradient for the row of zeros is zero. If it is not, a part of
+    the gradient does not depend on the losses, and the other rows contain it too.
     """
     n_tasks = len(stacked)
     return torch.eye(n_tasks + 1, n_tasks, dtype=stacked.dtype, device=stacked.device)
 
 
-def _is_constant(gradient: Tensor) -> Tensor:
-    """Whether the gradient of the row of zeros is something else: a flag on its device."""
-    return gradient.nan_to_num(0.0, 0.0, 0.0).any()  # NaN is 0 * inf, and shows by itself
+def is_constant(gradient: Tensor) -> Tensor:
+    """Whether the gradient for the row of zeros is not zero: a flag on its device."""
+    return gradient.nan_to_num(0.0, 0.0, 0.0).any()  # NaN is 0 * inf: other rows show it
 
 
-def _check_vanishing(flags: list[Tensor]) -> None:
+def check_vanishing(flags: list[Tensor]) -> None:
+    """Raise if any flag of :func:`is_constant` is set; waits for the device."""
     if any(flags):
-        raise _constant()
+        raise constant_error()
 
 
-def _check_batched(node: Any, found: tuple[Any, ...], given: tuple[Any, ...]) -> None:
+def check_batched(node: Any, found: tuple[Any, ...], given: tuple[Any, ...]) -> None:
+    """Raise if a node of the graph drops the batch dimension: a hook of the node."""
     batched = torch._C._functorch.is_batchedtensor
     if any(g is not None and batched(g) for g in given) and not all(
         g is None or batched(g) or g.numel() == 0 for g in found
     ):
-        raise _constant(node.name())
+        raise constant_error(node.name())
 
 
 _ONE_BY_ONE = "take the gradients one by one, with task_gradients(losses, params)"
 
 
-# What torch says, and what to do about it.
+# From a part of torch's message to what to do about it.
 _CURES = {
     "donated buffer": (
         "The compiled model frees its buffers in its first backward pass, and gradients of single "
@@ -50,8 +51,8 @@ _CURES = {
         "model is compiled."
     ),
     "use_reentrant": (
-        "Activation checkpointing with use_reentrant=True writes gradients to .grad alone, where "
-        "those of single tasks are not: checkpoint with use_reentrant=False."
+        "Activation checkpointing with use_reentrant=True writes gradients only to .grad, where "
+        "those of single tasks are not taken from: checkpoint with use_reentrant=False."
     ),
     "compiled backward function within vmap": (
         f"A compiled model has no vectorised backward pass: {_ONE_BY_ONE}, or leave the model "
@@ -63,7 +64,7 @@ _CURES = {
 }
 
 
-# Errors of any backward pass, whether it is vectorised or not.
+# Errors that any backward pass may raise, vectorised or not.
 _OF_ANY_PASS = (
     "a second time",
     "modified by an inplace operation",
@@ -73,10 +74,11 @@ _OF_ANY_PASS = (
 
 
 class _NotVectorisedError(RuntimeError):
-    """A vectorised backward pass whose result would be wrong; it says what to do."""
+    """The result of a vectorised backward pass would be wrong."""
 
 
-def _constant(node: str = "") -> _NotVectorisedError:
+def constant_error(node: str = "") -> _NotVectorisedError:
+    """The error for a gradient with a part that does not depend on the losses."""
     where = f" of {node}" if node else ""
     return _NotVectorisedError(
         f"The vectorised backward pass{where} gives a gradient that does not depend on the loss, "
@@ -85,13 +87,13 @@ def _constant(node: str = "") -> _NotVectorisedError:
 
 
 @contextmanager
-def _explained(*, vectorised: bool = False) -> Iterator[None]:
-    """Says what to do about the backward passes that torch refuses."""
+def explained(*, vectorised: bool = False) -> Iterator[None]:
+    """Raise errors that say what to do about a backward pass that torch refuses."""
     try:
         yield
     except (_NotVectorisedError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # under vmap each operation has its own
+    except Exception as error:  # under vmap each operation raises its own
         said = " ".join(f"{error}".split())
         of_any_pass = any(part in said for part in _OF_ANY_PASS)
         if vectorised and torch.is_anomaly_enabled() and not of_any_pass:

@@ -1,7 +1,7 @@
-"""From the losses of a training loop to the two things a step needs of them.
+"""Turns the losses of a training loop into what a step needs.
 
-The loss to step on, with a graph, and the losses of the observed tasks, without one. Every check is
-made before anything changes; none of them synchronises with a GPU.
+That is the loss to step on, with a graph, and the losses of the observed tasks, without one. All
+checks are made before anything changes, and none of them synchronises with a GPU.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ import torch
 from torch import Tensor
 
 from taskgroup._arguments import listed
-from taskgroup.affinity.base import Losses
+from taskgroup._losses import Losses, check_graph, check_losses, check_one_device
 from taskgroup.loop.host_copy import waits_for
 from taskgroup.loop.rounds import Members
 
 __all__ = ["ZERO_LOSS", "LossReader", "LossWatch", "send_like"]
 
 
-# What to do about a task that other ranks have labels of.
+# What to do about a task that only other ranks have labels of.
 ZERO_LOSS = (
-    "Give a zero that hangs on the output: output.sum() * 0, or a masked mean, "
+    "Pass a zero that depends on the output: output.sum() * 0, or a masked mean, "
     "(error * mask).sum() / mask.sum().clamp(min=1)."
 )
 
-_STILL = 20  # steps without a change of any loss, after which it is no accident
+_STILL = 20  # steps in a row that change no loss, before a warning
 
-# More groups than recur in a run; those of K = 1000 singletons fit.
+# More than the groups that recur in a run, such as those of 1000 single tasks.
 _GROUPS_KEPT = 4096
 
 
 @dataclass(frozen=True)
 class GroupTensors:
-    """What a group needs on the device of the losses; made once per group and kept."""
+    """The tensors of a group on the device of the losses, created once per group."""
 
     mask: Tensor  # bool [K]
     index: Tensor  # int64 [n]
@@ -45,15 +45,16 @@ class GroupTensors:
 
 
 class LossReader:
-    """Reads losses given as ``{task: scalar}``, or stacked in task order.
+    """Reads losses, ``{task: scalar}`` or one tensor in task order.
 
     Args:
         tasks: the K task names.
-        weights: of the losses, ``{task: weight}``, one per task, or None for 1 each.
+        weights: the weights of the losses, ``{task: weight}`` or one per task; None is 1 for each.
         reduction: ``"sum"`` or ``"mean"`` over the losses of a group.
 
     Raises:
-        ValueError: for an unknown, missing, negative or infinite weight or another reduction.
+        ValueError: if a weight is unknown, missing, negative or infinite, or ``reduction`` is
+            neither of the two.
     """
 
     def __init__(
@@ -66,8 +67,8 @@ class LossReader:
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}.")
         self.tasks = tasks
         self.everyone: Members = tuple(range(len(tasks)))
-        self.device: torch.device | None = None  # of the losses, once seen
-        self.later = False  # reading a loss on the host would have to wait for that device
+        self.device: torch.device | None = None  # of the losses, once known
+        self.later = False  # reading a loss on the host would wait for the device
         self._known = frozenset(tasks)
         self.weights = _checked_weights(weights, tasks)
         self.reduction = reduction
@@ -100,7 +101,7 @@ class LossReader:
         return kept
 
     def _send(self, tensor: Tensor) -> Tensor:
-        """To the device of the losses, without waiting for it: new groups come while training."""
+        """Send to the device of the losses without waiting, since new groups appear in training."""
         return tensor.to(self.device, non_blocking=True)
 
     def read(
@@ -110,32 +111,28 @@ class LossReader:
         needed: Members,
         factors: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Check the losses and take what a step needs of them.
+        """Check the losses, and compute what a step needs.
 
         Args:
-            losses: ``{task: scalar}``, ``[K]``, or one for each task in ``needed``.
-            members: the tasks to step on, n of them.
-            needed: the tasks to measure; ``members`` are among them.
-            factors: float64 ``[K]`` on the host, of the losses to step on; None is 1 for each.
+            losses: ``{task: scalar}``, or one tensor of all K tasks or of those in ``needed``.
+            members: the tasks to step on.
+            needed: the tasks to measure, which include ``members``.
+            factors: float64 ``[K]`` on the host, multiplied with the losses to step on; None is 1
+                for each.
 
         Returns:
-            The weighted sum (or mean) over ``members``, a scalar with a graph, and the losses of
-            ``needed``, a copy without a graph; float32 or float64 both.
+            The weighted sum (or mean) over ``members``, a scalar with a graph, and a copy of the
+            losses of ``needed`` without a graph. Both are float32 or float64.
 
         Raises:
-            ValueError: where a loss is unknown, missing, not scalar, on another device or, for a
+            ValueError: if a loss is unknown, missing, not a scalar, on another device or, for a
                 member, without a graph.
-            TypeError: where ``losses`` is neither a mapping nor a tensor.
+            TypeError: if ``losses`` is neither a mapping nor a tensor.
         """
         if isinstance(losses, Tensor):
             own, measured = self._read_stacked(losses, members, needed)
-        elif isinstance(losses, Mapping):
-            own, measured = self._read_named(losses, members, needed)
         else:
-            raise TypeError(
-                f"Losses must be {{task: scalar tensor}} or one tensor [{len(self.tasks)}] in the "
-                f"order {listed(self.tasks)}, got {type(losses).__name__}."
-            )
+            own, measured = self._read_named(losses, members, needed)
         own = _at_least_float32(own)
         if self.weights is not None:
             weights = self.group(members).weights
@@ -148,26 +145,25 @@ class LossReader:
         return own, _at_least_float32(measured)
 
     def with_graph(self, losses: Losses, members: Members, needed: Members) -> list[Tensor]:
-        """The losses of ``members`` one by one, with their graph; ``losses`` have been read.
+        """The losses of ``members`` one by one, with their graph, of losses that :meth:`read` took.
 
         Raises:
-            ValueError: if one has no graph.
+            ValueError: if a loss has no graph.
         """
         if isinstance(losses, Tensor):
             stacked = len(losses) == len(self.tasks)
             return [losses[k if stacked else bisect_left(needed, k)] for k in members]
-        found = [losses[self.tasks[k]] for k in members]
-        for k, loss in zip(members, found, strict=True):
-            if not loss.requires_grad:
-                raise ValueError(
-                    f"The loss of task {self.tasks[k]!r} has no graph, and this step measures its "
-                    "gradient: call the MultiTaskModel with group=group, or compute the losses of "
-                    "the tasks in group.graph with gradients on."
-                )
-        return found
+        found = {self.tasks[k]: losses[self.tasks[k]] for k in members}
+        check_graph(
+            found,
+            "this step cannot measure its gradient",
+            "call the MultiTaskModel with group=group, or compute the losses of the tasks in "
+            "group.graph with gradients on",
+        )
+        return list(found.values())
 
     def spread(self, measured: Tensor, needed: Members) -> Tensor:
-        """The losses of ``needed`` at their places in ``[K]``, NaN for the other tasks."""
+        """The losses ``[K]`` of all tasks, NaN for those not in ``needed``."""
         if needed == self.everyone:
             return measured
         losses = measured.new_full((len(self.tasks),), math.nan)
@@ -177,18 +173,19 @@ class LossReader:
         self, losses: Mapping[str, Tensor], members: Members, needed: Members
     ) -> tuple[Tensor, Tensor]:
         try:
-            if needed == self.everyone and tuple(losses) == self.tasks:  # as many models give them
+            if needed == self.everyone and tuple(losses) == self.tasks:  # the usual case
                 values = list(losses.values())
             else:
                 values = [losses[self.tasks[k]] for k in needed]
             mine = values if members == needed else [losses[self.tasks[k]] for k in members]
             measured = torch.stack(values).detach()
             own = torch.stack(mine) if len(mine) > 1 else mine[0].clone()
-        except (KeyError, TypeError, RuntimeError):
+        except (AttributeError, KeyError, TypeError, RuntimeError):
             self._explain(losses, members, needed)
             raise
         if (
-            not self._known.issuperset(losses)
+            not isinstance(losses, Mapping)
+            or not self._known.issuperset(losses)
             or measured.dim() != 1
             or not measured.is_floating_point()
             or not all(value.requires_grad for value in mine)
@@ -197,70 +194,37 @@ class LossReader:
         self._settle_on(measured.device)
         return own, measured
 
-    def _explain(self, losses: Mapping[str, Tensor], members: Members, needed: Members) -> None:
-        """Raise with a sentence on what is wrong with the losses."""
-        if unknown := [task for task in losses if task not in self._known]:
-            raise ValueError(
-                f"Unknown task {unknown[0]!r} among the losses; the tasks are "
-                f"{listed(self.tasks)}. "
-                "Leave it out: group.loss({t: losses[t] for t in group.observed})."
-            )
-        for k in needed:
-            value = losses.get(self.tasks[k])
-            if value is None:
-                raise ValueError(
-                    f"The loss of task {self.tasks[k]!r} is missing; this step needs those of "
-                    f"group.observed, {listed(self.names(needed))}."
-                )
-            if not isinstance(value, Tensor) or value.dim() != 0 or not value.is_floating_point():
-                cure = "reduce it, with .mean() for instance"
-                if isinstance(value, int | float):
-                    cure = "hand over the tensor itself, without .item() or float()"
-                raise ValueError(
-                    f"The loss of task {self.tasks[k]!r} must be a floating-point scalar tensor, "
-                    f"got {_described(value)}; {cure}."
-                )
-            first = losses[self.tasks[needed[0]]]
-            if value.device != first.device:
-                raise ValueError(
-                    f"The loss of task {self.tasks[k]!r} is on {value.device}, that of "
-                    f"{self.tasks[needed[0]]!r} on {first.device}; move them to one device."
-                )
-        for k in members:
-            if not losses[self.tasks[k]].requires_grad:
-                raise ValueError(
-                    f"The loss of task {self.tasks[k]!r} has no graph, so the group "
-                    f"{listed(self.names(members))} cannot be stepped on; compute it with "
-                    "gradients on, from outputs that are not detached."
-                )
+    def _explain(self, losses: Losses, members: Members, needed: Members) -> None:
+        """Raise an error that says what is wrong with the losses."""
+        names = self.names(needed)
+        check_losses(losses, self.tasks, names, names="group.observed")
+        own = self.names(members)
+        if isinstance(losses, Tensor):
+            losses = dict.fromkeys(own, losses)
+        else:
+            check_one_device({task: losses[task] for task in names})
+        group = f"the group {listed(own)} cannot be stepped on"
+        check_graph({task: losses[task] for task in own}, group)
 
     def _read_stacked(
         self, losses: Tensor, members: Members, needed: Members
     ) -> tuple[Tensor, Tensor]:
-        if losses.shape not in ((len(self.tasks),), (len(needed),)) or not (
-            losses.is_floating_point()
+        if (
+            losses.shape not in ((len(self.tasks),), (len(needed),))
+            or not losses.is_floating_point()
+            or not losses.requires_grad
         ):
-            few = f" or [{len(needed)}], those of group.observed;" * (needed != self.everyone)
-            raise ValueError(
-                f"Stacked losses must be floating point [{len(self.tasks)}], one per task in the "
-                f"order {listed(self.tasks)},{few} got {_described(losses)}."
-            )
-        if not losses.requires_grad:
-            raise ValueError(
-                "The stacked losses have no graph, so the group "
-                f"{listed(self.names(members))} cannot be stepped on; compute them with gradients "
-                "on and join them with torch.stack."
-            )
+            self._explain(losses, members, needed)
         self._settle_on(losses.device)
         given = self.everyone if len(losses) == len(self.tasks) else needed
         # Copies: compiled models may write their next output over this one.
         return self._select(losses, given, members), self._select(losses.detach(), given, needed)
 
     def _select(self, losses: Tensor, given: Members, wanted: Members) -> Tensor:
-        """A copy of the losses of the ``wanted`` tasks, where there are those of ``given``."""
+        """Copy the losses of the ``wanted`` tasks from those of the ``given`` tasks."""
         if wanted == given:
             return losses.clone()
-        # By index: a mask would have to be read on the host, and 0 * NaN is NaN.
+        # By index: a mask would be read on the host, and multiplying by 0 keeps NaN.
         if given == self.everyone:
             return losses.index_select(0, self.group(wanted).index)
         places = [bisect_left(given, k) for k in wanted]
@@ -269,18 +233,18 @@ class LossReader:
 
     def _settle_on(self, device: torch.device) -> None:
         if self.device is None:
-            self.forget_device()  # masks asked for before the first loss lie on the CPU
+            self.forget_device()  # masks made before the first loss are on the CPU
             self.device = device
             self.later = waits_for(device)
         elif device != self.device:
             raise ValueError(
-                f"The losses are on {device}, those before were on {self.device}; "
-                "keep the losses on one device."
+                f"The losses are on {device}, those before were on {self.device}; keep all losses "
+                "on one device."
             )
 
 
 class LossWatch:
-    """Warns of losses from which no affinity can be measured, once per task and kind."""
+    """Warns of losses that no affinity can be measured from, once per task."""
 
     def __init__(self, tasks: tuple[str, ...]) -> None:
         self._tasks = tasks
@@ -297,28 +261,28 @@ class LossWatch:
     ) -> None:
         """Warn of the first NaN, infinite, zero or negative loss of each task.
 
-        Also of many steps in a row that changed no loss.
+        Also warn, once, if many steps in a row change no loss.
 
         Args:
             values: the losses.
-            members: whose they are.
-            absent: the tasks without a label, whose losses are zero.
-            follows: whether there was a step since the losses before these, of the same tasks.
+            members: the tasks of the losses.
+            absent: the tasks without a label on this rank, whose losses are zero.
+            follows: whether a step was taken since the last losses, which were of the same tasks.
         """
         if follows and self._still <= _STILL:
             self._still = self._still + 1 if values == self._last else 0
             if self._still == _STILL:
-                self._still += 1  # said once
+                self._still += 1  # to warn once
                 warnings.warn(
-                    f"The last {_STILL} steps changed no loss by a bit, so no affinity can be "
-                    "observed: run the forward pass inside the loop over the groups, call "
-                    "optimizer.step() for every group, and look whether the optimizer holds the "
-                    "parameters of the model and its learning rate is above zero. This is said "
-                    "once.",
+                    f"The last {_STILL} steps changed no loss, so no affinity can be "
+                    "observed. Run the forward pass inside the loop over the groups, call "
+                    "optimizer.step() for every group, and check that the optimizer holds the "
+                    "parameters of the model and that its learning rate is above zero. This "
+                    "warning is shown once.",
                     stacklevel=5,  # the loop's call of group.loss
                 )
         self._last = values
-        if values and min(values) > 0.0 and sum(values) < math.inf:  # false where one is NaN
+        if values and min(values) > 0.0 and sum(values) < math.inf:  # false if one is NaN
             return
         for k, value in zip(members, values, strict=True):
             if 0.0 < value < math.inf or k in self._warned or (k in absent and value == 0.0):
@@ -328,12 +292,12 @@ class LossWatch:
                 meaning = f"on a rank where it has no label. {ZERO_LOSS}"
             else:
                 meaning = (
-                    "without a finite, positive loss no affinity is measured for it. Look at its "
-                    "data and loss, or shift the loss above zero."
+                    "its affinity is measured only from finite, positive losses. Check its data "
+                    "and loss, or add a constant to the loss."
                 )
             warnings.warn(
-                f"The loss of task {self._tasks[k]!r} is {value}: {meaning} This is said once per "
-                "task.",
+                f"The loss of task {self._tasks[k]!r} is {value}: {meaning} This warning is shown "
+                "once per task.",
                 stacklevel=5,  # the loop's call of group.loss
             )
 
@@ -346,8 +310,8 @@ def _checked_weights(
     if isinstance(weights, Mapping):
         if differing := sorted(set(weights) ^ set(tasks)):
             raise ValueError(
-                f"weights must name every task once and no other; {listed(differing)} are missing "
-                "or unknown."
+                f"weights must name every task and no other; {listed(differing)} are missing or "
+                "unknown."
             )
         floats = [float(weights[task]) for task in tasks]
     else:
@@ -362,14 +326,8 @@ def _checked_weights(
     return floats
 
 
-def _described(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {list(value.shape)}"
-    return type(value).__name__
-
-
 def send_like(values: Tensor, like: Tensor) -> Tensor:
-    """To the device and dtype of ``like``, without waiting for it."""
+    """Send to the device of ``like``, with its dtype, without waiting for the device."""
     return values.to(like.device, like.dtype, non_blocking=True)
 
 

@@ -1,7 +1,8 @@
-"""The joint methods to compare with: every one steps on all tasks at once.
+"""Joint methods to compare with: each steps on all tasks at once.
 
-Adapters over TorchJD (``pip install 'taskgroup[compare]'``), without its matrix of all gradients;
-only what TorchJD lacks is written here. TorchJD is imported when a method is made::
+Most of them are adapters over TorchJD's solvers (``pip install 'taskgroup[compare]'``) that never
+build TorchJD's matrix of all gradients. TorchJD is imported when a method is created. All methods
+take the arguments ``shared`` and ``tasks`` of :class:`JointMethod`, and raise its errors::
 
     method = tg.methods.find("cagrad")(model.encoder, tasks)
     ...
@@ -46,7 +47,7 @@ __all__ = [
     "find",
 ]
 
-#: The methods by the names that :func:`find` takes.
+#: The class of each method, by the name that :func:`find` takes.
 METHODS: dict[str, type[JointMethod]] = {
     "gd": GD,
     "uw": UW,
@@ -68,19 +69,23 @@ METHODS: dict[str, type[JointMethod]] = {
 
 
 def find(name: str) -> type[JointMethod]:
-    """The method of this name.
+    """Find the class of a joint method by its name.
 
     Args:
         name: a key of ``METHODS``.
 
+    Returns:
+        The class; call it with the shared parameters and the tasks to create the method.
+
     Raises:
-        ValueError: if there is none; the known ones are listed, the nearest first.
+        ValueError: if there is no method with this name. The message lists the known names, the
+            most similar first.
 
     Example:
-        >>> find("pcgrad").__name__
-        'PCGrad'
+        >>> find("pcgrad")
+        <class 'taskgroup.methods.gram.PCGrad'>
     """
     if name in METHODS:
         return METHODS[name]
     near = difflib.get_close_matches(str(name).lower(), METHODS, n=len(METHODS), cutoff=0)
-    raise ValueError(f"There is no method {name!r}; those known, the nearest first: {near}.")
+    raise ValueError(f"There is no method {name!r}. The methods, the most similar first: {near}.")

@@ -17,29 +17,29 @@ Score = Callable[[dict[str, Tensor]], Mapping[str, float | Tensor]]
 
 
 class DTP(LossMethod):
-    r"""Dynamic task prioritization: more weight to the tasks that are solved less well.
+    r"""Dynamic task prioritization: gives more weight to tasks with a lower score.
 
     .. math::
         w_k = -(1 - \kappa_k)^\gamma \log \kappa_k, \qquad
         \kappa_k \leftarrow (1 - \beta) \kappa_k + \beta \, s_k
 
-    with a score :math:`s_k` in (0, 1), better higher; the average starts from the first one. From
-    "Dynamic Task Prioritization for Multitask Learning" (Guo et al., ECCV 2018). Scores are read on
-    the host, which waits for the device. With a ``GradScaler``, losses that are not finite are not
-    scored: the average stays, and all weights are 1 if there is none yet.
+    with a score :math:`s_k` in (0, 1), where higher is better; the average starts at the first
+    score. From "Dynamic Task Prioritization for Multitask Learning" (Guo et al., ECCV 2018). Scores
+    are read on the host, which waits for the device. With a ``GradScaler``, losses that are not
+    finite are not scored: the average does not change, and all weights are 1 if there is no average
+    yet.
 
     Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-        score: from the detached losses of a batch, ``{task: loss}``, to ``{task: score}``. It may
-            look elsewhere: the accuracy on this batch, say. To pickle the method, let it be a
-            function of a module, not a lambda.
-        gamma: how much more the unsolved tasks count; 0 or more. The paper leaves it to the user.
-        decay: the weight :math:`\beta` of a new score, in (0, 1]; likewise.
+        score: a function from the detached losses of a batch, ``{task: loss}``, to
+            ``{task: score}``. It may use other numbers, such as the accuracy on this batch. If the
+            method is pickled, this must be a function of a module, not a lambda.
+        gamma: how strongly tasks with a low score are preferred; 0 or more. The paper leaves the
+            choice to the user.
+        decay: the weight :math:`\beta` of a new score, in (0, 1]. The paper leaves the choice to
+            the user.
 
     Raises:
-        ValueError: if there is no score, nothing is shared, the tasks are not K different names, or
-            an option is out of its range.
+        ValueError: if there is no score, or an option is out of range.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
@@ -91,8 +91,8 @@ class DTP(LossMethod):
         for task, score in zip(self._tasks, found, strict=True):
             if not 0 < score < 1:
                 raise ValueError(
-                    f"The score of task {task!r} is {score}, and must be in (0, 1); where it can "
-                    "reach the ends, clamp it."
+                    f"The score of task {task!r} is {score}, but must be in (0, 1); if it can "
+                    "reach 0 or 1, clamp it."
                 )
         new = torch.tensor(found, dtype=torch.float64, device="cpu")
         first = self._average.isnan()

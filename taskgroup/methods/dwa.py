@@ -15,26 +15,22 @@ __all__ = ["DWA"]
 
 
 class DWA(ScalarizerMethod):
-    r"""Dynamic weight average: more weight to the tasks whose losses fall more slowly.
+    r"""Dynamic weight average: gives more weight to tasks whose losses fall more slowly.
 
     .. math::
         w_k = K \operatorname{softmax}_k \bigl( \bar L_k(t-1) / (T \, \bar L_k(t-2)) \bigr)
 
-    with :math:`\bar L_k(t)` the mean loss of epoch :math:`t`; all weights are 1 in the first two
-    epochs. From "End-to-End Multi-Task Learning with Attention" (Liu et al., CVPR 2019), by
-    TorchJD. With a ``GradScaler``, a batch whose losses are not finite does not count.
+    with :math:`\bar L_k(t)` the mean loss of epoch :math:`t`. All weights are 1 in the first two
+    epochs. From "End-to-End Multi-Task Learning with Attention" (Liu et al., CVPR 2019), computed
+    by TorchJD. With a ``GradScaler``, a batch whose losses are not finite does not count.
 
     Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-        epoch: backward passes in an epoch, such as ``len(loader)``; after so many the method rolls
-            its history by itself.
-        temperature: :math:`T` > 0; larger is more uniform. The paper uses 2.
+        epoch: the number of backward passes in an epoch, such as ``len(loader)``. The method counts
+            them and finds the end of an epoch by itself.
+        temperature: :math:`T` > 0; a larger one makes the weights more uniform. The paper uses 2.
 
     Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, the tasks are not K different names, or an option is out
-            of its range.
+        ValueError: if an option is out of range.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
@@ -59,41 +55,34 @@ class DWA(ScalarizerMethod):
             )
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature!r}.")
-        from torchjd.scalarization import DWA as Average  # noqa: N811
+        from taskgroup.methods._torchjd import DWA as Average  # noqa: N811
 
         self._scalarizer: Average = Average(temperature)
         self._epoch = epoch
 
     def _weigh(self, values: Tensor, scaler: GradScaler | None) -> Tensor:
-        kept = self._scalarizer._loss_sum, self._scalarizer._n_batches
+        kept = self._scalarizer.history
         weights = super()._weigh(values, scaler)
         if scaler is not None and not values.isfinite().all():
-            self._scalarizer._loss_sum, self._scalarizer._n_batches = kept
-        if self._scalarizer._n_batches >= self._epoch:
+            self._scalarizer.history = kept
+        _, n_batches, _ = self._scalarizer.history
+        if n_batches >= self._epoch:
             self._scalarizer.step()
         return weights
 
-    # TorchJD keeps its history in private attributes that are None or short at first.
     def _state(self) -> dict[str, Any]:
-        average = self._scalarizer
-        n_tasks = len(self._tasks)
-        total = torch.zeros(n_tasks, dtype=torch.float32, device="cpu")
-        if average._loss_sum is not None:
-            total.copy_(average._loss_sum)
-        averages = torch.zeros(2, n_tasks, dtype=torch.float32, device="cpu")
-        for row, known in zip(averages, average._previous_averages):  # noqa: B905 (0 to 2 known)
-            row.copy_(known)
+        total, n_batches, averages = self._scalarizer.history
+        # The shapes never change: zeros stand for what is not known yet.
+        zeros = torch.zeros(len(self._tasks), dtype=torch.float32, device="cpu")
+        rows = [*(average.cpu() for average in averages), zeros, zeros][:2]
         return {
-            "sum": total,
-            "batches": average._n_batches,
-            "averages": averages,
-            "epochs": len(average._previous_averages),
+            "sum": (zeros if total is None else total).to("cpu", copy=True),
+            "batches": n_batches,
+            "averages": torch.stack(rows),
+            "epochs": len(averages),
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        average = self._scalarizer
-        total = state["sum"].to(self._device, copy=True)
-        averages = state["averages"].to(self._device, copy=True)
-        average._loss_sum = total if state["batches"] else None
-        average._n_batches = state["batches"]
-        average._previous_averages = list(averages[: state["epochs"]])
+        total = state["sum"].to(self._device, copy=True) if state["batches"] else None
+        averages = state["averages"].to(self._device, copy=True)[: state["epochs"]]
+        self._scalarizer.history = total, state["batches"], list(averages)

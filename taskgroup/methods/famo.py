@@ -10,41 +10,38 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from taskgroup._losses import Losses
 from taskgroup.methods.loss_space import ScalarizerMethod
-from taskgroup.methods.method import enabled, torch_as_it_comes, values_of
+from taskgroup.methods.method import enabled, torch_defaults, values_of
 
 __all__ = ["FAMO"]
 
 
 class FAMO(ScalarizerMethod):
-    r"""FAMO: all losses are to fall at about the same rate, seen from the losses alone.
+    r"""FAMO: makes all losses fall at about the same rate, without the gradients of single tasks.
 
     .. math::
         w_k = \frac{c \, z_k}{L_k}, \qquad z = \operatorname{softmax}(\xi), \qquad
         c = \Bigl( \sum_k z_k / L_k \Bigr)^{-1}
 
-    After the step, the logits :math:`\xi` take a step of Adam by :math:`\log L_k - \log L_k'`.
-    From "FAMO: Fast Adaptive Multitask Optimization" (Liu et al., NeurIPS 2023), by TorchJD. Losses
-    must be positive. The losses after the step cost a forward pass::
+    After the step, Adam updates the logits :math:`\xi` along :math:`\log L_k - \log L_k'`. From
+    "FAMO: Fast Adaptive Multitask Optimization" (Liu et al., NeurIPS 2023), computed by TorchJD.
+    Losses must be positive. The losses :math:`L_k'` after the step cost a forward pass::
 
         method.backward(losses(batch))
         optimizer.step()
         with torch.no_grad():
             method.observe(losses(batch))
 
-    A step that changes no loss at all, such as one that a ``GradScaler`` skips, leaves the logits
-    as they are. Losses are looked at on the host, which waits for the device.
+    A step that changes no loss, such as one that a ``GradScaler`` skips, does not change the
+    logits. Losses are read on the host, which waits for the device.
 
     Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-        lr: of the logits; the paper's 0.025.
-        weight_decay: of the logits; the paper's 1e-3.
+        lr: the learning rate of the logits; the paper uses 0.025.
+        weight_decay: the weight decay of the logits; the paper uses 1e-3.
 
     Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, the tasks are not K different names, or an option is
-            negative.
+        ValueError: if an option is negative.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
@@ -69,61 +66,48 @@ class FAMO(ScalarizerMethod):
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value!r}.")
-        from torchjd.scalarization import FAMO as Scalarizer  # noqa: N811
+        from taskgroup.methods._torchjd import FAMO as Scalarizer  # noqa: N811
 
-        with torch_as_it_comes():
+        with torch_defaults():
             self._scalarizer: Scalarizer = Scalarizer(
-                len(self._tasks), lr=lr, weight_decay=weight_decay
-            ).to(self._device, torch.float32)
-        self._open = False  # whether a step is to be observed
-        # TorchJD makes Adam and its moments on first use: made now, for a state that has the same
-        # keys from the start.
-        self._logits = self._scalarizer._w
-        adam = torch.optim.Adam([self._logits], lr=lr, weight_decay=weight_decay)
-        self._adam = adam.state[self._logits] = {
-            "step": torch.zeros((), dtype=torch.float32, device="cpu"),
-            "exp_avg": torch.zeros_like(self._logits, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(self._logits, requires_grad=False),
-        }
-        self._scalarizer._optimizer = adam
-        self._scalarizer._prev_losses = torch.zeros_like(self._logits, requires_grad=False)
+                len(self._tasks), lr, weight_decay, self._device
+            )
+        self._open = False  # whether a step has not been observed yet
 
-    def backward(
-        self, losses: Mapping[str, Tensor] | Tensor, scaler: GradScaler | None = None
-    ) -> Tensor:
-        """As for every method, once per step.
+    def backward(self, losses: Losses, scaler: GradScaler | None = None) -> Tensor:
+        """Add to the gradients as :meth:`JointMethod.backward` does, once per step.
 
         Raises:
-            RuntimeError: if the step before has not been observed.
-            ValueError: as for every method, and if a loss is negative.
+            RuntimeError: if the last step has not been observed.
+            ValueError: as in :meth:`JointMethod.backward`, and if a loss is negative.
             FloatingPointError: if a loss is not finite and there is no scaler. Nothing has changed
                 then.
         """
         if self._open:
             raise RuntimeError(
-                "FAMO has not seen what the last step did: after optimizer.step() call "
-                "observe(losses) with the losses on the same batch, computed anew."
+                "FAMO has not seen the effect of the last step: after optimizer.step(), compute "
+                "the losses on the same batch again and call observe(losses)."
             )
         for task, value in zip(self._tasks, values_of(self._read(losses)).tolist(), strict=True):
             if value < 0:
                 raise ValueError(
-                    f"The loss of task {task!r} is {value}, and FAMO takes its logarithm: losses "
+                    f"The loss of task {task!r} is {value}, but FAMO takes its logarithm: losses "
                     "must be positive. Add a constant to it, or clamp it."
                 )
             if not math.isfinite(value) and enabled(scaler) is None:
                 raise FloatingPointError(
-                    f"The loss of task {task!r} is {value}: skip this batch, and look at the loss."
+                    f"The loss of task {task!r} is {value}: skip this batch, and check the loss."
                 )
         weights = super().backward(losses, scaler)
         self._open = True
         return weights
 
-    def observe(self, losses: Mapping[str, Tensor] | Tensor) -> None:
+    def observe(self, losses: Losses) -> None:
         """Learn from the losses on the same batch after the step; they need no graph.
 
         Args:
-            losses: as for :meth:`backward`, not scaled. Nothing is learned where one is not finite
-                or negative, or one before the step was not finite.
+            losses: as for :meth:`backward`, not scaled. Nothing is learned if any of them is
+                negative or not finite, or was not finite before the step.
 
         Raises:
             RuntimeError: if there is no step to observe.
@@ -131,29 +115,20 @@ class FAMO(ScalarizerMethod):
         if not self._open:
             raise RuntimeError("There is no step to observe: call backward(losses) before it.")
         scalars = self._read(losses, with_graph=False)
-        with torch.inference_mode(False), torch_as_it_comes():
+        with torch.inference_mode(False), torch_defaults():
             after = values_of(scalars).to(self._device)
-            before = self._scalarizer._prev_losses
-            assert before is not None
+            before = self._scalarizer.memory()["losses"]
             both = torch.stack([before, after])
-            # The logarithm of anything else would stay in the logits for ever.
+            # The logarithm of any other number would leave NaN or infinity in the logits.
             if (both.isfinite() & (both >= 0)).all() & (before != after).any():
                 self._scalarizer.update(after)
         self._open = False
 
-    def _kept(self) -> dict[str, Tensor]:
-        assert self._scalarizer._prev_losses is not None
-        return {
-            "logits": self._logits.detach(),
-            "losses": self._scalarizer._prev_losses,
-            **self._adam,
-        }
-
     def _state(self) -> dict[str, Any]:
-        kept = {name: value.to("cpu", copy=True) for name, value in self._kept().items()}
-        return {**kept, "open": self._open}
+        kept = self._scalarizer.memory().items()
+        return {**{name: value.to("cpu", copy=True) for name, value in kept}, "open": self._open}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        for name, value in self._kept().items():
+        for name, value in self._scalarizer.memory().items():
             value.copy_(state[name])
         self._open = state["open"]

@@ -13,31 +13,23 @@ __all__ = ["GradDrop"]
 
 
 class GradDrop(GradientMethod):
-    r"""GradDrop: of every number the gradients of one sign alone, drawn by how much agrees.
+    r"""GradDrop: keeps, for every number, only the gradients of one randomly drawn sign.
 
     .. math::
         P = \frac12 \Bigl( 1 + \frac{\sum_k g_k}{\sum_k |g_k|} \Bigr), \qquad
         \sum_k g_k \, [\, U < P \text{ and } g_k > 0 \ \text{ or } \ U > P \text{ and } g_k < 0 \,]
 
-    element by element, with U uniform (torch's global generator). From "Just Pick a Sign:
-    Optimizing Deep Multitask Models with Gradient Sign Dropout" (Chen et al., NeurIPS 2020), by
-    TorchJD, in float32. No weights of whole tasks come of it: :meth:`~JointMethod.backward`
-    returns ones.
-
-    Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-
-    Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, or the tasks are not K different names.
+    element by element, with U uniform in (0, 1) (torch's global generator): the more the gradients
+    agree, the likelier is their common sign. From "Just Pick a Sign: Optimizing Deep Multitask
+    Models with Gradient Sign Dropout" (Chen et al., NeurIPS 2020), computed by TorchJD in float32.
+    Tasks have no weights as a whole, so :meth:`~JointMethod.backward` returns ones.
 
     Example:
         >>> x = torch.zeros(2, requires_grad=True)
         >>> method = GradDrop([x], ["a", "b"])
         >>> method.backward({"a": x[0] + x[1], "b": x[0] + 2 * x[1]})
         tensor([1., 1.])
-        >>> x.grad  # all signs agree: the sum
+        >>> x.grad  # all signs agree, so this is the sum
         tensor([2., 3.])
     """
 
@@ -48,7 +40,7 @@ class GradDrop(GradientMethod):
         self._aggregate = Aggregator()
 
     def _merge(self, gradients: Gradients, scale: float | None) -> Tensor:
-        # Parameter by parameter: no more than one parameter's gradients are ever stacked.
+        # One parameter at a time, so that only its gradients are copied.
         for target, column in zip(targets(gradients), zip(*gradients, strict=True), strict=True):
             if target is not None:
                 rows = [g.flatten().float() for g in column if g is not None]

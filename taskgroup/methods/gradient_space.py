@@ -1,17 +1,18 @@
-"""Methods that look at the gradient of every task: their passes, and what they all share."""
+"""Base classes of the methods that combine the gradients of single tasks."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from taskgroup.gradients.through_grad import hooks_held
-from taskgroup.methods.method import JointMethod, enabled, torch_as_it_comes
+from taskgroup._losses import Losses
+from taskgroup.gradients.through_grad import backward_passes, hooks_held
+from taskgroup.methods.method import JointMethod, enabled, torch_defaults
 from taskgroup.ops import combine, task_gram
 
 __all__ = ["GradientMethod", "Gradients", "GramMethod", "targets"]
@@ -20,47 +21,38 @@ Gradients: TypeAlias = list[list[Tensor | None]]  # [K] tasks of [T] parameters
 
 
 class NoWeightsError(RuntimeError):
-    """A method's solver found no weights for the gradients of a batch."""
+    """The solver of a method found no weights for the gradients of a batch."""
 
 
 class GradientMethod(JointMethod):
-    """A method that needs the gradients of all tasks: base of those in gradient space.
+    """Base class of the methods that need the gradients of all tasks, one backward pass each.
 
-    One backward pass per task. The heads' gradients add up as they would for the sum of the losses:
-    a head gets exactly that of its own loss.
+    The gradients of the heads add up as for the sum of the losses: each head gets exactly the
+    gradient of its own loss.
     """
 
     _requires: ClassVar[tuple[str, ...]] = ("torchjd",)
 
-    def backward(
-        self, losses: Mapping[str, Tensor] | Tensor, scaler: GradScaler | None = None
-    ) -> Tensor:
-        """Add to the gradients of the shared parameters and the heads, as the method says.
+    def backward(self, losses: Losses, scaler: GradScaler | None = None) -> Tensor:
+        """Add to ``.grad`` as :meth:`JointMethod.backward` does.
 
-        The gradients of the shared parameters stay as they were if anything fails; the heads' may
-        have been added to.
-
-        Args:
-            losses: as for every method.
-            scaler: likewise.
-
-        Returns:
-            The weights ``[K]`` of the tasks, without a graph, on the device of the losses; ones if
-            all gradients on the shared parameters are zero, NaN if a scaler is to skip the batch.
+        If anything fails, the gradients of the shared parameters do not change; those of the heads
+        may have been added to. The weights are ones if all gradients on the shared parameters are
+        zero, and NaN if the scaler is going to skip the batch.
 
         Raises:
             ValueError: if a task is unknown or missing, or its loss is not a scalar with a graph.
-            FloatingPointError: if a task's gradient is not finite and there is no scaler, which
-                would skip the batch.
-            NoWeightsError: if a solver finds no weights; the batch can be skipped.
+            FloatingPointError: if the gradient of a task is not finite and there is no scaler to
+                skip the batch.
+            NoWeightsError: if the solver finds no weights; the batch can be skipped.
             RuntimeError: if the model was compiled so that its backward pass can run only once.
         """
         scaler = enabled(scaler)
         scalars = self._read(losses)
-        # Through a stacked tensor every pass comes to all heads: their hooks are to wait as well.
+        # With a stacked tensor every pass reaches all heads, so their hooks have to wait as well.
         with hooks_held(scalars, self._shared, search=isinstance(losses, Tensor)) as run_hooks:
             scaled = scalars if scaler is None else list(scaler.scale(scalars))
-            found = self._passes(scaled)
+            found = backward_passes(scaled, self._shared)
         with torch.no_grad():
             columns = [_Column(own) for own in zip(*found, strict=True)]
             gradients = _apart([list(own) for own in zip(*(c.plain for c in columns), strict=True)])
@@ -68,7 +60,7 @@ class GradientMethod(JointMethod):
                 weights = self._merge(gradients, None if scaler is None else scaler.get_scale())
             else:
                 weights = _ones(len(scalars))
-            # The combination lies where _merge was told to write it.
+            # _merge has written the combination to the targets.
             for parameter, column, target in zip(
                 self._shared, columns, targets(gradients), strict=True
             ):
@@ -78,46 +70,20 @@ class GradientMethod(JointMethod):
         return weights.to(scalars[0].device, non_blocking=True)
 
     def _merge(self, gradients: Gradients, scale: float | None) -> Tensor:
-        """Write the combination over :func:`targets` of the gradients; the weights ``[K]``.
+        """Write the combination to :func:`targets` of the gradients; return the weights ``[K]``.
 
         Args:
             gradients: ``[K][T]``, dense and real.
-            scale: what they are multiplied by; None without a scaler.
+            scale: the scale that they are multiplied by; None without a scaler.
         """
         raise NotImplementedError
 
-    def _passes(self, scalars: Sequence[Tensor]) -> Gradients:
-        """The gradients ``[K][T]`` on the shared parameters, whose ``.grad`` stays as it was.
-
-        Each is the very tensor that autograd made, taken away from the parameter.
-        """
-        before = [parameter.grad for parameter in self._shared]
-        gradients: Gradients = []
-        try:
-            for k, loss in enumerate(scalars):
-                for parameter in self._shared:
-                    parameter.grad = None
-                loss.backward(retain_graph=k < len(scalars) - 1)
-                gradients.append([parameter.grad for parameter in self._shared])
-        except RuntimeError as error:
-            if "donated buffer" in str(error):
-                raise RuntimeError(
-                    "The compiled model frees its buffers in its first backward pass, and "
-                    f"{type(self).__name__} takes one per task: set "
-                    "torch._functorch.config.donated_buffer = False before the model is compiled."
-                ) from error
-            raise
-        finally:
-            for parameter, gradient in zip(self._shared, before, strict=True):
-                parameter.grad = gradient
-        return gradients
-
 
 class GramMethod(GradientMethod):
-    """A method that needs the gradients' inner products alone, with a weighting of TorchJD's.
+    """Base class of the methods that need only the inner products of the gradients.
 
-    Two passes over the gradients, :func:`taskgroup.task_gram` and :func:`taskgroup.combine`, the
-    second into one of them; in between K x K numbers on the host.
+    :func:`taskgroup.task_gram` reads all gradients once, a weighting turns the ``[K, K]`` matrix
+    into weights on the host, and :func:`taskgroup.combine` writes over the first gradients.
     """
 
     _weighting: Callable[[Tensor], Tensor]
@@ -126,35 +92,35 @@ class GramMethod(GradientMethod):
         gram = task_gram(gradients)
         host = gram.cpu()
         if scale is not None:
-            # Not every method weighs scaled gradients as it does plain ones.
+            # Some methods give scaled gradients other weights than plain ones.
             host = (host.double() / scale / scale).to(host.dtype)
         finite = host.diagonal().isfinite()
         if finite.all():
             weights = self._checked(host)
         elif scale is not None:
-            # The squares may overflow where the gradients do not: NaN is seen by the scaler, and
-            # what a method remembers is left alone.
+            # The squares may overflow even if the gradients are finite: NaN makes the scaler skip
+            # the batch, and the memory of the method does not change.
             weights = torch.full((len(host),), torch.nan, dtype=host.dtype, device="cpu")
         else:
             names = [task for task, good in zip(self._tasks, finite, strict=True) if not good]
             raise FloatingPointError(
                 f"The gradient of {', '.join(map(repr, names))} on the shared parameters is not "
-                "finite, or its square overflows: skip this batch, and look at the loss. With a "
-                "GradScaler call backward(losses, scaler=scaler), which lets it skip the batch."
+                "finite, or its square overflows: skip this batch, and check the loss. With a "
+                "GradScaler, call backward(losses, scaler=scaler), so that it skips the batch."
             )
         weights = weights.to(gram.dtype).to(gram.device, non_blocking=True)
         combine(gradients, weights, out=targets(gradients))
         return weights
 
     def _checked(self, gram: Tensor) -> Tensor:
-        """The weights, or an error: never a silent fallback to equal ones."""
+        """The weights, or an error: never silently equal weights instead."""
         if not gram.any():
-            return _ones(len(gram))  # nothing to weigh, and solvers divide by zero
+            return _ones(len(gram))  # solvers would divide by zero
         name = type(self).__name__
         try:
-            with torch_as_it_comes():
+            with torch_defaults():
                 weights = self._weigh(gram)
-        except Exception as error:  # each solver has its own
+        except Exception as error:  # each solver raises its own
             raise NoWeightsError(
                 f"{name} found no weights for these gradients ({error}): skip this batch, or try "
                 "another method."
@@ -167,20 +133,25 @@ class GramMethod(GradientMethod):
         return weights
 
     def _weigh(self, gram: Tensor) -> Tensor:
-        """From the Gram matrix ``[K, K]`` on the host to the weights ``[K]``."""
-        return self._weighting(gram.double())
+        """Compute the weights ``[K]`` from the Gram matrix ``[K, K]`` on the host."""
+        return self._weighting(self._prepared(gram))
+
+    @staticmethod
+    def _prepared(gram: Tensor) -> Tensor:
+        """The matrix that the weighting is called with."""
+        return gram.double()
 
 
 def targets(gradients: Gradients) -> list[Tensor | None]:
-    """Where the combination is written: over the first gradient of each parameter."""
+    """The tensors that the combination is written to: the first gradient of each parameter."""
     columns = zip(*gradients, strict=True)
     return [next((g for g in column if g is not None), None) for column in columns]
 
 
 class _Column:
-    """The gradients of K tasks on one parameter as dense, real tensors, and the way back.
+    """Turns the gradients of K tasks on one parameter into dense, real tensors, and back.
 
-    Of sparse gradients (COO) the plain ones hold the entries that any of the tasks has.
+    For sparse gradients (COO), the dense tensors hold the entries that any of the tasks has.
     """
 
     def __init__(self, gradients: Sequence[Tensor | None]) -> None:
@@ -190,7 +161,7 @@ class _Column:
         if any(gradient.layout == torch.sparse_coo for gradient in there):
             if all(gradient.layout == torch.sparse_coo for gradient in there):
                 there = self._compact([gradient.coalesce() for gradient in there])
-            else:  # a weight that is an embedding for one task and a matrix for another
+            else:  # the weight is an embedding for one task and a matrix for another
                 there = [gradient.to_dense() for gradient in there]
         if any(gradient.is_complex() for gradient in there):
             self._complex = True
@@ -219,7 +190,7 @@ class _Column:
         return compact
 
     def restored(self, combination: Tensor) -> Tensor:
-        """The combination of the plain gradients as the parameter's gradient."""
+        """Turn the combination of the plain gradients into the gradient of the parameter."""
         if self._complex:
             combination = torch.view_as_complex(combination)
         if self._index is not None:
@@ -230,9 +201,9 @@ class _Column:
 
 
 def _apart(gradients: Gradients) -> Gradients:
-    """The same gradients, of which those to be written over share their memory with no other.
+    """Copy each target that shares its memory with another gradient, since it is written over.
 
-    Autograd may hand out two views of one tensor: for a and b in a.view(-1) + b.view(-1), say.
+    Autograd may return two views of one tensor, as for a and b in a.view(-1) + b.view(-1).
     """
     memory = Counter(
         g.untyped_storage().data_ptr() for own in gradients for g in own if g is not None
@@ -248,7 +219,8 @@ def _add(gradient: Tensor, parameter: Tensor) -> None:
     if parameter.grad is None:
         parameter.grad = gradient
     elif parameter.grad.is_sparse and not gradient.is_sparse:
-        parameter.grad = gradient + parameter.grad  # torch adds no dense tensor to a sparse one
+        # torch cannot add a dense tensor to a sparse one in place.
+        parameter.grad = gradient + parameter.grad
     else:
         parameter.grad += gradient
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from taskgroup.methods.gradient_space import GramMethod
@@ -14,32 +13,29 @@ __all__ = ["GradVac"]
 
 
 class GradVac(GramMethod):
-    r"""Gradient vaccine: cosines are raised to their own moving average, not merely to zero.
+    r"""Gradient vaccine: raises cosines to their own moving average, not only to zero.
 
-    Where the cosine of task i's gradient and :math:`g_j` is below its average
-    :math:`\hat\phi_{ij}`, so much of :math:`g_j` is added that it reaches it; the j come in random
-    order (torch's global generator), the results are summed up, and
+    If the cosine between the gradient of task i and :math:`g_j` is below its average
+    :math:`\hat\phi_{ij}`, a multiple of :math:`g_j` is added that makes the two equal, for all j in
+    random order (torch's global generator). The step is the sum of the results, and
 
     .. math::
         \hat\phi_{ij} \leftarrow (1 - \beta) \hat\phi_{ij} + \beta \cos(g_i, g_j)
 
-    From "Gradient Vaccine" (Wang et al., ICLR 2021, arXiv 2010.05874), by TorchJD.
+    From "Gradient Vaccine" (Wang et al., ICLR 2021, arXiv 2010.05874), computed by TorchJD.
 
     Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-        beta: the weight of a new cosine, in [0, 1]; TorchJD's 0.5 (the paper's is 0.01).
+        beta: the weight of a new cosine, in [0, 1]; TorchJD uses 0.5, the paper 0.01.
 
     Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, the tasks are not K different names, or beta is out of its
-            range.
+        ValueError: if ``beta`` is out of range.
 
     Example:
+        >>> import torch
         >>> x = torch.zeros(2, requires_grad=True)
         >>> method = GradVac([x], ["a", "b"])
         >>> weights = method.backward({"a": x[0], "b": x[1] - x[0]})
-        >>> x.grad.round(decimals=4)  # the targets start at zero: PCGrad's
+        >>> x.grad.round(decimals=4)  # as PCGrad, since the averages start at zero
         tensor([0.5000, 1.5000])
     """
 
@@ -47,20 +43,12 @@ class GradVac(GramMethod):
         self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str], beta: float = 0.5
     ) -> None:
         super().__init__(shared, tasks)
-        from torchjd.aggregation import GradVacWeighting
+        from taskgroup.methods._torchjd import GradVacWeighting
 
-        self._weighting: Any = GradVacWeighting(beta)
-        n_tasks = len(self._tasks)
-        self._set(torch.zeros(n_tasks, n_tasks, dtype=torch.float64, device="cpu"))
-
-    def _set(self, phi: Tensor) -> None:
-        # TorchJD makes its averages on first use: made now, for a state that is whole from the
-        # start.
-        self._weighting._phi_t = phi
-        self._weighting._state_key = (len(phi), phi.dtype)
+        self._weighting: GradVacWeighting = GradVacWeighting(beta, len(self._tasks))
 
     def _state(self) -> dict[str, Any]:
-        return {"phi": self._weighting._phi_t.clone()}
+        return {"phi": self._weighting.phi.clone()}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self._set(state["phi"].to("cpu", copy=True))
+        self._weighting.phi.copy_(state["phi"])

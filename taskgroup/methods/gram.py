@@ -1,9 +1,10 @@
-"""The methods that weigh by inner products of gradients and remember nothing."""
+"""The methods that compute weights from inner products of gradients, without memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from importlib import import_module
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -12,26 +13,46 @@ from taskgroup.methods.gradient_space import GramMethod
 __all__ = ["IMTLG", "MGDA", "AlignedMTL", "CAGrad", "FairGrad", "PCGrad", "UPGrad"]
 
 
-class MGDA(GramMethod):
-    r"""MGDA: the shortest convex combination of the gradients.
+def _as_it_is(gram: Tensor) -> Tensor:
+    """For weightings that estimate the rank: float64 would make rounding errors look like rank."""
+    return gram
+
+
+def _of_trace_one(gram: Tensor) -> Tensor:
+    """Scaled to trace 1, for weightings that treat numbers below 1e-4 as zero."""
+    return (gram / gram.diagonal().sum()).double()
+
+
+class _StatelessMethod(GramMethod):
+    """Creates a weighting of ``torchjd.aggregation`` by its name and options."""
+
+    def __init__(
+        self,
+        shared: nn.Module | Iterable[Tensor],
+        tasks: Sequence[str],
+        weighting: str,
+        **options: Any,
+    ) -> None:
+        super().__init__(shared, tasks)
+        self._weighting = getattr(import_module("torchjd.aggregation"), weighting)(**options)
+
+
+class MGDA(_StatelessMethod):
+    r"""MGDA: takes the shortest convex combination of the gradients.
 
     .. math::
         \min_{w \ge 0,\ \sum_k w_k = 1} \Bigl\lVert \sum_k w_k g_k \Bigr\rVert^2
 
-    by Frank-Wolfe. From "Multiple-gradient descent algorithm for multiobjective optimization"
-    (Désidéri, 2012) and "Multi-Task Learning as Multi-Objective Optimization" (Sener and Koltun,
-    NeurIPS 2018), by TorchJD.
+    solved by Frank-Wolfe. From "Multiple-gradient descent algorithm for multiobjective
+    optimization" (Désidéri, 2012) and "Multi-Task Learning as Multi-Objective Optimization" (Sener
+    and Koltun, NeurIPS 2018), computed by TorchJD.
 
     Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-        epsilon: the step of Frank-Wolfe below which it ends.
-        max_iters: its iterations at most.
+        epsilon: Frank-Wolfe stops when its step is smaller than this.
+        max_iters: the maximal number of its iterations.
 
     Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, the tasks are not K different names, or an option is not
-            positive.
+        ValueError: if an option is not positive.
 
     Example:
         >>> import torch
@@ -50,29 +71,19 @@ class MGDA(GramMethod):
         epsilon: float = 1e-3,
         max_iters: int = 100,
     ) -> None:
-        super().__init__(shared, tasks)
-        from torchjd.aggregation import MGDAWeighting
-
-        self._weighting = MGDAWeighting(epsilon, max_iters)
+        super().__init__(shared, tasks, "MGDAWeighting", epsilon=epsilon, max_iters=max_iters)
 
 
-class PCGrad(GramMethod):
-    r"""PCGrad: each gradient without what conflicts with the others, projected away one by one.
+class PCGrad(_StatelessMethod):
+    r"""PCGrad: projects away from each gradient what conflicts with the others, one by one.
 
     .. math::
         \hat g_i \leftarrow \hat g_i - \frac{\langle \hat g_i, g_j \rangle}{\lVert g_j \rVert^2} g_j
         \quad \text{where} \quad \langle \hat g_i, g_j \rangle < 0
 
-    for the j in random order (torch's global generator); the sum of all :math:`\hat g_i`. From
-    "Gradient Surgery for Multi-Task Learning" (Yu et al., NeurIPS 2020), by TorchJD.
-
-    Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-
-    Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, or the tasks are not K different names.
+    for all j in random order (torch's global generator). The step is the sum of all
+    :math:`\hat g_i`. From "Gradient Surgery for Multi-Task Learning" (Yu et al., NeurIPS 2020),
+    computed by TorchJD.
 
     Example:
         >>> import torch
@@ -85,30 +96,24 @@ class PCGrad(GramMethod):
     """
 
     def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
-        super().__init__(shared, tasks)
-        from torchjd.aggregation import PCGradWeighting
-
-        self._weighting = PCGradWeighting()
+        super().__init__(shared, tasks, "PCGradWeighting")
 
 
-class CAGrad(GramMethod):
-    r"""CAGrad: near the mean gradient, the direction best for the task that gains least.
+class CAGrad(_StatelessMethod):
+    r"""CAGrad: searches near the mean gradient for what is best for the task that gains least.
 
     .. math::
         \max_d \min_k \langle g_k, d \rangle \quad \text{s.t.} \quad
         \lVert d - g_0 \rVert \le c \lVert g_0 \rVert, \qquad g_0 = \tfrac1K \sum_k g_k
 
-    From "Conflict-Averse Gradient Descent for Multi-task Learning" (Liu et al., NeurIPS 2021), by
-    TorchJD. At a Pareto-stationary point the weights are zero.
+    From "Conflict-Averse Gradient Descent for Multi-task Learning" (Liu et al., NeurIPS 2021),
+    computed by TorchJD. At a Pareto-stationary point the weights are zero.
 
     Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-        c: how far from the mean, 0 or more; the paper's 0.4.
+        c: how far the direction may be from the mean, 0 or more; the paper uses 0.4.
 
     Raises:
-        ImportError: if TorchJD, cvxpy or clarabel is missing.
-        ValueError: if nothing is shared, the tasks are not K different names, or c is negative.
+        ValueError: if c is negative.
 
     Example:
         >>> import torch
@@ -120,36 +125,23 @@ class CAGrad(GramMethod):
     """
 
     _requires: ClassVar[tuple[str, ...]] = ("torchjd", "cvxpy", "clarabel")
+    _prepared = staticmethod(_of_trace_one)
 
     def __init__(
         self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str], c: float = 0.4
     ) -> None:
-        super().__init__(shared, tasks)
-        from torchjd.aggregation import CAGradWeighting
-
-        self._weighting = CAGradWeighting(c)
-
-    def _weigh(self, gram: Tensor) -> Tensor:
-        return super()._weigh(_scaled(gram))
+        super().__init__(shared, tasks, "CAGradWeighting", c=c)
 
 
-class IMTLG(GramMethod):
-    r"""IMTL-G: the combination whose projections on all gradients are equal.
+class IMTLG(_StatelessMethod):
+    r"""IMTL-G: takes the combination whose projections on all gradients are equal.
 
     .. math::
         \Bigl\langle \sum_j w_j g_j, \frac{g_k}{\lVert g_k \rVert} \Bigr\rangle
         \ \text{the same for all } k, \qquad \sum_k w_k = 1
 
-    From "Towards Impartial Multi-task Learning" (Liu et al., ICLR 2021), by TorchJD, for gradients
-    that may depend on each other.
-
-    Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-
-    Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, or the tasks are not K different names.
+    From "Towards Impartial Multi-task Learning" (Liu et al., ICLR 2021), computed by TorchJD; the
+    gradients may be linearly dependent.
 
     Example:
         >>> import torch
@@ -161,36 +153,28 @@ class IMTLG(GramMethod):
         tensor([0.7500, 0.7500])
     """
 
+    _prepared = staticmethod(_as_it_is)
+
     def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
-        super().__init__(shared, tasks)
-        from torchjd.aggregation import IMTLGWeighting
-
-        self._weighting = IMTLGWeighting()
-
-    def _weigh(self, gram: Tensor) -> Tensor:
-        return self._weighting(gram)  # as precise as it is, no more: it decides the rank
+        super().__init__(shared, tasks, "IMTLGWeighting")
 
 
-class AlignedMTL(GramMethod):
-    r"""Aligned-MTL: the gradients made orthogonal and of one length, then averaged.
+class AlignedMTL(_StatelessMethod):
+    r"""Aligned-MTL: makes the gradients orthogonal and equally long, then averages them.
 
     .. math::
         w = \sqrt{\lambda_{\min}} \, V \Lambda^{-1/2} V^\top \tfrac1K \mathbf 1,
         \qquad G = V \Lambda V^\top
 
-    over the eigenvalues that are not zero. From "Independent Component Alignment for Multi-Task
-    Learning" (Senushkin et al., CVPR 2023), by TorchJD.
+    over the nonzero eigenvalues. From "Independent Component Alignment for Multi-Task Learning"
+    (Senushkin et al., CVPR 2023), computed by TorchJD.
 
     Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-        scale_mode: the length, from the eigenvalues: ``"min"`` (the paper's), ``"median"`` or
-            ``"rmse"``.
+        scale_mode: how the common length follows from the eigenvalues: ``"min"`` (the paper's
+            choice), ``"median"`` or ``"rmse"``.
 
     Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, the tasks are not K different names, or the mode is
-            another.
+        ValueError: if ``scale_mode`` is not one of these.
 
     Example:
         >>> import torch
@@ -201,40 +185,28 @@ class AlignedMTL(GramMethod):
         tensor([0.5000, 0.5000])
     """
 
+    _prepared = staticmethod(_as_it_is)
+
     def __init__(
         self,
         shared: nn.Module | Iterable[Tensor],
         tasks: Sequence[str],
         scale_mode: str = "min",
     ) -> None:
-        super().__init__(shared, tasks)
         if scale_mode not in ("min", "median", "rmse"):
             raise ValueError(f"scale_mode must be 'min', 'median' or 'rmse', got {scale_mode!r}.")
-        from torchjd.aggregation import AlignedMTLWeighting
-
-        self._weighting = AlignedMTLWeighting(scale_mode=scale_mode)  # type: ignore[arg-type]
-
-    def _weigh(self, gram: Tensor) -> Tensor:
-        return self._weighting(gram)  # as precise as it is, no more: it decides the rank
+        super().__init__(shared, tasks, "AlignedMTLWeighting", scale_mode=scale_mode)
 
 
-class UPGrad(GramMethod):
-    r"""UPGrad: each gradient projected to where it conflicts with none; the mean of these.
+class UPGrad(_StatelessMethod):
+    r"""UPGrad: projects each gradient to where it conflicts with none, then averages them.
 
     .. math::
         \frac1K \sum_k \operatorname*{argmin}_{x:\ \langle x, g_j \rangle \ge 0 \ \forall j}
         \lVert x - g_k \rVert
 
     From "Jacobian Descent for Multi-Objective Optimization" (Quinton and Rey, 2024, arXiv
-    2406.16232), by TorchJD.
-
-    Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-
-    Raises:
-        ImportError: if TorchJD, qpsolvers or quadprog is missing.
-        ValueError: if nothing is shared, or the tasks are not K different names.
+    2406.16232), computed by TorchJD.
 
     Example:
         >>> import torch
@@ -246,35 +218,28 @@ class UPGrad(GramMethod):
     """
 
     _requires: ClassVar[tuple[str, ...]] = ("torchjd", "qpsolvers", "quadprog")
+    _prepared = staticmethod(_of_trace_one)
 
     def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
-        super().__init__(shared, tasks)
-        from torchjd.aggregation import UPGradWeighting
-
-        self._weighting = UPGradWeighting()
-
-    def _weigh(self, gram: Tensor) -> Tensor:
-        return super()._weigh(_scaled(gram))
+        super().__init__(shared, tasks, "UPGradWeighting")
 
 
-class FairGrad(GramMethod):
-    r"""FairGrad: alpha-fair shares of the gain, tasks that gain little first.
+class FairGrad(_StatelessMethod):
+    r"""FairGrad: divides the gain among the tasks by alpha-fairness.
 
     .. math::
         G w = w^{-1 / \alpha}
 
-    From "Fair Resource Allocation in Multi-Task Learning" (Ban and Ji, ICML 2024), by TorchJD.
+    From "Fair Resource Allocation in Multi-Task Learning" (Ban and Ji, ICML 2024), computed by
+    TorchJD.
 
     Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-        alpha: the fairness; 1 is proportional, more is nearer to max-min. The published code's 2.
-        max_iters: evaluations of the solver at most; None is SciPy's 100 K.
+        alpha: the fairness. 1 is proportional fairness, larger values approach max-min fairness;
+            the published code uses 2.
+        max_iters: the maximal number of evaluations by the solver; None is SciPy's default, 100 K.
 
     Raises:
-        ImportError: if TorchJD or SciPy is missing.
-        ValueError: if nothing is shared, the tasks are not K different names, or alpha is not
-            positive.
+        ValueError: if alpha is not positive.
 
     Example:
         >>> import torch
@@ -286,6 +251,7 @@ class FairGrad(GramMethod):
     """
 
     _requires: ClassVar[tuple[str, ...]] = ("torchjd", "scipy")
+    _prepared = staticmethod(_of_trace_one)
 
     def __init__(
         self,
@@ -294,20 +260,12 @@ class FairGrad(GramMethod):
         alpha: float = 2.0,
         max_iters: int | None = None,
     ) -> None:
-        super().__init__(shared, tasks)
         if not alpha > 0:
             raise ValueError(f"alpha must be positive, got {alpha!r}.")
-        from torchjd.aggregation import FairGradWeighting
-
-        self._weighting = FairGradWeighting(alpha, max_iters)
+        super().__init__(shared, tasks, "FairGradWeighting", alpha=alpha, max_iters=max_iters)
         self._alpha = alpha
 
     def _weigh(self, gram: Tensor) -> Tensor:
-        # The solver is good where numbers are near 1, and the scale can be solved for by hand.
+        # The solver is accurate for numbers near 1, and the scale has a closed form.
         scale = gram.diagonal().sum().double() ** (-self._alpha / (self._alpha + 1))
-        return super()._weigh(_scaled(gram)) * scale
-
-
-def _scaled(gram: Tensor) -> Tensor:
-    """Of trace 1: TorchJD takes less than 1e-4 for zero, and small gradients are no zeros."""
-    return gram / gram.diagonal().sum()
+        return super()._weigh(gram) * scale

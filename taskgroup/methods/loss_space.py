@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from importlib import import_module
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from taskgroup.methods.method import JointMethod, enabled, torch_as_it_comes, values_of
-
-if TYPE_CHECKING:
-    from torchjd.scalarization import Scalarizer
+from taskgroup._losses import Losses
+from taskgroup.methods.method import JointMethod, enabled, torch_defaults, values_of
 
 __all__ = ["GD", "IMTLL", "UW", "LossMethod", "ScalarizerMethod"]
 
-# Backward passes without a step on what a method learns, after which it was surely forgotten: more
-# than anyone's micro-batches.
+# After so many backward passes without a step on the learned parameters, the optimizer surely does
+# not hold them: nobody accumulates over as many micro-batches.
 _FORGOTTEN = 100
 
 
 class LossMethod(JointMethod):
-    """A method that needs the values of the losses alone: base of those in loss space."""
+    """Base class of the methods that need only the values of the losses."""
 
     def backward(  # noqa: D102 (inherited)
-        self, losses: Mapping[str, Tensor] | Tensor, scaler: GradScaler | None = None
+        self, losses: Losses, scaler: GradScaler | None = None
     ) -> Tensor:
         scaler = enabled(scaler)
         scalars = self._read(losses)
@@ -38,25 +37,18 @@ class LossMethod(JointMethod):
         return weights
 
     def _weigh(self, values: Tensor, scaler: GradScaler | None) -> Tensor:
-        """From the losses ``[K]``, float32 without a graph, to their weights ``[K]``.
+        """Compute the weights ``[K]`` from the losses ``[K]``, float32 without a graph.
 
-        With a scaler, what is remembered must not take in losses that are not finite.
+        With a scaler, losses that are not finite must not change the memory of the method.
         """
         raise NotImplementedError
 
 
 class GD(LossMethod):
-    r"""Plain gradient descent on the sum of the losses: what every other method is compared with.
+    r"""Gradient descent on the sum of the losses, the baseline of all other methods.
 
     .. math::
         w_k = 1
-
-    Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-
-    Raises:
-        ValueError: if nothing is shared, or the tasks are not K different names.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
@@ -71,54 +63,51 @@ class GD(LossMethod):
 
 
 class ScalarizerMethod(LossMethod):
-    """A method whose weights are the derivatives of one of TorchJD's scalarizers."""
+    """Base class of the methods whose weights are the derivatives of a TorchJD scalarizer."""
 
     _requires: ClassVar[tuple[str, ...]] = ("torchjd",)
-    _scalarizer: Scalarizer
+    _scalarizer: nn.Module
 
     def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
         super().__init__(shared, tasks)
-        self._device = self._shared[0].device  # of what the method remembers
+        self._device = self._shared[0].device  # of the memory of the method
 
     def _weigh(self, values: Tensor, scaler: GradScaler | None) -> Tensor:
         values = values.to(self._device).requires_grad_()
-        with torch_as_it_comes():
+        with torch_defaults():
             total = self._scalarizer(values)
             (weights,) = torch.autograd.grad(total, values, retain_graph=True)
             self._learn(total, scaler)
         return weights
 
     def _learn(self, total: Tensor, scaler: GradScaler | None) -> None:
-        """Add to the gradients of what the scalarizer itself learns."""
+        """Add to the gradients of the parameters that the scalarizer learns."""
 
 
 class _LearnedMethod(ScalarizerMethod):
-    """A method that learns one number per task along with the model, by gradient."""
+    """Base class of the methods that learn one number per task together with the model."""
 
+    _name: ClassVar[str]  # of the scalarizer in torchjd.scalarization
     _learned: nn.Parameter
     _passes = 0  # backward passes since the start, or since a state was loaded
 
     def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
         super().__init__(shared, tasks)
-        with torch_as_it_comes():
-            self._scalarizer = self._made().to(self._device, torch.float32)
+        made = getattr(import_module("torchjd.scalarization"), self._name)
+        with torch_defaults():
+            self._scalarizer = made(len(self._tasks)).to(self._device, torch.float32)
         (self._learned,) = self._scalarizer.parameters()
         self._start = self._learned.detach().clone()
 
-    def _made(self) -> Scalarizer:
-        raise NotImplementedError
-
-    def backward(
-        self, losses: Mapping[str, Tensor] | Tensor, scaler: GradScaler | None = None
-    ) -> Tensor:
+    def backward(self, losses: Losses, scaler: GradScaler | None = None) -> Tensor:
         weights = super().backward(losses, scaler)
         self._passes += 1
-        # Looked at once, since it waits for the device. (Fused optimizers do not count versions.)
+        # Compared once, since it waits for the device. Fused optimizers do not count versions.
         if self._passes == _FORGOTTEN and torch.equal(self._learned, self._start):
             warnings.warn(
-                f"{type(self).__name__} learns its weights, and no optimizer has stepped on them "
+                f"{type(self).__name__} learns its weights, but no optimizer has stepped on them "
                 f"in {_FORGOTTEN} backward passes: pass method.parameters() to the optimizer "
-                "together with the model's. Until then all weights stay as they are.",
+                "together with the model's. Until then the weights do not change.",
                 stacklevel=2,
             )
         return weights
@@ -142,22 +131,14 @@ class _LearnedMethod(ScalarizerMethod):
 
 
 class UW(_LearnedMethod):
-    r"""Uncertainty weighting: a log-variance per task, learned with the model.
+    r"""Uncertainty weighting: learns a log-variance per task together with the model.
 
     .. math::
         \sum_k \tfrac12 e^{-s_k} L_k + \tfrac12 s_k, \qquad w_k = \tfrac12 e^{-s_k}
 
     From "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and Semantics"
-    (Kendall et al., CVPR 2018), by TorchJD. The :math:`s_k` start at zero; pass
+    (Kendall et al., CVPR 2018), computed by TorchJD. The :math:`s_k` start at zero; pass
     :meth:`JointMethod.parameters` to the optimizer.
-
-    Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-
-    Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, or the tasks are not K different names.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
@@ -167,29 +148,18 @@ class UW(_LearnedMethod):
         tensor([0.5000, 0.5000])
     """
 
-    def _made(self) -> Scalarizer:
-        from torchjd.scalarization import UW as Uncertainty  # noqa: N811
-
-        return Uncertainty(len(self._tasks))
+    _name = "UW"
 
 
 class IMTLL(_LearnedMethod):
-    r"""IMTL-L, impartial loss balance: a scale per task, learned with the model.
+    r"""IMTL-L, impartial loss balance: learns a scale per task together with the model.
 
     .. math::
         \sum_k e^{s_k} L_k - s_k, \qquad w_k = e^{s_k}
 
-    From "Towards Impartial Multi-task Learning" (Liu et al., ICLR 2021), by TorchJD. The
+    From "Towards Impartial Multi-task Learning" (Liu et al., ICLR 2021), computed by TorchJD. The
     :math:`s_k` start at zero; pass :meth:`JointMethod.parameters` to the optimizer. Losses should
     be positive.
-
-    Args:
-        shared: the parameters that the tasks share, or the module that holds them.
-        tasks: the K task names.
-
-    Raises:
-        ImportError: if TorchJD is missing.
-        ValueError: if nothing is shared, or the tasks are not K different names.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
@@ -199,7 +169,4 @@ class IMTLL(_LearnedMethod):
         tensor([1., 1.])
     """
 
-    def _made(self) -> Scalarizer:
-        from torchjd.scalarization import IMTLL as Scales  # noqa: N811
-
-        return Scales(len(self._tasks))
+    _name = "IMTLL"

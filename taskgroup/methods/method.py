@@ -1,4 +1,4 @@
-"""What every joint method has in common: its tasks, its losses, its state."""
+"""The base class of the joint methods: tasks, losses, state."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from taskgroup._arguments import described
+from taskgroup._losses import Losses, check_graph, check_one_device, losses_by_task
+
 __all__ = ["JointMethod"]
 
 
 class JointMethod:
-    """A way to step on all tasks at once: base of the joint methods.
+    """Base class of the joint methods, which step on all tasks at once.
 
-    ``backward`` stands where ``loss.backward()`` would::
+    Call ``method.backward(losses)`` instead of ``loss.backward()``::
 
         method = tg.methods.CAGrad(model.encoder, tasks)
         ...
@@ -25,8 +28,8 @@ class JointMethod:
         method.backward(losses)
         optimizer.step()
 
-    Gradients add to those that are there, as they do in any backward pass. Every method is for one
-    process: under data parallelism the ranks would weigh differently.
+    As in any backward pass, gradients are added to ``.grad``. Every method is for a single process:
+    under data parallelism, each rank would compute other weights.
 
     In float16, pass the ``GradScaler`` and the plain losses; the method scales them itself::
 
@@ -34,31 +37,31 @@ class JointMethod:
         scaler.step(optimizer)
         scaler.update()
 
-    The weights, and what a method remembers, are those of the plain losses and gradients: they do
-    not depend on the scale. Losses that are scaled already look like any others and cannot be
-    refused: with them the steps of UW, DTP, IMTL-L, Nash-MTL and FairGrad depend on the scale, and
-    DWA and FAMO take a change of the scale for a change of the losses.
+    The weights and the state of a method are computed from the plain losses and gradients, so they
+    do not depend on the scale. A method cannot tell that losses were already scaled. If they were,
+    the steps of UW, DTP, IMTL-L, Nash-MTL and FairGrad depend on the scale, and DWA and FAMO
+    mistake a change of the scale for a change of the losses.
 
-    The sparse gradients of an embedding with ``sparse=True`` stay sparse. Of complex parameters the
-    real and the imaginary part count as two real numbers, as in torch's optimizers. Hooks of
-    ``register_post_accumulate_grad_hook``, such as an optimizer that steps in the backward pass,
-    run once, on what the method has made of the gradients.
+    The sparse gradients of an embedding with ``sparse=True`` stay sparse. The real and imaginary
+    parts of a complex parameter count as two real numbers, as in torch's optimizers. Hooks
+    registered with ``register_post_accumulate_grad_hook``, such as an optimizer that steps in the
+    backward pass, run once, on the gradients that the method has computed.
 
-    Every method can be copied with ``copy.deepcopy``, pickled, and passed to a spawned process.
-    A copy has parameters of its own: copy it together with the model and the optimizer, as in
+    Every method can be copied with ``copy.deepcopy``, pickled, and sent to a spawned process. A
+    copy has its own parameters, so copy it together with the model and the optimizer:
     ``copy.deepcopy((model, optimizer, method))``.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them (the encoder).
-            What no task reaches, or is frozen, is passed over.
+            Parameters that are frozen or that no task reaches are skipped.
         tasks: the K task names, in the order of stacked losses and of the weights.
 
     Attributes:
         observes_step: True where :meth:`observe` must be called after every ``optimizer.step()``.
 
     Raises:
-        ImportError: if a package that the method needs is missing; all are in the extra
-            ``taskgroup[compare]``.
+        ImportError: if a package that the method needs is missing. The extra
+            ``taskgroup[compare]`` installs all of them.
         ValueError: if nothing is shared, or the tasks are not K different names.
     """
 
@@ -80,27 +83,25 @@ class JointMethod:
         for t, parameter in enumerate(self._shared):
             if not isinstance(parameter, Tensor) or not parameter.is_leaf:
                 raise ValueError(
-                    f"shared must hold parameters, and entry {t} is computed or no tensor: it "
-                    "gets no .grad."
+                    f"shared must hold parameters, but entry {t} is computed or not a tensor, so "
+                    "it gets no .grad."
                 )
         # Plain strings: a state that holds NumPy's does not load under weights_only=True.
         self._tasks = tuple(str(task) if isinstance(task, str) else task for task in tasks)
         if isinstance(tasks, str) or not self._tasks or len(set(self._tasks)) < len(self._tasks):
             raise ValueError(f"tasks must be a sequence of different names, got {tasks!r}.")
 
-    def backward(
-        self, losses: Mapping[str, Tensor] | Tensor, scaler: GradScaler | None = None
-    ) -> Tensor:
-        """Add to the gradients of the shared parameters and the heads, as the method says.
+    def backward(self, losses: Losses, scaler: GradScaler | None = None) -> Tensor:
+        """Add the method's gradients to ``.grad`` of the shared parameters and the heads.
 
         Args:
-            losses: ``{task: scalar}`` or ``[K]`` in task order, with a graph, of any floating
-                dtype, not scaled. A dict is cheaper: through a stacked tensor the backward pass of
-                one task visits the heads of all.
-            scaler: of mixed precision. All gradients are multiplied by its scale; one that is not
-                enabled counts as None. Where gradients are not finite they are written to ``.grad``
-                as they are, so that ``scaler.step`` skips the batch and ``scaler.update`` lowers
-                the scale; the method remembers nothing of it.
+            losses: ``{task: scalar}`` or ``[K]`` in task order, with a graph, of any floating-point
+                dtype, not scaled. A dict is cheaper: with a stacked tensor, the backward pass of
+                each task runs through the heads of all tasks.
+            scaler: the ``GradScaler`` for mixed precision, by whose scale all gradients are
+                multiplied. A disabled scaler counts as None. Gradients that are not finite are
+                written to ``.grad`` unchanged, so that ``scaler.step`` skips the batch and
+                ``scaler.update`` lowers the scale; the state of the method does not change.
 
         Returns:
             The weights ``[K]`` of the tasks, without a graph, on the device of the losses.
@@ -108,31 +109,32 @@ class JointMethod:
         Raises:
             ValueError: if a task is unknown or missing, or its loss is not a scalar with a graph.
                 Nothing has changed then.
-            TypeError: if the scaler is no ``torch.amp.GradScaler``, or the losses are no tensors.
+            TypeError: if ``scaler`` is not a ``torch.amp.GradScaler``, or ``losses`` is neither a
+                mapping nor a tensor.
         """
         raise NotImplementedError
 
-    def observe(self, losses: Mapping[str, Tensor] | Tensor) -> None:
-        """Look at the losses on the same batch after the step, not scaled; only FAMO needs it."""
+    def observe(self, losses: Losses) -> None:
+        """Take the unscaled losses on the same batch after the step; only FAMO needs them."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the method learns by gradient, to be passed to the optimizer with the model's."""
+        """The learned parameters of the method; pass them to the optimizer with the model's."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything an exact resume needs; it loads under ``weights_only=True``.
+        """Everything that an exact resume needs; it loads under ``weights_only=True``.
 
-        The keys and shapes are the same from the first moment. Methods that draw at random (PCGrad,
-        GradVac, GradDrop) draw from torch's global generator, whose state is not the method's.
+        Keys and shapes never change. PCGrad, GradVac and GradDrop draw random numbers from torch's
+        global generator, whose state is not included.
         """
         return {"method": type(self).__name__, "tasks": list(self._tasks), **self._state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where :meth:`state_dict` was taken; the options stay those of this object.
+        """Resume exactly where :meth:`state_dict` was taken; the options of this object stay.
 
         Raises:
-            ValueError: if the state is of another method or other tasks, or not whole. Nothing has
-                changed then.
+            ValueError: if the state is that of another method or other tasks, or incomplete.
+                Nothing has changed then.
         """
         kept = self.state_dict()
         if differing := sorted(set(kept) ^ set(state)):
@@ -143,79 +145,43 @@ class JointMethod:
         for key in ("method", "tasks"):
             if state[key] != kept[key]:
                 raise ValueError(
-                    f"The state was written with {key} {state[key]!r}, this has {kept[key]!r}; "
-                    "load it into the same method of the same tasks."
+                    f"The state was written with {key} {state[key]!r}, but this object has "
+                    f"{kept[key]!r}; load it into the same method with the same tasks."
                 )
         for key, value in kept.items():
-            if _kind(state[key]) != _kind(value):
+            if described(state[key]) != described(value):
                 raise ValueError(
-                    f"{key} in the state of {kept['method']} must be {_kind(value)}, got "
-                    f"{_kind(state[key])}; pass what state_dict() returned."
+                    f"{key} in the state of {kept['method']} must be {described(value)}, got "
+                    f"{described(state[key])}; pass what state_dict() returned."
                 )
         self._load(state)
 
     def _state(self) -> dict[str, Any]:
-        """What the method remembers: numbers and tensors of the same shapes from the start."""
+        """The memory of the method: numbers and tensors whose shapes never change."""
         return {}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        """Take over a state that has been checked."""
+        """Load a state that has been checked."""
 
-    def _read(self, losses: Mapping[str, Tensor] | Tensor, with_graph: bool = True) -> list[Tensor]:
+    def _read(self, losses: Losses, with_graph: bool = True) -> list[Tensor]:
         """The losses one by one in task order, checked."""
-        if isinstance(losses, Tensor):
-            if losses.shape != (len(self._tasks),):
-                raise ValueError(
-                    f"Stacked losses must have shape [{len(self._tasks)}], one per task in the "
-                    f"order {list(self._tasks)}, got {list(losses.shape)}."
-                )
-            scalars = list(losses.unbind())
-        elif isinstance(losses, Mapping):
-            if unknown := [task for task in losses if task not in self._tasks]:
-                raise ValueError(
-                    f"Unknown task {unknown[0]!r} among the losses; the tasks are "
-                    f"{list(self._tasks)}. Leave it out."
-                )
-            if absent := [task for task in self._tasks if task not in losses]:
-                raise ValueError(
-                    f"The loss of task {absent[0]!r} is missing: a joint method steps on all "
-                    f"tasks, {list(self._tasks)}."
-                )
-            scalars = [losses[task] for task in self._tasks]
-        else:
-            raise TypeError(
-                f"Losses must be {{task: scalar tensor}} or one tensor [{len(self._tasks)}] in the "
-                f"order {list(self._tasks)}, got {type(losses).__name__}."
-            )
-        for task, loss in zip(self._tasks, scalars, strict=True):
-            if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
-                raise ValueError(
-                    f"The loss of task {task!r} must be a floating-point scalar tensor, got "
-                    f"{_kind(loss)}; reduce it, with .mean() for instance."
-                )
-            if loss.device != scalars[0].device:
-                raise ValueError(
-                    f"The loss of task {task!r} is on {loss.device}, that of {self._tasks[0]!r} on "
-                    f"{scalars[0].device}; move them to one device."
-                )
-            if with_graph and not loss.requires_grad:
-                raise ValueError(
-                    f"The loss of task {task!r} has no graph, so it has no gradient; compute it "
-                    "with gradients on, from outputs that are not detached."
-                )
-        return scalars
+        by_task = losses_by_task(losses, self._tasks)
+        check_one_device(by_task)
+        if with_graph:
+            check_graph(by_task)
+        return list(by_task.values())
 
 
 def values_of(scalars: Sequence[Tensor]) -> Tensor:
-    """The losses as plain numbers, float32 ``[K]``."""
+    """The values of the losses, float32 ``[K]``, without a graph."""
     return torch.stack([loss.detach().float() for loss in scalars])
 
 
 def enabled(scaler: GradScaler | None) -> GradScaler | None:
-    """The scaler, or None where there is nothing to scale.
+    """The scaler, or None if it is disabled.
 
     Raises:
-        TypeError: if it is none.
+        TypeError: if ``scaler`` is not a ``GradScaler``.
     """
     if scaler is None:
         return None
@@ -227,13 +193,13 @@ def enabled(scaler: GradScaler | None) -> GradScaler | None:
 
 
 @contextmanager
-def torch_as_it_comes() -> Iterator[None]:
-    """On the host, tensors are made there and operations keep their precision.
+def torch_defaults() -> Iterator[None]:
+    """Turn off the caller's default device and CPU autocast while TorchJD computes on the host.
 
-    TorchJD draws permutations and makes small tensors on torch's default device, which may be
-    another (``torch.set_default_device``, ``with torch.device("meta")``), and its matrix products
-    would follow an autocast around the backward pass. Each is undone only where it is on: a device
-    mode slows every operation down.
+    TorchJD draws permutations and creates small tensors on torch's default device, which the caller
+    may have changed (``torch.set_default_device``, ``with torch.device("meta")``), and an autocast
+    around the backward pass would lower the precision of its matrix products. Each is turned off
+    only if it is on, because a device mode slows every operation down.
     """
     with ExitStack() as stack:
         if torch.get_default_device().type != "cpu":
@@ -241,9 +207,3 @@ def torch_as_it_comes() -> Iterator[None]:
         if torch.is_autocast_enabled("cpu"):
             stack.enter_context(torch.autocast("cpu", enabled=False))
         yield
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {list(value.shape)}"
-    return type(value).__name__

@@ -297,7 +297,7 @@ class TestErrors:
             losses = quadratic(x)()
             outside = next(t for t in TASKS if t not in group.tasks)
             losses[outside] = losses[outside].detach()
-            with pytest.raises(ValueError, match=f"task '{outside}' has no graph, and this step"):
+            with pytest.raises(ValueError, match=f"task '{outside}' has no graph, so this step"):
                 group.loss(losses)
             break
         assert not groups.affinity.matrix.any()

@@ -42,7 +42,7 @@ def opened():
         (torch.ones(2, requires_grad=True), ValueError, r"\[3\], one per task.*\[2\]"),
         (torch.ones(3, 1, requires_grad=True), ValueError, r"got torch.float32 of shape \[3, 1\]"),
         (torch.ones(()), ValueError, r"got torch.float32 of shape \[\]"),
-        (torch.ones(3), ValueError, "have no graph"),
+        (torch.ones(3), ValueError, "has no graph, so the group"),
         (torch.ones(3, dtype=torch.int64), ValueError, "int64"),
         (torch.ones(3, device="meta", requires_grad=True), ValueError, "on meta, those before"),
         ([1.0, 2.0, 3.0], TypeError, "got list"),
@@ -119,3 +119,13 @@ def test_losses_may_be_written_over_after_the_call():
         buffer.fill_(value)
         group.loss(buffer.detach().requires_grad_())
     assert (groups.affinity.matrix == 0.5).sum() == 6
+
+
+def test_stacked_losses_may_be_those_of_the_observed_tasks():
+    groups = tg.TaskGroups(TASKS, grouping=tg.Singletons(), groups_per_batch=1)
+    group = next(iter(groups))
+    (task,) = group.observed
+    said = r"\[3\], one per task in the order .*, or \[1\], those of group.observed; got .* \[2\]"
+    with pytest.raises(ValueError, match=said):
+        group.loss(torch.ones(2, requires_grad=True))
+    assert group.loss(good()[task].view(1)).item() == good()[task].item()

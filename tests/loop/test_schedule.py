@@ -602,7 +602,7 @@ def test_warmup_is_exactly_that_many_rounds(warmup):
 def test_item_losses_are_told_what_to_leave_out():
     groups = tg.TaskGroups(TASKS)
     group = next(iter(groups))
-    with pytest.raises(ValueError, match=r"got float; hand over the tensor itself, without .item"):
+    with pytest.raises(ValueError, match=r"got float; pass the tensor itself, without .item"):
         group.loss(dict.fromkeys(TASKS, 1.0))
 
 
@@ -687,7 +687,7 @@ class TestNothingMoves:
                     group.loss(toy.losses())
             told.append([str(warning.message) for warning in caught])
         (said,) = [message for messages in told for message in messages]
-        assert "changed no loss by a bit" in said
+        assert "changed no loss, so no affinity" in said
         assert told[6] == [said]  # after 20 of 3 a batch
 
     def test_a_step_now_and_then_is_enough(self):

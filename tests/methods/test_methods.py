@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import taskgroup as tg
+import taskgroup.methods.gradient_space as gradient_space_module
+from taskgroup.gradients.through_grad import backward_passes
 from tests.methods.problems import NAMES, Model, gradient_space, made, tasks_of
 
 RANDOM = ("pcgrad", "graddrop", "gradvac")
@@ -137,7 +139,7 @@ def test_losses_are_checked_before_anything_changes(name):
         ({**good, "task1": good["task1"].expand(2)}, "'task1' must be a floating-point scalar"),
         ({**good, "task1": 1.0}, "'task1' must be a floating-point scalar tensor, got float"),
         ({**good, "task1": good["task1"].detach()}, "'task1' has no graph"),
-        (torch.stack(list(good.values()))[:2], r"shape \[3\]"),
+        (torch.stack(list(good.values()))[:2], r"tensor \[3\].* of shape \[2\]"),
         (torch.ones(3), "'task0' has no graph"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -340,7 +342,7 @@ class Allocated(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", gradient_space())
-def test_nothing_besides_the_gradients_is_large(name):
+def test_nothing_besides_the_gradients_is_large(name, monkeypatch):
     """After the K passes: no copy of a gradient; K x one parameter for GradDrop."""
     n_tasks, n_parameters, size = 11, 20, 1000
     generator = torch.Generator().manual_seed(0)
@@ -348,7 +350,7 @@ def test_nothing_besides_the_gradients_is_large(name):
     method = made(name, None, shared, tasks_of(n_tasks))
     gradients = [[torch.randn(size, generator=generator) for _ in shared] for _ in range(n_tasks)]
     first = [g.data_ptr() for g in gradients[0]]
-    method._passes = lambda scalars: gradients
+    monkeypatch.setattr(gradient_space_module, "backward_passes", lambda *args: gradients)
     losses = {t: torch.ones((), requires_grad=True) for t in tasks_of(n_tasks)}
     with tg.ops.use_backend("cpp"), Allocated() as made_there:
         method.backward(losses)
@@ -363,12 +365,11 @@ def test_nothing_besides_the_gradients_is_large(name):
 def test_gradients_are_those_that_autograd_made():
     """Taken away from the parameters, not copied."""
     model = Model(3)
-    method = made("mgda", model)
     losses = model.losses(model.x)
     seen = []
     for parameter in model.shared.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.data_ptr()))
-    gradients = method._passes(list(losses.values()))
+    gradients = backward_passes(list(losses.values()), list(model.shared.parameters()))
     assert sorted(seen) == sorted(g.data_ptr() for own in gradients for g in own)
 
 
@@ -421,7 +422,7 @@ def test_compiled_backward_that_runs_once_is_explained():
     x = nn.Parameter(torch.ones(2))
     loss = x.sum()
     loss.register_hook(refuse)
-    with pytest.raises(RuntimeError, match="MGDA takes one per task: set torch"):
+    with pytest.raises(RuntimeError, match="single tasks need one pass each: set torch"):
         tg.methods.MGDA([x], ["a"]).backward({"a": loss})
 
 
