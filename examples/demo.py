@@ -13,7 +13,7 @@ from rich.table import Table
 import taskgroup as tg
 from taskgroup.lab.report.live import Display
 from taskgroup.lab.report.page import write_report
-from taskgroup.lab.report.reader import load_run_data
+from taskgroup.lab.report.run_data import load_run_data
 from taskgroup.lab.report.tables import groups_line
 from taskgroup.lab.train.recipe import read_recipe
 from taskgroup.lab.train.run import Run

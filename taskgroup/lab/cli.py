@@ -497,8 +497,8 @@ def _predict(run: Path, images: list[Path], out: Path) -> None:
 
 
 def _figures(runs: list[Path], pair: list[str] | None, out: Path) -> None:
-    from taskgroup.lab.report.figures import figures as draw
-    from taskgroup.lab.report.reader import load_runs
+    from taskgroup.lab.report.matplotlib_figures import figures as draw
+    from taskgroup.lab.report.run_data import load_runs
 
     if pair is not None and len(pair) != 2:
         raise ValueError(f"--pair takes two tasks, got {', '.join(pair) or 'none'}.")
@@ -511,7 +511,7 @@ def _figures(runs: list[Path], pair: list[str] | None, out: Path) -> None:
 
 def _report(runs: list[Path], out: Path) -> None:
     from taskgroup.lab.report.page import write_report
-    from taskgroup.lab.report.reader import load_runs
+    from taskgroup.lab.report.run_data import load_runs
 
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name the HTML file with --out.")
