@@ -359,9 +359,10 @@ def _compare(
     jobs: int | None,
     out: Path | None,
 ) -> None:
-    from taskgroup.lab.compare import comparison_tables as report
+    from taskgroup.lab.compare import comparison_report as report
     from taskgroup.lab.compare.comparison import Comparison
     from taskgroup.lab.compare.presets import JOINT, preset, variants_by_name
+    from taskgroup.lab.compare.progress import ComparisonDisplay
     from taskgroup.lab.train.recipe import make_problem, parse_changes, read_recipe
     from taskgroup.lab.train.trainer import task_names
 
@@ -384,7 +385,7 @@ def _compare(
         strict=methods is not None,
     )
     titles = {variant.name: variant.title for variant in comparison.variants}
-    display = report.ComparisonDisplay(str(comparison.out), titles, console, comparison.delta)
+    display = ComparisonDisplay(str(comparison.out), titles, console, comparison.delta)
     with _stoppable(), display:
         table = comparison.run(display.update, jobs)
     for shown in report.tables(table):
@@ -408,9 +409,9 @@ def _affinity_gain(
     jobs: int | None,
     out: Path | None,
 ) -> None:
-    from taskgroup.lab.compare import gain_tables as report
-    from taskgroup.lab.compare.affinity_gain import AffinityGain
-    from taskgroup.lab.compare.comparison_tables import ComparisonDisplay
+    from taskgroup.lab.compare import affinity_gain_report as report
+    from taskgroup.lab.compare.affinity_gain import AFFINITIES, AffinityGain
+    from taskgroup.lab.compare.progress import ComparisonDisplay
     from taskgroup.lab.train.recipe import parse_changes, read_recipe
 
     console = rich.get_console()
@@ -418,8 +419,7 @@ def _affinity_gain(
     measured = AffinityGain(
         settings, seeds, out or Path("runs") / f"affinity-gain-{Path(recipe).stem}"
     )
-    titles = {"proximal": "Proximal", "gradient": "From gradients", "lookahead": "Lookahead"}
-    with _stoppable(), ComparisonDisplay(str(measured.out), titles, console) as display:
+    with _stoppable(), ComparisonDisplay(str(measured.out), AFFINITIES, console) as display:
         gains = measured.run(display.update, jobs)
     for shown in report.tables(gains):
         console.print(shown)

@@ -9,10 +9,10 @@ import re
 import pytest
 from rich.console import Console
 
-from taskgroup.lab.compare import comparison_tables as report
-from taskgroup.lab.compare.comparison import BUDGETS, Row, Table
+from taskgroup.lab.compare import comparison_report as report
+from taskgroup.lab.compare.intervals import Estimate
 from taskgroup.lab.compare.presets import PRESETS, preset
-from taskgroup.lab.compare.statistics import Estimate
+from taskgroup.lab.compare.results import BUDGETS, Row, Table
 from taskgroup.lab.train.recipe import make_problem, read_recipe
 
 SPLITS = ("train", "validation", "held_out")

@@ -404,7 +404,7 @@ def _frame(axes: Axes, sizes: NDArray[np.int64]) -> None:
         axes.add_patch(Rectangle(corner, size, size, fill=False, linewidth=1.8))
 
 
-def open_axes(axes: Axes, title: str, size: float | None = None) -> Axes:
+def open_axes(axes: Axes, title: str, size: float | str = "large") -> Axes:
     """Axes with a title, without a frame at the top and on the right."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, loc="left", size=size)
