@@ -28,12 +28,7 @@ def tables(gains: Gains) -> list[RenderableType]:
 
 
 def markdown(gains: Gains, command: str) -> str:
-    """The correlations and the gains, as Markdown.
-
-    Args:
-        gains: what was measured.
-        command: the command line that measured it.
-    """
+    """The correlations and the gains as Markdown, with the command line that made them."""
     titles = [gains.problem.titles[task] for task in gains.tasks]
     rows = [
         [title, *("" if math.isnan(value) else f"{value:+.1f}" for value in row)]
@@ -64,12 +59,7 @@ def write_csv(gains: Gains, path: str | os.PathLike[str]) -> None:
 
 
 def affinity_gain_plot(gains: Gains, path: str | os.PathLike[str]) -> None:
-    """Draw the gain of every ordered pair against its affinity, a panel for each affinity.
-
-    Args:
-        gains: what was measured.
-        path: of the PNG.
-    """
+    """Draw the gain of every ordered pair against its affinity, a panel for each affinity."""
     figure = Figure(figsize=(4.1 * len(gains.affinity), 3.7), layout="constrained")
     (panels,) = figure.subplots(1, len(gains.affinity), sharey=True, squeeze=False)
     off_diagonal = ~np.eye(len(gains.tasks), dtype=bool)

@@ -8,7 +8,7 @@ import json
 import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import yaml
@@ -21,7 +21,20 @@ from taskgroup.lab.train.trainer import Trainer
 
 __all__ = ["Cell", "Result", "open_folder", "train_cell", "vary"]
 
-Result = dict[str, Any]
+
+class Result(TypedDict):
+    """What a run of a comparison left; its file also holds the settings."""
+
+    metrics: dict[str, dict[str, float]]  # {split: {task: value}}; empty if it diverged
+    peak_bytes: int  # of the last batch
+    steps_per_batch: float
+    groups: list[int]  # after each batch
+    changes: list[int]  # batches that changed the partition
+    partition: list[list[str]]
+    affinity: list[list[float]]  # [K, K] at the end; NaN where it was never observed
+    skipped: int  # batches for which the method found no weights
+    diverged: int | None  # the batch
+
 
 _VERSION = 1  # of the file format; files of other versions are not read
 # Settings that do not change the result of a cell.
@@ -71,20 +84,12 @@ def vary(recipe: Recipe, **settings: Any) -> Recipe:
 
 
 def train_cell(cell: Cell, folder: Path) -> Result:
-    """Train, evaluate, and write the result.
-
-    Returns:
-        ``{"settings", "metrics": {split: {task: value}}, "peak_bytes": of the last batch,
-        "steps_per_batch", "groups": groups per batch, "changes": batches after which the partition
-        changed, "partition", "affinity": [K, K] at the end, NaN where it was never observed,
-        "skipped": batches for which the method found no weights, "diverged": batch or None}``
-    """
+    """Train, evaluate, and write the result."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a run that diverges; the result says so
         # Cells run in parallel, one per core, so none has data workers of its own.
         result = _train(vary(cell.recipe, workers=0), cell.lookahead_every)
-    result["settings"] = cell.settings
-    text = json.dumps(result)
+    text = json.dumps({**result, "settings": cell.settings})
     tg.checkpoint.write_atomically(cell.file(folder), lambda file: file.write(text.encode()))
     return result
 

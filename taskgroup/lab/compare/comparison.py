@@ -75,22 +75,20 @@ class Comparison:
                 "A comparison needs joint training to compare with: add "
                 f"{', '.join(map(repr, sorted(missing)))}."
             )
-        known = [budget.name for budget in BUDGETS]
         wanted = {"batches", *budgets}
-        if unknown := sorted(wanted - set(known)):
+        if unknown := sorted(wanted - set(BUDGETS)):
             raise ValueError(
-                f"There is no budget {', '.join(unknown)}; take some of {', '.join(known)}."
+                f"There is no budget {', '.join(unknown)}; take some of {', '.join(BUDGETS)}."
             )
         self.recipe = recipe
         self.seeds = seeds
         self.out = Path(out)
-        self.budgets = [budget for budget in BUDGETS if budget.name in wanted]
+        self.budgets = [budget for budget in BUDGETS if budget in wanted]
         self.rates = sorted({*rates, recipe.lr})
         for rate in self.rates:
             vary(recipe, lr=rate)  # raises before the runs if the rate is out of range
         if "tuned" in wanted and len(self.rates) < 2:
             raise ValueError("To choose the best rate, give another one than that of the recipe.")
-        self._wanted = wanted
         self._tuning_seeds = tuning_seeds
         self.device = find_device(recipe.device)
         self.problem = make_problem(recipe)
@@ -133,9 +131,9 @@ class Comparison:
             workers.run("as many batches", single + self._by("batches"), listen)
             self._single_metrics = None
             self._measure_costs(workers)
-            if "time" in self._wanted:
+            if "time" in self.budgets:
                 workers.run("as much time", self._by("time"), listen)
-            if "tuned" in self._wanted:
+            if "tuned" in self.budgets:
                 tuning = [
                     self._cell(variant, seed, "time", rate)
                     for seed in self._rate_seeds
@@ -197,9 +195,12 @@ class Comparison:
         This is the cost of a step times the steps per batch, the median over the seeds, because the
         number of groups differs from seed to seed.
         """
-        converged = [r for r in self._runs(variant, "batches").values() if r["diverged"] is None]
         step: float = self._read_yaml("costs.yaml").get(variant.name, math.nan)
-        steps = median(converged, "steps_per_batch")
+        steps = median(
+            result["steps_per_batch"]
+            for result in self._runs(variant, "batches").values()
+            if result["diverged"] is None
+        )
         return step * (steps if math.isnan(steps) else max(1.0, steps))
 
     def _read_yaml(self, name: str) -> dict[str, Any]:
@@ -296,7 +297,7 @@ class Comparison:
         """
         self._single_metrics = None
         runs = {
-            variant.name: {budget.name: self._runs(variant, budget.name) for budget in self.budgets}
+            variant.name: {budget: self._runs(variant, budget) for budget in self.budgets}
             for variant in self.variants
         }
         cost = {variant.name: self._cost(variant) for variant in self.variants}
@@ -308,9 +309,9 @@ class Comparison:
                 self.problem.splits,
                 self._delta,
                 time=cost[variant.name] / cost[variant.against],
-                rate=self.best_rate(variant) if "tuned" in self._wanted else None,
+                rate=self.best_rate(variant) if "tuned" in self.budgets else None,
                 batches={
-                    budget.name: self._cell(variant, self.recipe.seed, budget.name).recipe.batches
+                    budget: self._cell(variant, self.recipe.seed, budget).recipe.batches
                     for budget in self.budgets
                 },
             )

@@ -14,11 +14,13 @@ from rich.text import Text
 
 from taskgroup.lab.compare.formats import counted, markdown_table, save_csv, terminal_table
 from taskgroup.lab.compare.intervals import Estimate
-from taskgroup.lab.compare.results import Row, Table
+from taskgroup.lab.compare.results import BUDGETS, Row, Table
 from taskgroup.lab.report.colours import HARMS, SERVES
 from taskgroup.lab.report.matplotlib_figures import open_axes, save
 
 __all__ = ["delta_m_plot", "markdown", "tables", "write_csv"]
+
+_PER_VARIANT = ("time", "memory", "steps", "groups", "changes")  # columns of the CSV
 
 Rows = tuple[list[str], list[list[str]]]  # header and rows
 
@@ -34,12 +36,7 @@ def tables(table: Table) -> list[RenderableType]:
 
 
 def markdown(table: Table, command: str) -> str:
-    """The results as Markdown: gains and cost, metrics per task, groups.
-
-    Args:
-        table: what a comparison found.
-        command: the command line that made it.
-    """
+    """The results as Markdown, with the command line that made them."""
     names = {table.problem.metrics[task] for task in table.tasks}
     metric = names.pop() if len(names) == 1 else "Metric"
     parts = [
@@ -51,11 +48,11 @@ def markdown(table: Table, command: str) -> str:
     ]
     for budget in table.budgets:
         parts += [
-            f"## {metric} of each task, {budget.title}",
+            f"## {metric} of each task, {BUDGETS[budget]}",
             "Mean over the seeds. In brackets: the gain over single-task training, in percent.",
         ]
         for split, title in (("held_out", "Held-out data"), ("train", "Fixed training data")):
-            parts += [f"{title}:", markdown_table(*_task_rows(table, budget.name, split))]
+            parts += [f"{title}:", markdown_table(*_task_rows(table, budget, split))]
     groups = [
         [row.variant.title, f"{row.groups:.1f}", f"{100 * row.changes:.0f} %"]
         for row in table.rows
@@ -92,11 +89,7 @@ def write_csv(table: Table, path: str | os.PathLike[str]) -> None:
                     "gain_half": gain.half,
                     "noise_floor": row.floor[budget, split],
                     "verdict": row.verdict(budget, split),
-                    "time": row.time,
-                    "memory": row.memory,
-                    "steps": row.steps,
-                    "groups": row.groups,
-                    "changes": row.changes,
+                    **{name: getattr(row, name) for name in _PER_VARIANT},
                     **_named(table, metrics),
                 }
             )
@@ -118,14 +111,10 @@ def delta_m_plot(table: Table, path: str | os.PathLike[str]) -> None:
 
     On the left is the trade-off of the paper's Figure 2, with Δm on the other axis. On the right is
     the fair comparison, sorted, with the noise floor around joint training shaded.
-
-    Args:
-        table: what a comparison found.
-        path: of the PNG.
     """
     last = table.budgets[-1]
-    rows = [row for row in table.rows if row.delta[last.name, "held_out"].n]
-    rows.sort(key=lambda row: row.delta[last.name, "held_out"].mean, reverse=True)
+    rows = [row for row in table.rows if row.delta[last, "held_out"].n]
+    rows.sort(key=lambda row: row.delta[last, "held_out"].mean, reverse=True)
     names = [f"{row.variant.title}  {n}" for n, row in enumerate(rows, start=1)]
     figure = Figure(figsize=(12.5, 1.6 + 0.27 * max(8, len(rows))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
@@ -136,14 +125,14 @@ def delta_m_plot(table: Table, path: str | os.PathLike[str]) -> None:
         ylabel="Δm against single-task training, %",
     )
     joint = table.joint
-    centre, floor = joint.delta[last.name, "held_out"].mean, joint.floor[last.name, "held_out"]
+    centre, floor = joint.delta[last, "held_out"].mean, joint.floor[last, "held_out"]
     if math.isfinite(centre + floor):  # needs several seeds
         right.axvspan(centre - floor, centre + floor, color="#eeeeee", zorder=0)
     for y, row in enumerate(rows):
-        mean, half, _ = row.delta[last.name, "held_out"]
+        mean, half, _ = row.delta[last, "held_out"]
         right.errorbar(mean, y, xerr=half, fmt="o", color=_colour(row), markersize=5, capsize=2)
     right.set_yticks(range(len(rows)), names)
-    open_axes(right, f"Given {last.title}").set(
+    open_axes(right, f"Given {BUDGETS[last]}").set(
         xlabel="Δm against single-task training, % (shaded: noise floor around GD)",
         ylim=(len(rows) - 0.3, -0.7),
     )
@@ -215,16 +204,16 @@ def _gain_rows(table: Table) -> Rows:
     for row in table.rows:
         cells = [row.variant.title, _times(row.time), _times(row.memory)]
         for budget in table.budgets:
-            cells.append(_shown(row.delta[budget.name, "held_out"], row.diverged[budget.name]))
-            if budget.name == "tuned" and row.rate is not None:
+            cells.append(_shown(row.delta[budget, "held_out"], row.diverged[budget]))
+            if budget == "tuned" and row.rate is not None:
                 cells[-1] += f" ({row.rate:.2g})"
         rows.append(cells)
-    return ["Δm, %", "time", "memory", *(budget.title for budget in table.budgets)], rows
+    return ["Δm, %", "time", "memory", *(BUDGETS[budget] for budget in table.budgets)], rows
 
 
 def _difference_rows(table: Table) -> Rows:
     last = table.budgets[-1]
-    keys = [*((budget.name, "held_out") for budget in table.budgets), (last.name, "train")]
+    keys = [*((budget, "held_out") for budget in table.budgets), (last, "train")]
     rows = [
         [
             row.variant.title,
@@ -233,8 +222,8 @@ def _difference_rows(table: Table) -> Rows:
         for row in table.rows
         if row.variant.name != row.variant.against
     ]
-    held_out = [f"held-out, {budget.title}" for budget in table.budgets]
-    return ["Δm minus that of GD", *held_out, f"training data, {last.title}"], rows
+    held_out = [f"held-out, {BUDGETS[budget]}" for budget in table.budgets]
+    return ["Δm minus that of GD", *held_out, f"training data, {BUDGETS[last]}"], rows
 
 
 def _task_rows(table: Table, budget: str, split: str) -> Rows:
@@ -255,12 +244,12 @@ def _task_rows(table: Table, budget: str, split: str) -> Rows:
 
 def _notes(table: Table) -> list[str]:
     last = table.budgets[-1]
-    floor = table.joint.floor[last.name, "held_out"]
+    floor = table.joint.floor[last, "held_out"]
     noise = (
         "Noise floor: unknown; it takes at least two seeds whose joint run did not diverge."
         if math.isnan(floor)
         else f"Noise floor: two sets of {table.seeds} joint runs differ by up to {floor:.1f} by "
-        f"chance ({last.title}, held-out). A difference is called better or worse only if it is "
+        f"chance ({BUDGETS[last]}, held-out). A difference is called better or worse only if it is "
         f"outside both this floor and its own interval. Of {len(table.rows)} rows, up to one in "
         "twenty is so by chance."
     )
@@ -271,13 +260,12 @@ def _notes(table: Table) -> list[str]:
         "Time and memory: per batch, relative to GD. Time is processor seconds on one thread; "
         "memory is the most bytes that tensors take.",
     ]
-    names = {budget.name for budget in table.budgets}
-    if names != {"batches"}:
+    if table.budgets != ["batches"]:
         notes.append(
             f"As much time: as many batches as take the time of {table.reference}. Single-task "
             "training, to which Δm refers, always has the batches and the rate of the recipe."
         )
-    if "tuned" in names:
+    if "tuned" in table.budgets:
         notes.append(
             f"Best rate: of {len(table.rates)}, the one with the best held-out Δm over other "
             "seeds, for encoder and heads alike; in brackets."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from taskgroup.lab.compare.cell import Result
@@ -15,31 +15,19 @@ from taskgroup.lab.train.evaluation import delta_m
 from taskgroup.lab.train.problem import Problem
 from taskgroup.lab.train.recipe import Recipe
 
-__all__ = ["BUDGETS", "Budget", "Row", "Runs", "Table", "delta_of", "make_row", "mean", "median"]
+__all__ = ["BUDGETS", "Row", "Runs", "Table", "delta_of", "make_row", "mean", "median"]
 
 Runs = Mapping[int, Result]  # the finished runs of a variant, by seed
 Key = tuple[str, str]  # budget and split
 
 
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """What every method gets the same amount of.
-
-    Attributes:
-        name: ``"batches"``: the batches of the recipe; ``"time"``: the time that the selective run
-            takes for these batches; ``"tuned"``: the same time, with the best learning rate.
-        title: as tables show it.
-    """
-
-    name: str
-    title: str
-
-
-BUDGETS = (
-    Budget("batches", "as many batches"),
-    Budget("time", "as much time"),
-    Budget("tuned", "as much time, best rate"),
-)
+#: What every method gets the same amount of: the batches of the recipe; the time that the selective
+#: run takes for these batches; the same time, with the best learning rate. And their titles.
+BUDGETS = {
+    "batches": "as many batches",
+    "time": "as much time",
+    "tuned": "as much time, best rate",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +102,7 @@ class Table:
     tasks: list[str]
     seeds: int
     rates: list[float]
-    budgets: list[Budget]
+    budgets: list[str]
     reference: str
     rows: list[Row]
     single: dict[str, dict[str, float]]
@@ -173,10 +161,13 @@ def make_row(
         [result for result in of["batches"].values() if result["diverged"] is None]
         for of in (runs, joint)
     )
+    memory, joint_memory = (
+        median(result["peak_bytes"] for result in results) for results in (finished, references)
+    )
     return Row(
         variant=variant,
-        memory=median(finished, "peak_bytes") / median(references, "peak_bytes"),
-        steps=median(finished, "steps_per_batch"),
+        memory=memory / joint_memory,
+        steps=median(result["steps_per_batch"] for result in finished),
         groups=mean(mean(r["groups"][len(r["groups"]) // 2 :]) for r in finished),
         changes=mean(map(_late_changes, finished)),
         delta=delta,
@@ -193,9 +184,10 @@ def _finite(values: Iterable[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
 
 
-def median(results: Sequence[Result], key: str) -> float:
-    """Over the results; NaN without any."""
-    return statistics.median(result[key] for result in results) if results else math.nan
+def median(values: Iterable[float]) -> float:
+    """Of the values; NaN without any."""
+    values = list(values)
+    return statistics.median(values) if values else math.nan
 
 
 def mean(values: Iterable[float]) -> float:

@@ -16,37 +16,15 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from taskgroup.lab.report.affinities import (
-    Pair,
-    affinity_courses,
-    changed_most,
-    check_pair,
-    relative,
-    with_affinity,
-)
+from taskgroup.lab.report import affinities, groups
+from taskgroup.lab.report.affinities import Pair
 from taskgroup.lab.report.colours import BLANK, RUNS, SECTIONS, colour_of_run
-from taskgroup.lab.report.groups import (
-    average_share,
-    group_counts,
-    learned,
-    order_by_share,
-    share,
-    with_groups,
-)
 from taskgroup.lab.report.labels import mean_of, short, short_names
 from taskgroup.lab.report.run_data import RunData
 from taskgroup.lab.report.thinning import Floats
 from taskgroup.lab.report.timing import scale_of, seconds_per_batch
 
-__all__ = [
-    "affinity_over_time",
-    "figures",
-    "grouping",
-    "open_axes",
-    "run_figures",
-    "save",
-    "time_per_batch",
-]
+__all__ = ["affinity_over_time", "figures", "grouping", "open_axes", "run_figures", "save"]
 
 PathLike = str | os.PathLike[str]
 
@@ -78,15 +56,15 @@ def figures(
     if not runs:
         raise ValueError("There are no runs to draw; name the folder of one at least.")
     if pair is not None:
-        check_pair(runs, pair)
+        affinities.check_pair(runs, pair)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     names = ("time_per_batch.png", "grouping.png", "affinity_over_time.png")
-    times, groups, affinities = paths = [out / name for name in names]
+    paths = [out / name for name in names]
     found = [
-        time_per_batch(runs, times),
-        grouping(runs, groups),
-        affinity_over_time(runs, affinities, pair),
+        time_per_batch(runs, paths[0]),
+        grouping(runs, paths[1]),
+        affinity_over_time(runs, paths[2], pair),
     ]
     written = [path for path, (done, _) in zip(paths, found, strict=True) if done]
     return written, [note for _, notes in found for note in notes]
@@ -94,10 +72,6 @@ def figures(
 
 def time_per_batch(runs: Sequence[RunData], path: PathLike) -> tuple[bool, list[str]]:
     """Draw bars of the time per batch, divided into sections; the paper's Figure 2.
-
-    Args:
-        runs: the runs to draw.
-        path: of the PNG.
 
     Returns:
         Whether there was anything to draw, and sentences on what was left out.
@@ -155,19 +129,12 @@ def grouping(runs: Sequence[RunData], path: PathLike) -> tuple[bool, list[str]]:
     On the left is the share of the batches in which two tasks were in the same group, averaged over
     the selective runs; tasks that often share a group are neighbours. On the right is the number of
     groups of each run. If the runs have different tasks, those with the most common ones are drawn.
-
-    Args:
-        runs: the runs to draw.
-        path: of the PNG.
-
-    Returns:
-        Whether there was anything to draw, and sentences on what was left out.
     """
-    drawn, notes = with_groups(runs)
+    drawn, notes = groups.with_groups(runs)
     if not drawn:
         return False, notes
-    shared = average_share(drawn)
-    order = order_by_share(shared)
+    shared = groups.average_share(drawn)
+    order = groups.order_by_share(shared)
 
     cell = max(3.0, min(12.0, 0.36 * len(order))) / len(order)  # inches
     names = [short(drawn[0].tasks[k]) for k in order]
@@ -200,26 +167,12 @@ def affinity_over_time(
     The entries are drawn as they were recorded, not divided by a self-affinity. Of several seeds
     the mean is a thick line and each run a thin one. If the runs have different tasks, those with
     the most common ones are drawn.
-
-    Args:
-        runs: the runs to draw.
-        path: of the PNG.
-        pair: two tasks; None takes the pair of
-            :func:`~taskgroup.lab.report.affinities.changed_most`.
-
-    Returns:
-        Whether there was anything to draw, and sentences on what was left out.
-
-    Raises:
-        ValueError: if there is no such pair of tasks.
     """
-    if pair is not None:
-        check_pair(runs, pair)
-    drawn, notes = with_affinity(runs, pair)
+    drawn, notes = affinities.with_affinity(runs, pair)
     if not drawn:
         return False, notes
-    pair = changed_most(drawn) if pair is None else pair
-    courses = affinity_courses(drawn, pair)
+    pair = affinities.changed_most(drawn) if pair is None else pair
+    courses = affinities.affinity_courses(drawn, pair)
     notes += [
         f"The mean of {course.label} ends at batch {course.batches[-1]}, where its shortest run "
         "ends."
@@ -270,16 +223,16 @@ def run_figures(run: RunData, affinity: Floats, titles: Mapping[str, str], out: 
     """
     tasks = list(titles)
     columns = [run.tasks.index(task) for task in tasks]
-    groups = run.groups[:, columns]
-    order = np.argsort(groups[-1], kind="stable").tolist()
+    partitions = run.groups[:, columns]
+    order = np.argsort(partitions[-1], kind="stable").tolist()
     names = [titles[tasks[k]] for k in order]
-    sizes = np.bincount(groups[-1])
+    sizes = np.bincount(partitions[-1])
     size = 9 if len(tasks) <= _READABLE else max(3, 180 / len(tasks))
     side = 3.0 + 0.42 * min(len(tasks), 40)
 
     figure = Figure(figsize=(side + 1.2, side), layout="constrained")
     axes = figure.subplots()
-    values = relative(affinity)[np.ix_(order, order)]
+    values = affinities.relative(affinity)[np.ix_(order, order)]
     if np.isnan(values).any():
         axes.set_facecolor(BLANK)
         place = ((1, 1), (0, 4), "axes fraction", "offset points")
@@ -294,10 +247,11 @@ def run_figures(run: RunData, affinity: Floats, titles: Mapping[str, str], out: 
     axes.set_title("Proximal inter-task affinity", loc="left", pad=12)
     save(figure, out / "affinity.png")
 
-    after = learned(run)[:, columns] if len(learned(run)) else groups
+    learned = groups.learned(run)[:, columns]
+    after = learned if len(learned) else partitions
     figure = Figure(figsize=(side + 1.2, side), layout="constrained")
     axes = figure.subplots()
-    image = _draw_share(axes, share(after), order, names, size, digits=1, turned=45)
+    image = _draw_share(axes, groups.share(after), order, names, size, digits=1, turned=45)
     _frame(axes, sizes)
     figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03).set_label(_SHARE)
     axes.set_title(f"Who shared a group, over {len(after)} batches", loc="left", pad=12)
@@ -332,7 +286,7 @@ def _draw_counts(axes: Axes, runs: Sequence[RunData], names: Sequence[str]) -> N
     """The number of groups of several runs."""
     width = 1
     for n, (run, name) in enumerate(zip(runs, names, strict=True)):
-        points = group_counts(run)
+        points = groups.group_counts(run)
         width = max(width, points.width)
         faint = min(0.15, 0.4 / len(runs))  # or the bands of many runs hide the lines
         band = (points.batches, points.low, points.high)
