@@ -101,7 +101,12 @@ def write_report(
             "of the warm-up.",
             [figures.partition(run) for run in related if run.data.method == "selective"],
         ),
-        _Section("Number of groups", "", figures.number_of_groups(shown), lines=True),
+        _Section(
+            "Number of groups",
+            "The number of groups after each batch; joint training has none.",
+            figures.number_of_groups(shown),
+            lines=True,
+        ),
         _Section("Losses", words, loss_cards, lines=lines),
         _Section(
             "Time per batch",
