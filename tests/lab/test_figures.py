@@ -282,7 +282,7 @@ def test_joint_runs_alone(write, tmp_path):
     written, notes = report.figures([load_run_data(run) for run in runs], tmp_path / "out")
     assert names(written) == ["time_per_batch.png"]
     assert "no run is selective" in notes[0]
-    assert "no run has recorded one" in notes[1]
+    assert "no run has recorded it" in notes[1]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names(written)
 
 
@@ -305,7 +305,7 @@ def test_runs_on_other_tasks_are_left_out_by_name(write, tmp_path):
         assert f"leaves out ['{runs[0]}']: the tasks differ from those of most runs" in note
     drawn, (note,) = report.affinity_over_time(data, tmp_path / "picture.png", ("a", "d"))
     assert drawn
-    assert f"leaves out ['{runs[1]}', '{runs[2]}']: they do not train both" in note
+    assert f"leaves out ['{runs[1]}', '{runs[2]}']: one of the two tasks is not trained" in note
 
 
 def test_wrong_pairs_and_no_runs_change_nothing(write, tmp_path):
