@@ -133,7 +133,7 @@ class AffinityGain:
         return [Cell(kind, recipe, every) for recipe in recipes]
 
     def _results(self, cells: Sequence[Cell]) -> list[Result]:
-        """Of the finished cells, seed by seed."""
+        """The results of the cells, all of which must be finished."""
         results = []
         for cell in cells:
             result = cell.read(self._folder)

@@ -263,7 +263,7 @@ def run_figures(run: RunData, affinity: Floats, titles: Mapping[str, str], out: 
 
 
 def _draw_smoothed_count(axes: Axes, run: RunData) -> None:
-    """The number of groups after every batch, and its running mean after the warm-up."""
+    """Draw the number of groups after every batch, and its running mean after the warm-up."""
     counts, n_batches = run.groups.max(1) + 1, len(run.batches)
     axes.step(run.batches, counts, where="mid", color="#9ecae1", linewidth=1)
     width = max(1, min(25, n_batches // 10))
@@ -283,7 +283,7 @@ def _draw_smoothed_count(axes: Axes, run: RunData) -> None:
 
 
 def _draw_counts(axes: Axes, runs: Sequence[RunData], names: Sequence[str]) -> None:
-    """The number of groups of several runs."""
+    """Draw the number of groups of several runs."""
     width = 1
     for n, (run, name) in enumerate(zip(runs, names, strict=True)):
         points = groups.group_counts(run)
@@ -318,7 +318,7 @@ def _draw_share(
     digits: int,
     turned: int | None = None,
 ) -> AxesImage:
-    """The share of the batches in which two tasks were in the same group."""
+    """Draw the share of the batches in which two tasks were in the same group."""
     values = shared[np.ix_(order, order)]
     _name_tasks(axes, names, size, turned)
     _write_values(axes, values, digits)
@@ -335,7 +335,7 @@ def _name_tasks(axes: Axes, names: Sequence[str], size: float, turned: int | Non
 
 
 def _write_values(axes: Axes, values: Floats, digits: int) -> None:
-    """The values into the cells of a matrix, if it is small enough to read them."""
+    """Write the values into the cells of a matrix that is small enough to read them."""
     if len(values) > _READABLE:
         return
     for (row, column), value in np.ndenumerate(values):
@@ -359,7 +359,7 @@ def _frame(axes: Axes, sizes: NDArray[np.int64]) -> None:
 
 
 def open_axes(axes: Axes, title: str, size: float | str = "large") -> Axes:
-    """Axes with a title, without a frame at the top and on the right."""
+    """Give axes a title, and remove the frame at the top and on the right."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, loc="left", size=size)
     return axes

@@ -84,7 +84,7 @@ class Shown(NamedTuple):
 
     @property
     def tasks(self) -> list[str]:
-        """As figures show them."""
+        """Its tasks in the order in which figures show them."""
         return [self.data.tasks[k] for k in self.order]
 
 
@@ -488,7 +488,7 @@ def _layout(height: float, **more: Any) -> dict[str, Any]:
 
 
 def _cell(n_tasks: int, most: float = 34) -> float:
-    """Pixels of a row: the names of up to 150 tasks have room."""
+    """Pixels of a row, which has room for a name with up to 150 tasks."""
     return max(min(most, 1100 / n_tasks), 11.0 if n_tasks <= 150 else 1600 / n_tasks)
 
 
@@ -497,13 +497,13 @@ def _letters(cell: float) -> float:
 
 
 def _room(names: Iterable[str], cell: float) -> int:
-    """Pixels of the longest name."""
+    """Pixels that the longest name takes."""
     longest = max(len(short(name)) for name in names)
     return round(16 + _LETTER * _letters(cell) / 12 * longest)
 
 
 def _task_axis(names: Sequence[str], cell: float, **more: Any) -> dict[str, Any]:
-    """Tasks; where there is no room for all names, some are left out."""
+    """An axis of tasks; names for which there is no room are left out."""
     named = range(0, len(names), -(-11 // max(1, round(cell))))
     return {
         "type": "category",
