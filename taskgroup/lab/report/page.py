@@ -103,7 +103,7 @@ def write_report(
         ),
         _Section(
             "Number of groups",
-            "The number of groups after each batch; joint training has none.",
+            "The number of groups after each batch of the selective runs.",
             figures.number_of_groups(shown),
             lines=True,
         ),
