@@ -1,6 +1,6 @@
 """The plain loop on several processes, each with a part of every batch.
 
-torchrun --nproc-per-node 2 examples/ddp.py    # the same command again goes on, exactly
+torchrun --nproc-per-node 2 examples/ddp.py    # run it again to continue a stopped run exactly
 """
 
 import argparse
@@ -32,13 +32,13 @@ def train(checkpoint, epochs):
     for epoch in range(done, epochs):
         loader.sampler.set_epoch(epoch)
         for batch, (x, y) in enumerate(loader):
-            torch.manual_seed(1000 * epoch + 10 * batch + rank)  # dropout, with nothing to save
+            torch.manual_seed(1000 * epoch + 10 * batch + rank)  # dropout continues exactly
             for group in groups.batch(labelled(y)):
                 losses = losses_of(ddp(x, group=group), y)
                 optimizer.zero_grad()
                 group.loss(losses).backward()
                 optimizer.step()
-        if rank == 0:  # all of it is the same on every rank
+        if rank == 0:  # the state is the same on every rank
             state = {name: part.state_dict() for name, part in parts.items()}
             tg.checkpoint.save(checkpoint, {**state, "epochs": epoch + 1})
             print(f"epoch {epoch + 1}: groups {groups.partition}", flush=True)

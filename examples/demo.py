@@ -1,7 +1,7 @@
 """Joint and selective training on the embedded photograph, side by side: ``make demo``.
 
-Trains the same network on the same crops three times: jointly, selectively for as many batches, and
-jointly for as many optimizer steps as the selective run took. Then prints one table.
+Trains the same network on the same crops three times: jointly, selectively for the same number of
+batches, and jointly for as many optimizer steps as the selective run took. Then it prints a table.
 """
 
 import shutil
@@ -13,7 +13,7 @@ from rich.table import Table
 import taskgroup as tg
 from taskgroup.lab.report.live import Display
 from taskgroup.lab.report.page import write_report
-from taskgroup.lab.report.reader import load_run_data
+from taskgroup.lab.report.run_data import load_run_data
 from taskgroup.lab.report.tables import groups_line
 from taskgroup.lab.train.recipe import read_recipe
 from taskgroup.lab.train.run import Run
@@ -75,15 +75,15 @@ def main():
     console.print(table)
     console.print(f"Groups at the end: {groups_line(selective['partition'], TITLES)}.")
     console.print(
-        f"Learning rate {recipe.lr:g}, {len(TITLES)} times that for heads in the selective run. "
-        f"Heads outside the group {recipe.outside}. "
-        "Both help selective updates, and not joint training (docs/results)."
+        f"The learning rate is {recipe.lr:g}; in the selective run it is {len(TITLES)} times that "
+        f"for heads. Heads outside the group: {recipe.outside}. "
+        "Both settings help selective updates, not joint training (see docs/results)."
     )
     console.print(
-        "This is one seed on one scene; another seed gives other digits, and maybe another sign."
+        "This is one seed on one scene. Another seed gives other numbers, maybe with another sign."
     )
     write_report([load_run_data(OUT / name) for name in names], OUT / "report.html")
-    console.print(f"\nThe three side by side, for a browser: {OUT / 'report.html'}")
+    console.print(f"\nReport on the three runs, for a browser: {OUT / 'report.html'}")
     console.print(f"Pictures are in {OUT / 'selective'}")
 
 

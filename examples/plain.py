@@ -1,6 +1,6 @@
-"""A plain loop; labels missing here and there; a run that goes on where it was killed.
+"""A plain loop with missing labels, which continues where it was killed.
 
-python examples/plain.py    # the same command again goes on, exactly
+python examples/plain.py    # run it again to continue a stopped run exactly
 """
 
 import argparse
@@ -28,7 +28,7 @@ def train(checkpoint, epochs):
     for epoch in range(done, epochs):
         loader.sampler.set_epoch(epoch)
         for batch, (x, y) in enumerate(loader):
-            torch.manual_seed(1000 * epoch + 10 * batch)  # dropout, with nothing to save
+            torch.manual_seed(1000 * epoch + 10 * batch)  # dropout continues exactly
             for group in groups.batch(labelled(y)):
                 losses = losses_of(model(x, group=group), y)
                 optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Three data sets, each with the labels of its own tasks: all of them in every step, or in turns.
+"""Three data sets with different tasks: all of them in every step, or one at a time in turns.
 
 python examples/several_data_sets.py                            # add --turns for one at a time
 torchrun --nproc-per-node 2 examples/several_data_sets.py       # on two processes
@@ -16,7 +16,7 @@ import taskgroup as tg
 
 TASKS_OF = {"stations": ["wind", "rain"], "satellite": ["heat"], "sensors": ["smoke"]}
 TASKS = [task for tasks in TASKS_OF.values() for task in tasks]
-SIGN = {"wind": 1, "rain": 1, "heat": -1, "smoke": -1}  # who goes with whom
+SIGN = {"wind": 1, "rain": 1, "heat": -1, "smoke": -1}  # tasks with the same sign help each other
 
 
 def stream(name, rank):
@@ -41,7 +41,7 @@ class SeveralDataSets(nn.Module):
         for name, x in inputs.items():
             needed = [task for task in TASKS_OF[name] if task in group.observed]
             if not needed:
-                continue  # no task of this data set counts in this step
+                continue  # no task of this data set is in the group
             features = self.encoder(x)
             for task in needed:
                 with torch.set_grad_enabled(task in group.graph):
@@ -59,7 +59,7 @@ def train(turns=False, steps=300, rank=0, wrap=lambda model: model):
     groups = tg.TaskGroups(TASKS, affinity=affinity, grouping=grouping, warmup=50)
     streams = {name: stream(name, rank) for name in TASKS_OF}
     for step in range(steps):
-        # In turns every rank takes the same data set: its groups are those of all ranks.
+        # In turns, every rank takes the same data set, because all ranks step on the same groups.
         names = [list(TASKS_OF)[step % len(TASKS_OF)]] if turns else list(TASKS_OF)
         batches = {name: next(streams[name]) for name in names}
         targets = {task: y for _, own in batches.values() for task, y in own.items()}

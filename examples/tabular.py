@@ -1,4 +1,4 @@
-"""A recommender: from users and items to what a user does, five tasks; joint against selective.
+"""A recommender with five tasks, which predict what a user does: joint and selective training.
 
 python examples/tabular.py
 """
@@ -10,11 +10,11 @@ from torch.nn import functional as F
 import taskgroup as tg
 
 USERS, ITEMS = 100, 80
-TASKS = ["click", "like", "share", "skip", "minutes"]  # yes or no, but for the last one
+TASKS = ["click", "like", "share", "skip", "minutes"]  # all but the last one are yes or no
 
 
 def make_log(views=20_000):
-    """Users and items [views], labels [views, 5]: made-up tastes; NaN where nothing is known."""
+    """Users and items [views], labels [views, 5] from made-up tastes; a missing label is NaN."""
     generator = torch.Generator().manual_seed(0)
     tastes = [torch.randn(n, 4, generator=generator) for n in (USERS, ITEMS)]
     users, items = (torch.randint(n, (views,), generator=generator) for n in (USERS, ITEMS))
@@ -23,7 +23,7 @@ def make_log(views=20_000):
     scores = torch.stack([wants, wants + trusts, trusts - 1, -wants], 1)
     labels = (torch.rand(views, 4, generator=generator) < scores.sigmoid()).float()
     minutes = F.softplus(wants)
-    minutes[labels[:, 0] == 0] = torch.nan  # who does not click does not watch
+    minutes[labels[:, 0] == 0] = torch.nan  # minutes are known only after a click
     return users, items, torch.cat([labels, minutes[:, None]], 1)
 
 
@@ -69,9 +69,9 @@ def train(groups, epochs):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # more are slower on so small a network
+    torch.set_num_threads(1)  # more threads are slower on a network this small
     joint = train(tg.TaskGroups(TASKS, grouping=tg.Together()), epochs=10)
-    # One group a batch costs about what joint training does, however many tasks there are.
+    # One group per batch costs about as much as joint training, for any number of tasks.
     groups = tg.TaskGroups(TASKS, groups_per_batch=1, observe_every=5, warmup=10)
     selective = train(groups, epochs=10)
     print(f"held-out loss    joint  selective   groups: {groups.partition}")

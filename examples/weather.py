@@ -1,4 +1,4 @@
-"""What the examples share: made-up weather, of which not every sample has every label."""
+"""Code that the examples share: made-up weather data with missing labels."""
 
 import gc
 
@@ -22,7 +22,7 @@ def make_loader(rank=0, world=1):
     x = torch.randn(320, 8, generator=generator)
     direction = torch.linspace(-1, 1, 8)
     y = torch.stack([x @ direction, x @ direction, x @ -direction, x @ -direction], 1).tanh()
-    known = torch.tensor([0.7, 0.7, 0.7, 0.12])  # smoke is in no more than one sample of eight
+    known = torch.tensor([0.7, 0.7, 0.7, 0.12])  # smoke is labelled in about one sample of eight
     y[torch.rand(320, 4, generator=generator) > known] = torch.nan
     data = TensorDataset(x, y)
     return DataLoader(data, batch_size=16, sampler=DistributedSampler(data, world, rank))
@@ -39,7 +39,7 @@ def make_groups():
 
 
 def labelled(targets):
-    """The tasks that at least one sample has a label of."""
+    """The tasks for which at least one sample has a label."""
     return [task for k, task in enumerate(TASKS) if not targets[:, k].isnan().all()]
 
 
@@ -50,14 +50,14 @@ def losses_of(outputs, targets):
 
 
 def masked_mean(output, target):
-    """Zero where no label is, with a graph, and no NaN in the gradient."""
+    """The loss of the labelled samples; zero without any, with a graph and finite gradients."""
     known = ~target.isnan()
     error = (output[:, 0] - target.nan_to_num()).square() * known
     return error.sum() / known.sum().clamp(min=1)
 
 
 def end_ranks():
-    """Destroy the process group, if there is one. The last line of a program on several ranks.
+    """Destroy the process group, if there is one; call it last in a program on several ranks.
 
     Gloo runs collectives in threads of its own, which end with the last reference to the process
     group. A thread that still runs while Python ends may abort the process ("terminate called

@@ -1,6 +1,6 @@
 """The plain loop with Hugging Face Accelerate.
 
-accelerate launch examples/with_accelerate.py    # the same command again goes on, exactly
+accelerate launch examples/with_accelerate.py    # run it again to continue a stopped run exactly
 """
 
 import argparse
@@ -37,7 +37,7 @@ def train(folder, epochs):
                 optimizer.step()
         accelerator.save_state(folder / "partial")
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:  # whole or not at all
+        if accelerator.is_main_process:  # written whole or not at all
             (folder / "partial").rename(folder / f"epoch-{epoch:03}")
         accelerator.print(f"epoch {epoch + 1}: groups {groups.partition}", flush=True)
 

@@ -1,6 +1,6 @@
-"""The plain loop in Lightning, by manual optimization: a batch has several steps.
+"""The plain loop in Lightning, with manual optimization because a batch has several steps.
 
-python examples/with_lightning.py    # the same command again goes on, exactly; --devices 2
+python examples/with_lightning.py    # add --devices 2; run it again to continue
 """
 
 import argparse

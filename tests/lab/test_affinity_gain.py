@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from taskgroup.lab.compare import affinity_gain
-from taskgroup.lab.compare import gain_tables as report
-from taskgroup.lab.compare.affinity_gain import AffinityGain, spearman
+from taskgroup.lab.compare import affinity_gain_report as report
+from taskgroup.lab.compare import intervals
+from taskgroup.lab.compare.affinity_gain import AffinityGain
+from taskgroup.lab.compare.intervals import spearman
 from tests.lab.small import yeast
 
 TASKS = ["class1", "class2", "class3"]
@@ -34,7 +35,7 @@ AFFINITY = {
 
 @pytest.fixture(autouse=True)
 def _few_resamples(monkeypatch):
-    monkeypatch.setattr(affinity_gain, "_RESAMPLES", 100)
+    monkeypatch.setattr(intervals, "_RESAMPLES", 100)
 
 
 def off_diagonal(matrix):
@@ -78,7 +79,7 @@ def test_spearman_of_nothing_is_nan(of):
 
 
 def test_interval_covers_the_correlation(monkeypatch):
-    monkeypatch.setattr(affinity_gain, "_RESAMPLES", 200)
+    monkeypatch.setattr(intervals, "_RESAMPLES", 200)
     # Entries of one column share its shift, in both matrices: the interval must know of it. The
     # truth is that of many tasks. Of 25 draws 0.95 leave 24; fewer than 20 are 1 in 500.
     draws = np.random.default_rng(2)

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 import taskgroup as tg
 from taskgroup import checkpoint
 from taskgroup.lab.cli import app
-from taskgroup.lab.report import plots
-from taskgroup.lab.report.reader import load_run_data
+from taskgroup.lab.report import matplotlib_figures
+from taskgroup.lab.report.run_data import load_run_data
 from taskgroup.lab.train.evaluation import load_trained
 from taskgroup.lab.train.lock import LOCK
 from taskgroup.lab.train.recipe import (
@@ -32,7 +32,7 @@ from taskgroup.lab.train.recipe import (
 )
 from taskgroup.lab.train.run import Interrupted, Run, load_metrics
 from taskgroup.lab.train.trainer import Trainer
-from taskgroup.lab.vision import TASKONOMY, Motorcycle, criterion, vit
+from taskgroup.lab.vision import TASKONOMY, Motorcycle, criterion, predictions, vit
 from tests.processes import PROCESSES
 
 SMALL = {
@@ -67,8 +67,8 @@ def finished(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
     """They take nine tenths of a small run; `finished`, made before this, has them."""
-    for name in ("affinity", "number_of_groups", "cogrouping", "predictions"):
-        monkeypatch.setattr(plots, name, lambda *_, **__: None)
+    monkeypatch.setattr(matplotlib_figures, "run_figures", lambda *_: None)
+    monkeypatch.setattr(predictions, "_draw_samples", lambda *_: None)
 
 
 def test_run_leaves_what_it_promises(finished):
@@ -103,7 +103,7 @@ def test_affinity_is_recorded_as_null_where_it_was_never_observed(finished):
     rows = dict(zip(TASKONOMY, json.loads(first)["matrix"], strict=True))
     assert rows[unobserved] == [None] * len(TASKONOMY)
     assert all(any(value is not None for value in rows[task]) for task in observed)
-    recorded = load_run_data(out).affinities
+    recorded = load_run_data(out).affinity.values
     assert np.isnan(recorded[0][list(TASKONOMY).index(unobserved)]).all()
     assert np.isfinite(recorded[-1]).sum() > np.isfinite(recorded[0]).sum()
     known = finished[0].trainer.groups.affinity.observed > 0

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from taskgroup.lab.cli import app
-from taskgroup.lab.compare import affinity_gain, workers
+from taskgroup.lab.compare import intervals, workers
 from taskgroup.lab.compare.comparison import Comparison
 from taskgroup.lab.compare.presets import Variant
 from tests.lab.small import options, yeast
@@ -50,7 +50,7 @@ def test_compare_leaves_tables_and_a_picture(tmp_path, trained):
 
 
 def test_affinity_gain_leaves_tables_and_a_picture(tmp_path, trained, monkeypatch):
-    monkeypatch.setattr(affinity_gain, "_RESAMPLES", 50)
+    monkeypatch.setattr(intervals, "_RESAMPLES", 50)
     result = invoke("affinity-gain", "--seeds", 1, "--out", tmp_path / "out", batches=6)
     assert result.exit_code == 0, result.output
     assert left(tmp_path / "out") == {"base.yaml", "cells", "gains.md", "gains.csv", "gains.png"}
@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, trained, monkeypatch):
     (tmp_path / "file").write_text("")
     result = invoke("compare", "--out", tmp_path / "file" / "out")
     assert result.exit_code == 2
-    assert "cannot be made (Not a directory); name another folder with --out" in result.output
+    assert "cannot be created (Not a directory); name another folder with --out" in result.output
 
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -9,9 +9,10 @@ import pytest
 
 import taskgroup as tg
 from taskgroup.lab.compare import cost, workers
-from taskgroup.lab.compare.comparison import Comparison, Row
+from taskgroup.lab.compare.comparison import Comparison
+from taskgroup.lab.compare.intervals import Estimate
 from taskgroup.lab.compare.presets import PRESETS, Variant, preset, variants_by_name
-from taskgroup.lab.compare.statistics import Estimate
+from taskgroup.lab.compare.results import Row
 from taskgroup.lab.train.problem import make_problem
 from taskgroup.lab.train.recipe import Recipe, read_recipe
 from taskgroup.lab.train.trainer import Trainer, task_names
@@ -97,11 +98,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="is not empty and holds no runs; name another with --out"):
+    with pytest.raises(
+        ValueError, match="is not empty and holds no runs; name another folder with --out"
+    ):
         comparison(tmp_path / "full")
     with pytest.raises(ValueError, match="is not empty and holds no runs"):
         comparison(tmp_path / "full" / "thesis.tex")
-    with pytest.raises(ValueError, match=r"cannot be made .* name another folder with --out"):
+    with pytest.raises(ValueError, match=r"cannot be created .* name another folder with --out"):
         comparison(tmp_path / "full" / "thesis.tex" / "below")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
 

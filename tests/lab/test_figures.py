@@ -6,9 +6,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from taskgroup.lab.report import figures as report
-from taskgroup.lab.report import run_data as history
-from taskgroup.lab.report.reader import load_run_data
+from taskgroup.lab.report import affinities, groups, timing
+from taskgroup.lab.report import matplotlib_figures as report
+from taskgroup.lab.report.run_data import load_run_data
 from tests.lab.written_runs import put, write_run
 
 TASKS = ("a", "b", "c")
@@ -54,7 +54,7 @@ def test_time_is_that_of_the_summaries(write):
         write("two", [ALONE], seconds=slow, seed=1, decay=0.5),
         write("random", [ALONE], seconds=slow, grouping="random:2"),
     ]
-    bars, notes = history.seconds_per_batch([load_run_data(run) for run in runs])
+    bars, notes = timing.seconds_per_batch([load_run_data(run) for run in runs])
     assert notes == []
     joint, learned, random = bars
     assert [bar.label for bar in bars] == [
@@ -80,7 +80,7 @@ def test_time_is_relative_to_joint_training_of_the_same_work(write):
         write("vit-s", [ALONE], seconds={**SECONDS, "everything": 8.0}, backbone="vit-s"),
         write("pair", [[["a"], ["b"]]], seconds=SECONDS),
     ]
-    bars, (note,) = history.seconds_per_batch([load_run_data(run) for run in runs])
+    bars, (note,) = timing.seconds_per_batch([load_run_data(run) for run in runs])
     assert [bar.ratio for bar in bars] == [1, 2, None, None]
     assert "['selective, vit-s, a + b + c', 'selective, tiny, a + b']" in note
     assert "no joint run of the same tasks" in note
@@ -90,7 +90,7 @@ def test_time_of_a_run_that_is_training(write):
     run = write("running", [ALL] * 3, method="joint")
     spent = [{"batch": b, "seconds": {**SECONDS, "everything": 4.0 * b}} for b in (1, 2)]
     put(run / "seconds.jsonl", spent)
-    (bar,), _ = history.seconds_per_batch([load_run_data(run)])
+    (bar,), _ = timing.seconds_per_batch([load_run_data(run)])
     assert bar.totals == [4.0]
     assert bar.sections["forward"] == 0.5
 
@@ -100,22 +100,22 @@ def test_summary_without_sections(write):
     summary = json.loads((run / "summary.json").read_text())
     del summary["seconds"]
     (run / "summary.json").write_text(json.dumps({**summary, "seconds_per_batch": 0.4}))
-    (bar,), _ = history.seconds_per_batch([load_run_data(run)])
+    (bar,), _ = timing.seconds_per_batch([load_run_data(run)])
     assert bar.sections == {"not divided": 0.4}
 
 
 def test_share_is_counted_after_the_warm_up(write):
     run = load_run_data(write("one", [ALL, ALONE, PAIR, PAIR, ALL], warmup=1))
-    share = history.shared(run)  # of four batches
+    share = groups.share(groups.learned(run))  # of four batches
     expected = [[1, 0.25, 0.75], [0.25, 1, 0.25], [0.75, 0.25, 1]]
     np.testing.assert_allclose(share, expected)
-    assert history.order_by_share(share) in ([0, 2, 1], [1, 0, 2])  # a beside c
+    assert groups.order_by_share(share) in ([0, 2, 1], [1, 0, 2])  # a beside c
 
 
 def test_order_puts_groups_together():
     group = np.arange(100) * 37 % 10
     share = 0.1 + 0.8 * (group[:, None] == group) + 0.1 * np.eye(100)
-    order = history.order_by_share(share)
+    order = groups.order_by_share(share)
     assert sorted(order) == list(range(100))
     assert sum(group[i] != group[k] for i, k in pairwise(order)) == 9
 
@@ -132,7 +132,7 @@ def test_warm_up_counts_rounds_not_batches(write):
 
 def test_group_counts_are_means_of_batches_on_one_side_of_the_warm_up(write):
     many = [ALONE] * 101 + [PAIR, ALL] * 100
-    counts = history.group_counts(load_run_data(write("long", many, warmup=101)))
+    counts = groups.group_counts(load_run_data(write("long", many, warmup=101)))
     assert len(counts.batches) < 80
     assert (np.diff(counts.batches) > 0).all()
     warm = counts.batches <= 101
@@ -142,7 +142,7 @@ def test_group_counts_are_means_of_batches_on_one_side_of_the_warm_up(write):
     np.testing.assert_array_equal(counts.low[~warm], 1)
     np.testing.assert_array_equal(counts.high[~warm], 2)
     np.testing.assert_array_equal(counts.batches[~warm][[0, -1]], [104.5, 300.5])
-    short = history.group_counts(load_run_data(write("short", [ALONE, PAIR, ALL])))
+    short = groups.group_counts(load_run_data(write("short", [ALONE, PAIR, ALL])))
     np.testing.assert_array_equal(short.mean, [3, 2, 1])
     np.testing.assert_array_equal(short.batches, [1, 2, 3])
 
@@ -156,13 +156,13 @@ def test_affinity_is_as_recorded_and_averaged_over_seeds(write):
         write("2", [ALONE], [(2, matrix(ab=9))], decay=0.01),
     ]
     runs = [load_run_data(run) for run in runs]
-    slow, fast = history.affinity_courses(runs, ("a", "b"))
+    slow, fast = affinities.affinity_courses(runs, ("a", "b"))
     assert (slow.label, fast.label) == ("decay 0.01", "decay 0.1")
     np.testing.assert_array_equal(slow.mean, [[9, 0]])
     np.testing.assert_array_equal(fast.batches, [2, 4])  # as far as both go
     np.testing.assert_array_equal(fast.mean, [[1.5, 2.5], [4.5, 3.5]])
     np.testing.assert_array_equal(fast.runs[1][1], [[2, 0], [6, 0], [0, 0]])
-    (turned,) = history.affinity_courses(runs[2:], ("b", "a"))
+    (turned,) = affinities.affinity_courses(runs[2:], ("b", "a"))
     np.testing.assert_array_equal(turned.mean, [[0, 9]])
 
 
@@ -173,7 +173,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_courses_of_their_own(write):
         write("1", [ALONE], recorded, affinity="gradient"),
         write("2", [ALONE], recorded, seed=3, root="elsewhere"),
     ]
-    courses = history.affinity_courses([load_run_data(run) for run in runs], ("a", "b"))
+    courses = affinities.affinity_courses([load_run_data(run) for run in runs], ("a", "b"))
     assert [course.label for course in courses] == ["decay 0.001", "decay 0.001, affinity gradient"]
     assert [len(course.runs) for course in courses] == [2, 1]
 
@@ -184,8 +184,8 @@ def test_pair_is_the_one_that_changed_the_most(write):
     still = write("still", [ALONE], [(1, matrix(ac=2)), (2, matrix(ac=-1))])
     run = write("run", [ALONE], list(enumerate(moved, start=1)))
     runs = [load_run_data(folder) for folder in (still, run)]
-    assert history.changed_most(runs) == ("b", "c")
-    assert history.changed_most(runs[:1]) == ("a", "c")
+    assert affinities.changed_most(runs) == ("b", "c")
+    assert affinities.changed_most(runs[:1]) == ("a", "c")
 
 
 def test_entries_that_were_never_measured(write, tmp_path):
@@ -196,18 +196,18 @@ def test_entries_that_were_never_measured(write, tmp_path):
     met = write("met", [ALONE] * 3, [(1, matrix(ac=0.5))], seed=1)
     runs = [load_run_data(run) for run in (apart, met)]
     # To be measured at last is no change.
-    assert history.changed_most(runs[:1]) == ("b", "c")
-    (course,) = history.affinity_courses(runs[:1], ("a", "b"))
+    assert affinities.changed_most(runs[:1]) == ("b", "c")
+    (course,) = affinities.affinity_courses(runs[:1], ("a", "b"))
     np.testing.assert_allclose(course.mean, [[nan, nan], [0.5, nan], [0.4, nan]], rtol=1e-6)
-    said = "There is no affinity of a and c to draw: it was never measured."
-    assert history.with_affinity(runs[:1], ("a", "c")) == ([], [said])
-    drawn, notes = history.with_affinity(runs, ("a", "c"))
+    said = "The affinity between a and c is not drawn: it was never measured."
+    assert affinities.with_affinity(runs[:1], ("a", "c")) == ([], [said])
+    drawn, notes = affinities.with_affinity(runs, ("a", "c"))
     assert drawn == runs[1:]
     assert len(notes) == 1
-    assert notes[0].endswith("apart']: never measured between the two tasks.")
+    assert notes[0].endswith("apart']: it was never measured between the two tasks.")
     nothing = load_run_data(write("nothing", [ALONE], [(1, np.full((3, 3), nan))]))
-    assert not history.has_affinity(nothing)
-    assert history.with_affinity([nothing], None)[0] == []
+    assert not affinities.has_affinity(nothing)
+    assert affinities.with_affinity([nothing], None)[0] == []
     drawn, _ = report.affinity_over_time(runs[:1], tmp_path / "course.png", ("a", "b"))
     assert drawn
 
@@ -216,7 +216,7 @@ def test_order_of_tasks_is_that_of_the_matrices(write):
     # Which groups, in whatever order, do not tell.
     run = load_run_data(write("grouped", [[["a", "c"], ["b"]]], [(1, matrix(ab=0.5))]))
     assert run.tasks == TASKS
-    assert run.affinities[0, 0, 1] == 0.5
+    assert run.affinity.values[0, 0, 1] == 0.5
     assert run.groups.tolist() == [[0, 1, 0]]
     assert load_run_data(write("joint", [ALL], method="joint")).tasks == TASKS
 
@@ -247,13 +247,13 @@ def test_unfinished_runs_are_drawn_as_far_as_they_are(write, tmp_path):
     data = [load_run_data(run) for run in (done, running, begun, empty)]
     written, notes = report.figures(data, tmp_path / "out")
     assert len(written) == 3
-    assert notes[0].startswith("The time per batch is without")
+    assert notes[0].startswith("The time per batch figure leaves out")
     assert all(str(run) in notes[0] for run in (running, begun, empty))
-    (early,) = [note for note in notes if "after the warm-up" in note]
+    (early,) = [note for note in notes if "followed the warm-up" in note]
     assert str(begun) in early
     assert str(empty) in early
     assert str(running) not in early
-    assert "The mean of decay 0.001 ends at batch 2, as far as all its runs go." in notes
+    assert "The mean of decay 0.001 ends at batch 2, where its shortest run ends." in notes
     assert report.figures(data[3:], tmp_path / "none")[0] == []
 
 
@@ -265,8 +265,8 @@ def test_lines_cut_short_are_left_out(write):
     data = load_run_data(run)
     np.testing.assert_array_equal(data.batches, [1, 2])
     np.testing.assert_array_equal(data.groups, [[0, 1, 2], [0, 1, 0]])
-    np.testing.assert_array_equal(data.affinity_batches, [1])
-    assert data.affinities[0, 0, 1] == 1
+    np.testing.assert_array_equal(data.affinity.batches, [1])
+    assert data.affinity.values[0, 0, 1] == 1
 
 
 def test_broken_line_in_the_middle_is_named(write):
@@ -281,8 +281,8 @@ def test_joint_runs_alone(write, tmp_path):
     runs = [write(name, [ALL] * 3, seconds=SECONDS, method=name) for name in ("joint", "gd")]
     written, notes = report.figures([load_run_data(run) for run in runs], tmp_path / "out")
     assert names(written) == ["time_per_batch.png"]
-    assert "none of the runs is selective" in notes[0]
-    assert "no run has recorded one" in notes[1]
+    assert "no run is selective" in notes[0]
+    assert "no run has recorded it" in notes[1]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names(written)
 
 
@@ -302,10 +302,10 @@ def test_runs_on_other_tasks_are_left_out_by_name(write, tmp_path):
     for draw in (report.grouping, report.affinity_over_time):
         drawn, (note,) = draw(data, tmp_path / "picture.png")
         assert drawn
-        assert f"without ['{runs[0]}']: other tasks than most runs" in note
+        assert f"leaves out ['{runs[0]}']: the tasks differ from those of most runs" in note
     drawn, (note,) = report.affinity_over_time(data, tmp_path / "picture.png", ("a", "d"))
     assert drawn
-    assert f"without ['{runs[1]}', '{runs[2]}']: they do not train both" in note
+    assert f"leaves out ['{runs[1]}', '{runs[2]}']: one of the two tasks is not trained" in note
 
 
 def test_wrong_pairs_and_no_runs_change_nothing(write, tmp_path):
@@ -327,7 +327,7 @@ def test_hundred_tasks(write, tmp_path):
     recorded = [(b, np.full((100, 100), float(b))) for b in (1, 2)]
     data = [load_run_data(write("run", [alone, fives, fives], recorded))]
     assert data[0].tasks == tuple(tasks)
-    share = history.shared(data[0])
+    share = groups.share(groups.learned(data[0]))
     np.testing.assert_array_equal(share, np.kron(np.eye(20), np.ones((5, 5))))
     assert report.grouping(data, tmp_path / "grouping.png") == (True, [])
     assert is_png(tmp_path / "grouping.png")

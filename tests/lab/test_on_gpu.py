@@ -11,7 +11,7 @@ from taskgroup.lab.compare import cost, workers
 from taskgroup.lab.compare.cell import Cell, train_cell
 from taskgroup.lab.compare.cost import step_seconds
 from taskgroup.lab.report.page import write_report
-from taskgroup.lab.report.reader import load_run_data
+from taskgroup.lab.report.run_data import load_run_data
 from taskgroup.lab.train import trainer as of_trainer
 from taskgroup.lab.train.clock import Clock
 from taskgroup.lab.train.run import Run, load_metrics

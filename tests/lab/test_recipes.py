@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 
 from taskgroup.lab.cli import app
 from taskgroup.lab.data import DATASETS
-from taskgroup.lab.report import plots
+from taskgroup.lab.report import matplotlib_figures
 from taskgroup.lab.train.evaluation import load_summary, load_trained
 from taskgroup.lab.train.recipe import read_recipe
 from taskgroup.lab.train.run import Interrupted, Run, load_metrics
 from taskgroup.lab.train.trainer import Trainer
+from taskgroup.lab.vision import predictions
 
 SMALL = ["--backbone", "tiny", "--size", "32x48"]
 SETTINGS = {
@@ -32,8 +33,8 @@ def no_pictures(monkeypatch):
 
 
 def draw_nothing(monkeypatch):
-    for name in ("affinity", "number_of_groups", "cogrouping", "predictions"):
-        monkeypatch.setattr(plots, name, lambda *_, **__: None)
+    monkeypatch.setattr(matplotlib_figures, "run_figures", lambda *_: None)
+    monkeypatch.setattr(predictions, "_draw_samples", lambda *_: None)
 
 
 def invoke(*arguments):

@@ -62,10 +62,11 @@ def compare(
     out: Out = None,
 ) -> None:
     """Compare methods over seeds, at equal batches and equal time; run it again to continue."""
-    from taskgroup.lab.compare import comparison_tables as report
+    from taskgroup.lab.compare import comparison_report as report
     from taskgroup.lab.compare.comparison import Comparison
     from taskgroup.lab.compare.presets import JOINT, variants_by_name
     from taskgroup.lab.compare.presets import preset as variants_of
+    from taskgroup.lab.compare.progress import ComparisonDisplay
     from taskgroup.lab.train.problem import make_problem
     from taskgroup.lab.train.trainer import task_names
 
@@ -90,7 +91,7 @@ def compare(
     )
     console = rich.get_console()
     titles = {variant.name: variant.title for variant in comparison.variants}
-    display = report.ComparisonDisplay(str(comparison.out), titles, console, comparison.delta)
+    display = ComparisonDisplay(str(comparison.out), titles, console, comparison.delta)
     with _stoppable(), display:
         table = comparison.run(display.update, jobs)
     for shown in report.tables(table):
@@ -120,9 +121,9 @@ def affinity_gain(
     out: Out = None,
 ) -> None:
     """Train every pair of tasks, and test whether affinities predict what the tasks gain."""
-    from taskgroup.lab.compare import gain_tables as report
-    from taskgroup.lab.compare.affinity_gain import AffinityGain
-    from taskgroup.lab.compare.comparison_tables import ComparisonDisplay
+    from taskgroup.lab.compare import affinity_gain_report as report
+    from taskgroup.lab.compare.affinity_gain import AFFINITIES, AffinityGain
+    from taskgroup.lab.compare.progress import ComparisonDisplay
 
     options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
     measured = AffinityGain(
@@ -131,8 +132,7 @@ def affinity_gain(
         out or Path("runs") / f"affinity-gain-{Path(recipe).stem}",
     )
     console = rich.get_console()
-    titles = {"proximal": "Proximal", "gradient": "From gradients", "lookahead": "Lookahead"}
-    with _stoppable(), ComparisonDisplay(str(measured.out), titles, console) as display:
+    with _stoppable(), ComparisonDisplay(str(measured.out), AFFINITIES, console) as display:
         gains = measured.run(display.update, jobs)
     for shown in report.tables(gains):
         console.print(shown)

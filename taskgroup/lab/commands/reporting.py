@@ -23,8 +23,8 @@ def figures(
     ),
 ) -> None:
     """Draw the paper's figures: time per batch, groups, and affinity over time."""
-    from taskgroup.lab.report.figures import figures as draw
-    from taskgroup.lab.report.reader import load_runs
+    from taskgroup.lab.report.matplotlib_figures import figures as draw
+    from taskgroup.lab.report.run_data import load_runs
 
     tasks = None if pair is None else common.split(pair)
     if tasks is not None and len(tasks) != 2:
@@ -49,7 +49,7 @@ def report(
 ) -> None:
     """Write an HTML page about runs, finished or not: affinity, groups, losses, time, ..."""
     from taskgroup.lab.report.page import write_report
-    from taskgroup.lab.report.reader import load_runs
+    from taskgroup.lab.report.run_data import load_runs
 
     out = out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
     if out.is_dir():

@@ -1,1 +1,1 @@
-"""Methods times seeds on a data set, side by side."""
+"""Comparisons of methods over several seeds, and of affinities with gains."""

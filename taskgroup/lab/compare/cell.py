@@ -8,7 +8,7 @@ import json
 import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import yaml
@@ -21,10 +21,23 @@ from taskgroup.lab.train.trainer import Trainer
 
 __all__ = ["Cell", "Result", "open_folder", "train_cell"]
 
-Result = dict[str, Any]
 
-_VERSION = 1  # of what a file holds; a file of another one is not read
-# Settings that change nothing about the result of a cell.
+class Result(TypedDict):
+    """What a run of a comparison left; its file also holds the settings."""
+
+    metrics: dict[str, dict[str, float]]  # {split: {task: value}}; empty if it diverged
+    peak_bytes: int  # of the last batch
+    steps_per_batch: float
+    groups: list[int]  # after each batch
+    changes: list[int]  # batches that changed the partition
+    partition: list[list[str]]
+    affinity: list[list[float]]  # [K, K] at the end; NaN where it was never observed
+    skipped: int  # batches for which the method found no weights
+    diverged: int | None  # the batch
+
+
+_VERSION = 1  # of the file format; files of other versions are not read
+# Settings that do not change the result of a cell.
 _IRRELEVANT = {"checkpoint_every", "evaluate_every", "conflicts_every", "baseline", "workers"}
 
 
@@ -34,9 +47,9 @@ class Cell:
 
     Attributes:
         name: of the variant.
-        recipe: all settings, seed and length among them.
-        lookahead_every: batches from one measurement of the lookahead affinity to the next, whose
-            mean takes the place of the affinity in the result; None does not measure it.
+        recipe: all settings, including the seed and the number of batches.
+        lookahead_every: batches between measurements of the lookahead affinity, whose mean replaces
+            the affinity in the result; None does not measure it.
     """
 
     name: str
@@ -45,18 +58,18 @@ class Cell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides how the run goes, as JSON can hold it."""
+        """The settings that determine the result, in JSON types."""
         return self.recipe.model_dump(mode="json", exclude=_IRRELEVANT)
 
     def file(self, folder: Path) -> Path:
-        """Where the result is kept: the name holds a digest of all settings."""
+        """The file of the result; its name contains a digest of all settings."""
         key = [_VERSION, self.settings, self.lookahead_every]
         text = json.dumps(key, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         return folder / f"{self.name}-{self.recipe.seed}-{digest}.json"
 
     def read(self, folder: Path) -> Result | None:
-        """The result, if the run is finished and its file is whole."""
+        """The result, or None if the run is not finished or its file is incomplete."""
         try:
             result: Result = json.loads(self.file(folder).read_text())
         except (OSError, ValueError):
@@ -65,20 +78,12 @@ class Cell:
 
 
 def train_cell(cell: Cell, folder: Path) -> Result:
-    """Train, evaluate, and write the result.
-
-    Returns:
-        ``{"settings", "metrics": {split: {task: value}}, "peak_bytes": of the last batch,
-        "steps_per_batch", "groups": groups per batch, "changes": batches after which the partition
-        changed, "partition", "affinity": [K, K] at the end, NaN where it was never observed,
-        "skipped": batches for which the method found no weights, "diverged": batch or None}``
-    """
+    """Train, evaluate, and write the result."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a run that diverges; the result says so
-        # Cells run side by side, one per core: none has workers of its own.
+        # Cells run in parallel, one per core, so none has data workers of its own.
         result = _train(cell.recipe.replace(workers=0), cell.lookahead_every)
-    result["settings"] = cell.settings
-    write_text(cell.file(folder), json.dumps(result))
+    write_text(cell.file(folder), json.dumps({**result, "settings": cell.settings}))
     return result
 
 
@@ -134,15 +139,15 @@ def _train(recipe: Recipe, lookahead_every: int | None) -> Result:
 
 
 def open_folder(folder: Path, recipe: Recipe) -> Path:
-    """Where the results of many runs of one recipe are kept; made if it is not there.
+    """Open, or create, the folder for the results of many runs of one recipe.
 
-    The seed and what single runs change may differ; ``base.yaml`` holds the rest.
+    ``base.yaml`` in the folder holds the settings that the runs share, without the seed.
 
     Returns:
         The folder of the results.
 
     Raises:
-        ValueError: if the folder holds runs of other settings, or something else.
+        ValueError: if the folder holds runs with other settings, or something else.
     """
     file = folder / "base.yaml"
     settings = Cell("", recipe.replace(seed=0)).settings
@@ -152,15 +157,17 @@ def open_folder(folder: Path, recipe: Recipe) -> Path:
             raise ValueError(
                 f"{folder} holds runs with other settings "
                 f"({', '.join(f'{k}: {there[k]}' for k in differing)}); name another folder with "
-                "--out, or keep to the settings it has."
+                "--out, or use these settings."
             )
     elif folder.exists() and (not folder.is_dir() or not is_empty(folder)):
-        raise ValueError(f"{folder} is not empty and holds no runs; name another with --out.")
+        raise ValueError(
+            f"{folder} is not empty and holds no runs; name another folder with --out."
+        )
     try:
         (folder / "cells").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"{folder} cannot be made ({error.strerror}); name another folder with --out."
+            f"{folder} cannot be created ({error.strerror}); name another folder with --out."
         ) from None
     if not file.is_file():
         with hold(folder):
@@ -169,7 +176,7 @@ def open_folder(folder: Path, recipe: Recipe) -> Path:
 
 
 def _standing_bytes(trainer: Trainer) -> int:
-    """Parameters, their gradients, and the state of the optimizer."""
+    """Bytes of the parameters, their gradients, and the state of the optimizer."""
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
     state = [v for values in trainer.optimizer.state.values() for v in values.values()]

@@ -1,4 +1,4 @@
-"""What a step of each method takes, measured side by side."""
+"""The time that a step of each method takes, measured side by side."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from taskgroup.lab.train.trainer import Trainer
 
 __all__ = ["step_seconds"]
 
-_AT_A_TIME = 5  # batches
+_AT_A_TIME = 5  # batches of a turn
 _MOST = 500  # batches of each recipe
 
 
 def step_seconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
-    """Seconds of an optimizer step by each recipe, all that a batch takes included.
+    """Seconds per optimizer step of each recipe, including everything else that a batch takes.
 
-    Of the processor; on a GPU by events on its stream, idle time included, which are read later and
-    so take no synchronisation that training does without.
+    On the CPU this is processor time. On a GPU it is the time between events on its stream, idle
+    time included; they are read later, so the measurement adds no synchronisation.
 
     The recipes take turns, a few batches each, from the beginning of a run to its end (or to batch
-    500), so that the groups they form are those of real runs, and a machine that is faster at one
-    time than at another is so for all of them. Runs that are minutes or days apart would not do.
+    500). So the groups that they form are those of real runs, and a machine that is slow for a
+    while is slow for all recipes. Runs minutes or days apart could not be compared.
 
     Args:
         recipes: by name.
 
     Returns:
-        ``{name: seconds}``; NaN for one that diverges or fails at once.
+        ``{name: seconds}``; NaN for a recipe that diverges or fails at once.
     """
     trainers = {name: Trainer(recipe.replace(workers=0)) for name, recipe in recipes.items()}
     seconds = dict.fromkeys(recipes, 0.0)
@@ -41,9 +41,9 @@ def step_seconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
         for name, trainer in trainers.items()
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of losses that diverge
+        warnings.simplefilter("ignore")  # losses that diverge warn
         for trainer in trainers.values():
-            _train(trainer, 1)  # which allocates
+            _train(trainer, 1)  # allocates, so it is not timed
         for _ in range(_MOST // _AT_A_TIME):
             for name, trainer in trainers.items():
                 clocks[name].start()
@@ -57,11 +57,11 @@ def step_seconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
 
 
 def _train(trainer: Trainer, batches: int) -> int:
-    """The steps of so many batches, to the end of the run at most; at least one a batch."""
+    """Train on some batches, up to the end of the run; the steps taken, at least one per batch."""
     steps = 0
     for _ in range(min(batches, trainer.recipe.batches - trainer.batch)):
         try:
             steps += max(1, len(trainer.step().groups))
-        except Exception:  # its run says what is wrong; the others are measured on
+        except Exception:  # its own run reports the error; the others are still measured
             break
     return steps

@@ -12,7 +12,7 @@ from taskgroup.lab.train.recipe import Recipe
 
 __all__ = ["JOINT", "PRESETS", "REFERENCE", "Variant", "preset", "variants_by_name"]
 
-#: The variant whose time is the budget, where it is compared.
+#: The variant whose time all others get.
 REFERENCE = "selective"
 #: The variant that costs and gains are relative to.
 JOINT = "gd"
@@ -23,10 +23,10 @@ class Variant:
     """One row of a comparison.
 
     Attributes:
-        name: unique; what files and ``--methods`` call it.
-        title: what tables call it.
-        settings: ``{setting: value}`` on top of the recipe.
-        against: name of the joint variant it is measured against.
+        name: unique; used in file names and by ``--methods``.
+        title: as tables show it.
+        settings: ``{setting: value}``, which replace those of the recipe.
+        against: name of the joint variant that it is measured against.
     """
 
     name: str
@@ -53,17 +53,22 @@ _TITLES = {
     "fairgrad": "FairGrad",
     "gradvac": "GradVac",
 }
-_GD = Variant(JOINT, _TITLES[JOINT], {"method": "gd"})
-_SELECTIVE = Variant(REFERENCE, "Selective", {"method": "selective"})
-_CHEAP = Variant(
-    "selective-cheap",
-    "Selective, a group a batch",
-    {"method": "selective", "groups_per_batch": 1, "observe_every": 10},
+
+
+def _selective(name: str, title: str, against: str = JOINT, **settings: Any) -> Variant:
+    return Variant(name, title, {"method": "selective", **settings}, against)
+
+
+def _joint(name: str, title: str, **settings: Any) -> Variant:
+    """Joint training that other variants are measured against."""
+    return Variant(name, title, {"method": "gd", **settings}, against=name)
+
+
+_GD = _joint(JOINT, _TITLES[JOINT])
+_SELECTIVE = _selective(REFERENCE, "Selective")
+_CHEAP = _selective(
+    "selective-cheap", "Selective, a group a batch", groups_per_batch=1, observe_every=10
 )
-
-
-def _selective(name: str, title: str, **settings: Any) -> Variant:
-    return Variant(name, title, {"method": "selective", **settings})
 
 
 def _methods(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
@@ -72,16 +77,13 @@ def _methods(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
 
 
 def _grouping(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
-    random = [
-        _selective(f"random-{m}", f"Random, {m} groups", grouping=f"random:{m}")
-        for m in range(2, len(tasks))
-    ]
     return [
-        _GD,
-        _SELECTIVE,
         _selective("published-credit", "Credit as published", credit="published"),
         _selective("heterogeneous", "Heterogeneous", grouping="heterogeneous"),
-        *random,
+        *(
+            _selective(f"random-{m}", f"Random, {m} groups", grouping=f"random:{m}")
+            for m in range(2, len(tasks))
+        ),
         _selective("singletons", "One per task", grouping="singletons"),
         _selective("graph-coloring", "Graph colouring", grouping="graph-coloring"),
         _selective("kmeans-3", "k-means, 3 groups", grouping="kmeans:3"),
@@ -103,58 +105,38 @@ def _heads(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
         for times in ("1", "sqrt(M)", "M", "K")
     ]
     joint = Variant("gd-K", "GD, head rate x K", {"method": "gd", "head_lr_times": "K"})
-    return [_GD, _SELECTIVE, *rules, joint]
+    return [*rules, joint]
 
 
 def _preference(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
+    values = {"median": None, "0": 0.0, "-1": -1.0}
     return [
-        _GD,
-        _SELECTIVE,
-        _selective("preference-median", "Preference: median", preference=None),
-        _selective("preference-0", "Preference: 0", preference=0.0),
-        _selective("preference--1", "Preference: -1", preference=-1.0),
+        _selective(f"preference-{name}", f"Preference: {name}", preference=value)
+        for name, value in values.items()
     ]
 
 
 def _decay(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     decays = (1e-3, 1e-2, 0.05, 0.2, 1.0)
-    return [
-        _GD,
-        _SELECTIVE,
-        *(_selective(f"decay-{d:g}", f"Decay {d:g}", decay=d) for d in decays),
-    ]
+    return [_selective(f"decay-{d:g}", f"Decay {d:g}", decay=d) for d in decays]
 
 
 def _batch_size(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
-    variants = [_GD, _SELECTIVE]
+    variants = []
     for size in sorted({max(1, recipe.batch_size // 2), 2 * recipe.batch_size}):
-        settings = {"batch_size": size}
-        joint = f"gd-batch-{size}"
-        variants += [
-            Variant(joint, f"GD, batch {size}", {"method": "gd", **settings}, against=joint),
-            Variant(
-                f"selective-batch-{size}",
-                f"Selective, batch {size}",
-                {"method": "selective", **settings},
-                against=joint,
-            ),
-        ]
+        joint = _joint(f"gd-batch-{size}", f"GD, batch {size}", batch_size=size)
+        name, title = f"selective-batch-{size}", f"Selective, batch {size}"
+        variants += [joint, _selective(name, title, joint.name, batch_size=size)]
     return variants
 
 
 def _warmup(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     warmups = sorted({1, max(1, recipe.warmup // 3), 3 * recipe.warmup, recipe.batches // 2})
-    return [
-        _GD,
-        _SELECTIVE,
-        *(_selective(f"warmup-{w}", f"Warm-up {w}", warmup=w) for w in warmups),
-    ]
+    return [_selective(f"warmup-{w}", f"Warm-up {w}", warmup=w) for w in warmups]
 
 
 def _cheap(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     return [
-        _GD,
-        _SELECTIVE,
         _selective("observe-10", "Observed every 10", observe_every=10),
         _selective("one-a-batch", "A group a batch", groups_per_batch=1),
         _CHEAP,
@@ -163,27 +145,16 @@ def _cheap(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
 
 def _three_tasks(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     some = tuple(tasks[k * len(tasks) // 3] for k in range(3))  # not all of one kind
-    joint = "gd-three"
+    joint = _joint("gd-three", "Three tasks, GD", tasks=some)
+    single = {"grouping": "singletons", "tasks": some}
     return [
-        _GD,
-        _SELECTIVE,
-        Variant(joint, "Three tasks, GD", {"method": "gd", "tasks": some}, against=joint),
-        *(
-            Variant(
-                f"{name}-three",
-                f"Three tasks, {title}",
-                {"method": "selective", "tasks": some, **settings},
-                against=joint,
-            )
-            for name, title, settings in (
-                ("selective", "selective", {}),
-                ("singletons", "one per task", {"grouping": "singletons"}),
-            )
-        ),
+        joint,
+        _selective("selective-three", "Three tasks, selective", joint.name, tasks=some),
+        _selective("singletons-three", "Three tasks, one per task", joint.name, **single),
     ]
 
 
-#: From a recipe and its tasks to the variants of a comparison.
+#: From a recipe and its tasks to variants; all but "methods" are compared with GD and Selective.
 PRESETS: dict[str, Callable[[Recipe, Sequence[str]], list[Variant]]] = {
     "methods": _methods,
     "grouping": _grouping,
@@ -200,6 +171,8 @@ PRESETS: dict[str, Callable[[Recipe, Sequence[str]], list[Variant]]] = {
 def preset(name: str, recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     """The variants that a preset compares.
 
+    A variant that has the recipe's own settings is not listed twice: the first one gets its title.
+
     Args:
         name: of the preset.
         recipe: what the variants start from.
@@ -209,33 +182,31 @@ def preset(name: str, recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
         ValueError: if there is no such preset.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=len(PRESETS), cutoff=0.0)
-        raise ValueError(f"There is no preset {name!r}; there are {', '.join(near)}.")
-    return _without_doubles(PRESETS[name](recipe, tasks), recipe)
-
-
-def _without_doubles(variants: list[Variant], recipe: Recipe) -> list[Variant]:
-    """Each only once: what has the recipe's own setting is the reference, under another title."""
+        raise ValueError(f"There is no preset {name!r}; there are {_nearest(name, PRESETS)}.")
+    variants = PRESETS[name](recipe, tasks)
     kept: dict[Recipe, Variant] = {}
-    for variant in variants:
+    for variant in variants if name == "methods" else [_GD, _SELECTIVE, *variants]:
         made = recipe.replace(**variant.settings)
-        if made in kept:
-            kept[made] = dataclasses.replace(kept[made], title=variant.title)
-        else:
-            kept[made] = variant
+        same = kept.get(made, variant)
+        kept[made] = dataclasses.replace(same, title=variant.title)
     return list(kept.values())
 
 
 def variants_by_name(names: list[str], variants: list[Variant]) -> list[Variant]:
-    """Some of the variants, in the order of the names, each after what it is measured against.
+    """Some of the variants in the order of the names, each after the one it is measured against.
 
     Raises:
-        ValueError: for an unknown name; the sentence lists the known ones, the nearest first.
+        ValueError: if a name is unknown; the sentence lists the known ones, the nearest first.
     """
     known = {variant.name: variant for variant in variants}
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=len(known), cutoff=0.0)
-            raise ValueError(f"There is no method {name!r} here; there are {', '.join(near)}.")
+            near = _nearest(name, known)
+            raise ValueError(f"There is no method {name!r} here; there are {near}.")
     wanted = [both for name in names for both in (known[name].against, name)]
     return [known[name] for name in dict.fromkeys(wanted)]
+
+
+def _nearest(name: str, known: Mapping[str, object]) -> str:
+    """The known names, the nearest first."""
+    return ", ".join(difflib.get_close_matches(name, known, n=len(known), cutoff=0.0))

@@ -1,4 +1,4 @@
-"""Processes that train cells side by side."""
+"""Processes that train cells in parallel."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from taskgroup.lab.train.recipe import Recipe
 
 __all__ = ["Listener", "Workers"]
 
-#: Called after every run: what is being run, runs done, all of them, the run, and its result, None
-#: if it failed.
+#: Called after every run with the stage, the runs done, the runs in all, the run, and its result
+#: (None if it failed).
 Listener = Callable[[str, int, int, Cell, Result | None], None]
 
 
 class Workers:
-    """A pool of processes, one thread each; a context manager.
+    """A pool of processes with one thread each; a context manager.
 
     Args:
         folder: of the results.
-        jobs: processes; None is one per core, or a single one where they would share a GPU.
-        device: that the cells are trained on.
+        jobs: number of processes; None is one per core, or one if they would share a GPU.
+        device: on which the cells are trained.
 
     Attributes:
-        failed: what runs that failed said, a sentence each; they are run again next time.
+        failed: a sentence for each run that failed; it is run again next time.
 
     Raises:
-        ValueError: for less than one process.
+        ValueError: if ``jobs`` is less than 1.
     """
 
     def __init__(self, folder: Path, jobs: int | None, device: torch.device) -> None:
@@ -47,17 +47,14 @@ class Workers:
         self.failed: list[str] = []
         self._folder = folder
         # Spawned: a forked process would inherit the threads of torch in an unknown state.
-        self._pool = ProcessPoolExecutor(
-            jobs,
-            multiprocessing.get_context("spawn"),
-            _prepare,
-        )
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(jobs, context, _prepare)
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:  # Ctrl-C, say: what is half done is of no use
+        if kind is not None:  # e.g. Ctrl-C: an unfinished run is of no use
             for process in self._children():
                 process.terminate()
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -67,14 +64,14 @@ class Workers:
         return list((getattr(self._pool, "_processes", None) or {}).values())
 
     def measure(self, recipes: Mapping[str, Recipe]) -> dict[str, float]:
-        """:func:`~taskgroup.lab.compare.cost.step_seconds` in one process, the others idle."""
+        """Call :func:`~taskgroup.lab.compare.cost.step_seconds` while the other processes idle."""
         return self._pool.submit(step_seconds, recipes).result()
 
     def run(self, title: str, cells: Sequence[Cell], listen: Listener) -> None:
-        """Run the cells that are not finished; where one fails, the others go on.
+        """Run the cells that are not finished; if one fails, the others are still run.
 
         Raises:
-            RuntimeError: if a process died; what was finished is kept.
+            RuntimeError: if a process died; finished runs are kept.
         """
         cells = list({cell.file(self._folder): cell for cell in cells}.values())
         missing = []
@@ -94,19 +91,20 @@ class Workers:
                 result = future.result()
             except BrokenProcessPool:
                 raise RuntimeError(
-                    "A worker process died, of too little memory maybe; what was finished is kept. "
-                    "Start the same command again, with fewer --jobs."
+                    "A worker process died, maybe because memory ran out. Finished runs are kept; "
+                    "start the same command again with fewer --jobs."
                 ) from None
-            except Exception as error:  # the others go on
+            except Exception as error:  # the others are still run
                 self.failed.append(f"{cell.name}, seed {cell.recipe.seed}: {error}")
             done += 1
             listen(title, done, len(cells), cell, result)
 
 
 def _prepare() -> None:
-    """In every worker: one thread, as many of them train side by side; and an end with the parent.
+    """Set up a worker: one thread, because other workers use the other cores.
 
-    A worker that waits for its next run does not notice that the parent was killed.
+    The worker also ends with its parent: while it waits for a run, it would not notice that the
+    parent was killed.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)

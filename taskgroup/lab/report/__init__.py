@@ -1,1 +1,1 @@
-"""What a run looks like: pictures, and a display while it goes on."""
+"""Figures, tables and the HTML page of runs, and the live display in the terminal."""

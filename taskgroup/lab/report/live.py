@@ -1,12 +1,12 @@
-"""The display while a run goes on."""
+"""The displays in the terminal while something runs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,59 +14,44 @@ from rich.table import Table
 from rich.text import Text
 
 from taskgroup.lab.report.tables import count_groups
+from taskgroup.lab.train.trainer import Progress as BatchProgress
 
-__all__ = ["Display"]
+__all__ = ["Display", "LiveDisplay"]
 
+_Shown = TypeVar("_Shown", bound="LiveDisplay")
 _SMOOTHING = 0.95  # of the losses shown
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
 
 
-class Snapshot(Protocol):
-    """What the display reads of a batch."""
+class LiveDisplay:
+    """A progress bar with details below it; in a pipe, ten lines in all.
 
-    @property
-    def batch(self) -> int: ...
-    @property
-    def batches(self) -> int: ...
-    @property
-    def losses(self) -> Mapping[str, float]: ...
-    @property
-    def partition(self) -> Sequence[Sequence[str]]: ...
-
-
-class Display:
-    """A progress bar, the loss of every task, and the groups; in a pipe, a line now and then.
-
-    Use as a context manager and call :meth:`update` after every batch.
+    Use as a context manager. A subclass implements :meth:`_details` and calls :meth:`_update`.
 
     Args:
-        title: above the bar.
-        titles: ``{task: name}`` as shown.
+        title: of the display.
+        unit: what the bar counts.
         console: where to draw.
     """
 
-    def __init__(self, title: str, titles: Mapping[str, str], console: Console) -> None:
+    def __init__(self, title: str, unit: str, console: Console) -> None:
         self._title = title
-        self._titles = titles
         self._console = console
-        self._smoothed: dict[str, float] = {}
-        self._partition: Sequence[Sequence[str]] = []
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("batches · left"),
-            TimeRemainingColumn(),
+            TextColumn(f"{unit} · left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
             expand=True,
         )
-        self._task = self._bar.add_task(title, total=None)
-        # Drawn by a thread of its own, four times a second: a batch pays for noting numbers only.
-        self._live = Live(console=console, get_renderable=self._draw, refresh_per_second=4)
-        self._next_line = 0
+        self._next_line = 0.0
 
-    def __enter__(self) -> Display:
+    def __enter__(self: _Shown) -> _Shown:
         self._started = time.monotonic()
+        # A thread of its own draws four times a second, so an update only stores numbers.
+        self._live = Live(console=self._console, get_renderable=self._draw, refresh_per_second=4)
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -75,49 +60,80 @@ class Display:
         if self._console.is_terminal:
             self._live.stop()
 
-    def update(self, snapshot: Snapshot) -> None:
-        """Take in what a batch gave."""
-        for task, loss in snapshot.losses.items():
-            before = self._smoothed.get(task, loss)
-            self._smoothed[task] = _SMOOTHING * before + (1 - _SMOOTHING) * loss
-        self._partition = snapshot.partition
-        self._bar.update(self._task, completed=snapshot.batch, total=snapshot.batches)
-        if not self._console.is_terminal and (
-            snapshot.batch >= self._next_line or snapshot.batch == snapshot.batches
-        ):
-            self._next_line = snapshot.batch + max(1, snapshot.batches // 10)
-            total = sum(self._smoothed.values())
+    def _begin(self, description: str) -> None:
+        """Start a bar, in place of the last one."""
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self._bar.add_task(description, total=None)
+        self._next_line = 0.0
+
+    def _update(self, done: int, total: int, what: str, details: str = "") -> None:
+        self._bar.update(self._bar.task_ids[-1], completed=done, total=total)
+        if not self._console.is_terminal and (done >= self._next_line or done == total):
+            self._next_line = done + max(1, total / 10)
+            elapsed = time.monotonic() - self._started
             self._console.print(
-                f"{self._title}: batch {snapshot.batch} of {snapshot.batches}, "
-                f"{time.monotonic() - self._started:.0f} s, summed loss {total:.3f}, "
-                f"{count_groups(snapshot.partition)}",
+                f"{self._title}: {what} {done} of {total}, {elapsed:.0f} s{details}",
                 soft_wrap=True,
                 markup=False,
                 highlight=False,
             )
 
     def _draw(self) -> Panel:
-        group_of = {task: n for n, tasks in enumerate(self._partition) for task in tasks}
-        losses = Table.grid(padding=(0, 2))
+        shown = Group(self._bar, "", *self._details())
+        return Panel(shown, title=Text(self._title), border_style="dim")
+
+    def _details(self) -> Sequence[RenderableType]:
+        raise NotImplementedError
+
+    def _columns(self, cells: Sequence[Text]) -> Table:
+        """As many columns as the terminal has room for."""
+        grid = Table.grid(padding=(0, 2))
         columns = max(1, self._console.width // 40)
-        cells = [
-            Text(f"{self._titles[task]:<22}{loss:9.4f}", style=self._colour(group_of.get(task)))
+        for start in range(0, len(cells), columns):
+            grid.add_row(*cells[start : start + columns])
+        return grid
+
+
+class Display(LiveDisplay):
+    """The loss of every task and the groups of a training run.
+
+    Use as a context manager and call :meth:`update` after every batch.
+
+    Args:
+        title: of the display.
+        titles: ``{task: name}`` as shown.
+        console: where to draw.
+    """
+
+    def __init__(self, title: str, titles: Mapping[str, str], console: Console) -> None:
+        super().__init__(title, "batches", console)
+        self._titles = titles
+        self._smoothed: dict[str, float] = {}
+        self._partition: Sequence[Sequence[str]] = []
+        self._begin("training")
+
+    def update(self, progress: BatchProgress) -> None:
+        """Show what is known after a batch."""
+        for task, loss in progress.losses.items():
+            before = self._smoothed.get(task, loss)
+            self._smoothed[task] = _SMOOTHING * before + (1 - _SMOOTHING) * loss
+        self._partition = progress.partition
+        loss = sum(self._smoothed.values())
+        details = f", summed loss {loss:.3f}, {count_groups(progress.partition)}"
+        self._update(progress.batch, progress.batches, "batch", details)
+
+    def _details(self) -> Sequence[RenderableType]:
+        group_of = {task: n for n, tasks in enumerate(self._partition) for task in tasks}
+        losses = [
+            Text(f"{self._titles[task]:<22}{loss:9.4f}", style=_colour(group_of.get(task)))
             for task, loss in self._smoothed.items()
         ]
-        for start in range(0, len(cells), columns):
-            losses.add_row(*cells[start : start + columns])
-        return Panel(Group(self._bar, "", losses, "", self._groups()), border_style="dim")
-
-    def _groups(self) -> Text:
-        text = Text(f"{count_groups(self._partition)}  ", style="bold")
+        groups = Text(f"{count_groups(self._partition)}  ", style="bold")
         for n, tasks in enumerate(self._partition):
-            names = self._names(tasks)
-            text.append(f"[{names}] ", style=self._colour(n))
-        return text
+            groups.append(f"[{', '.join(self._titles[t] for t in tasks)}] ", style=_colour(n))
+        return [self._columns(losses), "", groups]
 
-    def _names(self, tasks: Iterable[str]) -> str:
-        return ", ".join(self._titles[task] for task in tasks)
 
-    @staticmethod
-    def _colour(group: int | None) -> str:
-        return "default" if group is None else _COLOURS[group % len(_COLOURS)]
+def _colour(group: int | None) -> str:
+    return "default" if group is None else _COLOURS[group % len(_COLOURS)]

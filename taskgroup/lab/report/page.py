@@ -14,24 +14,28 @@ from typing import NamedTuple
 import numpy as np
 
 import taskgroup as tg
-from taskgroup.lab.report import cards
-from taskgroup.lab.report import run_data as history
-from taskgroup.lab.report.cards import Card, colour_of_run
+from taskgroup.lab.report import plotly_figures as figures
+from taskgroup.lab.report.affinities import has_affinity
+from taskgroup.lab.report.colours import colour_of_run
+from taskgroup.lab.report.groups import average_share, learned, order_by_share
+from taskgroup.lab.report.labels import differences, short, short_names
+from taskgroup.lab.report.plotly_figures import Card, Shown
 from taskgroup.lab.report.run_data import RunData
+from taskgroup.lab.report.timing import seconds_per_batch
 from taskgroup.lab.words import listed
 
 __all__ = ["write_report"]
 
 
 class _Section(NamedTuple):
-    """A heading, what to see, and figures or a table.
+    """A heading, a text, and figures or a table.
 
     Attributes:
         title: plain text.
-        words: plain text.
+        words: what the section shows; plain text.
         cards: side by side where the window is wide enough.
         table: HTML.
-        lines: whether a line is a run.
+        lines: whether a line is a run, so that the section needs a legend.
     """
 
     title: str
@@ -44,170 +48,178 @@ class _Section(NamedTuple):
 def write_report(
     runs: Sequence[RunData], path: str | os.PathLike[str], notes: Sequence[str] = ()
 ) -> list[str]:
-    """Write a page on runs, finished or still training.
+    """Write an HTML page on runs, finished or still training.
 
-    It shows the affinity and the groups over time, the losses, the time of a batch, conflicts and
-    metrics, as far as the runs have recorded them, and opens without a network.
+    The page shows the affinity and the groups over time, the losses, the time per batch, gradient
+    conflicts and metrics, as far as the runs have recorded them. It opens without a network.
 
     Args:
-        runs: those to show.
+        runs: the runs to show.
         path: of the HTML file, which is written whole or not at all.
-        notes: sentences on what was left out before.
+        notes: sentences to show on what was left out before.
 
     Returns:
-        The notes, and what else was left out and why, as the page has them.
+        The notes of the page: ``notes``, and what else was left out and why.
 
     Raises:
-        ValueError: if there is no run, or none has trained on a batch yet.
+        ValueError: if there is no run, or no run has finished its first batch.
         OSError: if the file cannot be written.
     """
-    shown = [run for run in runs if len(run.batches)]
-    if not shown:
+    begun = [run for run in runs if len(run.batches)]
+    if not begun:
         raise ValueError(
             f"There is nothing to report: {listed([run.name for run in runs])} "
-            "has trained on no batch yet."
+            "has not finished its first batch yet."
         )
-    begun = [f"{run.name} has trained on no batch yet." for run in runs if run not in shown]
-    notes = [*notes, *begun]
-    names = history.short_names(shown)
-    order = {run.name: _order(run, shown) for run in shown}
-    words, loss_cards, lines = cards.losses(shown, names, order)
-    bars, left_out = history.seconds_per_batch(shown)
+    notes = [
+        *notes,
+        *(f"{run.name} has not finished its first batch yet." for run in runs if run not in begun),
+    ]
+    names = short_names(begun)
+    shown = [
+        Shown(run, name, _order(run, begun), n)
+        for n, (run, name) in enumerate(zip(begun, names, strict=True))
+    ]
+    related = [run for run in shown if len(run.data.tasks) > 1]
+    bars, left_out = seconds_per_batch(begun)
+    words, loss_cards, lines = figures.losses(shown)
     sections = [
-        _Section("Runs", "", table=_runs_table(shown, names)),
+        _Section("Runs", "", table=_runs_table(shown)),
         _Section(
             "Affinity over time",
-            "What a step on one task (row) does to the loss of another (column), in units of what "
-            "a step on that other task does to it: blue serves, red harms. Grey where two tasks "
-            "have never been measured together, or the other task not by itself. Tasks that often "
-            "share a group are side by side.",
-            [
-                cards.affinities(run, name, order[run.name])
-                for run, name in zip(shown, names, strict=True)
-                if history.has_affinity(run)
-            ],
+            "How a step on one task (row) changes the loss of another task (column), relative to "
+            "how a step on the column's task changes its own loss. Blue: the step lowers the loss. "
+            "Red: it raises the loss. Grey: the two tasks were never measured together, or the "
+            "column's task has no positive self-affinity yet. Tasks that often share a group are "
+            "neighbours.",
+            [figures.affinity(run) for run in shown if has_affinity(run.data)],
         ),
         _Section(
             "Groups over time",
-            "A row for each task, a colour for each group; grey is a task that is alone. A group "
-            "keeps its colour while tasks join and leave it. Dotted: the end of the warm-up.",
-            [
-                cards.partition(run, name, order[run.name])
-                for run, name in zip(shown, names, strict=True)
-                if run.method == "selective" and len(run.tasks) > 1
-            ],
+            "A row for each task, a colour for each group. Grey: the task is alone in its group. A "
+            "group keeps its colour while tasks join and leave it. The dotted line marks the end "
+            "of the warm-up.",
+            [figures.partition(run) for run in related if run.data.method == "selective"],
         ),
-        _Section("Number of groups", "", cards.group_counts(shown, names), lines=True),
+        _Section(
+            "Number of groups",
+            "The number of groups after each batch of the selective runs.",
+            figures.number_of_groups(shown),
+            lines=True,
+        ),
         _Section("Losses", words, loss_cards, lines=lines),
         _Section(
-            "Time of a batch",
-            "Where the time of a batch goes, warm-up included; of a run that is training, so far. "
-            "The mean of runs that differ in nothing that takes time.",
-            [cards.times(bars)] if bars else [],
+            "Time per batch",
+            "The time that each section of a batch takes, averaged over all batches so far, the "
+            "warm-up included. A bar is the mean of the runs whose settings that affect the time "
+            "are the same, such as runs with different seeds.",
+            [figures.time_per_batch(bars)] if bars else [],
         ),
         _Section(
-            "Conflicts",
-            "Cosines of the tasks' gradients on the shared parameters: red where two tasks pull "
-            "apart, blue where they pull together.",
-            [
-                cards.conflicts(run, name, order[run.name])
-                for run, name in zip(shown, names, strict=True)
-                if len(run.conflicts) and len(run.tasks) > 1
-            ],
+            "Gradient conflicts",
+            "Cosine similarity of the gradients of two tasks on the shared parameters. Red: the "
+            "gradients point in opposite directions. Blue: they point in the same direction.",
+            [figures.conflicts(run) for run in related if len(run.data.conflicts.batches)],
         ),
         _Section(
             "Held-out data over time",
-            "Metrics of each task, evaluated on the way.",
-            cards.evaluations(shown, names),
+            "The metric of each task on held-out data, evaluated during training.",
+            figures.evaluations(shown),
             lines=True,
         ),
         _Section(
             "Held-out data",
-            "At the end. ↑ higher is better, ↓ lower; the best of each row is bold.",
-            table=_metrics_table(shown, names),
+            "The metric of each task at the end of training. ↑: higher is better. ↓: lower is "
+            "better. The best value in a row is bold.",
+            table=_metrics_table(shown),
         ),
     ]
-    if not any(len(run.conflicts) for run in shown):
+    if not any(len(run.conflicts.batches) for run in begun):
         notes.append(
-            "No conflicts are shown: no run has measured any (taskgroup train --set "
-            "conflicts_every=100 does)."
+            "Gradient conflicts are not shown because no run has measured them. To measure them "
+            "every 100 batches, train with: taskgroup train --set conflicts_every=100"
         )
     notes += left_out
-    page = _page([s for s in sections if s.cards or s.table], shown, names, notes)
+    page = _page([s for s in sections if s.cards or s.table], names, notes)
     tg.checkpoint.write_atomically(Path(path), lambda file: file.write(page.encode()))
     return notes
 
 
 def _order(run: RunData, runs: Sequence[RunData]) -> list[int]:
-    """Positions of the tasks as they are shown: the same in all runs on the same tasks."""
+    """Positions of the tasks as figures show them: the same for all runs on the same tasks."""
     peers = [
         other
         for other in runs
         if other.method == "selective"
         and set(other.tasks) == set(run.tasks)
-        and other.batches[-1] > other.warmup
+        and len(learned(other))
     ]
     if not peers:
         return list(range(len(run.tasks)))
-    tasks = peers[0].tasks
-    found = history.order_by_share(history.average_share(peers))
-    return [run.tasks.index(tasks[k]) for k in found]
+    order = order_by_share(average_share(peers))
+    return [run.tasks.index(peers[0].tasks[k]) for k in order]
 
 
-def _runs_table(runs: Sequence[RunData], names: Sequence[str]) -> str:
-    header = ["run", "method", "seed", "batches", "state", "groups", "time of a batch"]
-    header += ["GPU memory", "Δm", "what else differs"]
+def _runs_table(runs: Sequence[Shown]) -> str:
     rows = []
-    for n, (run, name, other) in enumerate(
-        zip(runs, names, history.differences(runs), strict=True)
-    ):
-        batches, planned = int(run.batches[-1]), int(run.settings["batches"])
-        selective = run.method == "selective"
-        against = history.short(str(run.settings["baseline"]))
+    for run, other in zip(runs, differences([run.data for run in runs]), strict=True):
+        data, settings, finished = run.data, run.data.settings, run.data.finished
+        batches, planned = int(data.batches[-1]), int(settings["batches"])
+        selective = data.method == "selective"
+        delta = peak = ""
+        if finished is not None and finished.delta_m is not None:
+            delta = f"{finished.delta_m:+.2f} % against {short(str(settings['baseline']))}"
+        if finished is not None and finished.peak_bytes is not None:
+            peak = f"{finished.peak_bytes / 2**30:.2f} GiB"
+        cells = {
+            "method": f"selective, {settings['grouping']}" if selective else data.method,
+            "seed": str(settings["seed"]),
+            "batches": f"{batches:,} of {planned:,}",
+            "state": f"{100 * batches // planned} %" if finished is None else "finished",
+            "groups": str(int(data.groups[-1].max()) + 1) if selective else "",
+            "time per batch": _duration(data.seconds["everything"]) if data.seconds else "",
+            "GPU memory": peak,
+            "Δm": delta,
+            "other settings": other,
+        }
         rows.append(
-            [
-                f'<i style="background:{colour_of_run(n)}"></i>{html.escape(name)}',
-                html.escape(f"selective, {run.settings['grouping']}" if selective else run.method),
-                str(run.settings["seed"]),
-                f"{batches:,} of {planned:,}",
-                "finished" if run.metrics is not None else f"{100 * batches // planned} %",
-                str(int(run.groups[-1].max()) + 1) if selective else "",
-                _duration(run.seconds["everything"]) if run.seconds else "",
-                "" if run.peak_bytes is None else f"{run.peak_bytes / 2**30:.2f} GiB",
-                ""
-                if run.delta_m is None
-                else html.escape(f"{run.delta_m:+.2f} % against {against}"),
-                html.escape(other),
-            ]
+            {"run": _key(run.name, run.number)}
+            | {column: html.escape(cell) for column, cell in cells.items()}
         )
-    keep = [0, *(c for c in range(1, len(header)) if any(row[c] for row in rows))]
-    return _table([header[c] for c in keep], [[row[c] for c in keep] for row in rows])
+    header = [column for column in rows[0] if any(row[column] for row in rows)]
+    return _table(header, [[row[column] for column in header] for row in rows])
+
+
+def _key(name: str, n: int) -> str:
+    """The name of the n-th run behind its colour."""
+    return f'<i style="background:{colour_of_run(n)}"></i>{html.escape(name)}'
 
 
 def _duration(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
-def _metrics_table(runs: Sequence[RunData], names: Sequence[str]) -> str:
-    measured = [(run, name) for run, name in zip(runs, names, strict=True) if run.metrics]
-    found: dict[tuple[str, str, str], dict[int, float]] = {}  # of one data set, task and metric
-    for n, (run, _) in enumerate(measured):
-        for task, value in (run.metrics or {}).items():
-            key = str(run.settings["data"]), task, run.metric_names.get(task, "")
-            found.setdefault(key, {})[n] = value
+def _metrics_table(runs: Sequence[Shown]) -> str:
+    """A row for each task and metric of a data set, a column for each finished run."""
+    measured = [(run, run.data.finished) for run in runs if run.data.finished is not None]
+    found: dict[tuple[str, str, str], dict[int, float]] = {}
+    for run, finished in measured:
+        for task, value in finished.metrics.items():
+            key = str(run.data.settings["data"]), task, finished.metric_names.get(task, "")
+            found.setdefault(key, {})[run.number] = value
     rows = []
     for (_, task, metric), values in found.items():
-        finite = [value for value in values.values() if np.isfinite(value)]
-        best = (
-            (min if metric.endswith("↓") else max)(finite) if len(values) > 1 and finite else None
-        )
-        cells = ["" if n not in values else f"{values[n]:.4f}" for n in range(len(measured))]
-        cells = [
-            f"<b>{cell}</b>" if best is not None and values.get(n) == best else cell
-            for n, cell in enumerate(cells)
-        ]
+        best = None
+        if len(values) > 1:
+            finite = filter(np.isfinite, values.values())
+            best = (min if metric.endswith("↓") else max)(finite, default=None)
+        shown = {
+            n: f"<b>{value:.4f}</b>" if value == best else f"{value:.4f}"
+            for n, value in values.items()
+        }
+        cells = (shown.get(run.number, "") for run, _ in measured)
         rows.append([html.escape(task), html.escape(metric), *cells])
-    header = ["task", "metric", *(html.escape(name) for _, name in measured)]
+    header = ["task", "metric", *(html.escape(run.name) for run, _ in measured)]
     return _table(header, rows) if rows else ""
 
 
@@ -217,20 +229,12 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def _page(
-    sections: Sequence[_Section],
-    runs: Sequence[RunData],
-    names: Sequence[str],
-    notes: Sequence[str],
-) -> str:
-    from plotly.offline import get_plotlyjs  # cards has told if it is not there
+def _page(sections: Sequence[_Section], names: Sequence[str], notes: Sequence[str]) -> str:
+    from plotly.offline import get_plotlyjs  # plotly_figures has said so if plotly is missing
 
-    key = "".join(
-        f'<span><i style="background:{colour_of_run(n)}"></i>{html.escape(name)}</span>'
-        for n, name in enumerate(names)
-    )
+    key = "".join(f"<span>{_key(name, n)}</span>" for n, name in enumerate(names))
     body: list[str] = []
-    figures: list[str] = []
+    scripts: list[str] = []
     for section in sections:
         body.append(f"<section><h2>{html.escape(section.title)}</h2>")
         if section.words:
@@ -247,11 +251,11 @@ def _page(
             widest = "" if card.widest is None else f' style="max-width:{card.widest}px"'
             body.append(
                 f'<div class="card"{widest}>{title}<div class="wide">'
-                f'<div class="plot" data-figure="figure-{len(figures)}" style="{size}"></div>'
+                f'<div class="plot" data-figure="figure-{len(scripts)}" style="{size}"></div>'
                 f"</div>{below}</div>"
             )
-            figures.append(
-                f'<script type="application/json" id="figure-{len(figures)}">{card.json()}</script>'
+            scripts.append(
+                f'<script type="application/json" id="figure-{len(scripts)}">{card.json()}</script>'
             )
         body.append("</div></section>" if section.cards else "</section>")
     if notes:
@@ -263,6 +267,6 @@ def _page(
         version=tg.__version__,
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         body="\n".join(part for part in body if part),
-        figures="\n".join(figures),
+        figures="\n".join(scripts),
         plotly=get_plotlyjs(),
     )

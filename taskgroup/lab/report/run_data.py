@@ -1,104 +1,75 @@
-"""How runs went, as numbers: what figures and reports show of any runs."""
+"""What a run has recorded so far: read from its folder, shown by figures and reports."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import leaves_list, linkage
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import squareform
 
-from taskgroup.lab.report.thinning import Thinned, thin
-from taskgroup.lab.words import listed
+from taskgroup.lab.train.evaluation import load_summary, read_settings
+from taskgroup.lab.train.recipe import Recipe
 
-__all__ = [
-    "SECTIONS",
-    "Bar",
-    "Course",
-    "Pair",
-    "RunData",
-    "affinity_courses",
-    "average_share",
-    "changed_most",
-    "check_pair",
-    "differences",
-    "group_colours",
-    "group_counts",
-    "has_affinity",
-    "order_by_share",
-    "seconds_per_batch",
-    "shared",
-    "short",
-    "short_names",
-    "with_affinity",
-    "with_groups",
-]
+__all__ = ["Finished", "Recorded", "RunData", "load_run_data", "load_runs", "read_lines"]
 
-Floats = NDArray[np.float64]
-Pair = tuple[str, str]
+Line = dict[str, Any]  # of a JSON file
 
-#: The parts of a batch that are timed, what is left of it, and all of it where nothing is known;
-#: and the colours that they have in pictures.
-SECTIONS = {
-    "forward": "#4393c3",
-    "loss": "#92c5de",
-    "backward": "#d6604d",
-    "optimizer": "#f4a582",
-    "other": "#bdbdbd",
-    "not divided": "#878787",
-}
-_LONGEST = 40  # name that is written out
-_JOINT = ("joint", "gd")  # the first that there is, ratios are to
-# What takes time: of every method, and of selective updates alone.
-_WORK = (
-    *("data", "subset", "size", "batch_size", "backbone", "patch", "dim", "depth"),
-    *("attention_heads", "decoder", "device", "precision"),
-)
-_WAYS = (
-    *("grouping", "affinity", "credit", "outside"),
-    *("groups_per_batch", "observe_every", "regroup_every"),
-    *("warmup", "preference", "batches"),
-)
-# Runs that differ in these alone are averaged; the method and the tasks are looked at elsewhere.
-_INCIDENTAL = {
-    *("seed", "checkpoint_every", "evaluate_every", "conflicts_every", "baseline"),
-    *("root", "bad", "workers", "method", "tasks"),
-}
-_SPEAKING = {"data", "grouping", "backbone", "device", "precision"}
+
+class Recorded(NamedTuple):
+    """Values that a run records on some of its batches.
+
+    Attributes:
+        batches: ``[N]``, the number of each of these batches.
+        values: ``[N, ...]``.
+    """
+
+    batches: NDArray[np.int64]
+    values: NDArray[np.float32]
+
+
+class Finished(NamedTuple):
+    """What only a finished run has.
+
+    Attributes:
+        metrics: ``{task: value}`` on held-out data.
+        metric_names: ``{task: name}`` of these, with an arrow to the better direction.
+        delta_m: in percent, against the baseline of the run; None without a baseline.
+        peak_bytes: the most GPU memory that torch's allocator held; None on the CPU.
+    """
+
+    metrics: Mapping[str, float]
+    metric_names: Mapping[str, str]
+    delta_m: float | None
+    peak_bytes: int | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunData:
-    """What is shown of a run; :func:`taskgroup.lab.report.reader.load_run_data` reads it.
+    """What a run has recorded so far; :func:`load_run_data` reads it.
 
     Attributes:
-        name: of the run, its folder.
+        name: the folder of the run.
         settings: of its recipe.
-        tasks: the K tasks in the order of the matrices; none before the first batch.
-        warmup: batches of warm-up; no fewer than there are while it goes on.
+        tasks: the K tasks in the order of the matrices; empty before the first batch.
+        warmup: batches of warm-up; during the warm-up at least as many as there are so far.
         batches: ``[B]``, the number of each batch.
-        groups: ``[B, K]``, the group of each task after that batch, counted from 0.
-        losses: ``[B, K]`` before that batch's first step; NaN of a task that was not looked at.
-        seconds: of a batch, ``{section: seconds}`` with the whole as ``"everything"``; None of a
-            run that has just begun.
-        affinity_batches: ``[N]``, the batches after which the affinity was recorded.
-        affinities: ``[N, K, K]``, row i the effect of stepping task i; NaN of an entry that was
-            never observed until then, in runs that record it.
-        conflict_batches: ``[C]``, the batches before which conflicts were measured.
-        conflicts: ``[C, K, K]``, cosines of the tasks' gradients on the shared parameters.
-        evaluation_batches: ``[E]``, the batches after which held-out data was evaluated on the way.
-        evaluations: ``[E, K]``; NaN of a task whose metric takes too long for that.
-        metrics: ``{task: value}`` on held-out data; None of a run that is not finished.
-        metric_names: ``{task: name}`` of the same, with an arrow towards what is better.
-        delta_m: in percent, against the baseline of the run; None without one.
-        peak_bytes: of the GPU's memory that torch's allocator held at the peak; None on the CPU,
-            and of a run that is not finished.
+        groups: ``[B, K]``, the group of each task after the batch, counted from 0.
+        losses: ``[B, K]`` before the first step of the batch; NaN for a task without a loss.
+        seconds: per batch, ``{section: seconds}`` with the whole batch as ``"everything"``; None
+            until it is recorded.
+        affinity: ``[N, K, K]`` after the batch, row i the effect of stepping task i; NaN for an
+            entry that was never observed until then.
+        conflicts: ``[N, K, K]`` before the batch, cosines of the tasks' gradients on the shared
+            parameters.
+        evaluations: ``[N, K]`` after the batch, metrics on held-out data; NaN for a task whose
+            metric takes too long to be evaluated during training.
+        finished: None for a run that is still training.
     """
 
     name: str
@@ -109,400 +80,176 @@ class RunData:
     groups: NDArray[np.int16]
     losses: NDArray[np.float32]
     seconds: Mapping[str, float] | None
-    affinity_batches: NDArray[np.int64]
-    affinities: NDArray[np.float32]
-    conflict_batches: NDArray[np.int64]
-    conflicts: NDArray[np.float32]
-    evaluation_batches: NDArray[np.int64]
-    evaluations: NDArray[np.float32]
-    metrics: Mapping[str, float] | None
-    metric_names: Mapping[str, str]
-    delta_m: float | None
-    peak_bytes: int | None = None
+    affinity: Recorded
+    conflicts: Recorded
+    evaluations: Recorded
+    finished: Finished | None
 
     @property
     def method(self) -> str:
-        """``"selective"``, ``"joint"``, or another."""
+        """``"selective"``, ``"joint"``, or the name of another method."""
         return str(self.settings["method"])
 
 
-class Bar(NamedTuple):
-    """The time of a batch, of runs that differ in the seed.
-
-    Attributes:
-        label: the method, and the settings that tell it from other bars.
-        sections: ``{section: seconds}``, the mean over the runs.
-        totals: seconds of each run; their mean is the sum of the sections.
-        ratio: to joint training at the same work; None without it.
-    """
-
-    label: str
-    sections: dict[str, float]
-    totals: list[float]
-    ratio: float | None
-
-
-class Course(NamedTuple):
-    """How the affinity between two tasks went, of runs that differ in the seed.
-
-    Attributes:
-        label: the decay, and the settings that tell it from other courses.
-        decay: of the affinity.
-        runs: of each run, batches ``[N]`` and entries of the matrix ``[N, 2]``: the effect of the
-            first task on the second, and of the second on the first.
-        batches: of the mean, as far as all runs go.
-        mean: over the runs, ``[len(batches), 2]``.
-    """
-
-    label: str
-    decay: float
-    runs: list[tuple[NDArray[np.int64], Floats]]
-    batches: NDArray[np.int64]
-    mean: Floats
-
-
-def seconds_per_batch(runs: Sequence[RunData]) -> tuple[list[Bar], list[str]]:
-    """The time of a batch by method, runs that differ in the seed averaged.
-
-    Runs are one bar if the method, the tasks, the network, the batches and the machine's settings
-    are the same, and for selective updates how they group. What no section accounts for is
-    ``"other"``; of runs without sections all is ``"not divided"``.
+def load_runs(runs: Iterable[str | Path]) -> tuple[list[RunData], list[str]]:
+    """Read several runs, and say why some of them cannot be read.
 
     Returns:
-        The bars in the order of the runs, and sentences on what was left out and why.
-    """
-    timed = [run for run in runs if run.seconds]
-    if not timed:
-        return [], ["There is no time per batch to draw: no run has recorded it yet."]
-    notes = _without("The time per batch", runs, timed, "not recorded yet")
-    selective = [run for run in timed if run.method == "selective"]
-    work, ways = _differing(timed, _WORK), _differing(selective, _WAYS)
-    tasks_differ = len(set(map(_tasks, timed))) > 1
-    alike: dict[tuple[Any, ...], list[RunData]] = {}
-    for run in timed:
-        key = (_work(run), run.method, _values(run, _WAYS if run in selective else ()))
-        alike.setdefault(key, []).append(run)
-    sections = {key: _mean_sections(group) for key, group in alike.items()}
-    bars = []
-    for key, group in alike.items():
-        done, method, _ = key
-        run = group[0]
-        label = [method, *_words(run, work, timed)]
-        label += _words(run, ways, selective) if run in selective else []
-        if tasks_differ:
-            few = len(run.tasks) <= 3
-            label.append(" + ".join(run.tasks) if few else f"{len(run.tasks)} tasks")
-        mean = sections[key]
-        joint = [sections[done, name, ()] for name in _JOINT if (done, name, ()) in sections]
-        ratio = sum(mean.values()) / sum(joint[0].values()) if joint else None
-        totals = [run.seconds["everything"] for run in group if run.seconds]
-        bars.append(Bar(", ".join(label), mean, totals, ratio))
-    alone = [bar.label for bar in bars if bar.ratio is None]
-    if alone and len(bars) > 1:
-        notes.append(
-            f"The time of {listed(alone)} is not relative to joint training: no joint run of the "
-            "same tasks, network and batches is there."
-        )
-    return bars, notes
-
-
-def with_groups(runs: Sequence[RunData]) -> tuple[list[RunData], list[str]]:
-    """The runs whose grouping is drawn, and why the others are not."""
-    selective = [run for run in runs if run.method == "selective"]
-    if not selective:
-        return [], ["There is no grouping to draw: none of the runs is selective."]
-    learned = [run for run in selective if len(run.batches) and run.batches[-1] > run.warmup]
-    if not learned:
-        return [], ["There is no grouping to draw: no run has a batch after its warm-up yet."]
-    drawn = _of_common_tasks(learned)
-    notes = [
-        *_without("The grouping", runs, selective, "they do not group"),
-        *_without("The grouping", selective, learned, "no batch after the warm-up yet"),
-        *_without("The grouping", learned, drawn, "other tasks than most runs"),
-    ]
-    ways = {str(run.settings.get("grouping")): None for run in drawn}
-    if len(ways) > 1:
-        notes.append(f"Who shared a group is a mean over different groupings: {listed(ways)}.")
-    return drawn, notes
-
-
-def shared(run: RunData) -> Floats:
-    """The share of the batches after the warm-up in which two tasks shared a group, ``[K, K]``.
+        The runs, and a sentence on each that is left out.
 
     Raises:
-        ValueError: if no such batch has been trained on.
+        ValueError: if none can be read.
     """
-    groups = run.groups[run.batches > run.warmup]
-    if not len(groups):
-        raise ValueError(f"{run.name} has no batch after its warm-up of {run.warmup}.")
-    total = np.zeros((len(run.tasks), len(run.tasks)))
-    for start in range(0, len(groups), 1000):  # 100 tasks: 10 MB at a time
-        part = groups[start : start + 1000]
-        for label in range(int(part.max()) + 1):
-            members = (part == label).astype(np.float32)
-            total += members.T @ members
-    return total / len(groups)
-
-
-def average_share(runs: Sequence[RunData]) -> Floats:
-    """The mean of :func:`shared` over runs on the same tasks, in the order of the first one's."""
-    tasks = runs[0].tasks
-    found = []
+    found, reasons = [], []
     for run in runs:
-        order = [run.tasks.index(task) for task in tasks]
-        found.append(shared(run)[np.ix_(order, order)])
-    mean: Floats = np.mean(found, 0)
-    return mean
+        try:
+            found.append(load_run_data(run))
+        except ValueError as error:
+            reasons.append(str(error))
+    if not found:
+        raise ValueError(" ".join(reasons) or "There are no runs; name the folder of one at least.")
+    return found, [f"Left out: {reason}" for reason in reasons]
 
 
-def order_by_share(share: Floats) -> list[int]:
-    """Positions of the tasks, those that often share a group side by side.
+def load_run_data(run: str | Path) -> RunData:
+    """Read a run, finished or still training.
 
-    The leaves of average linkage on ``1 - share``, turned so that neighbours are as near as can be.
-
-    Example:
-        >>> order_by_share(np.array([[1, 0, 0.9], [0, 1, 0.1], [0.9, 0.1, 1]]))
-        [0, 2, 1]
-    """
-    if len(share) < 3:
-        return list(range(len(share)))
-    distance = squareform(1 - share, checks=False)
-    order = [int(k) for k in leaves_list(linkage(distance, "average", optimal_ordering=True))]
-    return order if order[0] < order[-1] else order[::-1]
-
-
-def group_counts(run: RunData, points: int = 60) -> Thinned:
-    """The number of groups over time, in about so many points of consecutive batches."""
-    return thin(run.batches, run.groups.max(1) + 1, run.warmup, points)
-
-
-def group_colours(groups: NDArray[np.int16]) -> NDArray[np.int16]:
-    """A colour for every task at every time, so that a group keeps its colour while it changes.
-
-    Of the groups of one time and the colours, those go together that share the most tasks, counted
-    by the last colour that each task had (scipy's assignment); a group of new company takes the
-    colour that has been out of use the longest.
+    An incomplete last line of a file is ignored.
 
     Args:
-        groups: ``[N, K]``, the group of each task, counted from 0.
-
-    Returns:
-        ``[N, K]``, counted from 0; -1 of a task that is alone.
-
-    Example:
-        >>> group_colours(np.array([[0, 0, 1, 1, 2], [1, 1, 0, 0, 1], [0, 1, 0, 1, 1]]))
-        array([[ 0,  0,  1,  1, -1],
-               [ 0,  0,  1,  1,  0],
-               [ 1,  0,  1,  0,  0]], dtype=int16)
-    """
-    colours = np.full(groups.shape, -1, np.int16)
-    last = np.full(groups.shape[1], -1)
-    used: list[int] = []  # the time when each colour was in use
-    for n, labels in enumerate(groups):
-        sizes = np.bincount(labels)
-        common = np.zeros((len(sizes), 1 + len(used)), np.int64)
-        np.add.at(common, (labels, 1 + last), 1)
-        shared = np.flatnonzero(sizes > 1)
-        rows, found = linear_sum_assignment(common[shared, 1:], maximize=True)
-        colour_of = {
-            int(group): int(colour)
-            for group, colour in zip(shared[rows], found, strict=True)
-            if common[group, 1 + colour]
-        }
-        for group in shared.tolist():
-            if group not in colour_of:
-                free = set(range(len(used))) - set(colour_of.values())
-                oldest = min(free, key=used.__getitem__, default=len(used))
-                if oldest == len(used) or used[oldest] >= n - 1:  # of the picture just before
-                    oldest = len(used)
-                    used.append(n)
-                colour_of[group] = oldest
-            used[colour_of[group]] = n
-            colours[n, labels == group] = last[labels == group] = colour_of[group]
-    return colours
-
-
-def with_affinity(runs: Sequence[RunData], pair: Pair | None) -> tuple[list[RunData], list[str]]:
-    """The runs whose affinity is drawn, and why the others are not."""
-    recorded = [run for run in runs if has_affinity(run)]
-    wanted = [run for run in recorded if pair is None or set(pair) <= set(run.tasks)]
-    met = [run for run in wanted if pair is None or np.isfinite(_entries(run, pair)).any()]
-    if not met:
-        of = "" if pair is None else f" of {pair[0]} and {pair[1]}"
-        why = "it was never measured" if wanted else "no run has recorded one"
-        return [], [f"There is no affinity{of} to draw: {why}."]
-    drawn = _of_common_tasks(met)
-    return drawn, [
-        *_without("The affinity", runs, recorded, "none recorded"),
-        *_without("The affinity", recorded, wanted, "they do not train both tasks"),
-        *_without("The affinity", wanted, met, "never measured between the two tasks"),
-        *_without("The affinity", met, drawn, "other tasks than most runs"),
-    ]
-
-
-def has_affinity(run: RunData) -> bool:
-    """Whether the run has recorded an affinity between tasks."""
-    return len(run.tasks) > 1 and bool(np.nan_to_num(run.affinities).any())
-
-
-def _entries(run: RunData, pair: Pair) -> Floats:
-    """The affinity between two tasks, ``[N, 2]``: of the first on the second, and back."""
-    i, k = (run.tasks.index(task) for task in pair)
-    return run.affinities[:, [i, k], [k, i]].astype(np.float64)
-
-
-def changed_most(runs: Iterable[RunData]) -> Pair:
-    """The two tasks whose affinity changed the most, in task order.
-
-    That is the largest difference between the highest and the lowest recorded entry of the matrix,
-    off its diagonal, of any run and either direction; of equals the first.
-
-    Args:
-        runs: with affinities of the same two tasks or more.
-    """
-    most, pair = -1.0, ("", "")
-    for run in runs:
-        entries = np.nan_to_num(run.affinities, nan=np.nan)  # what is infinite is very large
-        ranges = np.nan_to_num(np.fmax.reduce(entries) - np.fmin.reduce(entries))
-        ranges = np.triu(np.maximum(ranges, ranges.T), 1)
-        ranges[np.tril_indices(len(run.tasks))] = -1
-        i, k = np.unravel_index(int(ranges.argmax()), ranges.shape)
-        if ranges[i, k] > most:
-            most, pair = float(ranges[i, k]), (run.tasks[i], run.tasks[k])
-    return pair
-
-
-def affinity_courses(runs: Sequence[RunData], pair: Pair) -> list[Course]:
-    """The affinity between two tasks over time, by decay, runs that differ in the seed averaged.
-
-    Where runs recorded it at different batches, the mean goes through straight lines between them.
-
-    Args:
-        runs: with affinities of the pair.
-        pair: two tasks.
-    """
-    names = sorted({name for run in runs for name in run.settings} - _INCIDENTAL - {"decay"})
-    differing = _differing(runs, names)
-    found: dict[tuple[Any, ...], list[RunData]] = {}
-    for run in sorted(runs, key=lambda run: float(run.settings["decay"])):
-        found.setdefault(_values(run, ["decay", *names]), []).append(run)
-    courses = []
-    for group in found.values():
-        decay = float(group[0].settings["decay"])
-        lines = [(run.affinity_batches, _entries(run, pair)) for run in group]
-        begin, end = max(b[0] for b, _ in lines), min(b[-1] for b, _ in lines)
-        batches = np.unique(np.concatenate([b for b, _ in lines]))
-        batches = batches[(batches >= begin) & (batches <= end)]
-        through = [
-            np.stack([np.interp(batches, b, values[:, d]) for d in range(2)], 1)
-            for b, values in lines
-        ]
-        label = ", ".join([f"decay {decay:g}", *_words(group[0], differing, runs)])
-        courses.append(Course(label, decay, lines, batches, np.mean(through, 0)))
-    return courses
-
-
-def differences(runs: Sequence[RunData]) -> list[str]:
-    """The settings in which each of the runs may differ from the others, in words.
-
-    Left out are the method, the seed, and what changes nothing of a training.
-    """
-    names = list(dict.fromkeys(name for run in runs for name in run.settings))
-    shown_elsewhere = {*_INCIDENTAL, "batches"}
-    differing = _differing(runs, [name for name in names if name not in shown_elsewhere])
-    return [", ".join(_setting(name, run.settings.get(name)) for name in differing) for run in runs]
-
-
-def short(name: str) -> str:
-    """A name of forty letters at most, the middle of a longer one left out."""
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 9]}…{name[-8:]}"
-
-
-def short_names(runs: Sequence[RunData]) -> list[str]:
-    """The names of the runs, short, without the folders that all are in."""
-    parts = [Path(run.name).parts for run in runs]
-    above = 0
-    while all(len(part) > above + 1 and part[above] == parts[0][above] for part in parts):
-        above += 1
-    return [short("/".join(part[above:])) for part in parts]
-
-
-def check_pair(runs: Iterable[RunData], pair: Pair) -> None:
-    """Raise unless the runs have both tasks.
+        run: its folder.
 
     Raises:
-        ValueError: if they have not, or both are the same.
+        ValueError: if the folder is not a run, or another line of its files cannot be read.
     """
-    tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
-    if unknown := [task for task in pair if task not in tasks]:
+    try:
+        return _load(Path(run))
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"The runs have no task {', '.join(map(repr, unknown))}; their tasks are "
-            f"{', '.join(tasks) or 'not known before the first batch'}."
-        )
-    if pair[0] == pair[1]:
-        raise ValueError(f"The affinity is drawn between two tasks, got {pair[0]!r} twice.")
+            f"{run} cannot be read ({type(error).__name__}: {error}); another version of taskgroup "
+            "may have written it. Leave it out."
+        ) from error
 
 
-def _without(what: str, runs: Iterable[RunData], kept: Collection[RunData], why: str) -> list[str]:
-    """A sentence on the runs that are not kept, if there are any."""
-    left = [run.name for run in runs if run not in kept]
-    return [f"{what} is without {listed(left)}: {why}."] if left else []
+def _load(run: Path) -> RunData:
+    recipe = read_settings(run)
+    lines = read_lines(run / "metrics.jsonl")
+    first = next(lines, None)
+    tasks = _task_order(run, first)
+    batches, steps, groups, losses = [], [], [], []
+    partition, labels = None, np.empty(0, np.int16)
+    for line in chain([] if first is None else [first], lines):
+        batches.append(line["batch"])
+        steps.append(len(line["groups"]))
+        if line["partition"] != partition:
+            partition = line["partition"]
+            group_of = {task: n for n, group in enumerate(partition) for task in group}
+            labels = np.array([group_of[task] for task in tasks], np.int16)
+        groups.append(labels)
+        losses.append(_in_order(line["losses"], tasks))
+    summary = load_summary(run) if (run / "summary.json").is_file() else None
+    square = (len(tasks), len(tasks))
+    return RunData(
+        name=str(run),
+        settings=recipe.model_dump(),
+        tasks=tasks,
+        warmup=_warmup(recipe, len(tasks), batches, steps),
+        batches=np.array(batches, np.int64),
+        groups=np.array(groups, np.int16).reshape(len(batches), len(tasks)),
+        losses=_float32(losses, (len(tasks),)),
+        seconds=_seconds(run, summary),
+        affinity=_recorded(run / "affinity.jsonl", square, lambda line: line["matrix"]),
+        conflicts=_recorded(run / "conflicts.jsonl", square, lambda line: line["matrix"]),
+        evaluations=_recorded(
+            run / "evaluations.jsonl",
+            (len(tasks),),
+            lambda line: _in_order(line["metrics"], tasks),
+        ),
+        finished=None if summary is None else _finished(summary),
+    )
 
 
-def _of_common_tasks(runs: Sequence[RunData]) -> list[RunData]:
-    """The runs on the most common tasks of one data set; of equals the first."""
-    common = Counter(map(_tasks, runs)).most_common(1)[0][0]
-    return [run for run in runs if _tasks(run) == common]
+def read_lines(path: Path) -> Iterator[Line]:
+    """The lines of a JSON file, without an incomplete last one; none if there is no file.
+
+    Raises:
+        ValueError: if another line cannot be read.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise ValueError(
+                    f"{path} cannot be read at line {number}. Leave the run out, or continue it "
+                    "with --resume, which drops the line."
+                ) from None
 
 
-def _tasks(run: RunData) -> tuple[str, frozenset[str]]:
-    return str(run.settings.get("data")), frozenset(run.tasks)
+def _task_order(run: Path, first: Line | None) -> tuple[str, ...]:
+    """The tasks in the order of the matrices; none before the first batch."""
+    for name in ("affinity.jsonl", "conflicts.jsonl"):
+        if (recorded := next(read_lines(run / name), None)) is not None:
+            return tuple(recorded["tasks"])
+    return tuple(task for group in first["partition"] for task in group) if first else ()
 
 
-def _work(run: RunData) -> tuple[Any, ...]:
-    return _tasks(run), _values(run, _WORK)
+def _warmup(recipe: Recipe, n_tasks: int, batches: Sequence[int], steps: Sequence[int]) -> int:
+    """The warm-up in batches: of its rounds, each of which steps on every task once."""
+    learns = n_tasks > 1 and recipe.method == "selective"
+    if not (learns and recipe.make_grouping().reads_affinity and recipe.warmup):
+        return 0
+    if recipe.groups_per_batch is None:
+        return recipe.warmup
+    rounds, undealt = 0, n_tasks
+    for batch, dealt in zip(batches, steps, strict=True):
+        undealt -= min(dealt, undealt)
+        if not undealt:
+            rounds, undealt = rounds + 1, n_tasks
+        if rounds == recipe.warmup:
+            return batch
+    return max([recipe.warmup, *batches[-1:]])
 
 
-def _values(run: RunData, names: Iterable[str]) -> tuple[Any, ...]:
-    values = (run.settings.get(name) for name in names)
-    return tuple(tuple(value) if isinstance(value, list) else value for value in values)
+def _seconds(run: Path, summary: Line | None) -> dict[str, float] | None:
+    """Mean seconds per batch by section, over all batches so far; None before any are recorded."""
+    if summary is not None:
+        batches, seconds = summary["batches"], summary.get("seconds", {})
+        everything = {"everything": summary["seconds_per_batch"]}
+        return {name: s / batches for name, s in seconds.items()} | everything
+    for last in deque(read_lines(run / "seconds.jsonl"), maxlen=1):
+        return {name: s / last["batch"] for name, s in last["seconds"].items()}
+    return None
 
 
-def _differing(runs: Iterable[RunData], names: Iterable[str]) -> list[str]:
-    """The settings that are not the same for all runs."""
-    runs = list(runs)
-    return [name for name in names if len({_values(run, [name]) for run in runs}) > 1]
+def _recorded(
+    path: Path, shape: tuple[int, ...], value: Callable[[Line], Sequence[Any]]
+) -> Recorded:
+    """What a file holds, if there is one and the tasks are known."""
+    lines = list(read_lines(path)) if shape[0] else []
+    batches = np.array([line["batch"] for line in lines], np.int64)
+    return Recorded(batches, _float32([value(line) for line in lines], shape))
 
 
-def _words(run: RunData, names: Iterable[str], runs: Iterable[RunData]) -> list[str]:
-    """Settings as a label has them; of those that take their name, not what most runs have."""
-    words = []
-    for name in names:
-        usual = Counter(_values(other, [name]) for other in runs).most_common(1)[0][0]
-        value = run.settings.get(name)
-        if name in _SPEAKING:
-            words.append(str(value))
-        elif _values(run, [name]) != usual:
-            words.append(_setting(name, value))
-    return words
+def _in_order(values: Mapping[str, float], tasks: Iterable[str]) -> list[float]:
+    return [values.get(task, np.nan) for task in tasks]
 
 
-def _mean_sections(runs: Sequence[RunData]) -> dict[str, float]:
-    """``{section: seconds}`` that add up to the mean time of a batch."""
-    seconds = [run.seconds for run in runs if run.seconds]
-    total = float(np.mean([s["everything"] for s in seconds]))
-    if any(len(s) == 1 for s in seconds):
-        return {"not divided": total}
-    names = [name for name in SECTIONS if any(name in s for s in seconds)]
-    means = {name: float(np.mean([s.get(name, 0.0) for s in seconds])) for name in names}
-    return {**means, "other": max(0.0, total - sum(means.values()))}
+def _float32(values: Sequence[Any], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # numbers that are too large become infinite
+        return np.array(values, np.float32).reshape(len(values), *shape)
 
 
-def _setting(name: str, value: Any) -> str:
-    if value is None:
-        shown = "all" if name == "groups_per_batch" else "by default"
-    elif isinstance(value, list | tuple):
-        shown = "x".join(map(str, value))
-    else:
-        shown = f"{value:g}" if isinstance(value, float) else str(value)
-    return f"{name.replace('_', ' ')} {shown}"
+def _finished(summary: Line) -> Finished:
+    lower, names = summary.get("lower_is_better", {}), summary.get("metric", {})
+    arrows = {task: "↓" if lower[task] else "↑" for task in names}
+    return Finished(
+        metrics=summary["metrics"],
+        metric_names={task: f"{name} {arrows[task]}" for task, name in names.items()},
+        delta_m=summary["delta_m"],
+        peak_bytes=summary.get("peak_bytes"),
+    )

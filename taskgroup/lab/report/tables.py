@@ -1,4 +1,4 @@
-"""Tables of finished runs, for the terminal."""
+"""Tables for the terminal: finished runs, evaluations and data sets."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text  # of what users name: a str would be read as markup
+from rich.text import Text  # for names that users choose: a str would be read as markup
+
+from taskgroup.lab.data.check import Checked
+from taskgroup.lab.train.problem import Problem
 
 __all__ = ["check_table", "count_groups", "evaluation_table", "groups_line", "summary_table"]
 
 
 def summary_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
-    """The held-out metric of every task, and below it the figures of the run.
+    """The held-out metric of every task, and other figures of the run below it.
 
     Args:
-        summary: what ``summary.json`` holds.
+        summary: the contents of ``summary.json``.
         titles: ``{task: name}`` as shown.
     """
     table = Table(title=f"{summary['method']}, {summary['batches']} batches", title_justify="left")
@@ -40,19 +43,11 @@ def summary_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> Tabl
 def evaluation_table(
     title: str,
     metrics: Mapping[str, float],
-    problem: Any,
+    problem: Problem,
     baseline: str | None,
     delta: float | None,
 ) -> Table:
-    """The metric of every task, and Δm.
-
-    Args:
-        title: above the table.
-        metrics: ``{task: value}``.
-        problem: a :class:`taskgroup.lab.train.problem.Problem`.
-        baseline: of Δm.
-        delta: Δm in percent; None leaves it out.
-    """
+    """The metric of every task, and Δm in percent against a baseline where it is known."""
     table = Table(title=Text(title), title_justify="left")
     table.add_column("↑ higher is better, ↓ lower")
     table.add_column("", justify="right")
@@ -66,13 +61,8 @@ def evaluation_table(
     return table
 
 
-def check_table(title: str, checked: Sequence[Any]) -> Table:
-    """What the splits of a data set hold.
-
-    Args:
-        title: above the table.
-        checked: :class:`taskgroup.lab.data.check.Checked`, one a split.
-    """
+def check_table(title: str, checked: Sequence[Checked]) -> Table:
+    """The contents of a data set, one row for each split."""
     table = Table(title=Text(title), title_justify="left")
     table.add_column("split")
     for column in ("listed", "public release", "whole", "problems"):
@@ -89,11 +79,11 @@ def _named(title: str, metric: str, lower_is_better: bool) -> str:
 
 
 def groups_line(partition: list[list[str]], titles: Mapping[str, str]) -> str:
-    """A partition in words."""
+    """The number of groups and their tasks, in words."""
     groups = "; ".join(", ".join(titles[task] for task in group) for group in partition)
     return f"{count_groups(partition)}: {groups}"
 
 
 def count_groups(partition: Sequence[Sequence[str]]) -> str:
-    """How many groups there are: ``"1 group"``, ``"4 groups"``."""
+    """``"1 group"``, ``"4 groups"``."""
     return f"{len(partition)} group{'' if len(partition) == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""What a picture can hold of many batches."""
+"""Many batches in as many points as a figure can show."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Thinned", "evenly", "thin"]
+__all__ = ["Floats", "Thinned", "evenly", "thin"]
 
 Floats = NDArray[np.float64]
 
 
 class Thinned(NamedTuple):
-    """Values over time, a point for several consecutive batches.
+    """Values over time, one point for several consecutive batches.
 
     Attributes:
-        batches: ``[P]``, the middle of each point's batches.
-        mean: ``[P, ...]``, of the values that are not NaN; NaN where all are.
-        low: the least of them.
-        high: the most.
-        width: batches of a point, at most.
+        batches: ``[P]``, the mean of the batch numbers of each point.
+        mean: ``[P, ...]``, over the values that are not NaN; NaN if all are.
+        low: their minimum.
+        high: their maximum.
+        width: the largest number of batches in a point.
     """
 
     batches: Floats
@@ -30,7 +30,7 @@ class Thinned(NamedTuple):
     width: int
 
     def of(self, k: int) -> Thinned:
-        """Those of one column."""
+        """The values in column k."""
         mean, low, high = (values[:, k] for values in (self.mean, self.low, self.high))
         return Thinned(self.batches, mean, low, high, self.width)
 
@@ -38,13 +38,13 @@ class Thinned(NamedTuple):
 def thin(
     batches: NDArray[np.int64], values: NDArray[Any], border: int = 0, points: int = 60
 ) -> Thinned:
-    """Values over time in about so many points, none of which lies on both sides of a border.
+    """Values over time in at most ``points + 1`` points, none of which spans the border.
 
     Args:
-        batches: ``[B]``, rising.
-        values: ``[B, ...]``; NaN where there is none.
-        border: the last batch of the warm-up, say.
-        points: one more at most.
+        batches: ``[B]``, increasing.
+        values: ``[B, ...]``; NaN for a missing value.
+        border: a batch, e.g. the last one of the warm-up.
+        points: how many points there are, or one less.
 
     Example:
         >>> thin(np.arange(1, 5), np.array([3.0, 1.0, 5.0, np.nan]), points=2).mean
@@ -70,7 +70,7 @@ def thin(
 
 
 def evenly(length: int, most: int) -> NDArray[np.int64]:
-    """Positions in a sequence, at most so many and evenly spread, the first and the last with them.
+    """At most ``most`` evenly spaced positions in a sequence, the first and the last included.
 
     Example:
         >>> evenly(9, 5)

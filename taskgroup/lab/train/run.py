@@ -15,8 +15,8 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 import taskgroup as tg
-from taskgroup.lab.report import plots
-from taskgroup.lab.report.reader import read_lines
+from taskgroup.lab.report import matplotlib_figures
+from taskgroup.lab.report.run_data import load_run_data, read_lines
 from taskgroup.lab.train.clock import LateCopy
 from taskgroup.lab.train.evaluation import (
     CHECKPOINT_VERSION,
@@ -297,16 +297,8 @@ class Run:
         }
         write_text(self.out / "summary.json", json.dumps(summary, indent=2))
         titles = {task: problem.titles[task] for task in trainer.tasks}
-        learned = [line for line in history if line["batch"] > self.recipe.warmup]
-        plots.affinity(trainer.affinity(), titles, groups.partition, self.out / "affinity.png")
-        plots.number_of_groups(
-            [len(line["partition"]) for line in history],
-            self.recipe.warmup,
-            self.out / "groups.png",
-        )
-        plots.cogrouping(
-            [line["partition"] for line in learned or history], titles, self.out / "cogrouping.png"
-        )
+        affinity = trainer.affinity().cpu().double().numpy()
+        matplotlib_figures.run_figures(load_run_data(self.out), affinity, titles, self.out)
         problem.draw(trainer.model, self.out)
         return summary
 

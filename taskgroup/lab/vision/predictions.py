@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taskgroup.lab.data.samples import Samples
-from taskgroup.lab.report import plots
 from taskgroup.lab.vision.tasks import Task
 
 __all__ = ["colour", "draw", "draw_panel", "predict"]
 
 _UNKNOWN = 0.75  # grey
+_DPI = 150
 
 
 def colour(task: Task, values: Tensor, known: Tensor, low: float, high: float) -> Tensor:
@@ -97,7 +99,7 @@ def draw(
         targets[name] = colour(tasks[name], label, known, low, high)
         outputs[name] = colour(tasks[name], output, known, low, high)
     titles = {name: tasks[name].title for name in outputs}
-    plots.predictions(rgb.movedim(1, -1), targets, outputs, titles, path)
+    _draw_samples(rgb.movedim(1, -1), targets, outputs, titles, path)
 
 
 def draw_panel(
@@ -117,7 +119,61 @@ def draw_panel(
         known = torch.ones_like(output[:, :1], dtype=torch.bool)
         pictures[name] = colour(tasks[name], output, known, *_range(output, known))[0]
     titles = {name: tasks[name].title for name in pictures}
-    plots.panel(rgb.movedim(0, -1), pictures, titles, path)
+    _draw_side_by_side(rgb.movedim(0, -1), pictures, titles, path)
+
+
+def _draw_samples(
+    images: Tensor,
+    targets: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    titles: Mapping[str, str],
+    path: Path,
+) -> None:
+    """Two rows for each image: target and prediction of each task; all [N, H, W, 3] in [0, 1]."""
+    n_samples, columns = len(images), len(titles) + 1
+    aspect = images.shape[1] / images.shape[2]
+    figure = Figure(figsize=(1.15 * columns, 2.3 * aspect * n_samples + 0.35), layout=_tight())
+    grid = _empty_grid(figure, 2 * n_samples, columns)
+    for n in range(n_samples):
+        target_row, output_row = grid[2 * n], grid[2 * n + 1]
+        target_row[0].imshow(images[n].numpy())
+        target_row[0].set_ylabel("target", fontsize=8)
+        output_row[0].set_ylabel("prediction", fontsize=8)
+        for column, task in enumerate(titles, start=1):
+            target_row[column].imshow(targets[task][n].numpy())
+            output_row[column].imshow(outputs[task][n].numpy())
+    grid[0][0].set_title("input", fontsize=8)
+    for column, title in enumerate(titles.values(), start=1):
+        grid[0][column].set_title(title.replace(" ", "\n", 1), fontsize=8)
+    figure.savefig(path, dpi=_DPI)
+
+
+def _draw_side_by_side(
+    image: Tensor, outputs: Mapping[str, Tensor], titles: Mapping[str, str], path: Path
+) -> None:
+    """An image and what is predicted for it, [H, W, 3] in [0, 1], four in a row."""
+    pictures = {"input": image, **{title: outputs[task] for task, title in titles.items()}}
+    columns = min(4, len(pictures))
+    rows = -(-len(pictures) // columns)
+    height = 2.6 * image.shape[0] / image.shape[1] + 0.25
+    figure = Figure(figsize=(2.6 * columns, height * rows), layout=_tight())
+    places = _empty_grid(figure, rows, columns).flat
+    for axes, (title, picture) in zip(places, pictures.items(), strict=False):
+        axes.imshow(picture.numpy())
+        axes.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=_DPI)
+
+
+def _tight() -> ConstrainedLayoutEngine:
+    return ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, hspace=0.02, wspace=0.02)
+
+
+def _empty_grid(figure: Figure, rows: int, columns: int) -> np.ndarray:
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    return grid
 
 
 def _palette(n_classes: int) -> Tensor:

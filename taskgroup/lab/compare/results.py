@@ -1,0 +1,204 @@
+"""What a comparison found: estimates over the seeds for every variant."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from taskgroup.lab.compare.cell import Result
+from taskgroup.lab.compare.intervals import Estimate, estimate, noise_floor
+from taskgroup.lab.compare.presets import Variant
+from taskgroup.lab.train.evaluation import delta_m
+from taskgroup.lab.train.problem import Problem
+from taskgroup.lab.train.recipe import Recipe
+
+__all__ = ["BUDGETS", "Row", "Runs", "Table", "delta_of", "make_row", "mean", "median"]
+
+Runs = Mapping[int, Result]  # the finished runs of a variant, by seed
+Key = tuple[str, str]  # budget and split
+
+
+#: What every method gets the same amount of: the batches of the recipe; the time that the selective
+#: run takes for these batches; the same time, with the best learning rate. And their titles.
+BUDGETS = {
+    "batches": "as many batches",
+    "time": "as much time",
+    "tuned": "as much time, best rate",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a comparison found about one variant.
+
+    Attributes:
+        variant: the variant.
+        time: per batch, relative to joint training.
+        memory: peak bytes of a batch, relative to joint training.
+        steps: optimizer steps per batch.
+        groups: mean number of groups in the second half of a run.
+        changes: share of the batches in the last quarter of a run that changed the partition.
+        rate: learning rate of the tuned runs.
+        batches: ``{budget: batches}``.
+        delta: ``{(budget, split): Δm in percent against single-task training}``.
+        gain: ``{(budget, split): Δm minus that of joint training with the same seed}``.
+        floor: ``{(budget, split): noise floor of such a difference}``, from the joint runs.
+        metrics: ``{(budget, split): {task: mean}}``.
+        diverged: ``{budget: number of runs that diverged}``.
+        skipped: batches, over all seeds, for which the method found no weights.
+    """
+
+    variant: Variant
+    time: float
+    memory: float
+    steps: float
+    groups: float
+    changes: float
+    rate: float | None
+    batches: dict[str, int]
+    delta: dict[Key, Estimate]
+    gain: dict[Key, Estimate]
+    floor: dict[Key, float]
+    metrics: dict[Key, dict[str, float]]
+    diverged: dict[str, int]
+    skipped: int
+
+    def verdict(self, budget: str, split: str) -> str:
+        """Whether the variant differs from joint training: ``"better"``, ``"worse"`` or ``""``.
+
+        It differs if the interval of the difference excludes zero and the difference is larger than
+        the noise floor.
+        """
+        mean, half, n = self.gain.get((budget, split), (math.nan, math.nan, 0))
+        floor = self.floor.get((budget, split), math.nan)
+        if n < 2 or not (abs(mean) > half and abs(mean) > floor):
+            return ""
+        return "better" if mean > 0 else "worse"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Everything that a comparison found.
+
+    Attributes:
+        recipe: what all variants start from.
+        problem: the data set.
+        tasks: of the recipe.
+        seeds: their number.
+        rates: those that were tried for the budget ``"tuned"``.
+        budgets: those that were run.
+        reference: title of the variant whose time all variants get.
+        rows: one per variant.
+        single: ``{split: {task: mean metric}}`` of single-task training.
+        refused: ``{title: why the method cannot work on the data}``.
+        failed: the errors of the runs that failed.
+    """
+
+    recipe: Recipe
+    problem: Problem
+    tasks: list[str]
+    seeds: int
+    rates: list[float]
+    budgets: list[str]
+    reference: str
+    rows: list[Row]
+    single: dict[str, dict[str, float]]
+    refused: dict[str, str]
+    failed: list[str]
+
+    @property
+    def joint(self) -> Row:
+        """The row of joint training."""
+        return next(row for row in self.rows if row.variant.settings.get("method") == "gd")
+
+
+def delta_of(
+    result: Result, split: str, single: Mapping[str, Mapping[str, float]], problem: Problem
+) -> float:
+    """Δm of a run against single-task training, in percent; NaN if the run diverged."""
+    if result["diverged"] is not None:
+        return math.nan
+    metrics = result["metrics"][split]
+    baseline = {task: value for task, value in single[split].items() if task in metrics}
+    return delta_m(metrics, baseline, problem)
+
+
+def make_row(
+    variant: Variant,
+    runs: Mapping[str, Runs],
+    joint: Mapping[str, Runs],
+    splits: Iterable[str],
+    delta_of: Callable[[Result, str], float],
+    **known: Any,
+) -> Row:
+    """What the runs of a variant say.
+
+    Args:
+        variant: the variant.
+        runs: ``{budget: its runs}``.
+        joint: the same of the joint training that it is measured against.
+        splits: of the data.
+        delta_of: Δm of a run on a split.
+        **known: the other attributes of :class:`Row`.
+    """
+    delta, gain, floor, metrics, diverged = {}, {}, {}, {}, {}
+    for budget, by_seed in runs.items():
+        converged = [result for result in by_seed.values() if result["diverged"] is None]
+        diverged[budget] = len(by_seed) - len(converged)
+        for split in splits:
+            key = (budget, split)
+            values = {seed: delta_of(result, split) for seed, result in by_seed.items()}
+            others = {seed: delta_of(result, split) for seed, result in joint[budget].items()}
+            delta[key] = estimate(_finite(values.values()))
+            gain[key] = estimate(_finite(values[s] - others[s] for s in values if s in others))
+            floor[key] = noise_floor(_finite(others.values()))
+            if found := [result["metrics"][split] for result in converged]:
+                metrics[key] = {task: mean(m[task] for m in found) for task in found[0]}
+    finished, references = (
+        [result for result in of["batches"].values() if result["diverged"] is None]
+        for of in (runs, joint)
+    )
+    memory, joint_memory = (
+        median(result["peak_bytes"] for result in results) for results in (finished, references)
+    )
+    return Row(
+        variant=variant,
+        memory=memory / joint_memory,
+        steps=median(result["steps_per_batch"] for result in finished),
+        groups=mean(mean(r["groups"][len(r["groups"]) // 2 :]) for r in finished),
+        changes=mean(map(_late_changes, finished)),
+        delta=delta,
+        gain=gain,
+        floor=floor,
+        metrics=metrics,
+        diverged=diverged,
+        skipped=sum(result["skipped"] for result in finished),
+        **known,
+    )
+
+
+def _finite(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+def median(values: Iterable[float]) -> float:
+    """Of the values; NaN without any."""
+    values = list(values)
+    return statistics.median(values) if values else math.nan
+
+
+def mean(values: Iterable[float]) -> float:
+    """Of the values; NaN without any."""
+    values = list(values)
+    return statistics.fmean(values) if values else math.nan
+
+
+def _late_changes(result: Result) -> float:
+    """The share of the batches in the last quarter that changed the partition."""
+    batches = len(result["groups"])
+    quarter = max(1, batches // 4)
+    late = [batch for batch in result["changes"] if batch > batches - quarter]
+    return len(late) / quarter

@@ -1,0 +1,370 @@
+"""The figures in PNG files: the paper's figures of any runs, and the pictures of one run."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from taskgroup.lab.report import affinities, groups
+from taskgroup.lab.report.affinities import Pair
+from taskgroup.lab.report.colours import BLANK, RUNS, SECTIONS, colour_of_run
+from taskgroup.lab.report.labels import mean_of, short, short_names
+from taskgroup.lab.report.run_data import RunData
+from taskgroup.lab.report.thinning import Floats
+from taskgroup.lab.report.timing import scale_of, seconds_per_batch
+
+__all__ = ["affinity_over_time", "figures", "grouping", "open_axes", "run_figures", "save"]
+
+PathLike = str | os.PathLike[str]
+
+_DPI = 150
+_SHARE = "share of the batches in one group"
+_READABLE = 20  # tasks of a matrix whose numbers are written into it
+
+
+def figures(
+    runs: Sequence[RunData], out: PathLike, pair: Pair | None = None
+) -> tuple[list[Path], list[str]]:
+    """Draw ``time_per_batch.png``, ``grouping.png`` and ``affinity_over_time.png``.
+
+    These are the paper's Figures 2, 3 and 4, for finished runs and for runs that are still
+    training. A figure for which no run has data is not drawn.
+
+    Args:
+        runs: the runs to draw.
+        out: the folder, which is created if needed.
+        pair: two tasks whose affinity to draw; None takes the pair of
+            :func:`~taskgroup.lab.report.affinities.changed_most`.
+
+    Returns:
+        The files that were written, and sentences on what was left out and why.
+
+    Raises:
+        ValueError: if there is no run, or no such pair of tasks. Nothing is drawn then.
+    """
+    if not runs:
+        raise ValueError("There are no runs to draw; name the folder of one at least.")
+    if pair is not None:
+        affinities.check_pair(runs, pair)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    names = ("time_per_batch.png", "grouping.png", "affinity_over_time.png")
+    paths = [out / name for name in names]
+    found = [
+        time_per_batch(runs, paths[0]),
+        grouping(runs, paths[1]),
+        affinity_over_time(runs, paths[2], pair),
+    ]
+    written = [path for path, (done, _) in zip(paths, found, strict=True) if done]
+    return written, [note for _, notes in found for note in notes]
+
+
+def time_per_batch(runs: Sequence[RunData], path: PathLike) -> tuple[bool, list[str]]:
+    """Draw bars of the time per batch, divided into sections; the paper's Figure 2.
+
+    Returns:
+        Whether there was anything to draw, and sentences on what was left out.
+    """
+    bars, notes = seconds_per_batch(runs)
+    if not bars:
+        return False, notes
+    bars.sort(key=lambda bar: bar.seconds)
+    most = max(max(bar.totals) for bar in bars)
+    scale, unit = scale_of(most)
+    labels = [textwrap.fill(bar.label, 34, break_on_hyphens=False) for bar in bars]
+    lines = 1 + max(label.count("\n") for label in labels)
+    figure = Figure(figsize=(9, 1.3 + (0.2 + 0.16 * lines) * len(bars)), layout="constrained")
+    axes = open_axes(figure.subplots(), "Time per batch")
+    ends = np.zeros(len(bars))
+    for section, colour in SECTIONS.items():
+        if any(section in bar.sections for bar in bars):
+            widths = np.array([scale * bar.sections.get(section, 0.0) for bar in bars])
+            axes.barh(range(len(bars)), widths, 0.62, ends, color=colour, label=section)
+            ends += widths
+    for y, bar in enumerate(bars):
+        ratio = "" if bar.ratio is None else f"   {bar.ratio:.2f}x"
+        axes.annotate(
+            f"{scale * bar.seconds:.3g} {unit}{ratio}",
+            (scale * max(bar.totals), y),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    several = [(y, bar.totals) for y, bar in enumerate(bars) if len(bar.totals) > 1]
+    for n, (y, found) in enumerate(several):
+        axes.plot(
+            [scale * total for total in found],
+            [y] * len(found),
+            "ok",
+            markerfacecolor="white",
+            markersize=4,
+            label=None if n else "one run",
+        )
+    axes.set_yticks(range(len(bars)), labels, fontsize=8)
+    axes.set(xlim=(0, 1.2 * scale * most), ylim=(len(bars) - 0.4, -0.6))
+    axes.tick_params(axis="y", length=0)
+    relative_too = any(bar.ratio is not None for bar in bars)
+    units = {"s": "seconds", "ms": "milliseconds"}[unit]
+    axes.set_xlabel(f"{units} per batch" + (", and ratio to joint training" * relative_too))
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    save(figure, path)
+    return True, notes
+
+
+def grouping(runs: Sequence[RunData], path: PathLike) -> tuple[bool, list[str]]:
+    """Draw who shared a group, and the number of groups over time; the paper's Figure 3.
+
+    On the left is the share of the batches in which two tasks were in the same group, averaged over
+    the selective runs; tasks that often share a group are neighbours. On the right is the number of
+    groups of each run. If the runs have different tasks, those with the most common ones are drawn.
+    """
+    drawn, notes = groups.with_groups(runs)
+    if not drawn:
+        return False, notes
+    shared = groups.average_share(drawn)
+    order = groups.order_by_share(shared)
+
+    cell = max(3.0, min(12.0, 0.36 * len(order))) / len(order)  # inches
+    names = [short(drawn[0].tasks[k]) for k in order]
+    size = max(2.0, min(9.0, 0.75 * 72 * cell))  # points
+    room = max(map(len, names)) * 0.62 * size / 72  # inches of the longest name
+    of_runs = short_names(drawn)
+    columns = 2 if max(map(len, of_runs)) <= 30 else 1
+    below = 4.7 + 0.18 * (len(of_runs) + 1) / columns  # the picture on the right and its legend
+    side = cell * len(order) + room
+    figure = Figure(figsize=(side + 8.0, max(side + 0.6, below)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(side + 1, 7))
+    left.set_anchor("N")
+    image = _draw_share(left, shared, order, names, size, digits=2)
+    bar = figure.colorbar(image, cax=left.inset_axes((1.02, 0, 0.03, 1)))
+    bar.set_label(_SHARE)
+    left.set_title("Who shared a group" + mean_of(len(drawn)), loc="left")
+    _draw_counts(right, drawn, of_runs)
+    right.legend(
+        frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.16), ncols=columns
+    )
+    save(figure, path)
+    return True, notes
+
+
+def affinity_over_time(
+    runs: Sequence[RunData], path: PathLike, pair: Pair | None = None
+) -> tuple[bool, list[str]]:
+    """Draw the affinity between two tasks over time, one line per decay; the paper's Figure 4.
+
+    The entries are drawn as they were recorded, not divided by a self-affinity. Of several seeds
+    the mean is a thick line and each run a thin one. If the runs have different tasks, those with
+    the most common ones are drawn.
+    """
+    drawn, notes = affinities.with_affinity(runs, pair)
+    if not drawn:
+        return False, notes
+    pair = affinities.changed_most(drawn) if pair is None else pair
+    courses = affinities.affinity_courses(drawn, pair)
+    notes += [
+        f"The mean of {course.label} ends at batch {course.batches[-1]}, where its shortest run "
+        "ends."
+        for course in courses
+        if any(batches[-1] > course.batches[-1] for batches, _ in course.runs)
+    ]
+    titles = [course.label + mean_of(len(course.runs)) for course in courses]
+    columns = max(1, min(len(titles), 130 // (8 + max(map(len, titles)))))
+    height = 4.0 + 0.18 * -(-len(titles) // columns)
+    figure = Figure(figsize=(10.5, height), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    shades = colormaps["viridis"](np.linspace(0, 0.88, len(courses)))
+    for direction, axes in enumerate(panels):
+        step, effect = short(pair[direction]), short(pair[1 - direction])
+        open_axes(axes, f"step on {step}, effect on {effect}", size=10)
+        axes.axhline(0, color="#bbbbbb", linewidth=0.8)
+        for course, title, colour in zip(courses, titles, shades, strict=True):
+            for batches, values in course.runs if len(course.runs) > 1 else ():
+                axes.plot(batches, values[:, direction], color=colour, lw=0.6, alpha=0.45)
+            axes.plot(
+                course.batches,
+                course.mean[:, direction],
+                color=colour,
+                marker="." if len(course.batches) < 3 else "",  # a line of one point is invisible
+                linewidth=1.6,
+                label=title,
+            )
+        axes.set_xlabel("batch")
+    panels[0].set_ylabel("affinity, entry of the matrix as recorded")
+    lines = panels[0].get_legend_handles_labels()
+    figure.legend(*lines, frameon=False, fontsize=8, loc="outside lower left", ncols=columns)
+    save(figure, path)
+    return True, notes
+
+
+def run_figures(run: RunData, affinity: Floats, titles: Mapping[str, str], out: Path) -> None:
+    """Draw ``affinity.png``, ``groups.png`` and ``cogrouping.png`` of a finished run.
+
+    In both matrices the tasks of a group are neighbours, and the groups of the last batch are
+    framed.
+
+    Args:
+        run: the run.
+        affinity: ``[K, K]`` at its end, row i the effect of stepping task i; NaN where it was never
+            measured.
+        titles: ``{task: name}`` as figures show them, in the order of ``affinity``.
+        out: the folder.
+    """
+    tasks = list(titles)
+    columns = [run.tasks.index(task) for task in tasks]
+    partitions = run.groups[:, columns]
+    order = np.argsort(partitions[-1], kind="stable").tolist()
+    names = [titles[tasks[k]] for k in order]
+    sizes = np.bincount(partitions[-1])
+    size = 9 if len(tasks) <= _READABLE else max(3, 180 / len(tasks))
+    side = 3.0 + 0.42 * min(len(tasks), 40)
+
+    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    axes = figure.subplots()
+    values = affinities.relative(affinity)[np.ix_(order, order)]
+    if np.isnan(values).any():
+        axes.set_facecolor(BLANK)
+        place = ((1, 1), (0, 4), "axes fraction", "offset points")
+        axes.annotate("grey: not measured", *place, ha="right", fontsize=8)
+    image = axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1)
+    _name_tasks(axes, names, size, turned=45)
+    axes.set(xlabel="effect on task", ylabel="step on task")
+    _write_values(axes, values, 1)
+    _frame(axes, sizes)
+    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03, extend="both")
+    bar.set_label("raises the loss   ←   affinity / self-affinity   →   lowers it")
+    axes.set_title("Proximal inter-task affinity", loc="left", pad=12)
+    save(figure, out / "affinity.png")
+
+    learned = groups.learned(run)[:, columns]
+    after = learned if len(learned) else partitions
+    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    axes = figure.subplots()
+    image = _draw_share(axes, groups.share(after), order, names, size, digits=1, turned=45)
+    _frame(axes, sizes)
+    figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03).set_label(_SHARE)
+    axes.set_title(f"Who shared a group, over {len(after)} batches", loc="left", pad=12)
+    save(figure, out / "cogrouping.png")
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    _draw_smoothed_count(figure.subplots(), run)
+    save(figure, out / "groups.png")
+
+
+def _draw_smoothed_count(axes: Axes, run: RunData) -> None:
+    """Draw the number of groups after every batch, and its running mean after the warm-up."""
+    counts, n_batches = run.groups.max(1) + 1, len(run.batches)
+    axes.step(run.batches, counts, where="mid", color="#9ecae1", linewidth=1)
+    width = max(1, min(25, n_batches // 10))
+    kernel = np.ones(width)
+    mean = np.convolve(counts, kernel, "same") / np.convolve(np.ones(n_batches), kernel, "same")
+    settled = slice(min(run.warmup, n_batches - 1), None)
+    label = f"mean of {width} batches"
+    axes.plot(run.batches[settled], mean[settled], color="#08519c", label=label)
+    if 0 < run.warmup < n_batches:
+        axes.axvspan(1, run.warmup, color="#e8e8e8", zorder=0, label="warm-up")
+    open_axes(axes, "Number of groups")
+    axes.set(
+        xlabel="batch", ylabel="groups", xlim=(1, max(2, n_batches)), ylim=(0, max(counts) + 1)
+    )
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, loc="upper right")
+
+
+def _draw_counts(axes: Axes, runs: Sequence[RunData], names: Sequence[str]) -> None:
+    """Draw the number of groups of several runs."""
+    width = 1
+    for n, (run, name) in enumerate(zip(runs, names, strict=True)):
+        points = groups.group_counts(run)
+        width = max(width, points.width)
+        faint = min(0.15, 0.4 / len(runs))  # or the bands of many runs hide the lines
+        band = (points.batches, points.low, points.high)
+        axes.fill_between(*band, color=colour_of_run(n), alpha=faint, linewidth=0)
+        style = "-" if n < len(RUNS) else "--"
+        # The first line is the widest, so that all of the runs that agree are seen.
+        wide = 1.4 + 4 * (len(runs) - 1 - n) / max(3, len(runs) - 1)
+        line = (points.batches, points.mean, style)
+        axes.plot(*line, color=colour_of_run(n), linewidth=wide, label=name)
+    if warmup := max(run.warmup for run in runs):
+        axes.axvspan(0, warmup, color="#e8e8e8", zorder=0, linewidth=0, label="warm-up")
+    last = max(int(run.batches[-1]) for run in runs)
+    most = max(int(run.groups.max()) for run in runs) + 1
+    axes.set(xlabel="batch", ylabel="groups", xlim=(0, last), ylim=(0, 1.05 * most + 0.2))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.set_box_aspect(0.55)
+    axes.set_anchor("N")
+    of = f" (mean of {width} batches, shaded: minimum to maximum)" if width > 1 else ""
+    open_axes(axes, f"Number of groups{of}")
+
+
+def _draw_share(
+    axes: Axes,
+    shared: Floats,
+    order: Sequence[int],
+    names: Sequence[str],
+    size: float,
+    digits: int,
+    turned: int | None = None,
+) -> AxesImage:
+    """Draw the share of the batches in which two tasks were in the same group."""
+    values = shared[np.ix_(order, order)]
+    _name_tasks(axes, names, size, turned)
+    _write_values(axes, values, digits)
+    return axes.imshow(values, cmap="Blues", vmin=0, vmax=1)
+
+
+def _name_tasks(axes: Axes, names: Sequence[str], size: float, turned: int | None = None) -> None:
+    turned = turned or (45 if size == 9 else 90)
+    align = "right" if turned == 45 else "center"
+    axes.set_xticks(range(len(names)), names, rotation=turned, ha=align, fontsize=size)
+    axes.set_yticks(range(len(names)), names, fontsize=size)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _write_values(axes: Axes, values: Floats, digits: int) -> None:
+    """Write the values into the cells of a matrix that is small enough to read them."""
+    if len(values) > _READABLE:
+        return
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            axes.text(
+                column,
+                row,
+                f"{round(value, digits) + 0:.{digits}f}",  # + 0 turns -0.0 into 0.0
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if abs(value) > 0.6 else "black",
+            )
+
+
+def _frame(axes: Axes, sizes: NDArray[np.int64]) -> None:
+    """Frame groups of these sizes along the diagonal of a matrix."""
+    for end, size in zip(np.cumsum(sizes), sizes, strict=True):
+        corner = (end - size - 0.5, end - size - 0.5)
+        axes.add_patch(Rectangle(corner, size, size, fill=False, linewidth=1.8))
+
+
+def open_axes(axes: Axes, title: str, size: float | str = "large") -> Axes:
+    """Give axes a title, and remove the frame at the top and on the right."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, loc="left", size=size)
+    return axes
+
+
+def save(figure: Figure, path: PathLike) -> None:
+    """Write a PNG."""
+    figure.savefig(path, dpi=_DPI)

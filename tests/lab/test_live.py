@@ -1,0 +1,54 @@
+"""The displays in the terminal show what was trained so far."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from taskgroup.lab.compare.cell import Cell
+from taskgroup.lab.compare.progress import ComparisonDisplay
+from taskgroup.lab.report.live import Display
+from taskgroup.lab.train.recipe import read_recipe
+from taskgroup.lab.train.trainer import Progress
+
+
+@pytest.fixture
+def terminal():
+    return Console(width=160, file=io.StringIO(), force_terminal=True, color_system=None)
+
+
+def test_a_run_in_a_terminal(terminal):
+    with Display("runs/[one]", {"a": "Depth", "b": "Edges"}, terminal) as display:
+        for batch, loss in ((1, 1.0), (2, 3.0)):
+            losses = {"a": loss, "b": 2.0}
+            display.update(Progress(batch, 10, losses, [("a",), ("b",)], [("a", "b")]))
+    text = terminal.file.getvalue()
+    assert "runs/[one]" in text  # no markup
+    assert "2/10 batches" in text
+    assert "Depth                    1.1000" in text  # smoothed
+    assert "1 group  [Depth, Edges]" in text
+
+
+def test_a_comparison_in_a_terminal(terminal):
+    recipe = read_recipe("yeast")
+    with ComparisonDisplay("runs/[two]", {"uw": "UW"}, terminal, lambda _: 3.0) as display:
+        display.update("as many batches", 1, 10, Cell("uw", recipe), {"diverged": None})
+        display.update("as much time", 1, 4, Cell("single", recipe), {"diverged": None})
+        display.update("as much time", 2, 4, Cell("uw", recipe), {"diverged": 3})
+        display.update("as much time", 3, 4, Cell("uw", recipe), {"diverged": None})
+    text = terminal.file.getvalue()
+    assert "3/4 runs" in text
+    assert "Single-task" in text
+    assert "UW                            2   +3.0 % (1 diverged)" in text  # of this stage alone
+
+
+def test_ten_lines_in_a_pipe():
+    pipe = Console(width=80, file=io.StringIO())
+    with Display("run", {"a": "Depth"}, pipe) as display:
+        for batch in range(1, 101):
+            display.update(Progress(batch, 100, {"a": 1.0}, [("a",)], [("a",)]))
+    lines = pipe.file.getvalue().splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        f"run: batch {batch} of 100" for batch in (*range(1, 100, 10), 100)
+    ]
+    assert lines[-1].endswith("summed loss 1.000, 1 group")
