@@ -6,9 +6,9 @@ Both go through Python with the losses of a step on one of K / 4 groups of four 
 import pytest
 import torch
 
+import taskgroup as tg
 from benchmarks.ours import backends, check_affinity, launches, on
 from benchmarks.published import PublishedTaskAffinity
-from taskgroup import ops
 
 GOAL = {11: 30, 200: 100}
 DECAY = 1e-3
@@ -59,4 +59,4 @@ def test_affinity_update(record, device, n_tasks):
 
 def updating(matrix, before, after, mask):
     """The update, in place."""
-    return lambda: ops.affinity_update_(matrix, before, after, mask, DECAY)
+    return lambda: tg.affinity_update_(matrix, before, after, mask, DECAY)

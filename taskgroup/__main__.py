@@ -11,8 +11,7 @@ import platform
 import re
 import sys
 import textwrap
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy
@@ -181,69 +180,55 @@ def _backends(broken: list[str]) -> list[tuple[str, str]]:
     return rows
 
 
-def _try(op: str, device: torch.device) -> None:
-    """A small call of an op."""
+def _calls(device: torch.device) -> dict[str, Callable[[], object]]:
+    """A small call of each op."""
     matrix, ones = torch.zeros(2, 2, device=device), torch.ones(2, device=device)
     gradients = [[ones], [ones]]
-    arguments = {
-        "affinity_propagation": (matrix,),
-        "affinity_update_": (matrix, ones, ones, ones.bool(), 0.5),
-        "combine": (gradients, [0.5, 0.5]),
-        "gram_affinity_update_": (matrix, gradients, ones, 0.5),
-        "task_gram": (gradients,),
+    return {
+        "affinity_propagation": lambda: taskgroup.affinity_propagation(matrix),
+        "affinity_update_": lambda: taskgroup.affinity_update_(
+            matrix, ones, ones, ones.bool(), 0.5
+        ),
+        "combine": lambda: taskgroup.combine(gradients, [0.5, 0.5]),
+        "gram_affinity_update_": lambda: taskgroup.gram_affinity_update_(
+            matrix, gradients, ones, 0.5
+        ),
+        "task_gram": lambda: taskgroup.task_gram(gradients),
     }
-    getattr(ops, op)(*arguments[op])
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _choices() -> Iterator[list[tuple[str, str, Collection[str]]]]:
-    """What ops choose meanwhile: for which type of device, which backend, of which."""
-    choices: list[tuple[str, str, Collection[str]]] = []
-    preferred = _backend.preferred
-
-    def noted(device: str, implemented: Collection[str]) -> str:
-        name = preferred(device, implemented)
-        choices.append((device, name, implemented))
-        return name
-
-    _backend.preferred = noted
-    try:
-        yield choices
-    finally:
-        _backend.preferred = preferred
 
 
 def _ops(broken: list[str]) -> list[tuple[str, str]]:
     # The ops are run: what was not run is not known to work.
     rows = []
-    requested = _backend._BACKENDS.get(_backend._requested or "")
-    only = None if requested is None else requested.devices
+    requested = _backend.requested()
+    only = _backend.BACKENDS[requested].devices if requested in _backend.BACKENDS else None
     devices = [torch.device("cpu"), *_gpus()]
     devices = [device for device in devices if only is None or device.type in only]
     if not devices:
-        return [("", f"not tried: {_backend._requested} runs on a GPU, and there is none")]
+        return [("", f"not tried: {requested} runs on a GPU, and there is none")]
     failures: dict[str, list[str]] = {}
-    for op in sorted(set(ops.__all__) - {"backends", "use_backend"}):
+    calls = {device: _calls(device) for device in devices}
+    for op in calls[devices[0]]:
         where, of = [], ""
         for device in devices:
             try:
-                with _choices() as choices:
-                    _try(op, device)
+                with _backend.recorded_choices() as choices:
+                    calls[device][op]()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
             except Exception as error:  # of any kind: to tell of it is what this is for
                 failures.setdefault(" ".join(str(error).split()), []).append(f"{op} on {device}")
                 where.append(f"broken on {device}")
                 continue
-            ran_on, name, implemented = choices[0]
-            if ran_on == device.type:  # clustering runs on the host, wherever the matrix is
-                where.append(f"{name} on {device}")
-                of = f" (of {', '.join(implemented)})"
+            choice = choices[0]
+            if choice.device == device.type:  # clustering runs on the host, wherever the matrix is
+                where.append(f"{choice.backend} on {device}")
+                of = f" (of {', '.join(choice.implemented)})"
         rows.append((op, ", ".join(where) + of))
     # Where the native code does not load, every op says so, and one sentence is enough.
-    for text, calls in failures.items():
+    for text, failed in failures.items():
         if not (_backend.native.broken and str(_backend.native.problem) in text):
-            broken.append(f"{', '.join(calls)}: {text}")
+            broken.append(f"{', '.join(failed)}: {text}")
     return rows
 
 

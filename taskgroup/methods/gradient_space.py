@@ -12,7 +12,8 @@ from torch.amp import GradScaler
 
 from taskgroup.gradients.through_grad import hooks_held
 from taskgroup.methods.method import JointMethod, enabled, torch_as_it_comes
-from taskgroup.ops import combine, task_gram
+from taskgroup.ops.combine import combine
+from taskgroup.ops.task_gram import task_gram
 
 __all__ = ["GradientMethod", "Gradients", "GramMethod", "targets"]
 

@@ -11,7 +11,8 @@ import importlib
 import importlib.util
 import os
 import platform
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -79,14 +80,16 @@ def _load_native() -> _Native:
 native = _load_native()
 
 
-class _Backend(NamedTuple):
+class Backend(NamedTuple):
+    """Where a backend runs, and whether it can."""
+
     devices: tuple[str, ...] | None = None  # the types of device it runs on; None: on all
     problem: str | None = None  # why it is not available
     broken: bool = False  # it should be available: nothing takes its place silently
     on_request: bool = False  # an op never chooses it by itself
 
 
-def _triton() -> _Backend:
+def _triton() -> Backend:
     # Looked for, not imported: that takes a second, and is left to the first use.
     problem = None
     if importlib.util.find_spec("triton") is None:
@@ -94,7 +97,7 @@ def _triton() -> _Backend:
     # Triton's interpreter runs kernels in NumPy. It cannot follow addresses on a device, and is
     # there for tests: nobody wants it by surprise.
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-    return _Backend(("cpu" if interpreted else "cuda",), problem, on_request=interpreted)
+    return Backend(("cpu" if interpreted else "cuda",), problem, on_request=interpreted)
 
 
 def _cuda_problem() -> str | None:
@@ -107,11 +110,11 @@ def _cuda_problem() -> str | None:
 
 
 # In order of preference.
-_BACKENDS = {
-    "cpp": _Backend(("cpu",), native.problem, native.broken),
-    "cuda": _Backend(("cuda",), _cuda_problem(), native.broken),
+BACKENDS = {
+    "cpp": Backend(("cpu",), native.problem, native.broken),
+    "cuda": Backend(("cuda",), _cuda_problem(), native.broken),
     "triton": _triton(),
-    "reference": _Backend(),
+    "reference": Backend(),
 }
 
 _requested: str | None = os.environ.get("TASKGROUP_BACKEND") or None
@@ -129,22 +132,22 @@ def backends() -> dict[str, str | None]:
         >>> list(taskgroup.ops.backends())
         ['cpp', 'cuda', 'triton', 'reference']
     """
-    return {name: backend.problem for name, backend in _BACKENDS.items()}
+    return {name: backend.problem for name, backend in BACKENDS.items()}
 
 
 def _check_available(name: str) -> None:
-    if name in _BACKENDS and _BACKENDS[name].problem is None:
+    if name in BACKENDS and BACKENDS[name].problem is None:
         return
-    available = ", ".join(n for n, backend in _BACKENDS.items() if backend.problem is None)
-    missing = [f"{n}: {backend.problem}" for n, backend in _BACKENDS.items() if backend.problem]
-    if name not in _BACKENDS:
+    available = ", ".join(n for n, backend in BACKENDS.items() if backend.problem is None)
+    missing = [f"{n}: {backend.problem}" for n, backend in BACKENDS.items() if backend.problem]
+    if name not in BACKENDS:
         raise ValueError(
             f"taskgroup has no backend {name!r} (TASKGROUP_BACKEND or use_backend asked for it). "
             + "; ".join([f"Available: {available}", *missing])
             + ". Unset it, or ask for one of these."
         )
     raise RuntimeError(
-        f"taskgroup cannot use its backend {name!r}: {_BACKENDS[name].problem}. "
+        f"taskgroup cannot use its backend {name!r}: {BACKENDS[name].problem}. "
         f"Available: {available}." + (" Unset TASKGROUP_BACKEND." if name == _requested else "")
     )
 
@@ -167,7 +170,7 @@ class use_backend:  # noqa: N801 (to its users a function, like torch.no_grad)
     Example:
         >>> import torch, taskgroup
         >>> with taskgroup.ops.use_backend("reference"):
-        ...     taskgroup.ops.affinity_propagation(torch.eye(2))
+        ...     taskgroup.affinity_propagation(torch.eye(2))
         tensor([0, 1])
     """
 
@@ -191,12 +194,56 @@ class use_backend:  # noqa: N801 (to its users a function, like torch.no_grad)
         _requested = self._previous
 
 
+def requested() -> str | None:
+    """The backend that ``TASKGROUP_BACKEND`` or :class:`use_backend` asks for, if any."""
+    return _requested
+
+
+class Choice(NamedTuple):
+    """The choice of a backend for one call of an op."""
+
+    device: str  # the type of the device that holds the arguments
+    backend: str
+    implemented: tuple[str, ...]  # the backends that the op has
+
+
+_record: list[Choice] | None = None
+
+
+@contextmanager
+def recorded_choices() -> Iterator[list[Choice]]:
+    """Lists the choices that are made within the ``with`` statement, for the doctor."""
+    global _record
+    choices: list[Choice] = []
+    _record = choices
+    try:
+        yield choices
+    finally:
+        _record = None
+
+
 def preferred(device: str, implemented: Collection[str]) -> str:
-    """The backend that runs an op for arguments on a device; as :func:`choose`, by its name."""
+    """Returns the name of the backend that runs an op for arguments on a device.
+
+    Args:
+        device: Type of the device that holds the arguments, such as ``"cpu"``.
+        implemented: The backends that the op has; ``reference`` is one of them.
+
+    Raises:
+        ValueError: If the environment asks for a backend that does not exist.
+        RuntimeError: If the requested backend cannot run here, or the one that would run is broken.
+    """
+    name = _preferred(device, implemented)
+    if _record is not None:
+        _record.append(Choice(device, name, tuple(implemented)))
+    return name
+
+
+def _preferred(device: str, implemented: Collection[str]) -> str:
     if _requested is not None:
         _check_available(_requested)
         if _requested in implemented:
-            devices = _BACKENDS[_requested].devices
+            devices = BACKENDS[_requested].devices
             if devices is not None and device not in devices:
                 raise RuntimeError(
                     f"taskgroup's backend {_requested!r} runs on {' and '.join(devices)}, and the "
@@ -204,7 +251,7 @@ def preferred(device: str, implemented: Collection[str]) -> str:
                     "another with use_backend."
                 )
             return _requested
-    for name, backend in _BACKENDS.items():
+    for name, backend in BACKENDS.items():
         fits = backend.devices is None or device in backend.devices
         if backend.on_request or not fits or name not in implemented:
             continue
@@ -215,14 +262,10 @@ def preferred(device: str, implemented: Collection[str]) -> str:
 
 
 def choose(device: str, **implementations: Callable[P, T]) -> Callable[P, T]:
-    """Chooses the implementation of an op for arguments on a device.
+    """Chooses the implementation of an op for arguments on a device, as :func:`preferred` does.
 
     Args:
-        device: Type of the device that holds the arguments, such as ``"cpu"``.
-        **implementations: The op's implementations by backend; ``reference`` is one of them.
-
-    Raises:
-        ValueError: If the environment asks for a backend that there is not.
-        RuntimeError: If the backend asked for cannot run here, or the one that would run is broken.
+        device: Type of the device that holds the arguments.
+        **implementations: The op's implementations by backend.
     """
     return implementations[preferred(device, implementations)]

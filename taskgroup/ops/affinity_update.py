@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -181,28 +183,14 @@ def _check(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: f
         raise ValueError(f"decay must be in (0, 1], got {decay}.")
 
 
-def _native(
-    matrix: Tensor,
-    before: Tensor,
-    after: Tensor,
-    mask: Tensor,
-    decay: float,
-    observed: Tensor | None,
-) -> None:
-    torch.ops.taskgroup.affinity_update_(matrix, before, after, mask, decay, observed)
+def _native(*arguments: Any) -> None:
+    torch.ops.taskgroup.affinity_update_(*arguments)
 
 
-def _triton(
-    matrix: Tensor,
-    before: Tensor,
-    after: Tensor,
-    mask: Tensor,
-    decay: float,
-    observed: Tensor | None,
-) -> None:
+def _triton(*arguments: Any) -> None:
     from taskgroup.ops.triton import affinity_update as on_triton  # Triton is imported here
 
-    on_triton.affinity_update_(matrix, before, after, mask, decay, observed)
+    on_triton.affinity_update_(*arguments)
 
 
 def _reference(
@@ -231,14 +219,7 @@ def _reference(
         observed.add_(moves)
 
 
-def _fake(
-    matrix: Tensor,
-    before: Tensor,
-    after: Tensor,
-    mask: Tensor,
-    decay: float,
-    observed: Tensor | None = None,
-) -> None:
+def _fake(*arguments: Any) -> None:
     """The op writes to its arguments and returns nothing: without data there is nothing to do."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -147,51 +149,23 @@ def _check(
         raise ValueError(f"decay must be in (0, 1], got {decay}.")
 
 
-def _native(
-    matrix: Tensor,
-    gradients: GradientList,
-    tasks: list[int],
-    losses: Tensor,
-    decay: float,
-    lr: float,
-    observed: Tensor | None,
-) -> None:
-    flat, slots, _ = gradients
+def _native(matrix: Tensor, gradients: GradientList, *rest: Any) -> None:
     try:
-        torch.ops.taskgroup.gram_affinity_update_(
-            matrix, flat, slots, tasks, losses, decay, lr, observed
-        )
+        torch.ops.taskgroup.gram_affinity_update_(matrix, gradients.flat, gradients.slots, *rest)
     except (RuntimeError, TypeError):
         check(gradients)
         raise
 
 
-def _triton(
-    matrix: Tensor,
-    gradients: GradientList,
-    tasks: list[int],
-    losses: Tensor,
-    decay: float,
-    lr: float,
-    observed: Tensor | None,
-) -> None:
+def _triton(matrix: Tensor, gradients: GradientList, *rest: Any) -> None:
     from taskgroup.ops.triton import gram_affinity_update as on_triton  # Triton is imported here
 
     check(gradients)
-    flat, slots, _ = gradients
-    on_triton.gram_affinity_update_(matrix, flat, slots, tasks, losses, decay, lr, observed)
+    on_triton.gram_affinity_update_(matrix, gradients.flat, gradients.slots, *rest)
 
 
-def _reference(
-    matrix: Tensor,
-    gradients: GradientList,
-    tasks: list[int],
-    losses: Tensor,
-    decay: float,
-    lr: float,
-    observed: Tensor | None,
-) -> None:
-    _update(matrix, reference_gram(gradients), tasks, losses, decay, lr, observed)
+def _reference(matrix: Tensor, gradients: GradientList, *rest: Any) -> None:
+    _update(matrix, reference_gram(gradients), *rest)
 
 
 def _update(
@@ -203,7 +177,7 @@ def _update(
     lr: float,
     observed: Tensor | None,
 ) -> None:
-    """By the inner products, float64, of the measured tasks."""
+    """Update by the inner products of the measured tasks, float64."""
     index = torch.tensor(tasks, dtype=torch.int64, device="cpu")
     index = index.to(matrix.device, non_blocking=True)
     own = losses.double()[index]
@@ -217,14 +191,7 @@ def _update(
 
 
 def _fake(
-    matrix: Tensor,
-    gradients: list[Tensor],
-    slots: list[int],
-    tasks: list[int],
-    losses: Tensor,
-    decay: float,
-    lr: float,
-    observed: Tensor | None = None,
+    matrix: Tensor, gradients: list[Tensor], slots: list[int], tasks: list[int], *rest: Any
 ) -> None:
     """The op writes to its arguments and returns nothing: without data they can only be checked."""
     check(GradientList(gradients, slots, len(tasks)))
