@@ -14,7 +14,15 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from taskgroup._arguments import listed
-from taskgroup.nn.heads import _CURE, TaskHeads, _detached, _twin, _without_graph, kind_of
+from taskgroup.nn.heads import (
+    CURE,
+    TaskHeads,
+    detached,
+    frozen_head,
+    kind_of,
+    twin,
+    without_graph,
+)
 from taskgroup.nn.step import Step
 from taskgroup.ops._sharded import is_sharded
 
@@ -75,32 +83,32 @@ class BatchedHeads(TaskHeads):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_sorted": None}  # type: ignore[no-untyped-call]
 
-    def run(self, tasks: Collection[str], features: Any, hold: bool = False) -> dict[str, Any]:
+    def run(self, tasks: Collection[str], features: Any, frozen: bool = False) -> dict[str, Any]:
         """The outputs of the heads of ``tasks``, those of one kind in one run.
 
         Args:
             tasks: whose heads run.
             features: of the encoder.
-            hold: keep the parameters out of the graph.
+            frozen: detach the parameters, so that they get no gradient.
         """
         run_all = self._run_all
         if torch.compiler.is_compiling():
             # Traced, it would be settled then and for good whose outputs are used. Not a decorator:
             # that would import the compiler with the package.
             run_all = torch.compiler.disable(run_all)
-        return run_all(tasks, features, hold)
+        return run_all(tasks, features, frozen)
 
     def run_group(self, features: Any, group: Step, graph_for_all: bool) -> dict[str, Any]:
         """The outputs of the heads that a step needs, with a graph and without."""
-        graph = set(group.graph)
-        others = set(group.observed) - graph
-        outputs = self.run(graph, features)
-        if graph_for_all:
-            return outputs | self.run(others, features, hold=True)
-        with _without_graph(others):
-            return outputs | self.run(others, _detached(features))
+        own, observed = set(group.tasks), set(group.observed)
+        # Of heads that run as one, those that the loss leaves out would get gradients of zero. So
+        # the ones outside the group, which may be measured or differentiated, run frozen.
+        graph = observed if graph_for_all else set(group.graph)
+        outputs = self.run(own, features) | self.run(graph - own, features, frozen=True)
+        with without_graph(observed - graph):
+            return outputs | self.run(observed - graph, detached(features))
 
-    def _run_all(self, tasks: Collection[str], features: Any, hold: bool) -> dict[str, Any]:
+    def _run_all(self, tasks: Collection[str], features: Any, frozen: bool) -> dict[str, Any]:
         parameters = None if self._sorted is None else self._sorted.parameters(self, tasks)
         if self._sorted is None or parameters is None:
             self._sorted = _Sorted(self)
@@ -109,11 +117,14 @@ class BatchedHeads(TaskHeads):
         for kind in self._sorted.kinds:
             own = {task: parameters[task] for task in kind if task in parameters}
             if own:
-                outputs.update(self._run_as_one(kind, own, features, hold))
-        return {task: outputs[task] if task in outputs else self[task](features) for task in tasks}
+                outputs.update(self._run_as_one(kind, own, features, frozen))
+        for task in tasks:
+            if task not in outputs:
+                outputs[task] = (frozen_head(self[task]) if frozen else self[task])(features)
+        return {task: outputs[task] for task in tasks}
 
     def _run_as_one(
-        self, kind: list[str], own: dict[str, list[Tensor]], features: Any, hold: bool
+        self, kind: list[str], own: dict[str, list[Tensor]], features: Any, frozen: bool
     ) -> dict[str, Any]:
         assert self._sorted is not None
         first = self[kind[0]]
@@ -124,7 +135,7 @@ class BatchedHeads(TaskHeads):
                 dtypes = _compare(kind, first, self[kind[-1]], features)
             self._sorted.dtypes[setting] = dtypes
         try:
-            run = _as_one(first, list(own.values()), features, dtypes, hold=hold)
+            run = _as_one(first, list(own.values()), features, dtypes, frozen=frozen)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError) as error:
@@ -158,7 +169,7 @@ class _Sorted:
                     "sharded by itself: shard them as one, fully_shard(model.heads)."
                 )
             if obstacle := _obstacle(head):
-                raise ValueError(f"The head of task {task!r} has {obstacle} {_CURE}")
+                raise ValueError(f"The head of task {task!r} has {obstacle} {CURE}")
             if any(True for _ in head.parameters()):
                 kinds.setdefault(kind_of(head), []).append(task)
         self.kinds = [tasks for tasks in kinds.values() if len(tasks) > 1]
@@ -271,7 +282,7 @@ class _Run(NamedTuple):
     """Heads that have run as one."""
 
     outputs: list[Any]  # of each head
-    stacks: tuple[Tensor, ...]  # the parameters
+    stacks: list[Tensor]  # the parameters
     leaves: list[Tensor]  # the tensors in the outputs, of all heads
 
 
@@ -281,7 +292,7 @@ def _as_one(
     features: Any,
     dtypes: _Dtypes | None,
     *,
-    hold: bool = False,
+    frozen: bool = False,
 ) -> _Run:
     """Run heads of one kind as one.
 
@@ -290,23 +301,19 @@ def _as_one(
         own: the parameters of each head that runs.
         features: for all of them.
         dtypes: of the tensors in the output; None leaves them as they come.
-        hold: keep the parameters out of the graph.
+        frozen: detach the parameters.
     """
-    used, ids = (
-        _Used(),
-        [id(parameter) for module in head.modules() for parameter in module.parameters(False)],
-    )
-    flat = [parameter for same in zip(*own, strict=True) for parameter in same]
-    if hold:
-        flat = [parameter.detach() for parameter in flat]
-    anchor, *stacks = _Stack.apply(used, len(own), *flat)  # type: ignore[no-untyped-call]
+    ids = [id(parameter) for module in head.modules() for parameter in module.parameters(False)]
+    stacks = [torch.stack(same) for same in zip(*own, strict=True)]
+    if frozen:
+        stacks = [stack.detach() for stack in stacks]
     layout: list[Any] = []
 
     def run(stacks: list[Tensor]) -> tuple[Tensor, ...]:
         # A twin of the head, in which the stacks stand for the parameters: nothing is exchanged in
         # the head itself, so that nothing of it can get lost.
-        twin = _twin(head, dict(zip(ids, stacks, strict=True)), {})
-        leaves, structure = tree_flatten(twin(features))
+        stacked = twin(head, dict(zip(ids, stacks, strict=True)))
+        leaves, structure = tree_flatten(stacked(features))
         for leaf in leaves:
             if not isinstance(leaf, Tensor | int | float | complex | str | None):
                 raise TypeError(f"an output holds a {type(leaf).__name__}")
@@ -318,44 +325,14 @@ def _as_one(
     leaves = list(vmap(run, randomness="error")(stacks))
     if dtypes is not None:
         leaves = [leaf.to(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
-    if len(leaves) > 1 and anchor.requires_grad:
-        used.reached = _reached(leaves, anchor.grad_fn, features)
     structure, values, places = layout
-    parts = [
-        _Unstack.apply(used, n, anchor, leaf)  # type: ignore[no-untyped-call]
-        for n, leaf in enumerate(leaves)
-    ]
+    parts = [_Unstack.apply(leaf) for leaf in leaves]  # type: ignore[no-untyped-call]
     outputs = []
     for k in range(len(own)):
         for place, part in zip(places, parts, strict=True):
             values[place] = part[k]
         outputs.append(tree_unflatten(list(values), structure))
-    return _Run(outputs, tuple(stacks), leaves)
-
-
-def _reached(leaves: list[Tensor], start: Any, features: Any) -> list[set[int]]:
-    """By parameter, which of the tensors in the output depend on it.
-
-    Args:
-        leaves: the tensors in the output.
-        start: the node of :class:`_Stack`, at which the parameters come in.
-        features: at which the graph of the heads ends as well.
-    """
-    reached: list[set[int]] = [set() for _ in start.next_functions]
-    ends = {leaf.grad_fn for leaf in tree_leaves(features) if isinstance(leaf, Tensor)}
-    for place, leaf in enumerate(leaves):
-        seen = {None, start, *ends}
-        todo: list[Any] = [leaf.grad_fn]
-        while todo:
-            node = todo.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            for following, number in node.next_functions:
-                if following is start:
-                    reached[number - 1].add(place)
-                todo.append(following)
-    return reached
+    return _Run(outputs, stacks, leaves)
 
 
 def _compare(tasks: list[str], first: nn.Module, last: nn.Module, features: Any) -> _Dtypes:
@@ -432,113 +409,31 @@ def _cannot_run(tasks: Collection[str], error: Exception) -> RuntimeError:
         return RuntimeError(
             f"The heads of {listed(tasks)} draw random numbers (dropout), which would differ "
             f"from group to group where heads run as one; leave the dropout to the encoder, or "
-            f"{_CURE}"
+            f"{CURE}"
         )
     reason = reason if len(reason) <= 200 else f"{reason[:200]} ..."
     return RuntimeError(
-        f"The heads of {listed(tasks)} cannot run as one ({reason.rstrip('.')}); {_CURE}"
+        f"The heads of {listed(tasks)} cannot run as one ({reason.rstrip('.')}); {CURE}"
     )
 
 
-class _Used:
-    """By backward pass, whose outputs it uses.
-
-    A pass is known by the number that the engine gives it: passes over the same graph, nested ones
-    and those that ended with an exception are kept apart.
-
-    Attributes:
-        reached: by parameter, the tensors in the outputs that depend on it; None is all.
-    """
-
-    def __init__(self) -> None:
-        self.reached: list[set[int]] | None = None
-        # By the pass, and by the place of a tensor in the outputs, the numbers of the heads.
-        self._passes: dict[int, dict[int, set[int]]] = {}
-
-    def add(self, place: int, heads: Iterable[int]) -> None:
-        """The pass at hand uses the tensor at this place in the outputs of these heads."""
-        places = self._passes.setdefault(torch._C._current_graph_task_id(), {})
-        places.setdefault(place, set()).update(heads)
-
-    def of(self, parameter: int) -> set[int]:
-        """The heads whose parameter of this number gets a gradient in the pass at hand."""
-        places = self._passes.get(torch._C._current_graph_task_id(), {})
-        reached = places if self.reached is None else self.reached[parameter]
-        return set().union(*(heads for place, heads in places.items() if place in reached))
-
-
-class _Stack(torch.autograd.Function):
-    """Parameters of n heads, those of one name after the other, as a stack for each name.
-
-    Back, a head gets a gradient only if its output was used: zero, as ``torch.stack`` gives, would
-    let momentum and weight decay move heads outside the group. The first output is the anchor of
-    :class:`_Mark`.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, used: _Used, n_heads: int, *flat: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.used, ctx.n_heads = used, n_heads
-        names = range(0, len(flat), n_heads)
-        stacks = [torch.stack(flat[start : start + n_heads]) for start in names]
-        return stacks[0].new_empty((), dtype=torch.float32), *stacks
-
-    @staticmethod
-    def backward(ctx: Any, _: None, *stacks: Tensor | None) -> tuple[Tensor | None, ...]:
-        parts: list[Tensor | None] = []
-        for n, stack in enumerate(stacks):
-            if stack is None:
-                parts += [None] * ctx.n_heads
-                continue
-            own, used = stack.unbind(), ctx.used.of(n)
-            parts += [own[k] if k in used else None for k in range(ctx.n_heads)]
-        return (None, None, *parts)
-
-
 class _Unstack(torch.autograd.Function):
-    """The tensors of single heads at one place of their outputs; back, notes whose were used."""
+    """A stack as tensors that autograd knows one by one.
+
+    ``unbind`` returns views, and autograd refuses in-place operations on those of a whole tuple;
+    ``unbind_copy`` launches one kernel for each head. This makes one copy.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, used: _Used, place: int, anchor: Tensor, stack: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, stack: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.used, ctx.place, ctx.anchor = used, place, anchor
-        # Tensors of their own, laid out as those of a single head: they may be written to, and
-        # viewed. One copy for all, and no view of it, which autograd would not let be written to.
         whole = stack.clone(memory_format=torch.contiguous_format)
         return tuple(part.data for part in whole.unbind())
 
     @staticmethod
-    def backward(ctx: Any, *parts: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = [part for part in parts if part is not None]
-        if not found:
-            return None, None, None, None
-        tasks = [k for k, part in enumerate(parts) if part is not None]
-        ctx.used.add(ctx.place, tasks)
-        nothing = torch.zeros_like(found[0])
-        stack = torch.stack([nothing if part is None else part for part in parts])
-        if torch.is_grad_enabled():  # of this gradient a gradient will be taken
-            stack = _Mark.apply(ctx.used, ctx.place, tasks, ctx.anchor, stack)  # type: ignore[no-untyped-call]
-        return None, None, None, stack
-
-
-class _Mark(torch.autograd.Function):
-    """A gradient as it is; a backward pass through it uses the same outputs.
-
-    Such a pass does not come through :class:`_Unstack`. It comes through here, before it comes to
-    :class:`_Stack`, whose output the anchor is.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, used: _Used, place: int, tasks: list[int], anchor: Tensor, gradient: Tensor
-    ) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.used, ctx.place, ctx.tasks = used, place, tasks
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.used.add(ctx.place, ctx.tasks)
-        return None, None, None, None, gradient
+    def backward(ctx: Any, *parts: Tensor | None) -> Tensor | None:
+        found = next((part for part in parts if part is not None), None)
+        if found is None:
+            return None
+        zero = torch.zeros_like(found)
+        return torch.stack([zero if part is None else part for part in parts])

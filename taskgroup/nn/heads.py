@@ -19,7 +19,7 @@ from taskgroup.ops._sharded import is_sharded
 __all__ = ["TaskHeads", "kind_of"]
 
 
-_CURE = "give MultiTaskModel the heads in a plain dict."
+CURE = "give MultiTaskModel the heads in a plain dict."
 
 
 class TaskHeads(nn.Module, Mapping[str, nn.Module]):
@@ -89,55 +89,63 @@ class TaskHeads(nn.Module, Mapping[str, nn.Module]):
         outputs = {}
         learned, observed = set(group.graph), set(group.observed)
         graph = observed if graph_for_all else learned
-        detached = _detached(features) if observed > graph else None
+        constant = detached(features) if observed > graph else None
         # In the order of the heads, whatever the group: replayed dropout then draws the same masks.
         wanted = (task for task in self if task in graph or task in observed)
         for inside, tasks in itertools.groupby(wanted, graph.__contains__):
-            given = features if inside else detached
+            given = features if inside else constant
             for task in tasks:
                 head = self[task]
-                how = nullcontext() if inside else _without_graph([task])
+                how = nullcontext() if inside else without_graph([task])
                 with how, statistics_once(head, group):
-                    held = inside and task not in learned
-                    outputs[task] = (_held(head) if held else head)(given)
+                    frozen = inside and task not in learned
+                    outputs[task] = (frozen_head(head) if frozen else head)(given)
         return outputs
 
 
-def _twin(
-    module: nn.Module, tensors: Mapping[int, Tensor], made: dict[int, nn.Module]
+def twin(
+    module: nn.Module, tensors: Mapping[int, Tensor], made: dict[int, nn.Module] | None = None
 ) -> nn.Module:
-    """The same module with other tensors for its parameters, by their id; the rest is shared."""
-    if (twin := made.get(id(module))) is None:
-        twin = made[id(module)] = object.__new__(type(module))
-        vars(twin).update(vars(module))
-        vars(twin)["_parameters"] = {
-            name: None if parameter is None else tensors[id(parameter)]
-            for name, parameter in module._parameters.items()
-        }
-        vars(twin)["_modules"] = {
-            name: None if part is None else _twin(part, tensors, made)
-            for name, part in module._modules.items()
-        }
-        vars(twin).pop("_compiled_call_impl", None)  # it calls the module
-        if isinstance(module, nn.RNNBase):  # which lists its parameters once more
-            weights = module._flat_weights
-            vars(twin)["_flat_weights"] = [tensors.get(id(own), own) for own in weights]
-    return twin
+    """The same module with other tensors in place of its parameters; the rest is shared.
+
+    Args:
+        module: left as it is.
+        tensors: by the id of a parameter, the tensor that takes its place.
+        made: by the id of a part of the module, its twin, where it is made already.
+    """
+    made = {} if made is None else made
+    if id(module) in made:
+        return made[id(module)]
+    other = made[id(module)] = object.__new__(type(module))
+    vars(other).update(vars(module))
+    vars(other)["_parameters"] = {
+        name: None if parameter is None else tensors[id(parameter)]
+        for name, parameter in module._parameters.items()
+    }
+    vars(other)["_modules"] = {
+        name: None if part is None else twin(part, tensors, made)
+        for name, part in module._modules.items()
+    }
+    vars(other).pop("_compiled_call_impl", None)  # it calls the module
+    if isinstance(module, nn.RNNBase):  # which lists its parameters once more
+        weights = module._flat_weights
+        vars(other)["_flat_weights"] = [tensors.get(id(own), own) for own in weights]
+    return other
 
 
-def _held(head: nn.Module) -> nn.Module:
-    """The same head with its parameters kept out of the graph."""
+def frozen_head(head: nn.Module) -> nn.Module:
+    """The same head with detached parameters: gradients pass through it, and it gets none."""
     parameters = [*head.parameters()]
     if any(map(is_sharded, parameters)):  # FSDP gathers them when the head itself is called
         return head
-    return _twin(head, {id(own): own.detach() for own in parameters}, {})
+    return twin(head, {id(own): own.detach() for own in parameters})
 
 
-def _detached(features: Any) -> Any:
+def detached(features: Any) -> Any:
     return tree_map_only(Tensor, Tensor.detach, features)
 
 
-def _without_graph(tasks: Collection[str]) -> AbstractContextManager[None]:
+def without_graph(tasks: Collection[str]) -> AbstractContextManager[None]:
     """As ``torch.no_grad()``; a head that takes a derivative there is told how it can.
 
     Args:

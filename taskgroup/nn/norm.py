@@ -56,23 +56,23 @@ def statistics_once(module: nn.Module, group: Step) -> AbstractContextManager[No
     # While torch compiles the model as a whole there is no telling one group from another.
     if torch.compiler.is_compiling() or not _layers_of(module):
         return _NOTHING
-    return _hold(module, group)
+    return _redirected(module, group)
 
 
 @contextmanager
-def _hold(module: nn.Module, group: Step) -> Iterator[None]:
-    held = [
+def _redirected(module: nn.Module, group: Step) -> Iterator[None]:
+    layers = [
         layer
         for layer in _layers_of(module)
-        if layer.training and layer.track_running_stats and not _is_held(layer)
+        if layer.training and layer.track_running_stats and not _is_redirected(layer)
     ]
-    if not held or group.runs_first(module):
+    if not layers or group.runs_first(module):
         yield
         return
-    kept = [_Kept(layer) for layer in held]
+    kept = [_Kept(layer) for layer in layers]
     # Other tensors stand in the place of the statistics: nothing is copied, and for a compiled
     # module, which takes buffers as inputs, nothing has changed.
-    for layer in held:
+    for layer in layers:
         layer._buffers.update(_scratch_of(layer))
     try:
         yield
@@ -117,7 +117,7 @@ _OVERRIDDEN = ("__getstate__", "_save_to_state_dict")
 _NAMES = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def _is_held(layer: _NormBase) -> bool:
+def _is_redirected(layer: _NormBase) -> bool:
     return "__getstate__" in vars(layer)
 
 
