@@ -1,4 +1,4 @@
-"""Heads of one kind, run as one module."""
+"""Runs the heads of one kind as one module."""
 
 from __future__ import annotations
 
@@ -30,36 +30,41 @@ __all__ = ["BatchedHeads"]
 
 
 class BatchedHeads(TaskHeads):
-    r"""Heads that run as one module where they are of one kind: for many small ones.
+    r"""Heads for many small tasks: those of one kind run as one module.
 
-    A thousand linear heads are two thousand calls to torch forth and back. Those of the same kind
-    (classes, settings and shapes) run as one here: their parameters are stacked and the module
-    mapped over them (``torch.func.vmap``). Every head keeps parameters of its own: optimizers,
-    checkpoints and :meth:`TaskGroups.attach` see no difference, and a head whose output a step does
-    not use gets no gradient, so it stays where it is. Outputs are those of the single heads to
-    rounding, in their dtypes, under autocast as well. The first forward of a kind runs two heads
-    one by one and as one, and raises if the outputs differ.
+    A thousand linear heads take two thousand calls to torch in the forward and the backward pass.
+    This module runs the heads of one kind (same classes, settings and shapes) together: it stacks
+    their parameters and maps the module over the stack with ``torch.func.vmap``. Every head keeps
+    its own parameters, so optimizers, checkpoints and :meth:`TaskGroups.attach` work as with single
+    heads. The outputs equal those of the single heads up to rounding and have the same dtypes, also
+    under autocast. The first forward pass of each kind runs two heads both ways, and raises an
+    error if the outputs differ.
 
-    Losses that are computed one by one would cost as much again: join the outputs, which come in
-    the order of ``group.observed``, and give :meth:`Group.loss` one tensor.
+    Call the model with ``group=group``: the heads outside the group then get no gradient and stay
+    where they are. Without a group all heads run, and a backward pass gives a gradient of zero to
+    every head of a kind whose output it does not use; :meth:`TaskGroups.attach` keeps these heads
+    where they are.
 
-    It pays for hundreds of heads whose cost is the calls, not the arithmetic; convolutions on
-    feature maps are better run one by one. :meth:`MultiTaskModel.compile` compiles the encoder and
-    leaves these as they are, and so does ``torch.compile`` of the whole. With FSDP2 they are
-    sharded as one: ``fully_shard(model.heads)``.
+    Computing the losses one by one would cost as much again. The outputs come in the order of
+    ``group.observed``: stack them, and pass one tensor to :meth:`Group.loss`.
+
+    This is faster for hundreds of heads whose cost is the calls, not the arithmetic. Heads of
+    convolutions on feature maps are faster one by one. :meth:`MultiTaskModel.compile` compiles the
+    encoder alone, and ``torch.compile(model)`` leaves these heads uncompiled as well. With FSDP2,
+    shard them as one: ``fully_shard(model.heads)``.
 
     Args:
-        heads: ``{task: module}``, of one or several kinds; a head that is the only one of its kind
-            runs by itself. Heads may be edited, frozen or switched to ``eval()`` one by one; they
-            are then sorted by kind again. They may not have buffers (running statistics would not
-            move), dropout (masks would depend on the group), recurrent layers, sparse embeddings,
-            hooks, parametrizations, uninitialized parameters or compiled parts, nor take what
-            ``vmap`` cannot map.
+        heads: ``{task: module}``, of one or several kinds. A head that is the only one of its kind
+            runs by itself. You may edit single heads later, freeze them or switch them to
+            ``eval()``; the next forward pass sorts them by kind again. Heads may not have buffers
+            (running statistics would not be updated), dropout (the masks would depend on the
+            group), recurrent layers, sparse embeddings, hooks, parametrizations, uninitialized
+            parameters, compiled parts, or operations that ``vmap`` does not support.
 
     Raises:
-        ValueError: if a head has one of these. The sentence names the head. What is added later is
-            refused by the next forward.
-        RuntimeError: in a forward, if the heads cannot run as one, with the reason.
+        ValueError: if a head has one of these; the message names the head. The next forward pass
+            raises it for what was added later.
+        RuntimeError: in a forward pass, if the heads cannot run as one; the message says why.
 
     Example:
         >>> import taskgroup as tg
@@ -73,7 +78,7 @@ class BatchedHeads(TaskHeads):
         ...     group.loss(errors.square().mean((1, 2))).backward()
     """
 
-    # What __init__ found, not copied or saved with the module: None is "to be found again".
+    # The heads by kind. Not copied or saved with the module; None: the next forward sorts them.
     _sorted: _Sorted | None = None
 
     def __init__(self, heads: Mapping[str, nn.Module] | nn.ModuleDict) -> None:
@@ -84,25 +89,25 @@ class BatchedHeads(TaskHeads):
         return {**super().__getstate__(), "_sorted": None}  # type: ignore[no-untyped-call]
 
     def run(self, tasks: Collection[str], features: Any, frozen: bool = False) -> dict[str, Any]:
-        """The outputs of the heads of ``tasks``, those of one kind in one run.
+        """Run the heads of ``tasks``, and return their outputs in the order of ``tasks``.
 
         Args:
-            tasks: whose heads run.
-            features: of the encoder.
+            tasks: the tasks whose heads run.
+            features: the output of the encoder.
             frozen: detach the parameters, so that they get no gradient.
         """
         run_all = self._run_all
         if torch.compiler.is_compiling():
-            # Traced, it would be settled then and for good whose outputs are used. Not a decorator:
-            # that would import the compiler with the package.
+            # It breaks the graph many times. Not a decorator: that would import the compiler with
+            # the package.
             run_all = torch.compiler.disable(run_all)
         return run_all(tasks, features, frozen)
 
     def run_group(self, features: Any, group: Step, graph_for_all: bool) -> dict[str, Any]:
-        """The outputs of the heads that a step needs, with a graph and without."""
+        """Run the heads that a step needs, with a graph and without."""
         own, observed = set(group.tasks), set(group.observed)
-        # Of heads that run as one, those that the loss leaves out would get gradients of zero. So
-        # the ones outside the group, which may be measured or differentiated, run frozen.
+        # The loss leaves out the tasks outside the group, so that their heads would get gradients
+        # of zero, where they run as one with heads of the group. They run frozen instead.
         graph = observed if graph_for_all else set(group.graph)
         outputs = self.run(own, features) | self.run(graph - own, features, frozen=True)
         with without_graph(observed - graph):
@@ -140,20 +145,20 @@ class BatchedHeads(TaskHeads):
             raise
         except (RuntimeError, TypeError, ValueError) as error:
             with _aside():
-                first(features)  # an error of the head's own is raised as it is
+                first(features)  # where the head itself raises an error, this is that error
             raise _cannot_run(own, error) from error
         return dict(zip(own, run.outputs, strict=True))
 
 
-_Dtypes = list[torch.dtype]  # of the tensors in the output of a head
+_Dtypes = list[torch.dtype]  # one for each tensor in the output of a head
 
 
 class _Sorted:
-    """The heads sorted by kind, and what to compare them with to see that they were edited.
+    """The heads sorted by kind, with a record of their state that shows later edits.
 
     Attributes:
-        kinds: the tasks of the heads that run as one. The rest run one by one.
-        dtypes: of the outputs of a single head, by the kind and the setting it runs in.
+        kinds: for each kind of several heads, their tasks. The other heads run one by one.
+        dtypes: the dtypes of the outputs of a single head, by kind and setting.
 
     Raises:
         ValueError: if a head cannot run as one with others.
@@ -178,8 +183,8 @@ class _Sorted:
         self._seen = {task: _Seen(heads[task]) for kind in self.kinds for task in kind}
 
     def parameters(self, heads: TaskHeads, tasks: Iterable[str]) -> dict[str, list[Tensor]] | None:
-        """Of those of the tasks that run as one, the parameters; None if a head was edited."""
-        # Inside another transform of torch.func there is no autograd to tell what was used.
+        """The parameters of those heads that run as one, by task; None if a head was edited."""
+        # Another transform of torch.func may hand in parameters that were never compared.
         if torch._C._are_functorch_transforms_active():
             return {}
         if self._heads != [*heads.values()]:
@@ -195,7 +200,7 @@ class _Sorted:
 
 
 class _Seen:
-    """A head as it is now, to see later whether it was edited."""
+    """A record of the state of a head, which shows later whether it was edited."""
 
     def __init__(self, head: nn.Module) -> None:
         self._parts = [
@@ -211,7 +216,10 @@ class _Seen:
         ]
 
     def parameters(self) -> list[Tensor] | None:
-        """Its parameters, or None if it was edited: a thousand heads are asked in every forward."""
+        """The parameters of the head, or None if it was edited.
+
+        Every forward pass calls this for every head, so it must be fast.
+        """
         found: list[Tensor] = []
         for part, kind, values, modules, names, learned in self._parts:
             now = vars(part)
@@ -231,7 +239,7 @@ class _Seen:
                     or any(buffer is not None for buffer in now["_buffers"].values())
                 ):
                     return None
-            except (RuntimeError, ValueError):  # of new attributes with no equality to speak of
+            except (RuntimeError, ValueError):  # new attributes that == does not compare
                 return None
             found += [p for p in parameters if p is not None]
         return found
@@ -243,7 +251,7 @@ _hooks_of = attrgetter(
 
 
 def _obstacle(head: nn.Module) -> str | None:
-    """What keeps a head from running as one with others, and why."""
+    """The first thing in a head that keeps it from running as one with others, and why."""
     for path, part in head.named_modules():
         name = f"{type(part).__name__}{f' at {path!r}' if path else ''}"
         for buffer in (own for own, tensor in part._buffers.items() if tensor is not None):
@@ -267,7 +275,7 @@ def _obstacle(head: nn.Module) -> str | None:
 
 
 def _setting(parameters: list[Tensor], features: Any) -> tuple[object, ...]:
-    """What the dtypes of a head's output depend on, and whether it has a graph."""
+    """What the dtypes of a head's outputs depend on, and whether they have a graph."""
     device = parameters[0].device.type
     autocast = (
         torch.amp.is_autocast_available(device)
@@ -279,10 +287,10 @@ def _setting(parameters: list[Tensor], features: Any) -> tuple[object, ...]:
 
 
 class _Run(NamedTuple):
-    """Heads that have run as one."""
+    """The result of heads that ran as one."""
 
-    outputs: list[Any]  # of each head
-    stacks: list[Tensor]  # the parameters
+    outputs: list[Any]  # one for each head
+    stacks: list[Tensor]  # the stacked parameters
     leaves: list[Tensor]  # the tensors in the outputs, of all heads
 
 
@@ -297,10 +305,10 @@ def _as_one(
     """Run heads of one kind as one.
 
     Args:
-        head: one of the kind.
+        head: one head of the kind.
         own: the parameters of each head that runs.
-        features: for all of them.
-        dtypes: of the tensors in the output; None leaves them as they come.
+        features: the input of all heads.
+        dtypes: the dtypes to convert the tensors in the output to; None leaves them as they are.
         frozen: detach the parameters.
     """
     ids = [id(parameter) for module in head.modules() for parameter in module.parameters(False)]
@@ -310,8 +318,8 @@ def _as_one(
     layout: list[Any] = []
 
     def run(stacks: list[Tensor]) -> tuple[Tensor, ...]:
-        # A twin of the head, in which the stacks stand for the parameters: nothing is exchanged in
-        # the head itself, so that nothing of it can get lost.
+        # A twin of the head holds the stacks in place of the parameters. The head itself stays as
+        # it is, so an exception cannot leave it without its parameters.
         stacked = twin(head, dict(zip(ids, stacks, strict=True)))
         leaves, structure = tree_flatten(stacked(features))
         for leaf in leaves:
@@ -321,7 +329,7 @@ def _as_one(
         layout.append([n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)])
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
-    # The map must not draw random numbers, lest the masks depend on who is in the group.
+    # Random numbers are an error: the masks of dropout would depend on the group.
     leaves = list(vmap(run, randomness="error")(stacks))
     if dtypes is not None:
         leaves = [leaf.to(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
@@ -336,19 +344,19 @@ def _as_one(
 
 
 def _compare(tasks: list[str], first: nn.Module, last: nn.Module, features: Any) -> _Dtypes:
-    """Run two heads of a kind alone and as one, forth and back.
+    """Compare two heads of a kind that run one by one with the same heads run as one.
 
     Args:
-        tasks: of the kind.
-        first: a head of it.
-        last: another one.
-        features: for both.
+        tasks: the tasks of the kind.
+        first: one head of the kind.
+        last: another head of the kind.
+        features: the input of both.
 
     Returns:
         The dtypes of the tensors in the output of a single head.
 
     Raises:
-        RuntimeError: if they cannot run as one, or that gives something else.
+        RuntimeError: if the heads cannot run as one, or their outputs differ.
     """
     seen = [_Seen(first), _Seen(last)]
     alone = [first(features), last(features)]
@@ -361,7 +369,7 @@ def _compare(tasks: list[str], first: nn.Module, last: nn.Module, features: Any)
             _check_close(one, other)
         learned = [stack for stack in run.stacks if stack.requires_grad]
         leaves = [leaf for leaf in run.leaves if leaf.requires_grad]
-        if learned and leaves:  # activation checkpointing, say, fails here
+        if learned and leaves:  # a backward pass: activation checkpointing, for one, fails here
             torch.autograd.grad(
                 leaves, learned, [torch.ones_like(leaf) for leaf in leaves], allow_unused=True
             )
@@ -373,18 +381,19 @@ def _compare(tasks: list[str], first: nn.Module, last: nn.Module, features: Any)
 
 
 def _aside() -> AbstractContextManager[None]:
-    """Around what is run besides the forward: it is none of an outer activation checkpoint's.
+    """Hide what runs in this context from an activation checkpoint around the forward pass.
 
-    That counts the tensors that are saved, which are no more when it runs the forward again.
+    A checkpoint counts the saved tensors. It runs the forward pass again for the backward pass, and
+    then expects the same number; the comparison is not repeated then.
     """
     return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
 
 
 def _check_close(one: Any, other: Any) -> None:
-    """Raise if outputs are of another structure, or differ by more than any rounding does."""
+    """Raise if two outputs differ in structure, or by more than rounding can explain."""
     (ones, structure), (others, other_structure) = tree_flatten(one), tree_flatten(other)
     if structure != other_structure:
-        raise RuntimeError("the outputs are of another structure than those of the single heads")
+        raise RuntimeError("the outputs have another structure than those of the single heads")
     for a, b in zip(ones, others, strict=True):
         if not isinstance(a, Tensor):
             alike = not isinstance(b, Tensor) and (a == b or a != a)
@@ -393,7 +402,7 @@ def _check_close(one: Any, other: Any) -> None:
         elif a.is_floating_point() and type(a) is Tensor and a.device.type != "meta":
             a, b = a.detach().double(), b.detach().double()
             finite = a.isfinite()
-            # Of the mean: a value at the edge of a step function may fall on either side.
+            # By the mean: single values at the edge of a step function may differ a lot.
             error = torch.where(finite, a - b, 0).abs().mean()
             alike = bool(error <= 0.1 * torch.where(finite, a, 0).abs().mean() + 1e-3)
         else:
@@ -403,7 +412,7 @@ def _check_close(one: Any, other: Any) -> None:
 
 
 def _cannot_run(tasks: Collection[str], error: Exception) -> RuntimeError:
-    """The error to raise where heads cannot run as one."""
+    """Make the error that says why heads cannot run as one."""
     reason = " ".join(str(error).split())
     if "random" in reason:
         return RuntimeError(
