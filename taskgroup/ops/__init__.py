@@ -1,7 +1,7 @@
-"""The ops: one module each, with its docstring, its reference and its choice of backend.
+"""The ops: one module each, with docstring, reference implementation and choice of backend.
 
-The functions themselves are public as ``tg.task_gram``, ``tg.combine`` and so on; here are the
-modules of the same names, and what chooses their backend.
+The functions are public as ``tg.task_gram``, ``tg.combine`` and so on; ``taskgroup.ops.task_gram``
+is the module.
 """
 
 from taskgroup.ops._backend import backends, use_backend

@@ -1,4 +1,4 @@
-"""The update of the affinity matrix by the gradients of tasks, to first order."""
+"""The update of the affinity matrix with the gradients of tasks, to first order."""
 
 from __future__ import annotations
 
@@ -34,42 +34,42 @@ def gram_affinity_update_(
     lr: float = 1.0,
     observed: Tensor | None = None,
 ) -> Tensor:
-    r"""Updates the affinity matrix, in place, by what a small step on each task would do.
+    r"""Updates the affinity matrix, in place, with the effect of a small step on each task.
 
     To first order a gradient step of size :math:`\eta` on task :math:`i` lowers the loss of task
-    :math:`k` by :math:`\eta \langle g_i, g_k \rangle`, so every entry moves to
+    :math:`k` by :math:`\eta \langle g_i, g_k \rangle`, so every entry becomes
 
     .. math::
         A_{ik} \leftarrow (1 - \beta) A_{ik} + \beta \, \eta \, \frac{\langle g_i, g_k \rangle}{L_k}
 
     (Fifty et al., "Efficiently Identifying Task Groupings for Multi-Task Learning", NeurIPS 2021,
     and "Selective Task Group Updates for Multi-Task Optimization", ICLR 2025, arXiv 2502.11986,
-    whose affinities this approximates.) One fused op: the last step of the sum writes the affinity,
-    and nothing of the size of the gradients is copied.
+    whose affinities this approximates.) The op is fused: the last step of the sum writes the
+    affinity, and no tensor of the size of the gradients is copied.
 
-    Entries whose inner product or loss :math:`L_k` is not finite, or whose loss is not positive,
-    stay as they are; so do the rows and columns of tasks that are not measured. Sharded gradients
-    (DTensor) are taken as by :func:`taskgroup.task_gram`; the update is then plain PyTorch.
+    An entry does not change if its inner product or loss :math:`L_k` is not finite, or its loss is
+    not positive. The rows and columns of tasks that are not measured do not change either. Sharded
+    gradients (DTensor) are read as in :func:`taskgroup.task_gram`; the update itself is then plain
+    PyTorch.
 
     Args:
-        matrix: affinity :math:`A`, float32 ``[K, K]``, contiguous. Row i is the effect of stepping
+        matrix: affinity :math:`A`, float32 ``[K, K]``, contiguous. Row i is the effect of a step on
             task i, column k the effect on task k.
         gradients: ``[K][T]`` tensors or None, as for :func:`taskgroup.task_gram`. A task whose
             gradients are all None is not measured.
         losses: ``[K]``, float16, bfloat16, float32 or float64, on the device of ``matrix``.
         decay: weight :math:`\beta` of the observation, in (0, 1].
-        lr: step size :math:`\eta`. It cancels where the affinity is normalised for clustering.
-        observed: how often each entry of ``matrix`` was observed, ``[K, K]``, int32, contiguous, in
-            memory of its own. The count of every entry that this call updates grows by one, in
-            place. None: nobody counts.
+        lr: step size :math:`\eta`. It cancels when the affinity is normalised for clustering.
+        observed: the number of observations of each entry of ``matrix``, ``[K, K]``, int32,
+            contiguous, in separate memory. The call adds one, in place, for every entry that it
+            updates. None does not count.
 
     Returns:
         ``matrix``.
 
     Raises:
-        ValueError: if an argument has another type, shape, dtype, layout or device than these, or
-            ``observed`` shares memory with ``matrix``; the sentence names it. Nothing is changed
-            then.
+        ValueError: if an argument has another type, shape, dtype, layout or device, or ``observed``
+            shares memory with ``matrix``; the message names it. Nothing has changed then.
 
     Example:
         >>> gradients = [[torch.tensor([1.0, 0.0])], [torch.tensor([1.0, 1.0])], [None]]
@@ -107,7 +107,7 @@ def gram_affinity_update_(
         gram = gram_over_ranks([gradients[k] for k in measured], task_gram)
         _update(matrix, gram.double(), measured, losses, float(decay), float(lr), observed)
         return matrix
-    if len(measured) < listed.n_tasks:  # the ops see the measured tasks alone
+    if len(measured) < listed.n_tasks:  # the ops take only the measured tasks
         place = {k: p for p, k in enumerate(measured)}
         n = len(measured)
         slots = [t * n + place[k] for t, k in zip(listed.parameters(), listed.tasks(), strict=True)]
@@ -177,7 +177,7 @@ def _update(
     lr: float,
     observed: Tensor | None,
 ) -> None:
-    """Update by the inner products of the measured tasks, float64."""
+    """Updates the affinity with the inner products of the measured tasks, float64."""
     index = torch.tensor(tasks, dtype=torch.int64, device="cpu")
     index = index.to(matrix.device, non_blocking=True)
     own = losses.double()[index]
@@ -193,7 +193,7 @@ def _update(
 def _fake(
     matrix: Tensor, gradients: list[Tensor], slots: list[int], tasks: list[int], *rest: Any
 ) -> None:
-    """The op writes to its arguments and returns nothing: without data they can only be checked."""
+    """The op returns nothing, so there is nothing to do but to check its arguments."""
     check(GradientList(gradients, slots, len(tasks)))
 
 
