@@ -126,13 +126,9 @@ def _noise(n_tasks: int) -> Floats:
     return np.random.RandomState(0).standard_normal((n_tasks, n_tasks))
 
 
-def _native(
-    s: Floats, p: Floats | None, noise: Floats, damping: float, max_iter: int, convergence_iter: int
-) -> Labels | None:
+def _native(*arguments: Any) -> Labels | None:
     host: Any = _backend.native.host
-    labels: Labels | None = host.affinity_propagation(
-        s, p, noise, damping, max_iter, convergence_iter
-    )
+    labels: Labels | None = host.affinity_propagation(*arguments)
     return labels
 
 

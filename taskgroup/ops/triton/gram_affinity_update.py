@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -108,13 +110,6 @@ def gram_affinity_update_(
 
 @gram_affinity_update_.register_fake
 def _(
-    matrix: Tensor,
-    gradients: list[Tensor],
-    slots: list[int],
-    tasks: list[int],
-    losses: Tensor,
-    decay: float,
-    lr: float,
-    observed: Tensor | None = None,
+    matrix: Tensor, gradients: list[Tensor], slots: list[int], tasks: list[int], *rest: Any
 ) -> None:
     check(GradientList(gradients, slots, len(tasks)))
