@@ -109,7 +109,9 @@ class BatchedHeads(TaskHeads):
         # The loss leaves out the tasks outside the group, so that their heads would get gradients
         # of zero, where they run as one with heads of the group. They run frozen instead.
         graph = observed if graph_for_all else set(group.graph)
-        outputs = self.run(own, features) | self.run(graph - own, features, frozen=True)
+        outputs = self.run(own, features)
+        if graph > own:
+            outputs |= self.run(graph - own, features, frozen=True)
         with without_graph(observed - graph):
             return outputs | self.run(observed - graph, detached(features))
 
