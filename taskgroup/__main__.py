@@ -13,13 +13,21 @@ import sys
 import textwrap
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import torch
 
 import taskgroup
 from taskgroup import ops
-from taskgroup.ops import _backend
+from taskgroup.ops import (
+    _backend,
+    affinity_propagation,
+    affinity_update,
+    combine,
+    gram_affinity_update,
+    task_gram,
+)
 
 __all__ = ["main"]
 
@@ -180,20 +188,31 @@ def _backends(broken: list[str]) -> list[tuple[str, str]]:
     return rows
 
 
-def _calls(device: torch.device) -> dict[str, Callable[[], object]]:
-    """A small call of each op."""
+class _Op(NamedTuple):
+    """An op, and a small call of it."""
+
+    implementations: Collection[str]  # its backends
+    call: Callable[[], object]
+
+
+def _small_calls(device: torch.device) -> dict[str, _Op]:
     matrix, ones = torch.zeros(2, 2, device=device), torch.ones(2, device=device)
     gradients = [[ones], [ones]]
     return {
-        "affinity_propagation": lambda: taskgroup.affinity_propagation(matrix),
-        "affinity_update_": lambda: taskgroup.affinity_update_(
-            matrix, ones, ones, ones.bool(), 0.5
+        "affinity_propagation": _Op(
+            affinity_propagation.IMPLEMENTATIONS,
+            lambda: affinity_propagation.affinity_propagation(matrix),
         ),
-        "combine": lambda: taskgroup.combine(gradients, [0.5, 0.5]),
-        "gram_affinity_update_": lambda: taskgroup.gram_affinity_update_(
-            matrix, gradients, ones, 0.5
+        "affinity_update_": _Op(
+            affinity_update.IMPLEMENTATIONS,
+            lambda: affinity_update.affinity_update_(matrix, ones, ones, ones.bool(), 0.5),
         ),
-        "task_gram": lambda: taskgroup.task_gram(gradients),
+        "combine": _Op(combine.IMPLEMENTATIONS, lambda: combine.combine(gradients, [0.5, 0.5])),
+        "gram_affinity_update_": _Op(
+            gram_affinity_update.IMPLEMENTATIONS,
+            lambda: gram_affinity_update.gram_affinity_update_(matrix, gradients, ones, 0.5),
+        ),
+        "task_gram": _Op(task_gram.IMPLEMENTATIONS, lambda: task_gram.task_gram(gradients)),
     }
 
 
@@ -207,24 +226,23 @@ def _ops(broken: list[str]) -> list[tuple[str, str]]:
     if not devices:
         return [("", f"not run: {requested} needs a GPU, and there is none")]
     failures: dict[str, list[str]] = {}
-    calls = {device: _calls(device) for device in devices}
-    for op in calls[devices[0]]:
-        where, of = [], ""
+    calls = {device: _small_calls(device) for device in devices}
+    for name, (implementations, _) in calls[devices[0]].items():
+        where = []
         for device in devices:
             try:
-                with _backend.recorded_choices() as choices:
-                    calls[device][op]()
+                calls[device][name].call()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
             except Exception as error:  # of any kind: the report names it
-                failures.setdefault(" ".join(str(error).split()), []).append(f"{op} on {device}")
+                failures.setdefault(" ".join(str(error).split()), []).append(f"{name} on {device}")
                 where.append(f"broken on {device}")
                 continue
-            choice = choices[0]
-            if choice.device == device.type:  # clustering runs on the host for every device
-                where.append(f"{choice.backend} on {device}")
-                of = f" (of {', '.join(choice.implemented)})"
-        rows.append((op, ", ".join(where) + of))
+            # Clustering runs on the host for tensors on any device.
+            ran_on = device if "cuda" in implementations else torch.device("cpu")
+            where.append(f"{_backend.preferred(ran_on.type, implementations)} on {ran_on}")
+        places = ", ".join(dict.fromkeys(where))
+        rows.append((name, f"{places} (of {', '.join(implementations)})"))
     # If the native code does not load, every op fails with the same message: report it once.
     for text, failed in failures.items():
         if not (_backend.native.broken and str(_backend.native.problem) in text):

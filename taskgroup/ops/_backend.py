@@ -11,8 +11,7 @@ import importlib
 import importlib.util
 import os
 import platform
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -194,29 +193,6 @@ def requested() -> str | None:
     return _requested
 
 
-class Choice(NamedTuple):
-    """The choice of a backend for one call of an op."""
-
-    device: str  # the type of the device that holds the arguments
-    backend: str
-    implemented: tuple[str, ...]  # the backends that the op has
-
-
-_record: list[Choice] | None = None
-
-
-@contextmanager
-def recorded_choices() -> Iterator[list[Choice]]:
-    """Lists the choices that are made within the ``with`` statement, for the doctor."""
-    global _record
-    choices: list[Choice] = []
-    _record = choices
-    try:
-        yield choices
-    finally:
-        _record = None
-
-
 def preferred(device: str, implemented: Collection[str]) -> str:
     """Returns the name of the backend that runs an op for arguments on a device.
 
@@ -228,13 +204,6 @@ def preferred(device: str, implemented: Collection[str]) -> str:
         ValueError: If the environment asks for a backend that does not exist.
         RuntimeError: If the requested backend cannot run here, or the one that would run is broken.
     """
-    name = _preferred(device, implemented)
-    if _record is not None:
-        _record.append(Choice(device, name, tuple(implemented)))
-    return name
-
-
-def _preferred(device: str, implemented: Collection[str]) -> str:
     if _requested is not None:
         _check_available(_requested)
         if _requested in implemented:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -92,7 +92,7 @@ def propagate(
     s: Floats, p: Floats | None, damping: float, max_iter: int, convergence_iter: int
 ) -> Labels | None:
     """:func:`affinity_propagation` of valid arrays, [K, K] and optional preferences [K]."""
-    cluster = _backend.choose("cpu", cpp=_native, reference=_reference)
+    cluster = _backend.choose("cpu", **IMPLEMENTATIONS)
     return cluster(s, p, _noise(len(s)), damping, max_iter, convergence_iter)
 
 
@@ -198,3 +198,6 @@ def _assign(s: Floats, exemplars: Labels) -> Labels:
     cluster: Labels = s[:, exemplars].argmax(axis=1)
     cluster[exemplars] = np.arange(len(exemplars))
     return cluster
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Labels | None]] = {"cpp": _native, "reference": _reference}

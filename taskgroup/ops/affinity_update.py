@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,9 +95,7 @@ def update_checked_(
     observed: Tensor | None = None,
 ) -> None:
     """:func:`affinity_update_` for valid arguments: contiguous, losses in float32 or float64."""
-    update = _backend.choose(
-        matrix.device.type, cpp=_native, cuda=_native, triton=_triton, reference=_reference
-    )
+    update = _backend.choose(matrix.device.type, **IMPLEMENTATIONS)
     update(matrix, before, after, mask, decay, observed)
 
 
@@ -222,6 +221,13 @@ def _reference(
 def _fake(*arguments: Any) -> None:
     """The op returns nothing, so there is nothing to do."""
 
+
+IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
+    "cpp": _native,
+    "cuda": _native,
+    "triton": _triton,
+    "reference": _reference,
+}
 
 if _backend.native.host is not None:
     torch.library.register_fake("taskgroup::affinity_update_", _fake)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -109,9 +109,7 @@ def _run(
             for t, k in zip(listed.parameters(), listed.tasks(), strict=True)
         ]
         listed = listed._replace(slots=slots)
-    run = _backend.choose(
-        device.type, cpp=_native, cuda=_native, triton=_triton, reference=_reference
-    )
+    run = _backend.choose(device.type, **IMPLEMENTATIONS)
     with torch.no_grad():
         run(listed, weights, [result[t].detach() for t in reached])  # type: ignore[union-attr]
 
@@ -225,6 +223,13 @@ def _fake(gradients: list[Tensor], slots: list[int], weights: Tensor, out: list[
     """The op returns nothing, so there is nothing to do but to check its arguments."""
     check(GradientList(gradients, slots, len(weights)))
 
+
+IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
+    "cpp": _native,
+    "cuda": _native,
+    "triton": _triton,
+    "reference": _reference,
+}
 
 if _backend.native.host is not None:
     torch.library.register_fake("taskgroup::combine", _fake)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,9 +113,7 @@ def gram_affinity_update_(
         n = len(measured)
         slots = [t * n + place[k] for t, k in zip(listed.parameters(), listed.tasks(), strict=True)]
         listed = GradientList(listed.flat, slots, n)
-    update = _backend.choose(
-        matrix.device.type, cpp=_native, cuda=_native, triton=_triton, reference=_reference
-    )
+    update = _backend.choose(matrix.device.type, **IMPLEMENTATIONS)
     with torch.no_grad():
         update(matrix, listed, measured, losses, float(decay), float(lr), observed)
     return matrix
@@ -196,6 +195,13 @@ def _fake(
     """The op returns nothing, so there is nothing to do but to check its arguments."""
     check(GradientList(gradients, slots, len(tasks)))
 
+
+IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
+    "cpp": _native,
+    "cuda": _native,
+    "triton": _triton,
+    "reference": _reference,
+}
 
 if _backend.native.host is not None:
     torch.library.register_fake("taskgroup::gram_affinity_update_", _fake)

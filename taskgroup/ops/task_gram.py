@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -67,13 +69,7 @@ def task_gram(gradients: Gradients) -> Tensor:
     if any_sharded(listed.flat):
         return gram_over_ranks(gradients, task_gram)
     device = getattr(listed.flat[0], "device", None)
-    gram = _backend.choose(
-        "cpu" if device is None else device.type,
-        cpp=_native,
-        cuda=_native,
-        triton=_triton,
-        reference=_reference,
-    )
+    gram = _backend.choose("cpu" if device is None else device.type, **IMPLEMENTATIONS)
     with torch.no_grad():
         return gram(listed)
 
@@ -103,6 +99,13 @@ def _fake(gradients: list[Tensor], slots: list[int], n_tasks: int) -> Tensor:
     check(GradientList(gradients, slots, n_tasks))
     return gradients[0].new_empty(n_tasks, n_tasks, dtype=gram_dtype(gradients))
 
+
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "cpp": _native,
+    "cuda": _native,
+    "triton": _triton,
+    "reference": _reference,
+}
 
 if _backend.native.host is not None:
     torch.library.register_fake("taskgroup::task_gram", _fake)
