@@ -169,7 +169,7 @@ def _backends(broken: list[str]) -> list[tuple[str, str]]:
     what = {
         "cpp": "C++, for the CPU",
         "cuda": f"CUDA kernels, for compute capability {_numbers(compiled)}",
-        "triton": "for GPUs",
+        "triton": "Triton kernels, compiled at their first use",
         "reference": "plain PyTorch and NumPy, on any device",
     }
     rows = []
