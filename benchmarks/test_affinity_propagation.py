@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.cluster import AffinityPropagation
 
-from taskgroup import ops
+import taskgroup as tg
 
 # Goals of the C++ code; the reference has none.
 GOAL = {11: 30, 200: 5}
@@ -37,11 +37,11 @@ def test_affinity_propagation(record, n_tasks):
     peer = AffinityPropagation(affinity="precomputed", convergence_iter=50, random_state=0)
 
     def ours():
-        return ops.affinity_propagation(tensor)
+        return tg.affinity_propagation(tensor)
 
     def reference():
-        with ops.use_backend("reference"):
-            return ops.affinity_propagation(tensor)
+        with tg.ops.use_backend("reference"):
+            return tg.affinity_propagation(tensor)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a peer that does not converge is no peer

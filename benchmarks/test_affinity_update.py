@@ -6,9 +6,9 @@ Both are called from Python with the losses of a step on a group of four tasks.
 import pytest
 import torch
 
+import taskgroup as tg
 from benchmarks.ours import backends, check_affinity, launches, on
 from benchmarks.published import PublishedTaskAffinity
-from taskgroup import ops
 
 GOAL = {11: 30, 200: 100}
 DECAY = 1e-3
@@ -59,4 +59,4 @@ def test_affinity_update(record, device, n_tasks):
 
 def updating(matrix, before, after, mask):
     """A function that updates the matrix in place."""
-    return lambda: ops.affinity_update_(matrix, before, after, mask, DECAY)
+    return lambda: tg.affinity_update_(matrix, before, after, mask, DECAY)

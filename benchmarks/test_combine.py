@@ -7,11 +7,11 @@ needs, compared with TorchJD's way from the Jacobian to the gradient.
 import pytest
 import torch
 
+import taskgroup as tg
 from benchmarks import gradient_peers as peer
 from benchmarks.limits import Limits
 from benchmarks.ours import backends, check_combination, on
 from benchmarks.shapes import parameter_count, random_gradients
-from taskgroup import ops
 
 SUM = "sum of w * g, task by task"
 CONCATENATED = "stack(cat), then w @ matrix"
@@ -32,12 +32,12 @@ def test_combine(record, device, case):
     on_a_gpu = device.type == "cuda"
 
     def gram_and_combine():
-        ops.task_gram(gradients)
-        return ops.combine(gradients, weights)
+        tg.task_gram(gradients)
+        return tg.combine(gradients, weights)
 
     calls = {
-        "combine": lambda: ops.combine(gradients, weights),
-        "combine, out=": lambda: ops.combine(gradients, weights, out=out),
+        "combine": lambda: tg.combine(gradients, weights),
+        "combine, out=": lambda: tg.combine(gradients, weights, out=out),
         "task_gram, combine": gram_and_combine,
     }
     ours = {}  # by op and backend

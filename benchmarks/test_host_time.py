@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from taskgroup import ops
+import taskgroup as tg
 from taskgroup.ops import _plain
 
 N_PARAMETERS = 150  # of a ViT's encoder
@@ -20,10 +20,10 @@ def test_host_time(record, device, n_tasks):
     losses = torch.ones(n_tasks, device=device)
     matrix = torch.zeros(n_tasks, n_tasks, device=device)
     calls = {
-        "task_gram": lambda: ops.task_gram(gradients),
-        "combine": lambda: ops.combine(gradients, weights),
-        "combine(out=)": lambda: ops.combine(gradients, weights, out=out),
-        "gram_affinity_update_": lambda: ops.gram_affinity_update_(matrix, gradients, losses, 0.1),
+        "task_gram": lambda: tg.task_gram(gradients),
+        "combine": lambda: tg.combine(gradients, weights),
+        "combine(out=)": lambda: tg.combine(gradients, weights, out=out),
+        "gram_affinity_update_": lambda: tg.gram_affinity_update_(matrix, gradients, losses, 0.1),
     }
     reader = _plain._reader
 

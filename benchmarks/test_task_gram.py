@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+import taskgroup as tg
 from benchmarks import gradient_peers as peer
 from benchmarks.limits import Limits
 from benchmarks.ours import backends, check_affinity, check_gram, on
 from benchmarks.shapes import parameter_count, random_gradients
-from taskgroup import ops
 
 PAIRWISE = "(a * b).sum() for all pairs"
 CONCATENATED = "stack(cat), then mm"
@@ -67,11 +67,11 @@ def test_task_gram(record, device, case, op):
     losses = torch.linspace(0.5, 1.5, n_tasks, device=device)
     ours = {}
     for backend in backends(device):
-        with ops.use_backend(backend):
-            gram = ops.task_gram(gradients)
+        with tg.ops.use_backend(backend):
+            gram = tg.task_gram(gradients)
         check_gram(f"task_gram on {backend}", gram, gradients)
         matrix = torch.zeros(n_tasks, n_tasks, device=device)
-        ours[backend] = on(backend, lambda: ops.task_gram(gradients))
+        ours[backend] = on(backend, lambda: tg.task_gram(gradients))
         if op != OP:
             update = updating(matrix, gradients, losses)
             ours[f"task_gram, {backend}"] = ours[backend]
@@ -139,7 +139,7 @@ def test_task_gram(record, device, case, op):
 
 def updating(matrix, gradients, losses):
     """A function that updates an affinity from gradients."""
-    return lambda: ops.gram_affinity_update_(matrix, gradients, losses, DECAY)
+    return lambda: tg.gram_affinity_update_(matrix, gradients, losses, DECAY)
 
 
 def reason_or_update(gram, matrix, losses):

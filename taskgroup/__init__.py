@@ -33,13 +33,11 @@ from taskgroup.loop.schedule import TaskGroups
 from taskgroup.nn.batched import BatchedHeads
 from taskgroup.nn.model import MultiTaskModel
 from taskgroup.nn.norm import statistics_once
-from taskgroup.ops import (
-    affinity_propagation,
-    affinity_update_,
-    combine,
-    gram_affinity_update_,
-    task_gram,
-)
+from taskgroup.ops.affinity_propagation import affinity_propagation
+from taskgroup.ops.affinity_update import affinity_update_
+from taskgroup.ops.combine import combine
+from taskgroup.ops.gram_affinity_update import gram_affinity_update_
+from taskgroup.ops.task_gram import task_gram
 
 __all__ = [
     "AffinityPropagation",

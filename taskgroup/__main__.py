@@ -1,6 +1,6 @@
-"""What is installed, what runs here, and why the rest does not: ``taskgroup doctor``.
+"""The doctor: reports what is installed, what runs on this machine, and why the rest does not.
 
-Needs torch and numpy alone; ``python -m taskgroup`` runs where the command line does not.
+``python -m taskgroup`` needs torch and numpy alone; ``taskgroup doctor`` is the same command.
 """
 
 from __future__ import annotations
@@ -11,16 +11,23 @@ import platform
 import re
 import sys
 import textwrap
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import torch
 
 import taskgroup
 from taskgroup import ops
-from taskgroup.ops import _backend
+from taskgroup.ops import (
+    _backend,
+    affinity_propagation,
+    affinity_update,
+    combine,
+    gram_affinity_update,
+    task_gram,
+)
 
 __all__ = ["main"]
 
@@ -31,8 +38,8 @@ def main() -> int:
     """Prints the report.
 
     Returns:
-        The exit status: 1 if something is broken, that is, there and not working; else 0. What is
-        merely not installed breaks nothing: its row says how to have it.
+        The exit status: 1 if something is broken, that is, installed but not working; else 0. What
+        is not installed is not broken; its row says how to install it.
     """
     broken: list[str] = []
     _print("Versions", _versions(broken))
@@ -54,7 +61,7 @@ def _print(title: str, rows: Collection[tuple[str, str]]) -> None:
 
 
 def _fill(text: str, first: str = "", other: str = "  ") -> str:
-    # Nothing is broken inside a word: paths and options are there to be copied.
+    # Lines never break inside a word, so that paths and options can be copied.
     return textwrap.fill(
         text,
         _WIDTH,
@@ -73,7 +80,7 @@ def _version(package: str) -> str | None:
 
 
 def _requirements() -> list[str]:
-    """What the installation requires, as its metadata has it; empty where it has none."""
+    """The requirements in the metadata of the installation; empty if there is no metadata."""
     try:
         return importlib.metadata.requires("taskgroup") or []
     except importlib.metadata.PackageNotFoundError:
@@ -105,7 +112,7 @@ def _hardware(broken: list[str]) -> list[tuple[str, str]]:
         names = {"avx512": "AVX-512", "avx2": "AVX2", "portable": "portable vectors"}
         used = torch.ops.taskgroup.cpu_instruction_set()
         asked = os.environ.get("TASKGROUP_CPU_ISA")
-        chosen = f", because TASKGROUP_CPU_ISA={asked}; unset it to have the best" if asked else ""
+        chosen = f", because TASKGROUP_CPU_ISA={asked}; unset it to use the best" if asked else ""
         rows.append(("CPU", f"gradients are read with {names[used]}{chosen}"))
     compiled = torch.ops.taskgroup.cuda_architectures() if native else []
     for index, device in enumerate(_gpus()):
@@ -122,30 +129,30 @@ def _hardware(broken: list[str]) -> list[tuple[str, str]]:
             )
     if not _gpus():
         why = "torch sees none" if torch.version.cuda else "this torch is built without CUDA"
-        rows.append(("GPU", f"none: {why}; where there is one, install a torch for CUDA"))
+        rows.append(("GPU", f"none: {why}; if this machine has one, install a torch for CUDA"))
     return rows
 
 
 def _gpus() -> list[torch.device]:
-    if not torch.cuda.is_available():  # which warns where the driver is too old, say
+    if not torch.cuda.is_available():  # this warns if the driver is too old, for example
         return []
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
 def covers(compiled: list[int], major: int, minor: int) -> bool:
-    """Whether kernels run on a GPU.
+    """Whether the CUDA kernels run on a GPU.
 
     Args:
-        compiled (list of int): The architectures they were compiled for: 80, 90, ...
-        major (int): Compute capability of the GPU.
-        minor (int): Its second number.
+        compiled (list of int): The architectures that the kernels were compiled for: 80, 90, ...
+        major (int): The major number of the GPU's compute capability.
+        minor (int): The minor number.
 
     Example:
         >>> covers([80, 90], 8, 6), covers([80, 90], 7, 5), covers([80, 90], 12, 0)
         (True, False, True)
     """
-    # Machine code runs on what has the same first number and no smaller second one. The last
-    # architecture is also there as PTX, which the driver compiles for what is newer.
+    # Machine code runs on GPUs with the same major number and an equal or larger minor number. The
+    # library also has PTX for the last architecture, which the driver compiles for newer GPUs.
     own = any(number // 10 == major and number % 10 <= minor for number in compiled)
     return own or 10 * major + minor >= max(compiled)
 
@@ -162,8 +169,8 @@ def _backends(broken: list[str]) -> list[tuple[str, str]]:
     what = {
         "cpp": "C++, for the CPU",
         "cuda": f"CUDA kernels, for compute capability {_numbers(compiled)}",
-        "triton": "for GPUs",
-        "reference": "plain PyTorch and NumPy, anywhere",
+        "triton": "Triton kernels, compiled at their first use",
+        "reference": "plain PyTorch and NumPy, on any device",
     }
     rows = []
     for name, problem in ops.backends().items():
@@ -172,78 +179,74 @@ def _backends(broken: list[str]) -> list[tuple[str, str]]:
         elif problem:
             rows.append((name, f"off: {problem}"))
         elif name in ("cuda", "triton") and not _gpus():
-            rows.append((name, f"there, and no GPU to run on: {what[name]}"))
+            rows.append((name, f"installed, but there is no GPU: {what[name]}"))
         else:
             rows.append((name, f"on: {what[name]}"))
     for variable in ("TASKGROUP_BACKEND", "TRITON_INTERPRET"):
         if value := os.environ.get(variable):
-            rows += [("override", f"{variable}={value}; unset it to have the choice above")]
+            rows += [("override", f"{variable}={value}; unset it to use the choice above")]
     return rows
 
 
-def _try(op: str, device: torch.device) -> None:
-    """A small call of an op."""
+class _Op(NamedTuple):
+    """An op, and a small call of it."""
+
+    implementations: Collection[str]  # its backends
+    call: Callable[[], object]
+
+
+def _small_calls(device: torch.device) -> dict[str, _Op]:
     matrix, ones = torch.zeros(2, 2, device=device), torch.ones(2, device=device)
     gradients = [[ones], [ones]]
-    arguments = {
-        "affinity_propagation": (matrix,),
-        "affinity_update_": (matrix, ones, ones, ones.bool(), 0.5),
-        "combine": (gradients, [0.5, 0.5]),
-        "gram_affinity_update_": (matrix, gradients, ones, 0.5),
-        "task_gram": (gradients,),
+    return {
+        "affinity_propagation": _Op(
+            affinity_propagation.IMPLEMENTATIONS,
+            lambda: affinity_propagation.affinity_propagation(matrix),
+        ),
+        "affinity_update_": _Op(
+            affinity_update.IMPLEMENTATIONS,
+            lambda: affinity_update.affinity_update_(matrix, ones, ones, ones.bool(), 0.5),
+        ),
+        "combine": _Op(combine.IMPLEMENTATIONS, lambda: combine.combine(gradients, [0.5, 0.5])),
+        "gram_affinity_update_": _Op(
+            gram_affinity_update.IMPLEMENTATIONS,
+            lambda: gram_affinity_update.gram_affinity_update_(matrix, gradients, ones, 0.5),
+        ),
+        "task_gram": _Op(task_gram.IMPLEMENTATIONS, lambda: task_gram.task_gram(gradients)),
     }
-    getattr(ops, op)(*arguments[op])
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _choices() -> Iterator[list[tuple[str, str, Collection[str]]]]:
-    """What ops choose meanwhile: for which type of device, which backend, of which."""
-    choices: list[tuple[str, str, Collection[str]]] = []
-    preferred = _backend.preferred
-
-    def noted(device: str, implemented: Collection[str]) -> str:
-        name = preferred(device, implemented)
-        choices.append((device, name, implemented))
-        return name
-
-    _backend.preferred = noted
-    try:
-        yield choices
-    finally:
-        _backend.preferred = preferred
 
 
 def _ops(broken: list[str]) -> list[tuple[str, str]]:
-    # The ops are run: what was not run is not known to work.
+    # Run every op: only that shows that it works.
     rows = []
-    requested = _backend._BACKENDS.get(_backend._requested or "")
-    only = None if requested is None else requested.devices
+    requested = _backend.requested()
+    only = _backend.BACKENDS[requested].devices if requested in _backend.BACKENDS else None
     devices = [torch.device("cpu"), *_gpus()]
     devices = [device for device in devices if only is None or device.type in only]
     if not devices:
-        return [("", f"not tried: {_backend._requested} runs on a GPU, and there is none")]
+        return [("", f"not run: {requested} needs a GPU, and there is none")]
     failures: dict[str, list[str]] = {}
-    for op in sorted(set(ops.__all__) - {"backends", "use_backend"}):
-        where, of = [], ""
+    calls = {device: _small_calls(device) for device in devices}
+    for name, (implementations, _) in calls[devices[0]].items():
+        where = []
         for device in devices:
             try:
-                with _choices() as choices:
-                    _try(op, device)
-            except Exception as error:  # of any kind: to tell of it is what this is for
-                failures.setdefault(" ".join(str(error).split()), []).append(f"{op} on {device}")
+                calls[device][name].call()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+            except Exception as error:  # of any kind: the report names it
+                failures.setdefault(" ".join(str(error).split()), []).append(f"{name} on {device}")
                 where.append(f"broken on {device}")
                 continue
-            ran_on, name, implemented = choices[0]
-            if ran_on == device.type:  # clustering runs on the host, wherever the matrix is
-                where.append(f"{name} on {device}")
-                of = f" (of {', '.join(implemented)})"
-        rows.append((op, ", ".join(where) + of))
-    # Where the native code does not load, every op says so, and one sentence is enough.
-    for text, calls in failures.items():
+            # Clustering runs on the host for tensors on any device.
+            ran_on = device if "cuda" in implementations else torch.device("cpu")
+            where.append(f"{_backend.preferred(ran_on.type, implementations)} on {ran_on}")
+        places = ", ".join(dict.fromkeys(where))
+        rows.append((name, f"{places} (of {', '.join(implementations)})"))
+    # If the native code does not load, every op fails with the same message: report it once.
+    for text, failed in failures.items():
         if not (_backend.native.broken and str(_backend.native.problem) in text):
-            broken.append(f"{', '.join(calls)}: {text}")
+            broken.append(f"{', '.join(failed)}: {text}")
     return rows
 
 
@@ -256,11 +259,11 @@ def _extras() -> list[tuple[str, str]]:
         if name and extra and not (python and sys.version_info < tuple(map(int, python.groups()))):
             extras.setdefault(extra[1], []).append(name[0])
     rows = []
-    for title in extras.keys() - {"dev", "docs"}:  # these are for work on taskgroup itself
+    for title in extras.keys() - {"dev", "docs"}:  # which are for the development of taskgroup
         missing = [package for package in extras[title] if _version(package) is None]
-        cure = f"pip install 'taskgroup[{title}]' brings {', '.join(missing)}"
+        cure = f"pip install 'taskgroup[{title}]' installs {', '.join(missing)}"
         rows.append((title, cure if missing else "complete"))
-    return sorted(rows) or [("", "not known: taskgroup is not installed, it runs from its sources")]
+    return sorted(rows) or [("", "unknown: taskgroup is not installed, it runs from its sources")]
 
 
 if __name__ == "__main__":

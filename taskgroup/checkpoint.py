@@ -1,6 +1,6 @@
-"""Checkpoints that are written whole or not at all, and that can be read once they are written.
+"""Checkpoints that are written completely or not at all, and that are certain to load again.
 
-A training run that may be killed at any moment writes one now and then, and goes on from it::
+A training run that may be killed at any moment saves one from time to time, and resumes from it::
 
     tg.checkpoint.save(path, {"model": model.state_dict(), "groups": groups.state_dict(), ...})
     state = tg.checkpoint.load(path)
@@ -32,26 +32,27 @@ __all__ = ["load", "save", "write_atomically"]
 
 
 def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write a checkpoint with ``torch.save``; a crash on the way leaves the one before.
+    """Write a checkpoint with ``torch.save``; a crash while writing keeps the previous file.
 
-    What :func:`load` would not give back is refused before anything is written. Over several ranks
-    one of them writes, of states that are the same on all; those of random generators are not, and
-    are gathered first (``torch.distributed.gather_object``).
+    Values that :func:`load` could not read are refused before anything is written. In distributed
+    training, one rank writes the states that are the same on all ranks. The states of random
+    generators differ between ranks; gather them first (``torch.distributed.gather_object``).
 
     Args:
-        path: of the file; its folder is made where it is missing.
-        state: what to save; what loads under ``weights_only=True``: tensors, numbers, strings and
-            None, in any nesting of dicts, lists, tuples and sets, as ``state_dict()`` gives them.
+        path: the file; its folder is created if it is missing.
+        state: the state to save. It may hold what loads under ``weights_only=True``: tensors,
+            numbers, strings and None, in any nesting of dicts, lists, tuples and sets, as
+            ``state_dict()`` returns them.
 
     Raises:
-        TypeError: if a value is of a type that does not load; the sentence names the key and says
-            what to write in its place.
+        TypeError: if a value has a type that does not load; the message names the key and says what
+            to write instead.
         ValueError: if a value does not load although its type does, such as two tensors that view
             the same memory as different dtypes.
-        OSError: if it cannot be written; the sentence says why. What was there is kept.
+        OSError: if the file cannot be written; the message says why. The previous file is kept.
 
     Warns:
-        UserWarning: if a tensor is a small view of a large one, which is written whole.
+        UserWarning: if a tensor is a small view of a large tensor, all of which is written.
 
     Example:
         >>> import tempfile
@@ -80,49 +81,52 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint, its tensors on the CPU; no code in it is run (``weights_only=True``).
+    """Read a checkpoint to the CPU, without running any code in it (``weights_only=True``).
+
+    Args:
+        path: the file.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it cannot be read; the sentence says why.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file cannot be read; the message says why.
     """
     path = Path(path)
     try:
         state = _loaded(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no checkpoint {path}; start without one.") from None
-    except Exception as error:  # whatever torch, zipfile or pickle make of a damaged file
+    except Exception as error:  # torch, zipfile and pickle may raise anything for a damaged file
         if unsafe := _unsafe_globals(path):
             raise ValueError(
                 f"{path} cannot be read as a checkpoint (it holds {listed(unsafe)}, which "
-                "weights_only=True refuses); go on from another one. Where you trust this one, "
+                "weights_only=True refuses); resume from another one. If you trust this one, "
                 "read it with torch.load(path, weights_only=False) and write it again with "
                 "tg.checkpoint.save(), which says what to change."
             ) from error
         raise ValueError(
-            f"{path} cannot be read as a checkpoint ({_short(error)}); go on from another one, or "
+            f"{path} cannot be read as a checkpoint ({_short(error)}); resume from another one, or "
             "start again."
         ) from error
     if not isinstance(state, dict):
         raise ValueError(
             f"{path} holds a {type(state).__name__}, not the dict that tg.checkpoint.save() wrote; "
-            "go on from another one, or start again."
+            "resume from another one, or start again."
         )
     return state
 
 
 def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
-    """Write beside ``path``, then put it in its place; a crash on the way leaves what was there.
+    """Write a file next to ``path`` and move it there; a crash keeps the previous file.
 
     Args:
-        path: of the file; its folder is made where it is missing.
-        write: is given the open binary file.
+        path: the file; its folder is created if it is missing.
+        write: a function that writes to the open binary file that it is given.
 
     Raises:
-        OSError: if it cannot be written; the sentence says why. What was there is kept.
+        OSError: if the file cannot be written; the message says why. The previous file is kept.
     """
-    path = path.resolve()  # what a link points to
-    # Others may write the same file meanwhile, on this machine or on another.
+    path = path.resolve()  # the target of a link
+    # Other processes may write the same file at the same time, on this machine or another.
     partial = path.with_name(f"{path.name}.{_HOST}-{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,11 +139,11 @@ def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
     except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        # A full disk is a RuntimeError where torch.save writes.
+        # torch.save raises a RuntimeError when the disk is full.
         if not isinstance(error, OSError | RuntimeError) or isinstance(error, RecursionError):
             raise
         raise OSError(
-            f"{path} could not be written ({_short(error)}); what was there before is kept. Make "
+            f"{path} could not be written ({_short(error)}); the previous file is kept. Make "
             "room if the disk is full, or write to another place."
         ) from error
 
@@ -148,8 +152,8 @@ _HOST = socket.gethostname()
 
 
 def _remove_abandoned(path: Path) -> None:
-    """What processes of this machine left that were killed while they wrote."""
-    if os.name != "posix":  # elsewhere there is no asking for a process
+    """Remove the partial files of processes of this machine that were killed while writing."""
+    if os.name != "posix":  # other systems have no signal 0
         return
     left = re.compile(rf"{re.escape(f'{path.name}.{_HOST}-')}(\d+)\.partial")
     for partial in path.parent.iterdir():
@@ -157,47 +161,47 @@ def _remove_abandoned(path: Path) -> None:
         if found is None:
             continue
         try:
-            os.kill(int(found[1]), 0)  # asks whether there is such a process
+            os.kill(int(found[1]), 0)  # sends no signal; an error says if the process is gone
         except ProcessLookupError:
             partial.unlink(missing_ok=True)
         except (OSError, OverflowError):
-            pass  # not ours to judge
+            pass  # the process may be alive
 
 
 def _short(error: BaseException) -> str:
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch writes some of it in bold
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch prints parts in bold
     return " ".join(text.split())[:200] or type(error).__name__
 
 
-# Types of which torch.load(weights_only=True) reads every value. A value of another type is written
-# to memory and read from there, to find out.
+# The types of which torch.load(weights_only=True) reads every value. To find out about a value of
+# another type, it is written to memory and read again.
 _PLAIN = {type(None), bool, float, complex, str, bytearray, torch.dtype, torch.device, torch.Size}
 _MAPPINGS = (dict, OrderedDict)
 _SEQUENCES = (list, tuple, set)
 _TENSORS = (Tensor, nn.Parameter)
-_DEVICES = {"cpu", "cuda", "mps", "xpu", "meta"}  # of tensors that are written as they are
+_DEVICES = {"cpu", "cuda", "mps", "xpu", "meta"}  # of tensors that load as they are
 _INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
-_LONGEST_INT = 2000  # bits; what is longer than 255 bytes does not load
+_LONGEST_INT = 2000  # bits; integers of more than 255 bytes do not load
 _LONGEST_NAME = 60  # characters of a key
-_MOST_UNUSED = 2**20  # bytes that are written although no tensor in the state has them
+_MOST_UNUSED = 2**20  # bytes that are written although no tensor in the state views them
 
-_Step = tuple[str, object]  # of a path: how it is written, and what
+_Step = tuple[str, object]  # a step of a path: its format, and the key, index or element
 
 
 class _Check:
-    """One walk over a state: would :func:`load` give all of it back?"""
+    """A walk over a state that checks whether :func:`load` would return all of it."""
 
     def __init__(self) -> None:
-        self._path: list[_Step] = []  # to the value at hand
-        # By id, while the state keeps them: the containers and tensors met so far, and those that
-        # the path goes through.
+        self._path: list[_Step] = []  # to the current value
+        # The ids of the containers and tensors met so far, and of those on the current path. The
+        # state keeps the objects alive.
         self._met: set[int] = set()
         self._open: set[int] = set()
-        # By the address of a storage: a tensor on it, the path to that tensor, the bytes in use.
+        # By the address of a storage: a tensor in it, the path to that tensor, the bytes in use.
         self._storages: dict[int, tuple[Tensor, tuple[_Step, ...], int]] = {}
 
     def check(self, state: dict[Any, Any]) -> None:
-        """Raise if it would not; warn of small views of large tensors."""
+        """Raise an error if something does not load; warn about small views of large tensors."""
         self._look(state, "state", None)
         for tensor, path, used in self._storages.values():
             whole = tensor.untyped_storage().nbytes()
@@ -262,12 +266,12 @@ class _Check:
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, str, object]]:
-    """What a container or a tensor holds, and how the path to each part goes on."""
+    """The parts of a container or a tensor, each with the next step of the path."""
     if isinstance(value, dict):
         for key, item in value.items():
             if type(key) is not str:
                 yield key, ", key {}", key
-            if type(item) not in _PLAIN:  # most are
+            if type(item) not in _PLAIN:  # most items are plain
                 yield item, "[{}]", key
     elif not isinstance(value, Tensor):
         for place, item in enumerate(value):
@@ -278,44 +282,44 @@ def _parts(value: Any) -> Iterator[tuple[Any, str, object]]:
 
 
 def _is_small(value: Any) -> bool:
-    """Whether it is an integer or bytes, of a size that loads; empty bytes do not."""
+    """Whether a value is an integer or bytes of a size that loads; empty bytes do not load."""
     if type(value) is int:
         return value.bit_length() <= _LONGEST_INT
     return type(value) is bytes and len(value) > 0
 
 
 def _loads(value: object) -> bool:
-    """Whether the value, written to memory and read from there, is of its type again."""
+    """Whether a value that is written to memory and read again has the same type."""
     file = io.BytesIO()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # save() itself gives them
+            warnings.simplefilter("ignore")  # save() itself will issue them
             torch.save(value, file)
             file.seek(0)
             return type(_loaded(file)) is type(value)
     except RecursionError:
         raise
-    except Exception:  # whatever the type's own code raises
+    except Exception:  # the code of the type may raise anything
         return False
 
 
 def _loaded(file: Path | io.BytesIO) -> Any:
-    with torch.device("cpu"):  # or sparse tensors are made on the default device
+    with torch.device("cpu"):  # otherwise sparse tensors are made on the default device
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _written(path: Iterable[_Step]) -> str:
-    """The path as in Python: ``state["optimizer"]["best"]``."""
+    """The path as a Python expression: ``state["optimizer"]["best"]``."""
     return "".join(form.format(_quoted(of)) for form, of in path)
 
 
 def _quoted(value: object) -> str:
-    """A key or an element, in one line."""
+    """A key or an element, on one line."""
     if type(value) is str:
         return json.dumps(value, ensure_ascii=False)
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # whatever the type's own code raises
+    except Exception:  # the code of the type may raise anything
         text = ""
     return text if 0 < len(text) <= _LONGEST_NAME else f"of type {_named(value)}"
 
@@ -341,7 +345,7 @@ _CONVERSIONS: tuple[tuple[str, tuple[type, ...]], ...] = (
 
 
 def _advice(value: Any) -> str:
-    """What to do about a value x that does not load."""
+    """Advice on a value x that does not load."""
     if is_lazy(value):
         return "run the module on one batch first, which gives it a shape"
     if isinstance(value, np.ndarray | np.generic):
@@ -368,8 +372,8 @@ def _advice(value: Any) -> str:
 
 
 def _unsafe_globals(path: Path) -> list[str]:
-    """What the file names and ``weights_only=True`` refuses; nothing if the file is damaged."""
+    """The globals in a file that ``weights_only=True`` refuses; none if the file is damaged."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # whatever torch, zipfile or pickle make of it
+    except Exception:  # torch, zipfile and pickle may raise anything
         return []

@@ -122,8 +122,8 @@ class FakeGPU:
         for name, fake in self._cuda().items():
             enter(mock.patch.object(torch.cuda, name, fake, create=True))
         if _backend.native.host is not None:  # the C++ kernels stand in for those of the GPU
-            there = _backend._Backend(("cuda",))
-            enter(mock.patch.dict(_backend._BACKENDS, {"cuda": there}))
+            there = _backend.Backend(("cuda",))
+            enter(mock.patch.dict(_backend.BACKENDS, {"cuda": there}))
         enter(_Dispatch())
         enter(_Functions())
         return self

@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
+import taskgroup as tg
 from benchmarks import gradient_peers as peer
 from benchmarks.limits import COPY, PRODUCT, Limits
-from taskgroup import ops
 
 WEIGHTS = torch.tensor([0.5, -1.0, 2.0])
 
@@ -20,7 +20,7 @@ def gradients():
 
 
 def test_gram_peers(gradients):
-    expected = ops.task_gram(gradients)
+    expected = tg.task_gram(gradients)
     rows = peer.concatenated(gradients)
     assert torch.equal(peer.ready_rows(gradients), rows)
     for gram in (peer.pairwise_gram(gradients), peer.row_gram(rows)):
@@ -30,13 +30,13 @@ def test_gram_peers(gradients):
 def test_affinity_peer(gradients):
     losses = torch.tensor([0.5, 1.0, 2.0])
     ours, theirs = torch.full((3, 3), 0.5), torch.full((3, 3), 0.5)
-    ops.gram_affinity_update_(ours, gradients, losses, decay=0.25)
+    tg.gram_affinity_update_(ours, gradients, losses, decay=0.25)
     gram = peer.pairwise_gram(gradients)
     torch.testing.assert_close(peer.updated_affinity(theirs, gram, losses, 0.25), ours)
 
 
 def test_combination_peers(gradients):
-    expected = ops.combine(gradients, WEIGHTS)
+    expected = tg.combine(gradients, WEIGHTS)
     torch.testing.assert_close(peer.summed(gradients, WEIGHTS), expected)
     rows = peer.concatenated(gradients)
     out = torch.empty(rows.shape[1])
@@ -55,8 +55,8 @@ def test_torchjd(gradients):
     assert list(grams) == list(combinations) == list(peer.TORCHJD)
     for gram, combination in zip(grams.values(), combinations.values(), strict=True):
         for _ in range(2):  # nothing is used up
-            torch.testing.assert_close(gram(), ops.task_gram(gradients))
-            torch.testing.assert_close(combination(), ops.combine(gradients, WEIGHTS))
+            torch.testing.assert_close(gram(), tg.task_gram(gradients))
+            torch.testing.assert_close(combination(), tg.combine(gradients, WEIGHTS))
 
 
 def test_why_torchjd_is_not_run(gradients, monkeypatch):

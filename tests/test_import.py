@@ -1,9 +1,15 @@
 """Importing the package: the modules that it imports, and its public names."""
 
+import importlib
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import taskgroup as tg
+
+PACKAGE = Path(tg.__file__).parent
 
 EXTRAS = [
     "cvxpy",
@@ -50,6 +56,21 @@ def test_public_names_are_there():
         assert hasattr(tg, name)
         if isinstance(getattr(tg, name), type):
             assert getattr(tg, name).__doc__
+
+
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__main__.py" and "triton" not in path.parts
+)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if "." in name])
+def test_a_module_is_found_under_its_name(name):
+    """No function of the same name hides it: ``import a.b.c as m`` gives the module."""
+    module = importlib.import_module(name)
+    parent, _, leaf = name.rpartition(".")
+    assert getattr(sys.modules[parent], leaf) is module
 
 
 def test_command_line_without_its_extra_says_what_to_install():

@@ -12,8 +12,8 @@ namespace taskgroup {
 
 namespace {
 
-// Rows are padded to whole vectors with similarities of -inf: a padded column is never the largest
-// and sends no message (R = -inf, A = 0), so that no loop needs a tail.
+// Rows are padded to whole vectors with similarities of -inf. A padded column is never the largest
+// and sends no message (R = -inf, A = 0), so no loop needs a tail.
 constexpr int64_t kLanes = 8;
 constexpr double kLowest = -std::numeric_limits<double>::infinity();
 
@@ -90,7 +90,7 @@ TASKGROUP_INLINE void update_responsibilities(Messages& m, int64_t i, double dam
   const double others = next_support[i], fresh = 1.0 - damping;
 #pragma omp simd
   for (int64_t k = 0; k < m.width; ++k) {
-    // Where the largest entry occurs twice the second equals it, so this needs no index.
+    // If the largest entry occurs twice, the second largest equals it, so this needs no index.
     const double rival = sum[k] == top.first ? top.second : top.first;
     r[k] = r[k] * damping + (s[k] - rival) * fresh;
     next_support[k] += max(r[k], 0.0);
@@ -98,8 +98,8 @@ TASKGROUP_INLINE void update_responsibilities(Messages& m, int64_t i, double dam
   next_support[i] = others + r[i];
 }
 
-// One iteration in one pass over memory: the availabilities that the last iteration ended with are
-// computed here, row by row, just before they are needed. The zeros of the start stay zeros.
+// One iteration in one pass over memory. The availabilities of the end of the last iteration are
+// computed here, row by row, just before they are needed. In the first iteration they stay zero.
 TASKGROUP_INLINE void pass_messages(Messages& m, double damping, double* scratch,
                                     double* next_support) {
   std::fill_n(next_support, m.width, 0.0);
@@ -113,7 +113,7 @@ void pass_messages_portable(Messages& m, double damping, double* scratch, double
   pass_messages(m, damping, scratch, next_support);
 }
 
-// Without FMA, so that both round alike.
+// Without FMA, so that both round in the same way.
 #if defined(__x86_64__)
 __attribute__((target("avx2"))) void pass_messages_avx2(Messages& m, double damping,
                                                         double* scratch, double* next_support) {
@@ -123,13 +123,14 @@ __attribute__((target("avx2"))) void pass_messages_avx2(Messages& m, double damp
 constexpr auto pass_messages_avx2 = pass_messages_portable;
 #endif
 
-// Passes messages until the exemplars hold still; the exemplars, or none without convergence.
+// Passes messages until the exemplars do not change any more. Returns the exemplars, or none if
+// there is no convergence.
 std::vector<int64_t> find_exemplars(Messages& m, double damping, int64_t max_iter,
                                     int64_t convergence_iter, InstructionSet isa) {
   const auto pass = isa >= InstructionSet::kAvx2 ? pass_messages_avx2 : pass_messages_portable;
   std::vector<double> scratch(m.width), next_support(m.width);
   std::vector<int64_t> exemplars, previous;
-  int64_t held = 0;  // iterations that the exemplars have been what they are
+  int64_t unchanged = 0;  // the number of iterations for which the exemplars have been the same
   for (int64_t iteration = 0; iteration < max_iter; ++iteration) {
     pass(m, damping, scratch.data(), next_support.data());
     m.support.swap(next_support);
@@ -139,15 +140,15 @@ std::vector<int64_t> find_exemplars(Messages& m, double damping, int64_t max_ite
       const double self_responsibility = m.R[k * m.width + k];
       if (self_availability(m, k, damping) + self_responsibility > 0.0) exemplars.push_back(k);
     }
-    held = exemplars == previous ? held + 1 : 1;
-    if (iteration >= convergence_iter && held >= convergence_iter && !exemplars.empty()) {
+    unchanged = exemplars == previous ? unchanged + 1 : 1;
+    if (iteration >= convergence_iter && unchanged >= convergence_iter && !exemplars.empty()) {
       return exemplars;
     }
   }
   return {};
 }
 
-// The cluster of every task: its most similar exemplar; an exemplar belongs to its own.
+// The cluster of every task: its most similar exemplar. An exemplar is in its own cluster.
 std::vector<int64_t> assign(const Messages& m, const std::vector<int64_t>& exemplars) {
   std::vector<int64_t> cluster(m.K, 0);
   for (int64_t i = 0; i < m.K; ++i) {
@@ -213,7 +214,7 @@ std::optional<std::vector<int64_t>> affinity_propagation(
 
   std::vector<int64_t> labels(K, 0);
   if (K == 1 || all_equal(similarity, preferences, K)) {
-    // Messages would tell nobody apart: each task is alone if it would rather be, else all are one.
+    // The messages would be equal for all tasks, so the preference decides.
     if (preferences[0] > similarity[K - 1]) std::iota(labels.begin(), labels.end(), 0);
     return labels;
   }
@@ -232,7 +233,7 @@ std::optional<std::vector<int64_t>> affinity_propagation(
   if (exemplars.empty()) return std::nullopt;
   exemplars = refine(m, std::move(exemplars));
 
-  // Refinement may have put exemplars out of order; labels follow their order.
+  // The refinement may have changed the order of the exemplars, which the labels follow.
   std::vector<int64_t> sorted = exemplars;
   std::sort(sorted.begin(), sorted.end());
   const std::vector<int64_t> cluster = assign(m, exemplars);

@@ -12,7 +12,7 @@ namespace {
 
 constexpr Py_ssize_t kMostTasks = 1024;
 
-// The items of a list or tuple as they are now, whatever other code does to the list meanwhile.
+// A copy of the items of a list or tuple, which later changes of the list do not affect.
 class Items {
  public:
   explicit Items(PyObject* sequence) {
@@ -57,7 +57,7 @@ int64_t count_elements(const DLTensor& tensor) {
   return numel;
 }
 
-// Whether the elements lie side by side, in whatever order of the dimensions.
+// Whether the elements are adjacent in memory, in any order of the dimensions.
 bool is_dense(const DLTensor& tensor) {
   int64_t expected = 1;
   int32_t d = tensor.ndim - 1;
@@ -80,7 +80,7 @@ bool is_dense(const DLTensor& tensor) {
   return true;
 }
 
-// Of one shape, with element x of one beside element x of the other.
+// Whether two tensors have the same shape and the same order of elements in memory.
 bool same_layout(const DLTensor& a, const DLTensor& b) {
   if (a.ndim != b.ndim) return false;
   for (int32_t d = 0; d < a.ndim; ++d) {
@@ -135,7 +135,7 @@ bool GradientReader::read_tensor(PyObject* object, DLTensor& tensor) const {
   const int64_t numel = count_elements(tensor);
   if (numel > 0 && tensor.data == nullptr) return false;
   if (numel == 1) {
-    // Torch marks the imaginary part of a conjugate as to be negated, and DLPack does not say so.
+    // torch marks the imaginary part of a conjugate as negated, and DLPack does not report that.
     const auto marked = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg_, object));
     if (!marked) throw py::error_already_set();
     if (marked.ptr() != Py_False) return false;

@@ -10,23 +10,23 @@
 
 namespace taskgroup {
 
-// What a reader found, and the tensors that own the memory it points to.
+// The gradients that a reader found, and the tensors that own their memory.
 class ReadGradients {
  public:
   explicit ReadGradients(const class GradientReader& reader) : reader_(reader) {}
 
   int64_t address() const { return reinterpret_cast<int64_t>(&plain_); }
 
-  // Any of the gradients.
+  // One of the gradients.
   pybind11::object like() const { return tensors_.front(); }
 
   // The first gradient of each parameter, or None.
   pybind11::list first() const;
 
-  // Numbers the gradients by the tasks that have one alone; returns these tasks, ascending.
+  // Leaves out the tasks without any gradient, and returns the other tasks, ascending.
   std::vector<int64_t> keep_measured();
 
-  // Where `combine` writes, [T]. False if a tensor is not plain or does not fit its gradients.
+  // Reads the tensors [T] that `combine` writes to. False if a tensor is not plain or does not fit.
   bool read_outputs(const pybind11::object& outputs);
 
  private:
@@ -39,10 +39,10 @@ class ReadGradients {
   std::vector<pybind11::object> first_;    // [T]
 };
 
-// Reads [K][T] tensors or None, at a tenth of what it takes to pass a list of tensors to an op.
+// Reads [K][T] tensors or None, in a tenth of the time that it takes to pass them to an op.
 class GradientReader {
  public:
-  // types: those that are nothing but a tensor, the first of which says how it is read.
+  // types: the plain tensor types. The first one defines how a tensor is read.
   explicit GradientReader(const pybind11::tuple& types);
 
   // Null unless every tensor is of one of the types, dense and in memory, and agrees with the

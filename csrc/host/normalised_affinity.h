@@ -10,7 +10,8 @@ struct NormalisedAffinity {
   std::vector<double> similarity;  // [n, n] over these: (A[i, k] / A[k, k] + A[k, i] / A[i, i]) / 2
 };
 
-// Makes an affinity comparable over tasks, and symmetric. Entries that are not finite count as 0.
+// Makes an affinity comparable between tasks, and symmetric. Entries that are not finite count as
+// 0.
 template <typename scalar_t>
 NormalisedAffinity normalise(const scalar_t* affinity,  // [K, K] row-major
                              int64_t K);

@@ -6,7 +6,7 @@
 namespace taskgroup {
 namespace {
 
-// 80, 90, ...: those the CUDA kernels of this library were compiled for; empty where it has none.
+// The architectures that the CUDA kernels were compiled for (80, 90, ...); empty without kernels.
 std::vector<int64_t> cuda_architectures() { return {TASKGROUP_CUDA_ARCHITECTURES}; }
 
 }  // namespace

@@ -10,7 +10,7 @@ using torch::stable::Tensor;
 
 namespace {
 
-// Whether the elements lie side by side, in whatever order of the dimensions.
+// Whether the elements are adjacent in memory, in any order of the dimensions.
 bool is_dense(const int64_t* sizes, const int64_t* strides, int64_t dim) {
   std::vector<std::pair<int64_t, int64_t>> by_stride;
   for (int64_t d = 0; d < dim; ++d) {
@@ -100,7 +100,7 @@ Gradients read_gradients(const std::vector<Tensor>& gradients, const std::vector
     ++result.parameters.back().end;
   }
 
-  // Only now do the shapes stay where they are.
+  // The vector of shapes does not move any more, so pointers into it are safe from here on.
   for (Parameter& parameter : result.parameters) {
     const int64_t* sizes = result.shapes.data() + offsets[parameter.begin];
     const int64_t* common = sizes + parameter.dim;

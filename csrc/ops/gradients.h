@@ -3,8 +3,8 @@
 #include <cstdint>
 #include <vector>
 
-// The gradients of K tasks on T parameters, as they lie in memory; free of torch, so that the
-// kernels and their tests need none.
+// The gradients of K tasks on T parameters, as addresses, sizes and strides. This header does not
+// need torch, so the kernels and their tests do not either.
 
 namespace taskgroup {
 
@@ -17,14 +17,14 @@ constexpr int64_t size_of(Dtype dtype) {
 struct Gradient {
   const void* data;
   int32_t task;            // 0..K-1
-  const int64_t* strides;  // [dim], in elements; used where the parameter is `strided`
+  const int64_t* strides;  // [dim], in elements; used if the parameter is `strided`
 };
 
 struct Parameter {
   int64_t numel;
   Dtype dtype;
   // False: every gradient holds its numel elements without gaps and in one common order, so that
-  // element x of one belongs to element x of all. True: they are to be visited by their strides.
+  // the element at offset x is the same element in all of them. True: use their strides.
   bool strided;
   int32_t dim;
   const int64_t* sizes;  // [dim]
@@ -35,7 +35,7 @@ struct Gradients {
   int64_t n_tasks = 0;
   std::vector<Parameter> parameters;
   std::vector<Gradient> all;
-  std::vector<int64_t> shapes;  // what `sizes` and `strides` point into
+  std::vector<int64_t> shapes;  // `sizes` and `strides` point into it
 };
 
 }  // namespace taskgroup

@@ -7,11 +7,12 @@
 
 namespace taskgroup {
 
-// Gradients that the host library has read from plain tensors, none of them strided; an op gets its
-// address, as a number. A list of tensors takes longer to reach an op than most ops take.
+// Gradients that the host library has read from plain tensors, none of them strided. An op gets the
+// address of this object as a number: passing a list of tensors to an op takes longer than most
+// ops.
 struct PlainGradients {
   Gradients gradients;
-  std::vector<void*> outputs;  // of combine, one for each parameter
+  std::vector<void*> outputs;  // the outputs of combine, one for each parameter
 };
 
 inline const PlainGradients& plain_gradients(int64_t address) {

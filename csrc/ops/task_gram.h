@@ -11,11 +11,11 @@ namespace taskgroup {
 //
 //   gradients, slots  see gradient_list.h
 //   n_tasks           K, 1 to 1024
-//   returns           [K, K] float32, float64 if any gradient is; row i column j <g_i, g_j>
+//   returns           [K, K] float32, or float64 if any gradient is; entry i, j is <g_i, g_j>
 using TaskGram = torch::stable::Tensor(std::vector<torch::stable::Tensor> gradients,
                                        std::vector<int64_t> slots, int64_t n_tasks);
 
-// The same of plain gradients, see plain_gradients.h; `like` is any tensor on their device.
+// The same for plain gradients, see plain_gradients.h; `like` is any tensor on their device.
 using PlainTaskGram = torch::stable::Tensor(int64_t gradients, torch::stable::Tensor like);
 
 }  // namespace taskgroup

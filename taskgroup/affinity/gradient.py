@@ -12,8 +12,8 @@ from taskgroup._generator import HostGenerator
 from taskgroup.affinity.base import Affinity
 from taskgroup.gradients.per_task import task_gradients
 from taskgroup.gradients.through_grad import gradients_through_grad
-from taskgroup.ops import gram_affinity_update_
 from taskgroup.ops._sharded import any_sharded, put_shards_back
+from taskgroup.ops.gram_affinity_update import gram_affinity_update_
 
 __all__ = ["GradientAffinity"]
 

@@ -20,9 +20,9 @@ from taskgroup.gradients.vectorised import (
     explained,
     is_constant,
 )
-from taskgroup.ops import task_gram
 from taskgroup.ops._gradient_list import check_number_of_tasks
 from taskgroup.ops._sharded import any_sharded
+from taskgroup.ops.task_gram import task_gram
 
 __all__ = ["streaming_task_gram"]
 

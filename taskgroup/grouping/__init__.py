@@ -1,1 +1,1 @@
-"""From the affinity to a partition of the tasks."""
+"""Groupings: from the affinity matrix to a partition of the tasks."""

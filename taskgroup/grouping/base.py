@@ -1,4 +1,4 @@
-"""A grouping turns the affinity matrix into a partition of the tasks."""
+"""The base class of groupings, which turn the affinity matrix into a partition of the tasks."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ __all__ = ["Grouping"]
 
 
 class Grouping:
-    """What :class:`TaskGroups` asks of a grouping besides the call; all of it optional.
+    """The base class of groupings: a call, and optional methods for :class:`TaskGroups`.
 
     Attributes:
-        reads_affinity: False for a grouping that does not look at the matrix. Such a grouping
-            holds from the first batch, without warm-up, and never adds a step to a batch.
-        takes_nan: True for a grouping that wants NaN for entries that were never observed; others
-            are given 0 there.
+        reads_affinity: False for a grouping that does not use the matrix. Such a grouping applies
+            from the first batch, without warm-up, and never adds a step to a batch.
+        takes_nan: True for a grouping that expects NaN for entries that were never observed; other
+            groupings get 0 there.
     """
 
     reads_affinity: bool = True
     takes_nan: bool = False
 
     def start(self, tasks: tuple[str, ...]) -> None:
-        """Learn the names of the tasks; raise where they do not fit."""
+        """Take the names of the tasks; raise an error if they do not fit."""
 
     def __call__(self, matrix: Tensor) -> Tensor | None:
-        """Labels, int64 ``[K]``, for an affinity matrix ``[K, K]``; None keeps the partition."""
+        """Return labels, int64 ``[K]``, for an affinity ``[K, K]``; None keeps the partition."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__(matrix).")
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be saved for an exact resume."""
+        """Return the state that an exact resume needs."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave.
+        """Load the state that :meth:`state_dict` returned.
 
         Raises:
             ValueError: if ``state`` was written by another grouping.

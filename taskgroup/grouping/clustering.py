@@ -1,4 +1,4 @@
-"""What all groupings that cluster the affinity share."""
+"""The base class of groupings that cluster the affinity."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from torch import Tensor
 from taskgroup.grouping.base import Grouping
 from taskgroup.ops.normalised_affinity import normalised_affinity
 
-_Floats = npt.NDArray[np.float64]
+__all__ = ["Clustering", "Floats", "Integers", "Mask"]
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.intp]
+Mask = npt.NDArray[np.bool_]
 
 
-_Integers = npt.NDArray[np.intp]
-
-
-_Mask = npt.NDArray[np.bool_]
-
-
-class _Clustering(Grouping):
-    """Sets the tasks apart of which nothing is known, and clusters the others."""
+class Clustering(Grouping):
+    """Gives tasks with unknown effects a group of their own, and clusters the others."""
 
     takes_nan = True
 
     def __call__(self, matrix: Tensor) -> Tensor | None:
-        """Labels 0 to M-1, int64 ``[K]``, for an affinity ``[K, K]``; None keeps the partition."""
+        """Return labels 0 to M-1, int64 ``[K]``, for an affinity ``[K, K]``, or None.
+
+        None keeps the partition.
+        """
         affinity = matrix.detach().cpu().contiguous()
         if affinity.dtype not in (torch.float32, torch.float64):
-            affinity = affinity.double()  # of bfloat16, say, which NumPy does not have
+            affinity = affinity.double()  # NumPy has no bfloat16
         tasks, similarity = normalised_affinity(affinity.numpy())
         finite, known = np.isfinite(affinity.numpy()), None
         if not finite.all():
@@ -49,15 +50,15 @@ class _Clustering(Grouping):
         if clusters is None or len(tasks) == len(affinity):
             return None if clusters is None else torch.from_numpy(clusters)
         labels = np.arange(len(affinity))
-        labels[tasks] = len(labels) + clusters  # apart from the labels of the rest
+        labels[tasks] = len(labels) + clusters  # different from the labels of the other tasks
         return torch.from_numpy(np.unique(labels, return_inverse=True)[1])
 
-    def _cluster(self, similarity: _Floats, known: _Mask | None) -> npt.NDArray[Any] | None:
-        """Labels 0 to M-1, int64 ``[n]``, of n > 1 tasks; None keeps the partition.
+    def _cluster(self, similarity: Floats, known: Mask | None) -> npt.NDArray[Any] | None:
+        """Return labels 0 to M-1, int64 ``[n]``, of n > 1 tasks; None keeps the partition.
 
         Args:
-            similarity: ``[n, n]``, the normalised affinity.
-            known: ``[n, n]``, symmetric: the pairs that were observed, and the diagonal; None where
-                all were.
+            similarity: the normalised affinity, ``[n, n]``.
+            known: ``[n, n]``, symmetric, True on the diagonal and for the pairs that were observed;
+                None if all pairs were.
         """
         raise NotImplementedError

@@ -8,26 +8,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from taskgroup.grouping.clustering import _Clustering, _Floats, _Mask
+from taskgroup.grouping.clustering import Clustering, Floats, Mask
 
 __all__ = ["GraphColoring"]
 
 
-class GraphColoring(_Clustering):
-    r"""Keeps apart the pairs that conflict, and no others: colours the graph of the conflicts.
+class GraphColoring(Clustering):
+    r"""Separates tasks that conflict, by colouring the graph of conflicts.
 
-    Tasks i and k conflict where their normalised affinity :math:`X_{ik}` is below ``threshold``.
-    The colouring is greedy (Welsh & Powell, The Computer Journal 10, 1967): tasks in the order of
-    their number of conflicts, most first, ties by position, each in the first group that holds
-    none of its conflicts. A pair that was never observed conflicts, so that it is kept apart.
+    Tasks i and k conflict if their normalised affinity :math:`X_{ik}` is below ``threshold``. The
+    colouring is greedy (Welsh & Powell, The Computer Journal 10, 1967): it takes the tasks with the
+    most conflicts first, ties in task order, and puts each into the first group without a task that
+    it conflicts with. Pairs that were never observed count as conflicts.
 
-    SON-GOKU steps on such a colouring of averaged gradients, one colour a batch. That schedule is
-    a :class:`GradientAffinity`, whose affinity has the signs of the cosines between gradients, and
-    ``groups_per_batch=1`` (with a :class:`ProximalAffinity` the batches that observe take two).
+    SON-GOKU steps on such a colouring of averaged gradients, one colour per batch. To get that
+    schedule, use a :class:`GradientAffinity`, whose affinity has the signs of the cosines between
+    gradients, and ``groups_per_batch=1``. (With a :class:`ProximalAffinity`, the batches that
+    observe take two groups.)
 
     Args:
-        threshold: the normalised affinity below which a pair conflicts; 1 is a task's effect on
-            itself. Less gives fewer groups.
+        threshold: the normalised affinity below which two tasks conflict; the effect of a task on
+            itself is 1. A lower threshold gives fewer groups.
 
     Raises:
         ValueError: if ``threshold`` is not a finite number.
@@ -38,7 +39,7 @@ class GraphColoring(_Clustering):
         >>> GraphColoring()(matrix)
         tensor([1, 1, 0])
 
-        One colour a batch:
+        One colour per batch:
 
         >>> import taskgroup as tg
         >>> x = torch.zeros(1, requires_grad=True)
@@ -51,7 +52,7 @@ class GraphColoring(_Clustering):
         ...         loss = group.loss(torch.stack([(x + 2).square().sum(), (x - 1).square().sum()]))
         ...         loss.backward()
         ...     assert group.first and group.last
-        >>> groups.partition        # they pull apart
+        >>> groups.partition        # the tasks conflict
         [('left',), ('right',)]
     """
 
@@ -60,7 +61,7 @@ class GraphColoring(_Clustering):
             raise ValueError(f"threshold must be a finite number, got {threshold!r}.")
         self.threshold = threshold
 
-    def _cluster(self, similarity: _Floats, known: _Mask | None) -> npt.NDArray[Any]:
+    def _cluster(self, similarity: Floats, known: Mask | None) -> npt.NDArray[Any]:
         conflict = similarity < self.threshold
         if known is not None:
             conflict |= ~known

@@ -1,4 +1,4 @@
-"""The best partition into m groups, found by trying all."""
+"""The best partition into at most M groups, found by trying all of them."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ import numpy as np
 import numpy.typing as npt
 
 from taskgroup._arguments import whole_number
-from taskgroup.grouping.clustering import _Clustering, _Floats, _Integers, _Mask
+from taskgroup.grouping.clustering import Clustering, Floats, Integers, Mask
 
 __all__ = ["Exhaustive"]
 
 
-class Exhaustive(_Clustering):
-    r"""The best of all partitions into at most so many groups, for up to 14 tasks.
+class Exhaustive(Clustering):
+    r"""Finds the best of all partitions into at most M groups, for up to 14 tasks.
 
-    A group serves each of its tasks by the mean affinity of the others onto it; the partition is
-    the one that serves all tasks best together,
+    A task gains from its group the mean affinity of the other members onto it. The best partition
+    has the largest sum of these gains over all tasks,
 
     .. math::
         \max_{\mathcal P,\ |\mathcal P| \le M} \; \sum_{S \in \mathcal P,\ |S| > 1} \;
         \sum_{k \in S} \frac{1}{|S| - 1} \sum_{i \in S,\ i \ne k} \frac{A_{ik}}{A_{kk}}
 
     as in TAG (Fifty et al., "Efficiently Identifying Task Groupings for Multi-Task Learning",
-    NeurIPS 2021). A task alone gains nothing and scores 0. The search is exact: dynamic programming
-    over the :math:`3^K / 2` pairs of a set of tasks and a group that holds its first task. Of
-    partitions that serve equally well, that with fewest groups is taken, then that whose first
-    group, then second and so on, is the lowest as a binary number (task k is bit k).
+    NeurIPS 2021). A task in a group of its own gains 0. The search is exact: dynamic programming
+    over the :math:`3^K / 2` pairs of a set of tasks and a group that holds its first task. Among
+    equally good partitions it takes the one with the fewest groups, and then the one whose first
+    group (then second, and so on) is the lowest as a binary number in which task k is bit k.
 
-    It is M that makes the groups large. A group of n tasks scores n times its mean affinity, and so
-    do, on average, its random splits: of four tasks or more, some split into pairs and triples
-    serves them no worse. With more groups than there are clusters, clusters are split by noise.
+    Choose M as small as you can. The gains of a group of n tasks add up to n times its mean
+    affinity, and so do, on average, those of its random splits: for four tasks or more, some split
+    into pairs and triples is as good or better. If M exceeds the number of clusters, noise decides
+    which clusters are split.
 
     Args:
-        max_groups: M; groups for the tasks that have a self-affinity, the others come besides.
+        max_groups: M, the largest number of groups for the tasks that have a self-affinity. Other
+            tasks get groups of their own in addition.
 
     Raises:
-        ValueError: if ``max_groups`` is below 1 or, once the tasks are known, there are more than
-            14.
+        ValueError: if ``max_groups`` is below 1, or there are more than 14 tasks.
 
     Example:
         >>> import torch
@@ -54,26 +55,26 @@ class Exhaustive(_Clustering):
         self.max_groups = whole_number("max_groups of Exhaustive", max_groups, at_least=1)
 
     def start(self, tasks: tuple[str, ...]) -> None:
-        """Check that the tasks are not too many to try all partitions."""
+        """Check that there are few enough tasks to try all partitions."""
         self._check(len(tasks))
 
     def _check(self, n_tasks: int) -> None:
         if n_tasks > self._most_tasks:
             raise ValueError(
                 f"Exhaustive tries all partitions of up to {self._most_tasks} tasks, got "
-                f"{n_tasks}; take AffinityPropagation() or another clustering for so many."
+                f"{n_tasks}; use AffinityPropagation() or another clustering instead."
             )
 
-    def _cluster(self, similarity: _Floats, known: _Mask | None) -> npt.NDArray[Any]:
+    def _cluster(self, similarity: Floats, known: Mask | None) -> npt.NDArray[Any]:
         n_tasks = len(similarity)
         self._check(n_tasks)
         subsets = _subsets(n_tasks)
-        # Summed over a group, the affinities and their symmetric part are the same.
+        # The sum over a group is the same for the affinity and its symmetric part.
         effect = similarity - np.diag(similarity.diagonal())
         others = np.maximum(subsets.members.sum(1) - 1, 1)
         score = ((subsets.members @ effect) * subsets.members).sum(1) / others
         gain = score[subsets.group]
-        best = [np.full(len(score), -np.inf)]  # best[m][tasks]: in at most m groups
+        best = [np.full(len(score), -np.inf)]  # best[m][tasks]: the score of at most m groups
         best[0][0] = 0.0
         while len(best) <= self.max_groups:
             following = np.zeros(len(score))
@@ -81,7 +82,7 @@ class Exhaustive(_Clustering):
             if np.array_equal(following, best[-1]):
                 break
             best.append(following)
-        # Fewest groups first: sums in another order may differ by rounding.
+        # The fewest groups with the best score; sums in another order may differ by rounding.
         most = best[-1][-1] - 1e-12 * n_tasks * np.abs(effect).max()
         groups = next(m for m in range(1, len(best)) if best[m][-1] >= most)
 
@@ -102,13 +103,13 @@ class Exhaustive(_Clustering):
 
 
 class _Subsets(NamedTuple):
-    """The sets of n tasks as binary numbers, and every group to take out of each."""
+    """The sets of n tasks as binary numbers, and the groups that can be taken out of each."""
 
-    members: _Floats  # [2^n, n]: 1 where the set holds the task
-    # [P], set by set, the groups ascending: those that hold the first task of the set.
-    group: _Integers
-    rest: _Integers  # [P], the set without the group
-    start: _Integers  # [2^n - 1], where each set begins; the empty one has no group
+    members: Floats  # [2^n, n]: 1 if the set holds the task
+    # [P]: for each set, in ascending order, the groups that hold the first task of the set.
+    group: Integers
+    rest: Integers  # [P]: the set without the group
+    start: Integers  # [2^n - 1]: where the groups of each set begin; the empty set has none
 
 
 @lru_cache(maxsize=2)

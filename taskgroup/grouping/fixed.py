@@ -16,34 +16,34 @@ __all__ = ["Fixed", "RandomGroups", "Singletons", "Together"]
 
 
 class Singletons(Grouping):
-    """Every task in a group of its own: K steps a batch."""
+    """Puts every task in a group of its own: K steps per batch."""
 
     reads_affinity = False
 
     def __call__(self, matrix: Tensor) -> Tensor:
-        """Labels 0 to K-1."""
+        """Return labels 0 to K-1."""
         return torch.arange(len(matrix), dtype=torch.int64, device="cpu")
 
 
 class Together(Grouping):
-    """All tasks in one group: plain joint training, one step a batch."""
+    """Puts all tasks in one group: joint training, one step per batch."""
 
     reads_affinity = False
 
     def __call__(self, matrix: Tensor) -> Tensor:
-        """Labels all 0."""
+        """Return labels that are all 0."""
         return torch.zeros(len(matrix), dtype=torch.int64, device="cpu")
 
 
 class Fixed(Grouping):
-    """The partition you give, for good.
+    """Keeps the partition that you give.
 
     Args:
         partition: groups of task names; every task in exactly one group.
 
     Raises:
-        ValueError: if a group is empty or a task stands twice; when the tasks are known
-            (:class:`TaskGroups`), if one is unknown or missing.
+        ValueError: if a group is empty or a task is named twice; in :class:`TaskGroups`, if a task
+            is unknown or missing.
 
     Example:
         >>> from taskgroup import TaskGroups
@@ -87,19 +87,19 @@ class Fixed(Grouping):
         self._labels = [group_of[task] for task in tasks]
 
     def __call__(self, matrix: Tensor) -> Tensor:
-        """The label of each task: the place of its group in the partition."""
+        """Return the label of each task: the position of its group in the partition."""
         return torch.tensor(self._labels, dtype=torch.int64, device="cpu")
 
 
 class RandomGroups(Grouping):
-    """Random groups, drawn anew at every regrouping; a control for learned ones.
+    """Draws random groups at every regrouping: a control for learned groups.
 
     Args:
-        m: the number of groups, none of them empty; at most the number of tasks.
-        seed: of the draws; their state is saved and resumed with the groups.
+        m: the number of groups, at most the number of tasks; no group is empty.
+        seed: the seed of the draws. Their state is saved and resumed with the groups.
 
     Raises:
-        ValueError: if ``m`` is below 1 or, once the tasks are known, above their number.
+        ValueError: if ``m`` is below 1 or above the number of tasks.
     """
 
     reads_affinity = False
@@ -109,15 +109,15 @@ class RandomGroups(Grouping):
         self._generator = HostGenerator(seed)
 
     def start(self, tasks: tuple[str, ...]) -> None:
-        """Check that there are tasks enough for ``m`` groups."""
+        """Check that there are enough tasks for ``m`` groups."""
         if self.m > len(tasks):
             raise ValueError(
                 f"RandomGroups(m={self.m}) cannot fill {self.m} groups with {len(tasks)} tasks; "
-                f"take m up to {len(tasks)}."
+                f"choose m up to {len(tasks)}."
             )
 
     def __call__(self, matrix: Tensor) -> Tensor:
-        """Random labels 0 to m-1, each at least once."""
+        """Return random labels 0 to m-1, each at least once."""
         tasks = len(matrix)
         order = self._generator.permutation(tasks)
         labels = torch.empty(tasks, dtype=torch.int64, device="cpu")
@@ -128,10 +128,10 @@ class RandomGroups(Grouping):
         return labels
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the draws."""
+        """Return the state of the draws."""
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the draws where :meth:`state_dict` was taken."""
+        """Continue the draws from the state that :meth:`state_dict` returned."""
         super().load_state_dict(state)
         self._generator.set_state(state["generator"].cpu())

@@ -9,30 +9,34 @@ import numpy as np
 import numpy.typing as npt
 
 from taskgroup._arguments import whole_number
-from taskgroup.grouping.clustering import _Clustering, _Floats, _Integers, _Mask
+from taskgroup.grouping.clustering import Clustering, Floats, Integers, Mask
 from taskgroup.ops.affinity_propagation import propagate
 
 __all__ = ["AffinityPropagation", "Heterogeneous"]
 
 
-class AffinityPropagation(_Clustering):
+class AffinityPropagation(Clustering):
     r"""Clusters the tasks by affinity propagation; the paper's choice and the default.
 
     Tasks whose self-affinity :math:`A_{kk}` is not positive keep a group of their own. For the
-    others the affinity is made comparable over tasks and symmetric,
+    other tasks, the affinity is normalised and made symmetric,
     :math:`X_{ik} = A_{ik} / A_{kk}`, :math:`X \leftarrow (X + X^\top) / 2`, and clustered (Frey &
-    Dueck, Science 2007) with the median of :math:`X` as preference. Up to three tasks, where the
-    median says nothing, the preference is 0: tasks join where their affinity is positive. Where it
-    does not converge the partition is kept.
+    Dueck, Science 2007) with the median of :math:`X` as preference. With three tasks or fewer the
+    median tells nothing, and the preference is 0: tasks with a positive affinity join. If the
+    algorithm does not converge, the partition stays as it is.
 
-    Tasks that were never observed together, as in data sets that have no task in common, are
-    clustered apart: of the parts that no known pair connects, each for itself.
+    Tasks that were never observed together, such as those of data sets without a common task, are
+    clustered separately: the known pairs connect tasks into parts, and each part is clustered on
+    its own.
 
     Args:
-        preference: self-similarity of every task; more gives more groups. None is the rule above.
-        damping: in [0.5, 1), the weight of the old messages.
-        max_iter: iterations after which the partition is kept as it was.
-        convergence_iter: iterations without a change of exemplars that count as converged.
+        preference: the self-similarity of every task. A larger one gives more groups. None uses the
+            rule above.
+        damping: the weight of the old messages, in [0.5, 1).
+        max_iter: the largest number of iterations. Without convergence by then, the partition
+            stays as it is.
+        convergence_iter: the number of iterations without a change of exemplars that counts as
+            convergence.
 
     Raises:
         ValueError: if ``damping``, ``max_iter`` or ``convergence_iter`` is out of its range.
@@ -60,7 +64,7 @@ class AffinityPropagation(_Clustering):
         self.max_iter = whole_number("max_iter", max_iter, at_least=1)
         self.convergence_iter = whole_number("convergence_iter", convergence_iter, at_least=1)
 
-    def _cluster(self, similarity: _Floats, known: _Mask | None) -> npt.NDArray[Any] | None:
+    def _cluster(self, similarity: Floats, known: Mask | None) -> npt.NDArray[Any] | None:
         if known is None:
             return self._propagate(similarity, known)
         labels = np.zeros(len(similarity), dtype=np.int64)
@@ -71,11 +75,11 @@ class AffinityPropagation(_Clustering):
             labels[part] = found + (labels.max() + 1)
         return np.unique(labels, return_inverse=True)[1]
 
-    def _propagate(self, similarity: _Floats, known: _Mask | None) -> npt.NDArray[Any] | None:
-        """Labels 0 to M-1 for tasks that known pairs connect."""
+    def _propagate(self, similarity: Floats, known: Mask | None) -> npt.NDArray[Any] | None:
+        """Return labels 0 to M-1 for tasks that known pairs connect."""
         n, preference = len(similarity), self.preference
         if preference is None and n <= 3:
-            # The least number above 0: an affinity of exactly 0 is no reason to join.
+            # The smallest number above 0: tasks with an affinity of exactly 0 do not join.
             preference = np.finfo(np.float64).tiny
         elif preference is None and known is not None:
             preference = float(np.median(similarity[known]))
@@ -88,10 +92,10 @@ class AffinityPropagation(_Clustering):
         return f"{type(self).__name__}(preference={self.preference}, damping={self.damping})"
 
 
-def _parts(known: _Mask) -> list[_Integers]:
-    """The connected parts of the graph whose edges are the known pairs, as positions."""
+def _parts(known: Mask) -> list[Integers]:
+    """The connected parts of the graph whose edges are the known pairs: positions of tasks."""
     part = np.arange(len(known))
-    for _ in range(len(known)):  # each takes the lowest number among its neighbours
+    for _ in range(len(known)):  # every task takes the lowest number among its neighbours
         lowest = np.where(known, part, len(known)).min(1)
         if np.array_equal(lowest, part):
             break
@@ -100,10 +104,11 @@ def _parts(known: _Mask) -> list[_Integers]:
 
 
 class Heterogeneous(AffinityPropagation):
-    """Groups of tasks that conflict; a control for :class:`AffinityPropagation`.
+    """Groups tasks that conflict: a control for :class:`AffinityPropagation`.
 
-    Finds the same clusters, and deals the members of each out over the groups, so that tasks that
-    serve each other are kept apart. There are as many groups as clusters: a batch costs the same.
+    It finds the same clusters, and distributes the members of each cluster over the groups, so that
+    tasks that help each other are in different groups. There are as many groups as clusters, so a
+    batch costs the same.
 
     Example:
         >>> import torch
@@ -112,7 +117,7 @@ class Heterogeneous(AffinityPropagation):
         tensor([0, 1, 0])
     """
 
-    def _propagate(self, similarity: _Floats, known: _Mask | None) -> npt.NDArray[Any] | None:
+    def _propagate(self, similarity: Floats, known: Mask | None) -> npt.NDArray[Any] | None:
         clusters = super()._propagate(similarity, known)
         if clusters is None:
             return None

@@ -1,4 +1,4 @@
-"""Groupings by the clustering of scikit-learn."""
+"""Groupings that use the clustering algorithms of scikit-learn."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 import numpy.typing as npt
 
 from taskgroup._arguments import whole_number
-from taskgroup.grouping.clustering import _Clustering, _Floats, _Mask
+from taskgroup.grouping.clustering import Clustering, Floats, Mask
 
 __all__ = ["KMeans", "Spectral"]
 
 
-class _ScikitLearn(_Clustering):
-    """A clustering of scikit-learn's into a given number of groups."""
+class _ScikitLearn(Clustering):
+    """A clustering by scikit-learn into a given number of groups."""
 
     def __init__(self, m: int, seed: int = 0) -> None:
         name = type(self).__name__
         self.m = whole_number(f"m of {name}", m, at_least=1)
-        try:  # here, where the user is told at once; not kept, since modules cannot be pickled
+        try:  # so that the user sees the error at once; not kept, as modules cannot be pickled
             import sklearn.cluster  # noqa: F401
         except ImportError as error:
             raise ImportError(
@@ -28,17 +28,17 @@ class _ScikitLearn(_Clustering):
             ) from error
         self.seed = seed
 
-    def _cluster(self, similarity: _Floats, known: _Mask | None) -> npt.NDArray[Any]:
+    def _cluster(self, similarity: Floats, known: Mask | None) -> npt.NDArray[Any]:
         if self.m >= len(similarity):
             return np.arange(len(similarity))
         with warnings.catch_warnings():
-            # Of tasks that cannot be told apart or are not connected: they are grouped all the
-            # same, and a training run is not the place to hear of it in every batch.
+            # scikit-learn warns about tasks that are equal or not connected. They are grouped all
+            # the same, and a training run should not repeat the warning in every batch.
             warnings.simplefilter("ignore")
             labels = self._fit(similarity)
         return np.unique(labels, return_inverse=True)[1]
 
-    def _fit(self, similarity: _Floats) -> npt.NDArray[Any]:
+    def _fit(self, similarity: Floats) -> npt.NDArray[Any]:
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -48,18 +48,19 @@ class _ScikitLearn(_Clustering):
 class KMeans(_ScikitLearn):
     """Clusters the tasks by k-means on the rows of their normalised affinity.
 
-    Tasks share a group where they have like effects on all tasks. By scikit-learn's ``KMeans``
-    (extra ``compare``), the best of ten starts; as many groups as asked for, also where the
-    affinity shows none.
+    Tasks with similar effects on all tasks share a group. Uses scikit-learn's ``KMeans`` (extra
+    ``compare``) and takes the best of ten starts. There are always ``m`` groups, even if the
+    affinity shows no clusters.
 
     Args:
-        m: groups for the tasks that have a self-affinity, the others come besides; as many as
-            there are such tasks where these are fewer.
-        seed: of the starts, the same at every call: equal matrices give equal groups.
+        m: the number of groups for the tasks that have a self-affinity, at most the number of these
+            tasks. Other tasks get groups of their own in addition.
+        seed: the seed of the starts. It is the same in every call, so equal matrices give equal
+            groups.
 
     Raises:
         ValueError: if ``m`` is below 1.
-        ImportError: without scikit-learn.
+        ImportError: if scikit-learn is not installed.
 
     Example:
         >>> import torch
@@ -68,7 +69,7 @@ class KMeans(_ScikitLearn):
         tensor([1, 2])
     """
 
-    def _fit(self, similarity: _Floats) -> npt.NDArray[Any]:
+    def _fit(self, similarity: Floats) -> npt.NDArray[Any]:
         from sklearn.cluster import KMeans as Model
 
         model = Model(self.m, n_init=10, random_state=self.seed)
@@ -77,21 +78,23 @@ class KMeans(_ScikitLearn):
 
 
 class Spectral(_ScikitLearn):
-    r"""Clusters the tasks by the spectrum of the graph that their affinity spans.
+    r"""Clusters the tasks by the spectrum of the graph of their affinity.
 
-    The edges weigh :math:`(\operatorname{clamp}(X_{ik}, -1, 1) + 1) / 2`: 1 between tasks that
-    serve each other as themselves, 0 in full conflict. By scikit-learn's ``SpectralClustering``
-    (extra ``compare``; Shi & Malik, "Normalized Cuts and Image Segmentation", PAMI 2000); as many
-    groups as asked for, also where the affinity shows none.
+    The weight of an edge is :math:`(\operatorname{clamp}(X_{ik}, -1, 1) + 1) / 2`: 1 between tasks
+    that help each other as much as themselves, 0 between tasks in full conflict. Uses
+    scikit-learn's ``SpectralClustering`` (extra ``compare``; Shi & Malik, "Normalized Cuts and
+    Image Segmentation", PAMI 2000). There are always ``m`` groups, even if the affinity shows no
+    clusters.
 
     Args:
-        m: groups for the tasks that have a self-affinity, the others come besides; as many as
-            there are such tasks where these are fewer.
-        seed: of the starts, the same at every call: equal matrices give equal groups.
+        m: the number of groups for the tasks that have a self-affinity, at most the number of these
+            tasks. Other tasks get groups of their own in addition.
+        seed: the seed of the starts. It is the same in every call, so equal matrices give equal
+            groups.
 
     Raises:
         ValueError: if ``m`` is below 1.
-        ImportError: without scikit-learn.
+        ImportError: if scikit-learn is not installed.
 
     Example:
         >>> import torch
@@ -100,7 +103,7 @@ class Spectral(_ScikitLearn):
         tensor([1, 2])
     """
 
-    def _fit(self, similarity: _Floats) -> npt.NDArray[Any]:
+    def _fit(self, similarity: Floats) -> npt.NDArray[Any]:
         from sklearn.cluster import SpectralClustering
 
         model = SpectralClustering(

@@ -13,7 +13,8 @@ from torch.amp import GradScaler
 from taskgroup._losses import Losses
 from taskgroup.gradients.through_grad import backward_passes, hooks_held
 from taskgroup.methods.method import JointMethod, enabled, torch_defaults
-from taskgroup.ops import combine, task_gram
+from taskgroup.ops.combine import combine
+from taskgroup.ops.task_gram import task_gram
 
 __all__ = ["GradientMethod", "Gradients", "GramMethod", "targets"]
 

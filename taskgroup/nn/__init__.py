@@ -1,1 +1,1 @@
-"""Modules with one head per task, and what optimizers and layers keep between group steps."""
+"""Models with one head per task, and what group steps do to heads, optimizers and statistics."""

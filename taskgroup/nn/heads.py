@@ -1,4 +1,4 @@
-"""The heads of a model with many tasks, run one by one."""
+"""The heads of a multi-task model, run one by one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from taskgroup.ops._sharded import is_sharded
 __all__ = ["TaskHeads", "kind_of"]
 
 
-_CURE = "give MultiTaskModel the heads in a plain dict."
+CURE = "give MultiTaskModel the heads in a plain dict."
 
 
 class TaskHeads(nn.Module, Mapping[str, nn.Module]):
@@ -29,25 +29,25 @@ class TaskHeads(nn.Module, Mapping[str, nn.Module]):
         heads: ``{task: module}``.
 
     Raises:
-        ValueError: if there are none, or two names differ only in ``.`` and ``/``.
-        TypeError: if ``heads`` is no mapping, a task is not named by a string or a head is no
+        ValueError: if there are no heads, or two names differ only in ``.`` and ``/``.
+        TypeError: if ``heads`` is not a mapping, a task name is not a string or a head is not a
             module.
     """
 
-    __eq__ = object.__eq__  # a module is itself, whatever its contents
+    __eq__ = object.__eq__  # by identity, as other modules; Mapping compares contents
     __hash__ = object.__hash__
 
     def __init__(self, heads: Mapping[str, nn.Module] | nn.ModuleDict) -> None:
         super().__init__()
         checked = _checked_heads(heads)
-        # Module names may hold no dot: it separates them in the keys of a state_dict.
+        # The name of a module may not hold a dot, which separates names in a state_dict's keys.
         self._module_name = {task: task.replace(".", "/") for task in checked}
         if len(set(self._module_name.values())) < len(checked):
             raise ValueError(
                 f"Two of the tasks {listed(checked)} differ only in '.' and '/'; rename one."
             )
         for task, head in checked.items():
-            # Not by add_module(), which refuses a task called "keys" or "type".
+            # add_module() would refuse a task called "keys" or "type".
             self._modules[self._module_name[task]] = head
 
     def __getitem__(self, task: str) -> nn.Module:
@@ -64,14 +64,15 @@ class TaskHeads(nn.Module, Mapping[str, nn.Module]):
     def forward(
         self, features: Any, group: Step | None = None, graph_for_all: bool = False
     ) -> dict[str, Any]:
-        """The outputs of the heads.
+        """Run the heads.
 
         Args:
-            features: of the encoder, any nesting of tensors.
-            group: the heads of ``group.graph`` run with a graph, the other observed ones without,
-                on detached features, and the rest not at all; None runs all with a graph.
-            graph_for_all: run the other observed heads with a graph as well, which leads to the
-                features but not to their parameters, so that derivatives can be taken.
+            features: the output of the encoder, any nesting of tensors.
+            group: the step this forward is for. The heads of ``group.graph`` run with a graph, the
+                other observed heads without one on detached features, and the rest not at all.
+                None runs all heads with a graph.
+            graph_for_all: run the other observed heads with a graph as well, but with frozen
+                parameters, so that derivatives of their outputs can be taken.
 
         Returns:
             ``{task: output}``.
@@ -81,67 +82,75 @@ class TaskHeads(nn.Module, Mapping[str, nn.Module]):
         return self.run_group(features, group, graph_for_all)
 
     def run(self, tasks: Collection[str], features: Any) -> dict[str, Any]:
-        """The outputs of the heads of ``tasks``, in their order."""
+        """Run the heads of ``tasks``, and return their outputs in the order of ``tasks``."""
         return {task: self[task](features) for task in tasks}
 
     def run_group(self, features: Any, group: Step, graph_for_all: bool) -> dict[str, Any]:
-        """The outputs of the heads that a step needs, with a graph and without."""
+        """Run the heads that a step needs, with a graph and without."""
         outputs = {}
         learned, observed = set(group.graph), set(group.observed)
         graph = observed if graph_for_all else learned
-        detached = _detached(features) if observed > graph else None
-        # In the order of the heads, whatever the group: replayed dropout then draws the same masks.
+        constant = detached(features) if observed > graph else None
+        # In the order of the heads for every group, so that replayed dropout draws the same masks.
         wanted = (task for task in self if task in graph or task in observed)
         for inside, tasks in itertools.groupby(wanted, graph.__contains__):
-            given = features if inside else detached
+            given = features if inside else constant
             for task in tasks:
                 head = self[task]
-                how = nullcontext() if inside else _without_graph([task])
+                how = nullcontext() if inside else without_graph([task])
                 with how, statistics_once(head, group):
-                    held = inside and task not in learned
-                    outputs[task] = (_held(head) if held else head)(given)
+                    frozen = inside and task not in learned
+                    outputs[task] = (frozen_head(head) if frozen else head)(given)
         return outputs
 
 
-def _twin(
-    module: nn.Module, tensors: Mapping[int, Tensor], made: dict[int, nn.Module]
+def twin(
+    module: nn.Module, tensors: Mapping[int, Tensor], made: dict[int, nn.Module] | None = None
 ) -> nn.Module:
-    """The same module with other tensors for its parameters, by their id; the rest is shared."""
-    if (twin := made.get(id(module))) is None:
-        twin = made[id(module)] = object.__new__(type(module))
-        vars(twin).update(vars(module))
-        vars(twin)["_parameters"] = {
-            name: None if parameter is None else tensors[id(parameter)]
-            for name, parameter in module._parameters.items()
-        }
-        vars(twin)["_modules"] = {
-            name: None if part is None else _twin(part, tensors, made)
-            for name, part in module._modules.items()
-        }
-        vars(twin).pop("_compiled_call_impl", None)  # it calls the module
-        if isinstance(module, nn.RNNBase):  # which lists its parameters once more
-            weights = module._flat_weights
-            vars(twin)["_flat_weights"] = [tensors.get(id(own), own) for own in weights]
-    return twin
+    """Copy a module with other tensors in place of its parameters; the copy shares the rest.
+
+    Args:
+        module: the module, which is not changed.
+        tensors: the tensor that replaces each parameter, by the parameter's id.
+        made: the copies of parts of the module that exist already, by the part's id.
+    """
+    made = {} if made is None else made
+    if id(module) in made:
+        return made[id(module)]
+    other = made[id(module)] = object.__new__(type(module))
+    vars(other).update(vars(module))
+    vars(other)["_parameters"] = {
+        name: None if parameter is None else tensors[id(parameter)]
+        for name, parameter in module._parameters.items()
+    }
+    vars(other)["_modules"] = {
+        name: None if part is None else twin(part, tensors, made)
+        for name, part in module._modules.items()
+    }
+    vars(other).pop("_compiled_call_impl", None)  # it calls the module
+    if isinstance(module, nn.RNNBase):  # which lists its parameters once more
+        weights = module._flat_weights
+        vars(other)["_flat_weights"] = [tensors.get(id(own), own) for own in weights]
+    return other
 
 
-def _held(head: nn.Module) -> nn.Module:
-    """The same head with its parameters kept out of the graph."""
+def frozen_head(head: nn.Module) -> nn.Module:
+    """Copy a head with detached parameters: gradients pass through, the parameters get none."""
     parameters = [*head.parameters()]
     if any(map(is_sharded, parameters)):  # FSDP gathers them when the head itself is called
         return head
-    return _twin(head, {id(own): own.detach() for own in parameters}, {})
+    return twin(head, {id(own): own.detach() for own in parameters})
 
 
-def _detached(features: Any) -> Any:
+def detached(features: Any) -> Any:
     return tree_map_only(Tensor, Tensor.detach, features)
 
 
-def _without_graph(tasks: Collection[str]) -> AbstractContextManager[None]:
-    """As ``torch.no_grad()``; a head that takes a derivative there is told how it can.
+def without_graph(tasks: Collection[str]) -> AbstractContextManager[None]:
+    """Like ``torch.no_grad()``, but an error of a head that takes a derivative says what to do.
 
     Args:
-        tasks: whose heads run.
+        tasks: the tasks whose heads run.
     """
     return torch.no_grad() if torch.compiler.is_compiling() else _explained_no_grad(tasks)
 
@@ -162,11 +171,11 @@ def _explained_no_grad(tasks: Collection[str]) -> Iterator[None]:
 
 
 def _checked_heads(heads: object) -> dict[str, nn.Module]:
-    """The heads by task, as plain strings."""
+    """The heads by task, with task names as plain strings."""
     wanted = "heads must be {task: module}, with tasks named by strings as in TaskGroups"
     if not isinstance(heads, Mapping | nn.ModuleDict):
         raise TypeError(
-            f"{wanted}, got {type(heads).__name__}; name the task of each, "
+            f"{wanted}, got {type(heads).__name__}; name the task of each head, "
             '{"depth": module, "edges": module}.'
         )
     if not heads:
@@ -179,14 +188,14 @@ def _checked_heads(heads: object) -> dict[str, nn.Module]:
             raise TypeError(
                 f"The head of task {task!r} must be a module, got {type(head).__name__}."
             )
-        checked[str.__str__(task)] = head  # NumPy's strings and enumerations are strings as well
+        checked[str.__str__(task)] = head  # NumPy strings and string enums are subclasses of str
     return checked
 
 
 def kind_of(module: nn.Module) -> str:
-    """The same for modules that differ in nothing but the values of their parameters."""
+    """A description that is equal for modules that differ in the values of parameters alone."""
     of_every_module = vars(nn.Module()).keys()
-    numbers: dict[int, int] = {}  # by id, of modules and parameters: shows which are the same
+    numbers: dict[int, int] = {}  # of modules and parameters, by id: shows which are shared
 
     def number(thing: object) -> int:
         return numbers.setdefault(id(thing), len(numbers))
@@ -215,7 +224,7 @@ def kind_of(module: nn.Module) -> str:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether its ``repr`` says all."""
+    """Whether the ``repr`` of a value describes it completely."""
     if isinstance(value, tuple | list):
         return all(map(_is_plain, value))
     return isinstance(value, bool | int | float | str | None)

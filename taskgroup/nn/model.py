@@ -1,4 +1,4 @@
-"""A shared encoder with a head per task, of which a step runs no more than it needs."""
+"""A shared encoder with one head per task; a step runs only the heads that it needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from taskgroup._arguments import listed
 from taskgroup.nn.batched import BatchedHeads
-from taskgroup.nn.heads import TaskHeads, kind_of
+from taskgroup.nn.compiled import compile_in_place
+from taskgroup.nn.heads import TaskHeads
 from taskgroup.nn.norm import statistics_once
 from taskgroup.nn.step import Step
 
@@ -24,25 +25,25 @@ class MultiTaskModel(nn.Module):
     """An encoder whose features feed one head per task.
 
     Called with a :class:`~taskgroup.Group`, it runs the encoder once, the heads of ``group.graph``
-    with a graph, the other observed heads without one on detached features, and leaves out the
-    rest. Heads outside the group get no gradient, so they stay where they are, and their backward
-    pass is never paid for. Running statistics (BatchNorm) move once per batch then, see
+    with a graph, and the other observed heads without a graph on detached features. The remaining
+    heads do not run. Heads outside the group get no gradient, so they stay where they are, and they
+    cost no backward pass. Running statistics (BatchNorm) are updated once per batch, see
     :func:`statistics_once`.
 
-    Where the inputs hang on a tensor that requires a gradient and is no parameter (coordinates of a
-    physics-informed loss, positions for forces, a gradient penalty), derivatives of the outputs are
-    taken: all observed heads then run with a graph, which leaves out the parameters of those
-    outside the group. To take derivatives with respect to anything else, call the model whole,
-    ``model(x)``.
+    If the inputs depend on a tensor that requires a gradient and is not a parameter (coordinates of
+    a physics-informed loss, positions for forces, a gradient penalty), derivatives of the outputs
+    can be taken: all observed heads then run with a graph, in which the parameters of the heads
+    outside the group are constants. To take derivatives with respect to anything else, call the
+    model without the group, ``model(x)``.
 
-    ``DistributedDataParallel`` wants ``find_unused_parameters=True``: the heads that a step leaves
-    out have no gradient to wait for.
+    ``DistributedDataParallel`` needs ``find_unused_parameters=True``, because the heads that a step
+    leaves out have no gradient.
 
     Args:
         encoder: any module; its output may be any nesting of tuples, lists and dicts of tensors.
-        heads: ``{task: module}``, a dict or ``nn.ModuleDict`` with tasks named by strings; each
-            takes the output of the encoder. Many small ones run faster as :class:`BatchedHeads`.
-            A layer that two heads share moves with either task.
+        heads: ``{task: module}``, a dict or ``nn.ModuleDict`` with task names as keys. Each head
+            takes the output of the encoder. Many small heads run faster as :class:`BatchedHeads`.
+            A layer that two heads share moves in the steps of both tasks.
 
     Attributes:
         encoder: the encoder.
@@ -50,7 +51,7 @@ class MultiTaskModel(nn.Module):
             becomes a slash.
 
     Raises:
-        TypeError: if the encoder is no module or ``heads`` is not ``{task: module}``.
+        TypeError: if the encoder is not a module or ``heads`` is not ``{task: module}``.
         ValueError: if there are no heads, or two names differ only in ``.`` and ``/``.
 
     Example:
@@ -71,15 +72,15 @@ class MultiTaskModel(nn.Module):
         self.heads = heads if isinstance(heads, TaskHeads) else TaskHeads(heads)
 
     def forward(self, *args: Any, group: Step | None = None, **kwargs: Any) -> dict[str, Any]:
-        """The outputs of the tasks.
+        """Compute the outputs of the tasks.
 
         Args:
-            *args: to the encoder.
-            group: the step this forward is for; None runs every head with a graph.
-            **kwargs: to the encoder.
+            *args: positional arguments of the encoder.
+            group: the step that this forward pass is for; None runs every head with a graph.
+            **kwargs: keyword arguments of the encoder.
 
         Returns:
-            ``{task: output}``; with a group those of ``group.observed``, in that order.
+            ``{task: output}``; with a group, for the tasks of ``group.observed`` in that order.
 
         Raises:
             ValueError: if the group has a task without a head.
@@ -104,59 +105,28 @@ class MultiTaskModel(nn.Module):
         return {task: outputs[task] for task in group.observed}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the encoder and each head apart, in place, with ``torch.compile``'s arguments.
+        """Compile the encoder and each head separately, in place.
 
-        One graph for the encoder and two per head, with and without gradients, then serve every
-        sequence of groups: at most 1 + 2K for inputs of one shape; heads of one kind share theirs.
-        A copy of the model, or one that was pickled, is not compiled; compile it again.
+        One graph for the encoder and two for each head, with and without gradients, serve every
+        sequence of groups: at most 1 + 2K graphs for inputs of one shape. Heads of one kind share
+        their graphs. A copy of the model is not compiled, and neither is a model that was pickled;
+        compile it again.
+
+        Args:
+            *args: positional arguments of ``torch.compile``.
+            **kwargs: keyword arguments of ``torch.compile``.
         """
         codes: dict[str, CodeType] = {}
         heads = () if isinstance(self.heads, BatchedHeads) else self.heads.values()
         for module in (self.encoder, *heads):
-            _compile(module, codes, *args, **kwargs)
-
-
-def _compile(module: nn.Module, codes: dict[str, CodeType], *args: Any, **kwargs: Any) -> None:
-    """As ``module.compile()``, but for two things that torch 2.13 does without a word.
-
-    It leaves modules of its own (``nn.Sequential``) uncompiled, and others under FSDP, whose hooks
-    it would compile as well; and since it counts graphs by the code that calls the module, it gives
-    up after eight, in all heads together.
-
-    Args:
-        module: compiled in place.
-        codes: by the kind of module, the code that calls it.
-        *args: to ``torch.compile``.
-        **kwargs: to ``torch.compile``.
-    """
-
-    def forward(*inputs: Any, **named: Any) -> Any:
-        return type(module).forward(module, *inputs, **named)
-
-    # What is set on the object instead of its class, as Accelerate does, is compiled in its place.
-    patch = vars(module).get("forward")
-    forward.__code__ = codes.setdefault(kind_of(module), forward.__code__.replace())
-    compiled = torch.compile(forward if patch is None else patch, *args, **kwargs)
-
-    def call(*inputs: Any, **named: Any) -> Any:
-        if vars(module).get("forward") not in (patch, compiled):  # set since then
-            return module._call_impl(*inputs, **named)
-        vars(module)["forward"] = compiled  # for this call: a copy of the module has its own
-        try:
-            return module._call_impl(*inputs, **named)
-        finally:
-            vars(module).pop("forward", None)
-            if patch is not None:
-                vars(module)["forward"] = patch
-
-    module._compiled_call_impl = call
+            compile_in_place(module, codes, *args, **kwargs)
 
 
 def _is_derived(inputs: object, features: object) -> bool:
-    """Whether the inputs, or the features, hang on a tensor of which one takes derivatives.
+    """Whether the inputs or the features depend on a leaf that is not a parameter.
 
-    That is a leaf that requires a gradient and is no parameter: nothing else can be made of it.
-    Only the graph in front of the encoder is walked, as a rule there is none.
+    A leaf that requires a gradient and is not a parameter is there to take derivatives with respect
+    to it. This walks the graph in front of the encoder alone; usually there is none.
     """
     leaves = [leaf for leaf in tree_leaves(features) if isinstance(leaf, Tensor) and leaf.is_leaf]
     given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
@@ -179,13 +149,13 @@ def _is_derived(inputs: object, features: object) -> bool:
 
 
 def _check_that_ddp_finds_unused_parameters() -> None:
-    """Raise if the forward at hand is inside a DistributedDataParallel that would wait for them."""
+    """Raise if this forward pass is inside a DistributedDataParallel that would wait for them."""
     ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if ddp is None:
         return
     if ddp.static_graph:
         raise RuntimeError(
-            "DistributedDataParallel(static_graph=True) wants the same parameters in every step, "
+            "DistributedDataParallel(static_graph=True) needs the same parameters in every step, "
             "and the groups change: wrap the model with find_unused_parameters=True instead."
         )
     if not ddp.find_unused_parameters:

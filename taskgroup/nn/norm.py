@@ -1,4 +1,4 @@
-"""Running statistics of normalisation layers move once per batch, however many groups it has."""
+"""Updates the running statistics of normalisation layers once per batch, not once per group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from taskgroup.nn.step import Step
 
 __all__ = ["statistics_once"]
 
-# By module, its layers that may have running statistics, and by layer, what it writes to instead.
+# The layers of a module that may have running statistics, and the tensors that a layer writes to in
+# place of its statistics.
 _layers: WeakKeyDictionary[nn.Module, WeakSet[_NormBase]] = WeakKeyDictionary()
 _scratch: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
@@ -23,24 +24,25 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def statistics_once(module: nn.Module, group: Step) -> AbstractContextManager[None]:
-    """Around a forward: running statistics move only for the first group that runs the module.
+    """Context manager for a forward pass that updates running statistics once per batch.
 
-    A batch of M groups has M forwards, on each of which BatchNorm (SyncBatchNorm, InstanceNorm)
-    in training mode would move its running mean and variance, M times as far as a joint step, and
-    most of the way on features of steps half taken. Within this context they move as in a joint
-    step: on the forward of the first group, before any step, and not on the others of its batch.
-    Every forward normalises by its own samples all the same.
+    A batch of M groups has M forward passes. In training mode BatchNorm (SyncBatchNorm,
+    InstanceNorm) would update its running mean and variance in each of them: M times as far as in a
+    joint step, and mostly with features from between the steps of a batch. Within this context only
+    the first group of a batch that runs the module updates them, before any step, as in a joint
+    step. Every forward pass still normalises by its own samples.
 
-    :class:`MultiTaskModel` does this by itself where it is called with ``group=group``, for the
-    encoder and each head apart: a head that runs in one group only moves its statistics there.
+    :class:`MultiTaskModel` does this itself when it is called with ``group=group``, separately for
+    the encoder and each head: a head that runs in one group alone updates its statistics there.
 
-    The micro-batches of one group all move them, as in any gradient accumulation. Layers are looked
-    up once per module: replace them (``convert_sync_batchnorm``) before the first batch. Not within
-    a ``torch.compile`` of the model as a whole, where it has no effect: around the call.
+    All micro-batches of one group update the statistics, as in any gradient accumulation. The
+    layers of a module are looked up once, so replace layers (``convert_sync_batchnorm``) before the
+    first batch. Enter the context outside of a model that is compiled as a whole; inside of it, it
+    has no effect.
 
     Args:
-        module: the model, or a part that is run as a whole.
-        group: the group whose forward this is.
+        module: the model, or a part of it that always runs as a whole.
+        group: the group that the forward pass is for.
 
     Example:
         >>> import taskgroup as tg
@@ -53,26 +55,26 @@ def statistics_once(module: nn.Module, group: Step) -> AbstractContextManager[No
         >>> model.running_mean
         tensor([0.1000, 0.1000])
     """
-    # While torch compiles the model as a whole there is no telling one group from another.
+    # A graph that torch compiles for the whole model serves all groups.
     if torch.compiler.is_compiling() or not _layers_of(module):
         return _NOTHING
-    return _hold(module, group)
+    return _redirected(module, group)
 
 
 @contextmanager
-def _hold(module: nn.Module, group: Step) -> Iterator[None]:
-    held = [
+def _redirected(module: nn.Module, group: Step) -> Iterator[None]:
+    layers = [
         layer
         for layer in _layers_of(module)
-        if layer.training and layer.track_running_stats and not _is_held(layer)
+        if layer.training and layer.track_running_stats and not _is_redirected(layer)
     ]
-    if not held or group.runs_first(module):
+    if not layers or group.runs_first(module):
         yield
         return
-    kept = [_Kept(layer) for layer in held]
-    # Other tensors stand in the place of the statistics: nothing is copied, and for a compiled
-    # module, which takes buffers as inputs, nothing has changed.
-    for layer in held:
+    kept = [_Kept(layer) for layer in layers]
+    # Other tensors take the place of the statistics. Nothing is copied, and a compiled module
+    # needs no new graph, because its buffers are inputs.
+    for layer in layers:
         layer._buffers.update(_scratch_of(layer))
     try:
         yield
@@ -82,17 +84,17 @@ def _hold(module: nn.Module, group: Step) -> Iterator[None]:
 
 
 class _Kept:
-    """The statistics of a layer that writes to others for the time being.
+    """The statistics of a layer while the layer writes to other tensors.
 
-    Whoever copies, pickles or saves the layer meanwhile (a checkpoint at a signal, an average of
-    the weights) gets the kept ones.
+    Copies, pickles and state dicts that are made of the layer meanwhile (a checkpoint in a signal
+    handler, an average of the weights) get these statistics.
     """
 
     def __init__(self, layer: _NormBase) -> None:
         self._layer = layer
         self._statistics = {name: layer._buffers[name] for name in _NAMES if name in layer._buffers}
-        # Set on the layer itself, which hides what its class has. The buffers stay a plain dict,
-        # since the compiler would compile anew for another.
+        # Set on the layer itself, which hides the methods of its class. The buffers stay a plain
+        # dict, because the compiler would recompile for another type.
         vars(layer).update(zip(_OVERRIDDEN, (self._state, self._save), strict=True))
 
     def put_back(self) -> None:
@@ -117,7 +119,7 @@ _OVERRIDDEN = ("__getstate__", "_save_to_state_dict")
 _NAMES = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def _is_held(layer: _NormBase) -> bool:
+def _is_redirected(layer: _NormBase) -> bool:
     return "__getstate__" in vars(layer)
 
 

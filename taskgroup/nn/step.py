@@ -1,4 +1,4 @@
-"""What a module asks of the step that it is run for: the part of a group that it may use."""
+"""What a module needs to know of the step that it runs for, and what it reports to it."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ __all__ = ["Step"]
 
 
 class Step(Protocol):
-    """The step that a forward pass is for; every :class:`~taskgroup.Group` is one.
+    """The step that a forward pass is for; every :class:`~taskgroup.Group` is one."""
 
-    Attributes:
-        first: True for the first step of the batch.
-    """
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that the step is taken on."""
 
-    first: bool
+    @property
+    def graph(self) -> tuple[str, ...]:
+        """The tasks whose losses must have a graph: those of the step, and those it measures."""
 
     @property
     def observed(self) -> tuple[str, ...]:
         """The tasks whose losses the step needs."""
 
-    @property
-    def graph(self) -> tuple[str, ...]:
-        """The tasks whose losses must carry a graph."""
-
     def runs_first(self, module: nn.Module) -> bool:
-        """Whether no step before this one, in its batch, has run the module; now it has."""
+        """Report that a module runs; False if an earlier step of this batch has run it."""
 
     def ran(self, model: nn.Module) -> None:
-        """Say which model runs for this step."""
+        """Report the model that runs for this step."""

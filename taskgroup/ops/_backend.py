@@ -1,8 +1,8 @@
-"""Which implementation of an op runs.
+"""Chooses the implementation of an op.
 
-Every op has a ``reference`` in plain PyTorch or NumPy that runs anywhere; the other backends are
-faster where they run. An op asks :func:`choose` for the implementation to call, and that is all it
-knows about backends.
+Every op has a ``reference`` in plain PyTorch or NumPy that runs anywhere. The other backends are
+faster, and need certain devices or libraries. An op passes its implementations to :func:`choose`
+and calls the one that it returns; it knows nothing else about backends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import platform
 from collections.abc import Callable, Collection
 from importlib.machinery import PathFinder
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -26,15 +26,15 @@ _PACKAGE = __name__.split(".")[0]
 
 
 class _Native(NamedTuple):
-    """The compiled libraries beside the package."""
+    """The compiled libraries of the package."""
 
     host: ModuleType | None = None
-    problem: str | None = None  # why they are not loaded
-    broken: bool = False  # they were built, and do not load
+    problem: str | None = None  # the reason why they are not loaded
+    broken: bool = False  # they were built, but do not load
 
 
 def _load_native() -> _Native:
-    # Beside this package and nowhere else: the finder of an editable installation would offer the
+    # Search the folder of this package alone: the finder of an editable installation would find the
     # libraries of another copy.
     beside = [str(Path(__file__).parents[1])]
     found = {name: PathFinder.find_spec(f"{_PACKAGE}.{name}", beside) for name in ("_ops", "_host")}
@@ -42,7 +42,7 @@ def _load_native() -> _Native:
         return _Native(
             problem=(
                 "this installation was made without native code; to have it, build it from the "
-                "sources where a C++17 compiler is (TASKGROUP_PURE=0 pip install --force-reinstall "
+                "sources with a C++17 compiler (TASKGROUP_PURE=0 pip install --force-reinstall "
                 "--no-deps --no-build-isolation .)"
             )
         )
@@ -55,20 +55,20 @@ def _load_native() -> _Native:
         host = importlib.import_module(f"{_PACKAGE}._host")
         instruction_sets = host.cpu_instruction_set, torch.ops.taskgroup.cpu_instruction_set
     except (AttributeError, ImportError, OSError, RuntimeError) as error:
-        # Kept, and told at the first use: importing the package never fails because of its
-        # extension, and whoever wants the reference alone is not disturbed.
+        # The first use raises this error. The import of the package must not fail because of its
+        # extension: the reference works without it.
         return _Native(
             broken=True,
             problem=(
                 f"its native code does not load under torch {torch.__version__} and Python "
                 f"{platform.python_version()} ({' '.join(str(error).split())}); build it again "
                 f"from the sources (pip install --force-reinstall --no-deps --no-build-isolation .)"
-                f", install without it (TASKGROUP_PURE=1), or go on in plain PyTorch "
+                f", install without it (TASKGROUP_PURE=1), or continue in plain PyTorch "
                 f"(TASKGROUP_BACKEND=reference)"
             ),
         )
     try:
-        # Both libraries read TASKGROUP_CPU_ISA now, so that no later change can set them apart.
+        # Both libraries read TASKGROUP_CPU_ISA now, so that a later change cannot make them differ.
         for instruction_set in instruction_sets:
             instruction_set()
     except RuntimeError as error:
@@ -79,95 +79,97 @@ def _load_native() -> _Native:
 native = _load_native()
 
 
-class _Backend(NamedTuple):
-    devices: tuple[str, ...] | None = None  # the types of device it runs on; None: on all
-    problem: str | None = None  # why it is not available
-    broken: bool = False  # it should be available: nothing takes its place silently
-    on_request: bool = False  # an op never chooses it by itself
+class Backend(NamedTuple):
+    """Where a backend runs, and whether it is available."""
+
+    devices: tuple[str, ...] | None = None  # the types of device that it runs on; None: all
+    problem: str | None = None  # the reason why it is not available
+    broken: bool = False  # it should be available: no other backend takes its place silently
+    on_request: bool = False  # it runs only if the user asks for it
 
 
-def _triton() -> _Backend:
-    # Looked for, not imported: that takes a second, and is left to the first use.
+def _triton() -> Backend:
+    # Find it without importing it: the import takes a second, and is left to the first use.
     problem = None
     if importlib.util.find_spec("triton") is None:
         problem = "Triton is not installed (a torch for CUDA brings it; pip install triton)"
-    # Triton's interpreter runs kernels in NumPy. It cannot follow addresses on a device, and is
-    # there for tests: nobody wants it by surprise.
+    # Triton's interpreter runs kernels in NumPy, for tests. It cannot read addresses on a device,
+    # and it is slow, so it runs on request alone.
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-    return _Backend(("cpu" if interpreted else "cuda",), problem, on_request=interpreted)
+    return Backend(("cpu" if interpreted else "cuda",), problem, on_request=interpreted)
 
 
 def _cuda_problem() -> str | None:
     if native.problem is not None or torch.ops.taskgroup.cuda_architectures():
         return native.problem
     return (
-        "its native code was built without CUDA kernels; build it again where nvcc is "
+        "its native code was built without CUDA kernels; build it again with nvcc "
         "(TASKGROUP_CUDA=1 pip install --force-reinstall --no-deps --no-build-isolation .)"
     )
 
 
 # In order of preference.
-_BACKENDS = {
-    "cpp": _Backend(("cpu",), native.problem, native.broken),
-    "cuda": _Backend(("cuda",), _cuda_problem(), native.broken),
+BACKENDS = {
+    "cpp": Backend(("cpu",), native.problem, native.broken),
+    "cuda": Backend(("cuda",), _cuda_problem(), native.broken),
     "triton": _triton(),
-    "reference": _Backend(),
+    "reference": Backend(),
 }
 
 _requested: str | None = os.environ.get("TASKGROUP_BACKEND") or None
 
 
 def backends() -> dict[str, str | None]:
-    """Lists the backends, and why one is not available.
+    """Lists the backends, and why some are not available.
 
     Returns:
-        A dict in order of preference, from name to ``None`` where the backend is available and
-        else to the reason.
+        A dict in order of preference: the name of each backend, with ``None`` if the backend is
+        available and the reason if it is not.
 
     Example:
         >>> import taskgroup
         >>> list(taskgroup.ops.backends())
         ['cpp', 'cuda', 'triton', 'reference']
     """
-    return {name: backend.problem for name, backend in _BACKENDS.items()}
+    return {name: backend.problem for name, backend in BACKENDS.items()}
 
 
 def _check_available(name: str) -> None:
-    if name in _BACKENDS and _BACKENDS[name].problem is None:
+    if name in BACKENDS and BACKENDS[name].problem is None:
         return
-    available = ", ".join(n for n, backend in _BACKENDS.items() if backend.problem is None)
-    missing = [f"{n}: {backend.problem}" for n, backend in _BACKENDS.items() if backend.problem]
-    if name not in _BACKENDS:
+    available = ", ".join(n for n, backend in BACKENDS.items() if backend.problem is None)
+    missing = [f"{n}: {backend.problem}" for n, backend in BACKENDS.items() if backend.problem]
+    if name not in BACKENDS:
         raise ValueError(
             f"taskgroup has no backend {name!r} (TASKGROUP_BACKEND or use_backend asked for it). "
             + "; ".join([f"Available: {available}", *missing])
-            + ". Unset it, or ask for one of these."
+            + ". Unset it, or choose one of these."
         )
     raise RuntimeError(
-        f"taskgroup cannot use its backend {name!r}: {_BACKENDS[name].problem}. "
+        f"taskgroup cannot use its backend {name!r}: {BACKENDS[name].problem}. "
         f"Available: {available}." + (" Unset TASKGROUP_BACKEND." if name == _requested else "")
     )
 
 
-class use_backend:  # noqa: N801 (to its users a function, like torch.no_grad)
-    """Runs the ops on one backend: from now on, or within a ``with`` statement.
+class use_backend:  # noqa: N801 (users call it as a function, like torch.no_grad)
+    """Runs the ops on one backend, from now on or within a ``with`` statement.
 
-    An op that has no such backend goes on choosing by itself: clustering, say, runs on the host
-    alone. The setting holds for the whole process, in all threads, and overrides the environment
-    variable ``TASKGROUP_BACKEND``.
+    Ops without this backend still choose by themselves; clustering, for example, runs on the host
+    alone. The setting applies to all threads of the process and overrides the environment variable
+    ``TASKGROUP_BACKEND``.
 
     Args:
         name: ``"cpp"`` (for the CPU), ``"cuda"`` or ``"triton"`` (for a GPU), or
-            ``"reference"``; ``None`` lets every op choose, by the device of its arguments.
+            ``"reference"``; ``None`` lets every op choose by the device of its arguments.
 
     Raises:
-        ValueError: If there is no backend of that name; the message lists those there are.
-        RuntimeError: If the backend is not available here; the message says why.
+        ValueError: If there is no backend of that name; the message lists the backends.
+        RuntimeError: If the backend is not available; the message says why.
 
     Example:
         >>> import torch, taskgroup
         >>> with taskgroup.ops.use_backend("reference"):
-        ...     taskgroup.ops.affinity_propagation(torch.eye(2))
+        ...     taskgroup.affinity_propagation(torch.eye(2))
         tensor([0, 1])
     """
 
@@ -181,22 +183,31 @@ class use_backend:  # noqa: N801 (to its users a function, like torch.no_grad)
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         global _requested
         _requested = self._previous
 
 
+def requested() -> str | None:
+    """Returns the backend that ``TASKGROUP_BACKEND`` or :class:`use_backend` names, if any."""
+    return _requested
+
+
 def preferred(device: str, implemented: Collection[str]) -> str:
-    """The backend that runs an op for arguments on a device; as :func:`choose`, by its name."""
+    """Returns the name of the backend that runs an op for arguments on a device.
+
+    Args:
+        device: Type of the device that holds the arguments, such as ``"cpu"``.
+        implemented: The backends that the op has; ``reference`` is one of them.
+
+    Raises:
+        ValueError: If the environment asks for a backend that does not exist.
+        RuntimeError: If the requested backend cannot run here, or the one that would run is broken.
+    """
     if _requested is not None:
         _check_available(_requested)
         if _requested in implemented:
-            devices = _BACKENDS[_requested].devices
+            devices = BACKENDS[_requested].devices
             if devices is not None and device not in devices:
                 raise RuntimeError(
                     f"taskgroup's backend {_requested!r} runs on {' and '.join(devices)}, and the "
@@ -204,7 +215,7 @@ def preferred(device: str, implemented: Collection[str]) -> str:
                     "another with use_backend."
                 )
             return _requested
-    for name, backend in _BACKENDS.items():
+    for name, backend in BACKENDS.items():
         fits = backend.devices is None or device in backend.devices
         if backend.on_request or not fits or name not in implemented:
             continue
@@ -215,14 +226,10 @@ def preferred(device: str, implemented: Collection[str]) -> str:
 
 
 def choose(device: str, **implementations: Callable[P, T]) -> Callable[P, T]:
-    """Chooses the implementation of an op for arguments on a device.
+    """Chooses the implementation of an op for arguments on a device, as :func:`preferred` does.
 
     Args:
-        device: Type of the device that holds the arguments, such as ``"cpu"``.
-        **implementations: The op's implementations by backend; ``reference`` is one of them.
-
-    Raises:
-        ValueError: If the environment asks for a backend that there is not.
-        RuntimeError: If the backend asked for cannot run here, or the one that would run is broken.
+        device: Type of the device that holds the arguments.
+        **implementations: The op's implementations by backend.
     """
     return implementations[preferred(device, implementations)]

@@ -1,4 +1,4 @@
-"""How the ops take the gradients of K tasks on T parameters."""
+"""The flat list in which the ops take the gradients of K tasks on T parameters."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MOST_TASKS = 1024
 
 
 class GradientList(NamedTuple):
-    """The gradients that are there, in one flat list."""
+    """The gradients that are not None, in one flat list."""
 
     flat: list[Tensor]  # sorted by slot
-    slots: list[int]  # parameter * K + task of each; empty: all are there
+    slots: list[int]  # parameter * K + task, for each gradient; empty if none is missing
     n_tasks: int
 
     def tasks(self) -> list[int]:
@@ -34,11 +34,11 @@ class GradientList(NamedTuple):
 
 
 def flatten(gradients: Gradients) -> GradientList:
-    """One flat list, parameter by parameter.
+    """Returns the gradients in one flat list, parameter by parameter.
 
     Raises:
-        ValueError: if there is no task, or the tasks have different numbers of gradients, or none
-            or more than 1024.
+        ValueError: if there are no tasks or more than 1024, or the tasks have different numbers of
+            gradients or none at all.
     """
     n_tasks = len(gradients)
     check_number_of_tasks(n_tasks)
@@ -65,10 +65,10 @@ def flatten(gradients: Gradients) -> GradientList:
 
 
 def check_number_of_tasks(n_tasks: int) -> None:
-    """Raises if the ops do not take the gradients of so many tasks.
+    """Checks that the ops take the gradients of this number of tasks.
 
     Raises:
-        ValueError: with the number they take.
+        ValueError: if they do not; the message says how many they take.
     """
     if not 1 <= n_tasks <= MOST_TASKS:
         raise ValueError(
@@ -77,12 +77,13 @@ def check_number_of_tasks(n_tasks: int) -> None:
 
 
 def check(gradients: GradientList) -> None:
-    """Raises with a sentence on the first gradient that an op cannot take.
+    """Checks that the ops take these gradients.
 
     Raises:
-        ValueError: naming the task and the tensor.
+        ValueError: for the first gradient that they do not take; the message names the task and the
+            tensor.
     """
-    first_of: dict[int, tuple[int, Tensor]] = {}  # parameter: its first gradient, and whose it is
+    first_of: dict[int, tuple[int, Tensor]] = {}  # by parameter, its first task and gradient
     for task, t, gradient in zip(
         gradients.tasks(), gradients.parameters(), gradients.flat, strict=True
     ):
@@ -91,7 +92,7 @@ def check(gradients: GradientList) -> None:
             raise ValueError(f"{name} must be a Tensor or None, got {type(gradient).__name__}.")
         if gradient.layout != torch.strided:
             raise ValueError(
-                f"{name} has layout {gradient.layout}: call .to_dense() on it, or build the "
+                f"{name} has layout {gradient.layout}: call .to_dense() on it, or make the "
                 "embedding with sparse=False."
             )
         if gradient.is_complex():
@@ -122,13 +123,13 @@ def check(gradients: GradientList) -> None:
 
 
 def gram_dtype(gradients: list[Tensor]) -> torch.dtype:
-    """Of the Gram matrix: float64 if any gradient is, else float32."""
+    """The dtype of the Gram matrix: float64 if any gradient is float64, else float32."""
     wide = any(gradient.dtype == torch.float64 for gradient in gradients)
     return torch.float64 if wide else torch.float32
 
 
 def reference_gram(gradients: GradientList) -> Tensor:
-    """Inner products in plain PyTorch, parameter by parameter, in float64: ``[K, K]``."""
+    """The inner products in plain PyTorch, float64 ``[K, K]``, parameter by parameter."""
     check(gradients)
     first = gradients.flat[0]
     gram = torch.zeros(
@@ -146,4 +147,4 @@ def reference_gram(gradients: GradientList) -> Tensor:
         index = index.to(first.device, non_blocking=True)
         gram.index_put_((index[:, None], index[None, :]), rows @ rows.t(), accumulate=True)
         begin = end
-    return gram.triu() + gram.triu(1).t()  # a matrix product need not be symmetric to the bit
+    return gram.triu() + gram.triu(1).t()  # a matrix product may not be symmetric bitwise

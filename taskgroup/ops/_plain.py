@@ -1,10 +1,10 @@
 """Reads the addresses of plain gradients in one pass of native code.
 
-Passing a list of tensors to an op takes torch longer than most ops here run. The C functions that
-torch offers for DLPack describe a tensor in a tenth of that time, and the op then takes one
-address. Everything else is passed through torch: subclasses of Tensor, tensors with gaps in memory,
-calls inside modes, transforms and traces, and every invalid argument, because that path raises the
-error that names it.
+torch takes longer to pass a list of tensors to an op than most ops here take to run. Its C
+functions for DLPack describe a tensor in a tenth of that time, and the op then takes a single
+address. All other calls pass their arguments through torch: subclasses of Tensor, tensors with gaps
+in memory, calls inside modes, transforms and traces, and invalid arguments, for which that path
+raises the error that names the argument.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from taskgroup.ops import _backend
 from taskgroup.ops._gradient_list import Gradients
 
 BACKENDS = ("cpp", "cuda", "triton", "reference")
-ADDRESSED = ("cpp", "cuda")  # those that take an address
+ADDRESSED = ("cpp", "cuda")  # the backends that take an address
 
 
 class ReadGradients(Protocol):
-    """What was read; it keeps the tensors alive."""
+    """The gradients that were read. The object keeps the tensors alive."""
 
     address: int
-    like: Tensor  # any of the gradients
+    like: Tensor  # one of the gradients
     first: list[Tensor | None]  # the first gradient of each parameter
 
     def keep_measured(self) -> list[int]:
-        """Number the gradients by the tasks that have one alone, and return these tasks."""
+        """Leave out the tasks without any gradient, and return the other tasks."""
 
     def read_outputs(self, outputs: Sequence[Tensor | None]) -> bool:
-        """Where ``combine`` writes; False if they are not plain or do not fit the gradients."""
+        """Read the tensors that ``combine`` writes to; False if not plain, or of another shape."""
 
 
 class _Reader(Protocol):
@@ -52,10 +52,10 @@ def _make_reader() -> _Reader | None:
 
 
 def _is_intercepted() -> bool:
-    """Whether somebody wants to see the op or replace its tensors: a mode, transform or trace.
+    """Whether a mode, transform or trace intercepts the op or replaces its tensors.
 
     Raises:
-        AttributeError: if this torch has other names for these functions, which are private.
+        AttributeError: if this version of torch has renamed these private functions.
     """
     return bool(
         torch._C._len_torch_function_stack()
@@ -70,7 +70,7 @@ _reader = _make_reader()
 
 
 def read_plain(gradients: Gradients) -> ReadGradients | None:
-    """The gradients as the native backends take them, or None to pass them through torch.
+    """Reads the gradients for the native backends; None if they must pass through torch.
 
     Args:
         gradients: ``[K][T]`` tensors or None.

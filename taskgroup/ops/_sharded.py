@@ -1,7 +1,8 @@
-"""Gradients that are spread over ranks (DTensor): the ops run on what lies here.
+"""Runs the ops on the local shards of gradients that are distributed over ranks (DTensor).
 
-An inner product is the sum of those of the shards, so the Gram matrix of the shards on this rank is
-added up over the ranks; a combination of shards is a shard of the combination.
+An inner product is the sum of the inner products of the shards. So the Gram matrix is the sum over
+the ranks of the Gram matrices of their shards, and a combination of shards is a shard of the
+combination.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = [
 
 
 def is_sharded(tensor: object) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor, without importing what makes them."""
+    """Whether a tensor is a DTensor, without importing ``torch.distributed.tensor``."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -41,10 +42,10 @@ def any_sharded(gradients: list[Tensor]) -> bool:
 
 
 def put_shards_back(model: nn.Module) -> None:
-    """Let every parameter of a model be its shard, between a forward and the backward pass.
+    """Replaces the parameters of a model by their shards, between a forward and a backward pass.
 
-    Modules that FSDP does not reshard after a forward, as the outermost one, hold whole parameters
-    there, while it is the shards that gradients come to.
+    FSDP does not reshard some modules after a forward pass, such as the outermost one. They then
+    hold whole parameters, but the gradients go to the shards.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -54,7 +55,7 @@ def put_shards_back(model: nn.Module) -> None:
 
 
 def local_like(gradient: Tensor | None, like: Tensor) -> Tensor | None:
-    """What lies on this rank of a gradient, once it is spread as ``like`` is.
+    """The part of a gradient on this rank, once it is distributed as ``like``.
 
     Raises:
         ValueError: if only one of the two is a DTensor.
@@ -74,7 +75,7 @@ def local_like(gradient: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def wrapped(local: Tensor, like: Tensor) -> Tensor:
-    """The DTensor, spread as ``like`` is, of which ``local`` lies on this rank."""
+    """The DTensor, distributed as ``like``, whose part on this rank is ``local``."""
     from torch.distributed.tensor import DTensor
 
     assert is_sharded(like)
@@ -88,10 +89,10 @@ def gram_over_ranks(gradients: Gradients, gram: Callable[[Gradients], Tensor]) -
     """The Gram matrix of gradients of which some are DTensors; the same on every rank.
 
     Args:
-        gradients: ``[K][T]``.
-        gram: of gradients that lie on this rank as a whole.
+        gradients: ``[K][T]`` tensors or None.
+        gram: a function that computes the Gram matrix of local gradients.
     """
-    # Parameters that are spread in the same way share their all-reduce.
+    # Parameters that are distributed in the same way share one all-reduce.
     spread: dict[Any, list[list[Tensor | None]]] = {}
     for column in zip(*gradients, strict=True):
         first = next((gradient for gradient in column if gradient is not None), None)
@@ -114,7 +115,7 @@ def gram_over_ranks(gradients: Gradients, gram: Callable[[Gradients], Tensor]) -
 
 
 def _without_partial(gradient: DTensor) -> DTensor:
-    """The same with every pending sum over ranks carried out."""
+    """The same gradient with all pending sums over ranks carried out."""
     from torch.distributed.tensor import Replicate
 
     settled = [Replicate() if p.is_partial() else p for p in gradient.placements]

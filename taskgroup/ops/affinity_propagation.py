@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -27,9 +27,10 @@ def affinity_propagation(
 ) -> Tensor | None:
     r"""Clusters tasks by affinity propagation, without being told the number of clusters.
 
-    Every pair exchanges two messages: the responsibility :math:`R_{ik}`, how well task k would
-    serve as the exemplar of task i, and the availability :math:`A_{ik}`, how much the others want
-    k to be one. Each message moves to ``damping`` times itself plus ``1 - damping`` times
+    Every pair of tasks exchanges two messages: the responsibility :math:`R_{ik}` says how well task
+    k would serve as the exemplar of task i, and the availability :math:`A_{ik}` how much the other
+    tasks support k as an exemplar. Each message becomes ``damping`` times its old value plus
+    ``1 - damping`` times
 
     .. math::
         R_{ik} \leftarrow S_{ik} - \max_{j \ne k} (A_{ij} + S_{ij})
@@ -39,32 +40,34 @@ def affinity_propagation(
         \qquad
         A_{kk} \leftarrow \sum_{j \ne k} \max(0, R_{jk})
 
-    until the exemplars, the tasks with :math:`A_{kk} + R_{kk} > 0`, hold still (Frey and Dueck,
-    "Clustering by Passing Messages Between Data Points", Science 315, 2007). The paper groups its
-    tasks so ("Selective Task Group Updates for Multi-Task Optimization", ICLR 2025,
-    arXiv:2502.11986).
+    until the exemplars, the tasks with :math:`A_{kk} + R_{kk} > 0`, do not change any more (Frey
+    and Dueck, "Clustering by Passing Messages Between Data Points", Science 315, 2007). "Selective
+    Task Group Updates for Multi-Task Optimization" (ICLR 2025, arXiv:2502.11986) groups its tasks
+    in this way.
 
-    The semantics are those of scikit-learn's ``AffinityPropagation(affinity="precomputed",
-    random_state=0)``: ties are broken by the same noise, and the labels agree, whatever the state
-    of anyone's random generator. Where all similarities are equal, and all preferences, each task
-    is alone if the preference exceeds the similarity, else all are together.
+    The results are those of scikit-learn's ``AffinityPropagation(affinity="precomputed",
+    random_state=0)``: the same noise breaks ties, so the labels agree, and no random generator is
+    used. If all similarities are equal, and all preferences are, then every task is alone if the
+    preference exceeds the similarity; otherwise all tasks are together.
 
     Args:
-        similarity: Similarity :math:`S`, ``[K, K]``, finite, any floating dtype; the diagonal
-            enters into the median alone. Not modified. A tensor on a device is waited for.
-        preference: A number, or K of them. What stands on the diagonal: the larger, the
-            more likely a task is an exemplar. Default: the median of ``similarity``.
-        damping: In [0.5, 1).
-        max_iter: Iterations at most. Labels need more than ``convergence_iter`` of them.
-        convergence_iter: Iterations for which the exemplars must not change.
+        similarity: Similarity :math:`S`, ``[K, K]``, finite, any floating dtype. The diagonal
+            counts for the median alone. Not modified. A tensor on a GPU is copied to the host.
+        preference: One number, or one for each task: the diagonal of the similarity. The larger the
+            preference of a task, the more likely the task is an exemplar. Default: the median of
+            ``similarity``.
+        damping: The damping factor, in [0.5, 1).
+        max_iter: The largest number of iterations; it must exceed ``convergence_iter``, or no
+            labels are found.
+        convergence_iter: The number of iterations for which the exemplars must not change.
 
     Returns:
-        Labels 0..M-1, a LongTensor [K] on the CPU, numbered in the order of the exemplars; or
-        ``None`` where the messages do not converge.
+        Labels 0..M-1, an int64 tensor [K] on the CPU, numbered in the order of the exemplars; or
+        ``None`` if the messages do not converge.
 
     Raises:
         ValueError: If ``similarity`` is empty, not square or not finite, or another argument is
-            out of its range.
+            out of range.
 
     Example:
         >>> similarity = torch.tensor([[1.0, 0.8, -0.3], [0.8, 1.0, -0.4], [-0.3, -0.4, 1.0]])
@@ -88,8 +91,8 @@ def affinity_propagation(
 def propagate(
     s: Floats, p: Floats | None, damping: float, max_iter: int, convergence_iter: int
 ) -> Labels | None:
-    """The same from arrays that are known to be right: [K, K], and [K] preferences if any."""
-    cluster = _backend.choose("cpu", cpp=_native, reference=_reference)
+    """:func:`affinity_propagation` of valid arrays, [K, K] and optional preferences [K]."""
+    cluster = _backend.choose("cpu", **IMPLEMENTATIONS)
     return cluster(s, p, _noise(len(s)), damping, max_iter, convergence_iter)
 
 
@@ -98,7 +101,7 @@ def _to_numpy(values: Any, name: str) -> Floats:
         if values.is_complex():
             raise ValueError(f"{name} must be real, got {values.dtype}.")
         values = values.detach().cpu()
-        if values.dtype == torch.bfloat16:  # NumPy has none
+        if values.dtype == torch.bfloat16:  # NumPy has no bfloat16
             values = values.float()
         values = values.numpy()
     elif np.iscomplexobj(values):
@@ -119,17 +122,13 @@ def _preferences(preference: Any, n_tasks: int) -> Floats:
 
 @lru_cache(maxsize=16)
 def _noise(n_tasks: int) -> Floats:
-    """The noise that breaks ties; always the same, so that equal matrices give equal groups."""
+    """The noise that breaks ties; it is constant, so that equal matrices give equal groups."""
     return np.random.RandomState(0).standard_normal((n_tasks, n_tasks))
 
 
-def _native(
-    s: Floats, p: Floats | None, noise: Floats, damping: float, max_iter: int, convergence_iter: int
-) -> Labels | None:
+def _native(*arguments: Any) -> Labels | None:
     host: Any = _backend.native.host
-    labels: Labels | None = host.affinity_propagation(
-        s, p, noise, damping, max_iter, convergence_iter
-    )
+    labels: Labels | None = host.affinity_propagation(*arguments)
     return labels
 
 
@@ -143,7 +142,7 @@ def _reference(
         p = np.full(n_tasks, np.median(s))
     similarities = s[~np.eye(n_tasks, dtype=bool)]
     if (p == p[0]).all() and (similarities == similarities[:1]).all():
-        # Messages would tell nobody apart: each task is alone if it would rather be.
+        # The messages would be equal for all tasks: the preference decides.
         alone = p[0] > s[0, -1]
         return np.arange(n_tasks) if alone else np.zeros(n_tasks, dtype=np.int64)
 
@@ -170,7 +169,7 @@ def _find_exemplars(
     r, a = np.zeros_like(s), np.zeros_like(s)
     rows = np.arange(len(s))
     exemplars = np.zeros(len(s), dtype=bool)
-    held = 0  # iterations that the exemplars have been what they are
+    unchanged = 0  # the number of iterations for which the exemplars have been the same
     for iteration in range(max_iter):
         wish = a + s
         favourite = wish.argmax(axis=1)
@@ -188,14 +187,17 @@ def _find_exemplars(
         a = a * damping - excess * (1 - damping)
 
         previous, exemplars = exemplars, a.diagonal() + r.diagonal() > 0
-        held = held + 1 if (exemplars == previous).all() else 1
-        if iteration >= convergence_iter and held >= convergence_iter and exemplars.any():
+        unchanged = unchanged + 1 if (exemplars == previous).all() else 1
+        if min(iteration, unchanged) >= convergence_iter and exemplars.any():
             return np.flatnonzero(exemplars)
     return None
 
 
 def _assign(s: Floats, exemplars: Labels) -> Labels:
-    """The cluster of every task: its most similar exemplar; an exemplar belongs to its own."""
+    """The cluster of every task: its most similar exemplar; exemplars are in their own cluster."""
     cluster: Labels = s[:, exemplars].argmax(axis=1)
     cluster[exemplars] = np.arange(len(exemplars))
     return cluster
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Labels | None]] = {"cpp": _native, "reference": _reference}

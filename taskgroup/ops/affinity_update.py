@@ -1,6 +1,9 @@
-"""The update of the affinity matrix by the step of one group."""
+"""The update of the affinity matrix after the step of one group."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +19,15 @@ def affinity_update_(
     decay: float,
     observed: Tensor | None = None,
 ) -> Tensor:
-    r"""Updates the affinity matrix, in place, by what the step of one group did to every task.
+    r"""Updates the affinity matrix, in place, with the effect of the step of one group.
 
-    With :math:`S` the group that was stepped, :math:`n = |S|`, and the ratio
+    With :math:`S` the group that took the step, :math:`n = |S|`, and the ratio
 
     .. math::
         r_k = \frac{1}{n} \operatorname{clamp}\left(
             1 - \frac{\mathrm{after}_k}{\mathrm{before}_k}, -1, 1\right)
 
-    every row :math:`i \in S` moves to
+    every row :math:`i \in S` becomes
 
     .. math::
         A_{ik} \leftarrow (1 - \beta) A_{ik} + \beta \begin{cases}
@@ -33,32 +36,32 @@ def affinity_update_(
             -\max(r_i, r_k) & k \in S,\ k \ne i,\ r_i r_k < 0
         \end{cases}
 
-    and the rest of the matrix stays. This is the proximal inter-task affinity of "Selective Task
-    Group Updates for Multi-Task Optimization" (ICLR 2025, arXiv:2502.11986), read off the training
-    steps themselves. A ratio is valid where ``before`` is finite and positive and ``after`` is
-    finite; an entry that needs an invalid ratio stays as it was. Where every valid loss is exactly
-    what it was, no step happened (a gradient scaler skipped it, say) and nothing is observed.
+    and the other rows do not change. This is the proximal inter-task affinity of "Selective Task
+    Group Updates for Multi-Task Optimization" (ICLR 2025, arXiv:2502.11986), measured on the
+    training steps themselves. A ratio is valid if ``before`` is finite and positive and ``after``
+    is finite; entries that need an invalid ratio do not change. If no valid loss has changed at
+    all, there was no step (a gradient scaler may have skipped it), and nothing is observed.
 
-    One fused kernel where there is one for the device; it never waits for the device. Arithmetic is
-    in float64.
+    The update is one fused kernel on the devices that have one, and it never waits for the device.
+    The arithmetic is in float64.
 
     Args:
-        matrix: Affinity :math:`A`, ``[K, K]``, float32, contiguous. Row i is the effect of
-            stepping task i, column k the effect on task k.
+        matrix: Affinity :math:`A`, ``[K, K]``, float32, contiguous. Row i is the effect of a step
+            on task i, column k the effect on task k.
         before: Losses before the step, ``[K]``, float16, bfloat16, float32 or float64.
         after: Losses after the step, ``[K]``, of the same dtype.
         mask: The group :math:`S`, ``[K]``, bool.
         decay: Weight :math:`\beta` of the observation, in (0, 1].
-        observed: How often each entry of ``matrix`` was observed, ``[K, K]``, int32, contiguous, in
-            memory of its own. The count of every entry that this call updates grows by one, in
-            place. None: nobody counts.
+        observed: The number of observations of each entry of ``matrix``, ``[K, K]``, int32,
+            contiguous, in separate memory. The call adds one, in place, for every entry that it
+            updates. None does not count.
 
     Returns:
         ``matrix``.
 
     Raises:
-        ValueError: If an argument has another type, shape, dtype, layout or device than these,
-            ``matrix`` requires a gradient, or ``observed`` shares memory with it. Nothing is
+        ValueError: If an argument has another type, shape, dtype, layout or device,
+            ``matrix`` requires a gradient, or ``observed`` shares memory with it. Nothing has
             changed then.
 
     Example:
@@ -91,15 +94,13 @@ def update_checked_(
     decay: float,
     observed: Tensor | None = None,
 ) -> None:
-    """The same for arguments that are known to be right, in float32 or float64, contiguous."""
-    update = _backend.choose(
-        matrix.device.type, cpp=_native, cuda=_native, triton=_triton, reference=_reference
-    )
+    """:func:`affinity_update_` for valid arguments: contiguous, losses in float32 or float64."""
+    update = _backend.choose(matrix.device.type, **IMPLEMENTATIONS)
     update(matrix, before, after, mask, decay, observed)
 
 
 def check_tensors(**tensors: object) -> None:
-    """Raises a ValueError that names the first argument that is no dense tensor."""
+    """Raises a ValueError that names the first argument that is not a dense tensor."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} must be a Tensor, got {type(tensor).__name__}.")
@@ -110,13 +111,13 @@ def check_tensors(**tensors: object) -> None:
 
 
 def contiguous_losses(losses: Tensor) -> Tensor:
-    """The losses as the kernels read them: without a graph, and not in 16 bits."""
+    """The losses as the kernels read them: detached, and in float32 if they have 16 bits."""
     losses = losses.detach().contiguous()
     return losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses
 
 
 def check_loss_dtype(name: str, losses: Tensor) -> None:
-    """Raises a ValueError unless :func:`contiguous_losses` gave a dtype that kernels read."""
+    """Raises a ValueError if the losses have a dtype that the kernels do not read."""
     if losses.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"{name} must have a floating dtype (float16, bfloat16, float32 or float64), got "
@@ -150,13 +151,13 @@ def check_affinity(matrix: Tensor, observed: Tensor | None) -> None:
         raise ValueError(
             f"observed must be on the device of matrix, {matrix.device}, got {observed.device}."
         )
-    # A compiler keeps views apart by itself, and cannot follow storages.
+    # A compiler handles views itself, and cannot trace storages.
     if not torch.compiler.is_compiling() and _overlap(matrix, observed):
-        raise ValueError("observed must not share memory with matrix: make a tensor of its own.")
+        raise ValueError("observed must not share memory with matrix: use a separate tensor.")
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two contiguous tensors of equally many and equally wide elements share memory."""
+    """Whether two contiguous tensors of the same shape and element size share memory."""
     apart = int(a.storage_offset()) - int(b.storage_offset())
     return a.untyped_storage() is b.untyped_storage() and abs(apart) < a.numel()
 
@@ -181,28 +182,14 @@ def _check(matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: f
         raise ValueError(f"decay must be in (0, 1], got {decay}.")
 
 
-def _native(
-    matrix: Tensor,
-    before: Tensor,
-    after: Tensor,
-    mask: Tensor,
-    decay: float,
-    observed: Tensor | None,
-) -> None:
-    torch.ops.taskgroup.affinity_update_(matrix, before, after, mask, decay, observed)
+def _native(*arguments: Any) -> None:
+    torch.ops.taskgroup.affinity_update_(*arguments)
 
 
-def _triton(
-    matrix: Tensor,
-    before: Tensor,
-    after: Tensor,
-    mask: Tensor,
-    decay: float,
-    observed: Tensor | None,
-) -> None:
+def _triton(*arguments: Any) -> None:
     from taskgroup.ops.triton import affinity_update as on_triton  # Triton is imported here
 
-    on_triton.affinity_update_(matrix, before, after, mask, decay, observed)
+    on_triton.affinity_update_(*arguments)
 
 
 def _reference(
@@ -221,7 +208,7 @@ def _reference(
     ratio = torch.where(valid, (1 - a / b).clamp(-1, 1) / group_size, nothing)  # [K]
 
     ri, rk = ratio[:, None], ratio[None, :]
-    inside = torch.where(ri * rk < 0, -torch.maximum(ri, rk), rk + 0 * ri)  # NaN where either is
+    inside = torch.where(ri * rk < 0, -torch.maximum(ri, rk), rk + 0 * ri)  # NaN if either is NaN
     itself = torch.eye(len(ratio), dtype=torch.bool, device=ratio.device)
     inside = torch.where(itself, torch.where(rk >= 0, rk, nothing), inside)
     seen = torch.where(mask[None, :], inside, rk)  # [K, K]; rows outside the group are unused
@@ -231,16 +218,16 @@ def _reference(
         observed.add_(moves)
 
 
-def _fake(
-    matrix: Tensor,
-    before: Tensor,
-    after: Tensor,
-    mask: Tensor,
-    decay: float,
-    observed: Tensor | None = None,
-) -> None:
-    """The op writes to its arguments and returns nothing: without data there is nothing to do."""
+def _fake(*arguments: Any) -> None:
+    """The op returns nothing, so there is nothing to do."""
 
+
+IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
+    "cpp": _native,
+    "cuda": _native,
+    "triton": _triton,
+    "reference": _reference,
+}
 
 if _backend.native.host is not None:
     torch.library.register_fake("taskgroup::affinity_update_", _fake)

@@ -1,8 +1,8 @@
-"""The weighted combination of the gradients of tasks."""
+"""The weighted sum of the gradients of tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,28 +20,31 @@ def combine(
 ) -> list[Tensor | None]:
     r"""Combines the gradients of K tasks into one: :math:`g_t = \sum_k w_k \, g_{k,t}`.
 
-    Every gradient is read once and the result is written once; no copy is made on the way, but on
-    CUDA of tensors that are not dense or not in the order of the others. Sums are in float32
-    (float64 for float64 gradients), in the order of the tasks, and rounded once to the dtype of the
-    parameter. With :func:`taskgroup.task_gram` before it, any method that needs inner
-    products alone makes two passes over the gradients and keeps nothing else of their size.
+    Every gradient is read once and the result is written once. Nothing is copied, except on CUDA
+    tensors that are not dense or whose strides differ from those of the other tasks. The sums are
+    in float32 (float64 for float64 gradients), in the order of the tasks, and are rounded once to
+    the dtype of the parameter. A method that needs inner products alone calls
+    :func:`taskgroup.task_gram` and this function: two passes over the gradients, and no other
+    memory of their size.
 
-    NaN and infinity propagate as in any sum: zero times infinity is NaN. Of sharded gradients
-    (DTensor) every rank combines its own shards; the result is sharded in the same way.
+    NaN and infinity propagate as in any sum: zero times infinity is NaN. If the gradients are
+    sharded (DTensor), every rank combines its own shards, and the result is sharded in the same
+    way.
 
     Args:
         gradients: ``[K][T]`` tensors or None, as for :func:`taskgroup.task_gram`.
         weights: ``[K]``, any floating dtype, on the device of the gradients; or K numbers.
-        out: ``[T]``, where to write: tensors of the shape, dtype and device of the gradients, the
-            ``.grad`` of the parameters for instance, dense and not expanded. One may be a gradient
-            itself. Where no task reaches the parameter a tensor is set to zero, and may be None.
+        out: ``[T]`` tensors to write to, such as the ``.grad`` of the parameters: dense, not
+            expanded, with the shape, dtype and device of the gradients. They may be gradients
+            themselves. For a parameter that no task reaches, the tensor is set to zero and may be
+            None.
 
     Returns:
-        ``[T]``: ``out``, or new tensors; None for a parameter that no task reaches.
+        ``[T]``: ``out``, or new tensors, with None for a parameter that no task reaches.
 
     Raises:
         ValueError: if the weights or ``out`` do not fit the gradients, or a gradient has another
-            shape, dtype, layout or device than the others; the sentence names it.
+            shape, dtype, layout or device than the others; the message names it.
 
     Example:
         >>> depth = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
@@ -60,7 +63,7 @@ def combine(
                 torch.ops.taskgroup._plain_combine.default(plain.address, weights)
             return _with_zeros(result, plain.first)
     listed = flatten(gradients)
-    # Of each parameter one gradient; None where no task reaches it.
+    # One gradient of each parameter; None if no task reaches the parameter.
     first = [next((g for g in column if g is not None), None) for column in zip(*gradients)]  # noqa: B905
     if not all(isinstance(gradient, Tensor) for gradient in first if gradient is not None):
         check(listed)
@@ -83,7 +86,7 @@ def _outputs(
 
 
 def _with_zeros(result: list[Tensor | None], first: list[Tensor | None]) -> list[Tensor | None]:
-    """The result, with zeros where no task reaches the parameter."""
+    """Returns the result, with zeros for the parameters that no task reaches."""
     for gradient, untouched in zip(first, result, strict=True):
         if gradient is None and untouched is not None:
             untouched.detach().zero_()
@@ -99,16 +102,14 @@ def _run(
     device = listed.flat[0].device
     weights = _weights(weights, listed.n_tasks, device)
     reached = [t for t, gradient in enumerate(first) if gradient is not None]
-    if len(reached) < len(first):  # the ops see the parameters that are reached alone
+    if len(reached) < len(first):  # the ops take only the parameters that are reached
         position = {t: p for p, t in enumerate(reached)}
         slots = [
             position[t] * listed.n_tasks + k
             for t, k in zip(listed.parameters(), listed.tasks(), strict=True)
         ]
         listed = listed._replace(slots=slots)
-    run = _backend.choose(
-        device.type, cpp=_native, cuda=_native, triton=_triton, reference=_reference
-    )
+    run = _backend.choose(device.type, **IMPLEMENTATIONS)
     with torch.no_grad():
         run(listed, weights, [result[t].detach() for t in reached])  # type: ignore[union-attr]
 
@@ -119,7 +120,7 @@ def _combine_shards(
     first: list[Tensor | None],
     out: Sequence[Tensor | None] | None,
 ) -> list[Tensor | None]:
-    """The same of DTensors: what lies on this rank."""
+    """:func:`combine` for DTensors: combines the parts on this rank."""
     if out is not None:
         _check_out(list(out), first)
     like = first if out is None else list(out)
@@ -219,9 +220,16 @@ def _reference(gradients: GradientList, weights: Tensor, out: list[Tensor]) -> N
 
 
 def _fake(gradients: list[Tensor], slots: list[int], weights: Tensor, out: list[Tensor]) -> None:
-    """The op writes to its argument and returns nothing: without data it can only be checked."""
+    """The op returns nothing, so there is nothing to do but to check its arguments."""
     check(GradientList(gradients, slots, len(weights)))
 
+
+IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
+    "cpp": _native,
+    "cuda": _native,
+    "triton": _triton,
+    "reference": _reference,
+}
 
 if _backend.native.host is not None:
     torch.library.register_fake("taskgroup::combine", _fake)

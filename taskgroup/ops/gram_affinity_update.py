@@ -1,6 +1,9 @@
-"""The update of the affinity matrix by the gradients of tasks, to first order."""
+"""The update of the affinity matrix with the gradients of tasks, to first order."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,42 +35,42 @@ def gram_affinity_update_(
     lr: float = 1.0,
     observed: Tensor | None = None,
 ) -> Tensor:
-    r"""Updates the affinity matrix, in place, by what a small step on each task would do.
+    r"""Updates the affinity matrix, in place, with the effect of a small step on each task.
 
     To first order a gradient step of size :math:`\eta` on task :math:`i` lowers the loss of task
-    :math:`k` by :math:`\eta \langle g_i, g_k \rangle`, so every entry moves to
+    :math:`k` by :math:`\eta \langle g_i, g_k \rangle`, so every entry becomes
 
     .. math::
         A_{ik} \leftarrow (1 - \beta) A_{ik} + \beta \, \eta \, \frac{\langle g_i, g_k \rangle}{L_k}
 
     (Fifty et al., "Efficiently Identifying Task Groupings for Multi-Task Learning", NeurIPS 2021,
     and "Selective Task Group Updates for Multi-Task Optimization", ICLR 2025, arXiv 2502.11986,
-    whose affinities this approximates.) One fused op: the last step of the sum writes the affinity,
-    and nothing of the size of the gradients is copied.
+    whose affinities this approximates.) The op is fused: the last step of the sum writes the
+    affinity, and no tensor of the size of the gradients is copied.
 
-    Entries whose inner product or loss :math:`L_k` is not finite, or whose loss is not positive,
-    stay as they are; so do the rows and columns of tasks that are not measured. Sharded gradients
-    (DTensor) are taken as by :func:`taskgroup.task_gram`; the update is then plain PyTorch.
+    An entry does not change if its inner product or loss :math:`L_k` is not finite, or its loss is
+    not positive. The rows and columns of tasks that are not measured do not change either. Sharded
+    gradients (DTensor) are read as in :func:`taskgroup.task_gram`; the update itself is then plain
+    PyTorch.
 
     Args:
-        matrix: affinity :math:`A`, float32 ``[K, K]``, contiguous. Row i is the effect of stepping
+        matrix: affinity :math:`A`, float32 ``[K, K]``, contiguous. Row i is the effect of a step on
             task i, column k the effect on task k.
         gradients: ``[K][T]`` tensors or None, as for :func:`taskgroup.task_gram`. A task whose
             gradients are all None is not measured.
         losses: ``[K]``, float16, bfloat16, float32 or float64, on the device of ``matrix``.
         decay: weight :math:`\beta` of the observation, in (0, 1].
-        lr: step size :math:`\eta`. It cancels where the affinity is normalised for clustering.
-        observed: how often each entry of ``matrix`` was observed, ``[K, K]``, int32, contiguous, in
-            memory of its own. The count of every entry that this call updates grows by one, in
-            place. None: nobody counts.
+        lr: step size :math:`\eta`. It cancels when the affinity is normalised for clustering.
+        observed: the number of observations of each entry of ``matrix``, ``[K, K]``, int32,
+            contiguous, in separate memory. The call adds one, in place, for every entry that it
+            updates. None does not count.
 
     Returns:
         ``matrix``.
 
     Raises:
-        ValueError: if an argument has another type, shape, dtype, layout or device than these, or
-            ``observed`` shares memory with ``matrix``; the sentence names it. Nothing is changed
-            then.
+        ValueError: if an argument has another type, shape, dtype, layout or device, or ``observed``
+            shares memory with ``matrix``; the message names it. Nothing has changed then.
 
     Example:
         >>> gradients = [[torch.tensor([1.0, 0.0])], [torch.tensor([1.0, 1.0])], [None]]
@@ -105,14 +108,12 @@ def gram_affinity_update_(
         gram = gram_over_ranks([gradients[k] for k in measured], task_gram)
         _update(matrix, gram.double(), measured, losses, float(decay), float(lr), observed)
         return matrix
-    if len(measured) < listed.n_tasks:  # the ops see the measured tasks alone
+    if len(measured) < listed.n_tasks:  # the ops take only the measured tasks
         place = {k: p for p, k in enumerate(measured)}
         n = len(measured)
         slots = [t * n + place[k] for t, k in zip(listed.parameters(), listed.tasks(), strict=True)]
         listed = GradientList(listed.flat, slots, n)
-    update = _backend.choose(
-        matrix.device.type, cpp=_native, cuda=_native, triton=_triton, reference=_reference
-    )
+    update = _backend.choose(matrix.device.type, **IMPLEMENTATIONS)
     with torch.no_grad():
         update(matrix, listed, measured, losses, float(decay), float(lr), observed)
     return matrix
@@ -147,51 +148,23 @@ def _check(
         raise ValueError(f"decay must be in (0, 1], got {decay}.")
 
 
-def _native(
-    matrix: Tensor,
-    gradients: GradientList,
-    tasks: list[int],
-    losses: Tensor,
-    decay: float,
-    lr: float,
-    observed: Tensor | None,
-) -> None:
-    flat, slots, _ = gradients
+def _native(matrix: Tensor, gradients: GradientList, *rest: Any) -> None:
     try:
-        torch.ops.taskgroup.gram_affinity_update_(
-            matrix, flat, slots, tasks, losses, decay, lr, observed
-        )
+        torch.ops.taskgroup.gram_affinity_update_(matrix, gradients.flat, gradients.slots, *rest)
     except (RuntimeError, TypeError):
         check(gradients)
         raise
 
 
-def _triton(
-    matrix: Tensor,
-    gradients: GradientList,
-    tasks: list[int],
-    losses: Tensor,
-    decay: float,
-    lr: float,
-    observed: Tensor | None,
-) -> None:
+def _triton(matrix: Tensor, gradients: GradientList, *rest: Any) -> None:
     from taskgroup.ops.triton import gram_affinity_update as on_triton  # Triton is imported here
 
     check(gradients)
-    flat, slots, _ = gradients
-    on_triton.gram_affinity_update_(matrix, flat, slots, tasks, losses, decay, lr, observed)
+    on_triton.gram_affinity_update_(matrix, gradients.flat, gradients.slots, *rest)
 
 
-def _reference(
-    matrix: Tensor,
-    gradients: GradientList,
-    tasks: list[int],
-    losses: Tensor,
-    decay: float,
-    lr: float,
-    observed: Tensor | None,
-) -> None:
-    _update(matrix, reference_gram(gradients), tasks, losses, decay, lr, observed)
+def _reference(matrix: Tensor, gradients: GradientList, *rest: Any) -> None:
+    _update(matrix, reference_gram(gradients), *rest)
 
 
 def _update(
@@ -203,7 +176,7 @@ def _update(
     lr: float,
     observed: Tensor | None,
 ) -> None:
-    """By the inner products, float64, of the measured tasks."""
+    """Updates the affinity with the inner products of the measured tasks, float64."""
     index = torch.tensor(tasks, dtype=torch.int64, device="cpu")
     index = index.to(matrix.device, non_blocking=True)
     own = losses.double()[index]
@@ -217,18 +190,18 @@ def _update(
 
 
 def _fake(
-    matrix: Tensor,
-    gradients: list[Tensor],
-    slots: list[int],
-    tasks: list[int],
-    losses: Tensor,
-    decay: float,
-    lr: float,
-    observed: Tensor | None = None,
+    matrix: Tensor, gradients: list[Tensor], slots: list[int], tasks: list[int], *rest: Any
 ) -> None:
-    """The op writes to its arguments and returns nothing: without data they can only be checked."""
+    """The op returns nothing, so there is nothing to do but to check its arguments."""
     check(GradientList(gradients, slots, len(tasks)))
 
+
+IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
+    "cpp": _native,
+    "cuda": _native,
+    "triton": _triton,
+    "reference": _reference,
+}
 
 if _backend.native.host is not None:
     torch.library.register_fake("taskgroup::gram_affinity_update_", _fake)

@@ -1,4 +1,4 @@
-"""An affinity made comparable over tasks and symmetric, for clustering, on the host."""
+"""Makes the affinity comparable between tasks, and symmetric, for clustering; on the host."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ Integers = npt.NDArray[np.int64]
 
 
 def normalised_affinity(affinity: npt.NDArray[Any]) -> tuple[Integers, Floats]:
-    r"""How alike tasks are, from what they do to each other.
+    r"""Computes the similarity of tasks from their affinity.
 
     .. math::
         X_{ik} = \frac{1}{2} \left( \frac{A_{ik}}{A_{kk}} + \frac{A_{ki}}{A_{ii}} \right)
 
-    over the n tasks with :math:`A_{kk} > 0`, those whose effect on themselves is known.
+    for the n tasks with :math:`A_{kk} > 0`, whose effect on themselves is known.
 
     Args:
-        affinity: :math:`A`, ``[K, K]``, any floating dtype. Entries that are not finite count
-            as not measured, as 0.
+        affinity: :math:`A`, ``[K, K]``, any floating dtype. Entries that are not finite count as 0.
 
     Returns:
-        These tasks, int64 [n], ascending, and :math:`X`, float64 [n, n].
+        The positions of these tasks, int64 [n], ascending, and :math:`X`, float64 [n, n].
 
     Example:
         >>> normalised_affinity(np.array([[2.0, 1.0, 0.0], [1.0, 4.0, 0.0], [0.0, 0.0, 0.0]]))

@@ -1,6 +1,8 @@
-"""Inner products of the gradients of tasks."""
+"""The inner products of the gradients of tasks."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,34 +21,35 @@ from taskgroup.ops._sharded import any_sharded, gram_over_ranks
 
 
 def task_gram(gradients: Gradients) -> Tensor:
-    r"""The Gram matrix of the gradients of K tasks: how far they pull the same way.
+    r"""Computes the Gram matrix of the gradients of K tasks: their inner products.
 
     .. math::
         G_{ij} = \langle g_i, g_j \rangle = \sum_t \sum_x g_{i,t,x} \, g_{j,t,x}
 
     over all parameters :math:`t` and their elements :math:`x`. Every gradient is read once (once
-    for every 64 tasks), from where it lies, whatever its strides: nothing is concatenated. (On CUDA
-    those are copied that are not dense, or not in the order of the others.) Products of float32,
-    bfloat16 and float16 are summed in float32 over short runs and in float64 beyond; the error is
-    at most 1e-6 of :math:`|g_i| |g_j|`. The result is the same, to the bit, from run to run, and
-    does not depend on the number of threads.
+    for every 64 tasks) from its own memory, with any strides; nothing is concatenated. (On CUDA,
+    gradients are copied if they are not dense, or if their strides differ from those of the other
+    tasks.) Products of float32, bfloat16 and float16 are summed in float32 over short runs, and the
+    runs in float64; the error is at most 1e-6 of :math:`|g_i| |g_j|`. The result is bitwise
+    identical from run to run, and does not depend on the number of threads.
 
-    NaN and infinity propagate as in any sum. Of sharded gradients (DTensor) every rank reads its
-    own shards, and the matrices are added up: one all-reduce of K x K numbers over the mesh.
+    NaN and infinity propagate as in any sum. If the gradients are sharded (DTensor), every rank
+    reads its own shards, and the matrices are added up: one all-reduce of K x K numbers over the
+    mesh.
 
     Args:
         gradients: ``[K][T]`` tensors or None, as :func:`taskgroup.task_gradients` returns them; K
-            from 1 to 1024. The gradients on one parameter share shape and dtype, float32, float64,
-            bfloat16 or float16; all are on one device. None stands for a task that does not reach
-            the parameter: zero.
+            from 1 to 1024. All gradients of a parameter have the same shape and dtype (float32,
+            float64, bfloat16 or float16), and all gradients are on one device. None means that the
+            task does not reach the parameter, and counts as zero.
 
     Returns:
-        ``[K, K]``, symmetric, on the device of the gradients; float64 if any gradient is, else
-        float32.
+        ``[K, K]``, symmetric, on the device of the gradients; float64 if any gradient is float64,
+        else float32.
 
     Raises:
-        ValueError: if there is no gradient at all, or one has another shape, dtype, layout or
-            device than these; the sentence names the task and the tensor.
+        ValueError: if all gradients are None, or one has another shape, dtype, layout or device;
+            the message names the task and the tensor.
 
     Example:
         >>> depth = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
@@ -62,17 +65,11 @@ def task_gram(gradients: Gradients) -> Tensor:
         return matrix
     listed = flatten(gradients)
     if not listed.flat:
-        raise ValueError("gradients holds None alone: no task reaches any of the parameters.")
+        raise ValueError("All gradients are None: no task reaches any of the parameters.")
     if any_sharded(listed.flat):
         return gram_over_ranks(gradients, task_gram)
     device = getattr(listed.flat[0], "device", None)
-    gram = _backend.choose(
-        "cpu" if device is None else device.type,
-        cpp=_native,
-        cuda=_native,
-        triton=_triton,
-        reference=_reference,
-    )
+    gram = _backend.choose("cpu" if device is None else device.type, **IMPLEMENTATIONS)
     with torch.no_grad():
         return gram(listed)
 
@@ -102,6 +99,13 @@ def _fake(gradients: list[Tensor], slots: list[int], n_tasks: int) -> Tensor:
     check(GradientList(gradients, slots, n_tasks))
     return gradients[0].new_empty(n_tasks, n_tasks, dtype=gram_dtype(gradients))
 
+
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "cpp": _native,
+    "cuda": _native,
+    "triton": _triton,
+    "reference": _reference,
+}
 
 if _backend.native.host is not None:
     torch.library.register_fake("taskgroup::task_gram", _fake)

@@ -2,7 +2,7 @@
 
 import torch
 
-from taskgroup import ops
+import taskgroup as tg
 from tests.gpu.device import GPU
 from tests.random_gradients import exact_gram, large
 
@@ -28,11 +28,11 @@ def run(gradients):
     matrix = torch.zeros(n_tasks, n_tasks, device=GPU)
     observed = torch.zeros(n_tasks, n_tasks, dtype=torch.int32, device=GPU)
     mask = torch.rand(n_tasks, device=GPU) < 0.5
-    gram = ops.task_gram(gradients)
-    ops.combine(gradients, losses)
+    gram = tg.task_gram(gradients)
+    tg.combine(gradients, losses)
     for counts in (None, observed):
-        ops.gram_affinity_update_(matrix, gradients, losses, 0.5, observed=counts)
-        ops.affinity_update_(matrix, losses, losses * 0.9, mask, 0.5, counts)
+        tg.gram_affinity_update_(matrix, gradients, losses, 0.5, observed=counts)
+        tg.affinity_update_(matrix, losses, losses * 0.9, mask, 0.5, counts)
     # On the host: a library's own kernels are not what is looked at.
     exact = exact_gram([[None if g is None else g.cpu() for g in own] for own in gradients])
     norm = exact.diagonal().sqrt()
@@ -54,5 +54,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with ops.use_backend("cuda" if GPU == "cuda" else "cpp"):
+    with tg.ops.use_backend("cuda" if GPU == "cuda" else "cpp"):
         main()

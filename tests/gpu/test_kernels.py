@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+import taskgroup as tg
 from benchmarks.ours import launches
-from taskgroup import ops
 from tests import random_gradients
 from tests.backends import INTERPRETED
 from tests.gpu.device import GPU, needs_cuda
@@ -23,9 +23,9 @@ MANY = [(1_000_003,), (976, 1024), (77,)] if GPU == "cuda" else [(20_003,), (20,
 
 
 def on(backend):
-    if problem := ops.backends()[backend]:
+    if problem := tg.ops.backends()[backend]:
         pytest.skip(problem)
-    return ops.use_backend(backend)
+    return tg.ops.use_backend(backend)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -81,7 +81,7 @@ class TestTaskGram:
     )
     def test_accuracy(self, backend, n_tasks, dtype):
         gradients = random(n_tasks, dtype)
-        gram = ops.task_gram(gradients)
+        gram = tg.task_gram(gradients)
         assert gram.device.type == GPU
         assert torch.equal(gram, gram.t())
         assert_gram(gram, gradients)
@@ -92,18 +92,18 @@ class TestTaskGram:
         """Aligned, of random numbers, and the same to the bit from run to run."""
         gradients = large(n_tasks, MANY, dtype, device=GPU)
         gradients[1][2] = None
-        gram = ops.task_gram(gradients)
+        gram = tg.task_gram(gradients)
         assert_gram(gram, gradients)
         for _ in range(5):
-            assert torch.equal(gram, on_side_stream(lambda: ops.task_gram(gradients)))
+            assert torch.equal(gram, on_side_stream(lambda: tg.task_gram(gradients)))
 
     @needs_cuda
     @pytest.mark.parametrize("n_tasks", [2, 11, 16, 20])
     def test_segments_longer_than_the_least(self, native, n_tasks):
         gradients = large(n_tasks, [(20_000_011,)], torch.float32, device=GPU)
-        gram = ops.task_gram(gradients)
+        gram = tg.task_gram(gradients)
         assert_gram(gram, gradients)
-        assert torch.equal(gram, ops.task_gram(gradients))
+        assert torch.equal(gram, tg.task_gram(gradients))
 
     @pytest.mark.parametrize("n_tasks", [3, 11, 20, 70])
     @pytest.mark.parametrize(
@@ -112,24 +112,24 @@ class TestTaskGram:
     def test_layouts(self, backend, n_tasks, layout):
         every = ("contiguous", "transposed", "channels_last", "sliced", "offset")
         gradients = random(n_tasks, layouts=every if layout == "mixed" else (layout,))
-        assert_gram(ops.task_gram(gradients), gradients)
+        assert_gram(tg.task_gram(gradients), gradients)
 
     @pytest.mark.parametrize("n_tasks", [3, 11, 20, 70])
     def test_missing_gradients(self, backend, n_tasks):
         missing = {(k, t) for k in range(n_tasks) for t in range(len(SHAPES)) if (k + t) % 3 == 0}
         gradients = random(n_tasks, missing=missing)
-        assert_gram(ops.task_gram(gradients), gradients)
+        assert_gram(tg.task_gram(gradients), gradients)
 
     def test_mixed_dtypes(self, backend):
         dtypes = [DTYPES[t % len(DTYPES)] for t in range(len(SHAPES))]
         gradients = random_gradients.make(7, SHAPES, dtypes, ["contiguous"], set(), 0, device=GPU)
-        gram = ops.task_gram(gradients)
+        gram = tg.task_gram(gradients)
         assert gram.dtype == torch.float64
         assert_gram(gram, gradients)
 
     def test_a_thousand_tasks(self, backend):
         gradients = [[row] for row in torch.randn(1024, 33, device=GPU)]
-        assert_gram(ops.task_gram(gradients), gradients)
+        assert_gram(tg.task_gram(gradients), gradients)
 
     @pytest.mark.parametrize("n_tasks", [2, 20])
     @pytest.mark.parametrize("scale", [1e-15, 1e15])
@@ -137,14 +137,14 @@ class TestTaskGram:
         gradients = [
             [own[0] * scale] for own in large(n_tasks, MANY[:1], torch.float32, device=GPU)
         ]
-        assert_gram(ops.task_gram(gradients), gradients)
+        assert_gram(tg.task_gram(gradients), gradients)
 
     @pytest.mark.parametrize("n_tasks", [2, 20])
     def test_rounding_that_always_goes_one_way_stays_small(self, native, n_tasks):
         for value in (0.1, 1 / 3, 0.7, 1.1):
             gradients = [[torch.full((1_000_003,), value, device=GPU)]] * n_tasks
             # The sums of a thread are in float32.
-            assert gram_error(ops.task_gram(gradients), gradients) <= 5e-6
+            assert gram_error(tg.task_gram(gradients), gradients) <= 5e-6
 
     @pytest.mark.parametrize("n_tasks", [3, 20])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -152,7 +152,7 @@ class TestTaskGram:
     def test_not_finite_numbers_propagate(self, backend, n_tasks, dtype, bad):
         gradients = [[torch.ones(20_000, dtype=dtype, device=GPU)] for _ in range(n_tasks)]
         gradients[1][0][12_345] = bad
-        gram = ops.task_gram(gradients).float().cpu()
+        gram = tg.task_gram(gradients).float().cpu()
         expected = torch.full((n_tasks, n_tasks), 20_000.0)
         expected[1, :] = expected[:, 1] = bad
         expected[1, 1] = bad * bad
@@ -170,8 +170,8 @@ class TestTaskGram:
         other = torch.zeros(n, dtype=dtype, device=GPU)
         other[-3:] = 3.0
         gradients = [[gradient], [other]]
-        assert ops.task_gram(gradients).tolist() == [[20.0, 18.0], [18.0, 27.0]]
-        (total,) = ops.combine(gradients, [0.5, 0.5], out=[gradient])
+        assert tg.task_gram(gradients).tolist() == [[20.0, 18.0], [18.0, 27.0]]
+        (total,) = tg.combine(gradients, [0.5, 0.5], out=[gradient])
         assert total[-6:].tolist() == [0.0, 1.0, 1.0, 2.5, 2.5, 2.5]
 
 
@@ -183,7 +183,7 @@ def test_a_missing_gradient_adds_nothing_to_infinity(backend, n_tasks, dtype):
     ]
     gradients[0][1] = None
     gradients[1][1][4000] = math.inf
-    gram = ops.task_gram(gradients)
+    gram = tg.task_gram(gradients)
     assert gram[0].eq(5000).all()
     assert gram[1, 1:].isinf().all()
 
@@ -200,7 +200,7 @@ class TestCombine:
     def test_accuracy(self, backend, n_tasks, dtype):
         gradients = random(n_tasks, dtype)
         weights = torch.randn(n_tasks, device=GPU)
-        total = ops.combine(gradients, weights)
+        total = tg.combine(gradients, weights)
         assert all(own.device.type == GPU for own in total)
         assert_combination(total, gradients, weights)
 
@@ -211,7 +211,7 @@ class TestCombine:
         weights = torch.randn(n_tasks, device=GPU)
         out = [torch.full_like(gradient, 7) for gradient in gradients[0]]
         gradients[1][2] = None
-        ops.combine(gradients, weights, out=out)
+        tg.combine(gradients, weights, out=out)
         assert_combination(out, gradients, weights)
 
     @pytest.mark.parametrize("layout", ["transposed", "channels_last", "sliced", "offset", "mixed"])
@@ -221,15 +221,15 @@ class TestCombine:
         layouts = every if layout == "mixed" else (layout,)
         gradients = random(5, layouts=layouts, missing=missing)
         weights = torch.randn(5, device=GPU)
-        assert_combination(ops.combine(gradients, weights), gradients, weights)
+        assert_combination(tg.combine(gradients, weights), gradients, weights)
 
     @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "offset"])
     def test_writes_to_out(self, backend, layout):
         gradients = random(5, layouts=("contiguous", "transposed"))
         weights = torch.randn(5, device=GPU)
-        expected = ops.combine(gradients, weights)
+        expected = tg.combine(gradients, weights)
         out = [laid_out(torch.full_like(g, 7), layout) for g in expected]
-        ops.combine(gradients, weights, out=out)
+        tg.combine(gradients, weights, out=out)
         for written, total in zip(out, expected, strict=True):
             torch.testing.assert_close(written, total, rtol=1e-6, atol=1e-6)
 
@@ -237,16 +237,16 @@ class TestCombine:
     def test_out_may_be_a_gradient(self, backend, of):
         gradients = random(7, layouts=("contiguous", "offset"))
         weights = torch.randn(7, device=GPU)
-        expected = ops.combine(gradients, weights)
+        expected = tg.combine(gradients, weights)
         for got, total in zip(
-            ops.combine(gradients, weights, out=gradients[of]), expected, strict=True
+            tg.combine(gradients, weights, out=gradients[of]), expected, strict=True
         ):
             assert torch.equal(got, total)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_not_finite_numbers_propagate(self, backend, dtype):
         values = torch.tensor([1.0, math.inf, math.nan, 1.0], dtype=dtype, device=GPU)
-        (total,) = ops.combine([[values]] * 2, [0.0, 1.0])
+        (total,) = tg.combine([[values]] * 2, [0.0, 1.0])
         expected = torch.tensor([1.0, math.nan, math.nan, 1.0], dtype=dtype)
         torch.testing.assert_close(total.cpu(), expected, equal_nan=True)
 
@@ -272,10 +272,10 @@ class TestAffinityUpdate:
         on_gpu, not_counted, counts = matrix.to(GPU), matrix.to(GPU), observed.to(GPU)
         step = [tensor.to(GPU) for tensor in (before, after, mask)]
         for _ in range(3):
-            ops.affinity_update_(on_gpu, *step, decay=0.1, observed=counts)
-            ops.affinity_update_(not_counted, *step, decay=0.1)
-            with ops.use_backend(None):
-                ops.affinity_update_(matrix, before, after, mask, decay=0.1, observed=observed)
+            tg.affinity_update_(on_gpu, *step, decay=0.1, observed=counts)
+            tg.affinity_update_(not_counted, *step, decay=0.1)
+            with tg.ops.use_backend(None):
+                tg.affinity_update_(matrix, before, after, mask, decay=0.1, observed=observed)
         torch.testing.assert_close(on_gpu.cpu(), matrix, rtol=0, atol=1e-7)
         assert torch.equal(on_gpu, not_counted)
         assert torch.equal(counts.cpu(), observed)
@@ -288,7 +288,7 @@ class TestAffinityUpdate:
         mask = torch.ones(n_tasks, dtype=torch.bool, device=GPU)
         matrix = torch.zeros(n_tasks, n_tasks, device=GPU)
         observed = torch.zeros(n_tasks, n_tasks, dtype=torch.int32, device=GPU) if counted else None
-        assert launches(lambda: ops.affinity_update_(matrix, *tensors, mask, 0.1, observed)) == 1
+        assert launches(lambda: tg.affinity_update_(matrix, *tensors, mask, 0.1, observed)) == 1
 
 
 class TestGramAffinityUpdate:
@@ -304,10 +304,10 @@ class TestGramAffinityUpdate:
         host = [[None if g is None else g.cpu() for g in own] for own in gradients]
         for _ in range(2):
             on = losses.to(GPU)
-            ops.gram_affinity_update_(on_gpu, gradients, on, **options, observed=counts)
-            ops.gram_affinity_update_(not_counted, gradients, on, **options)
-            with ops.use_backend(None):
-                ops.gram_affinity_update_(matrix, host, losses, **options, observed=observed)
+            tg.gram_affinity_update_(on_gpu, gradients, on, **options, observed=counts)
+            tg.gram_affinity_update_(not_counted, gradients, on, **options)
+            with tg.ops.use_backend(None):
+                tg.gram_affinity_update_(matrix, host, losses, **options, observed=observed)
         scale = matrix.abs().max().item()
         torch.testing.assert_close(on_gpu.cpu(), matrix, rtol=1e-5, atol=2e-6 * scale)
         assert torch.equal(on_gpu, not_counted)
@@ -319,9 +319,9 @@ class TestGramAffinityUpdate:
         losses, matrix = torch.ones(11, device=GPU), torch.zeros(11, 11, device=GPU)
         counts = torch.zeros(11, 11, dtype=torch.int32, device=GPU)
         own = launches(
-            lambda: ops.gram_affinity_update_(matrix, gradients, losses, 0.1, observed=counts)
+            lambda: tg.gram_affinity_update_(matrix, gradients, losses, 0.1, observed=counts)
         )
-        assert own <= launches(lambda: ops.task_gram(gradients))
+        assert own <= launches(lambda: tg.task_gram(gradients))
 
     @needs_cuda
     def test_two_launches_where_the_gradients_fit_one_table(self):
@@ -330,7 +330,7 @@ class TestGramAffinityUpdate:
         counts = torch.zeros(11, 11, dtype=torch.int32, device=GPU)
         arguments = (matrix, gradients, losses, 0.1)
         with on("cuda"):
-            assert launches(lambda: ops.gram_affinity_update_(*arguments, observed=counts)) == 2
+            assert launches(lambda: tg.gram_affinity_update_(*arguments, observed=counts)) == 2
 
 
 @needs_cuda
@@ -341,8 +341,8 @@ def test_follows_the_current_stream(native):
     matrix, weights = torch.zeros(3, 3, device=GPU), torch.ones(3, device=GPU)
 
     def run():
-        ops.gram_affinity_update_(matrix, gradients, losses, 1.0)
-        return ops.task_gram(gradients), ops.combine(gradients, weights)[0]
+        tg.gram_affinity_update_(matrix, gradients, losses, 1.0)
+        return tg.task_gram(gradients), tg.combine(gradients, weights)[0]
 
     run()  # what is made once is made here
     side = torch.cuda.Stream()
@@ -373,10 +373,10 @@ def test_captured_in_a_graph(n_elements, n_tasks):
     out = [torch.zeros(n_elements, device=GPU)]
 
     def run():
-        gram = ops.task_gram(gradients)
-        ops.combine(gradients, weights, out=out)
-        ops.gram_affinity_update_(matrix, gradients, losses, decay=1.0, observed=counts)
-        ops.affinity_update_(affinity, losses, losses * weights.abs(), mask, 1.0, counts)
+        gram = tg.task_gram(gradients)
+        tg.combine(gradients, weights, out=out)
+        tg.gram_affinity_update_(matrix, gradients, losses, decay=1.0, observed=counts)
+        tg.affinity_update_(affinity, losses, losses * weights.abs(), mask, 1.0, counts)
         return gram
 
     with on("cuda"):
@@ -404,8 +404,8 @@ def test_compiles_without_a_break(native):
 
     def run(gradients):
         matrix = torch.zeros(5, 5, device=GPU)
-        ops.gram_affinity_update_(matrix, gradients, losses, 0.5)
-        return ops.task_gram(gradients), ops.combine(gradients, weights), matrix
+        tg.gram_affinity_update_(matrix, gradients, losses, 0.5)
+        return tg.task_gram(gradients), tg.combine(gradients, weights), matrix
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(gradients), run(gradients))
@@ -414,7 +414,7 @@ def test_compiles_without_a_break(native):
 @needs_cuda
 def test_gradients_on_two_devices_are_named():
     with pytest.raises(ValueError, match="task 1 on tensor 0 is on cpu, the first on cuda:0"):
-        ops.task_gram([[torch.ones(2, device=GPU)], [torch.ones(2)]])
+        tg.task_gram([[torch.ones(2, device=GPU)], [torch.ones(2)]])
 
 
 @needs_cuda
@@ -422,7 +422,7 @@ def test_gradients_on_two_devices_are_named():
 def test_another_device_than_the_current_one(native):
     gradients = [[torch.ones(100_000, device="cuda:1")] for _ in range(3)]
     losses, matrix = torch.full((3,), 2.0, device="cuda:1"), torch.zeros(3, 3, device="cuda:1")
-    assert ops.task_gram(gradients).eq(100_000).all()
-    assert ops.combine(gradients, [1.0, 2.0, 3.0])[0].eq(6).all()
-    assert ops.gram_affinity_update_(matrix, gradients, losses, 1.0).eq(50_000).all()
+    assert tg.task_gram(gradients).eq(100_000).all()
+    assert tg.combine(gradients, [1.0, 2.0, 3.0])[0].eq(6).all()
+    assert tg.gram_affinity_update_(matrix, gradients, losses, 1.0).eq(50_000).all()
     assert torch.cuda.current_device() == 0

@@ -182,7 +182,7 @@ def test_without_a_limit_pairs_and_triples_are_never_worse():
 def test_exhaustive_says_where_the_tasks_are_too_many():
     groups = [f"task{k}" for k in range(15)]
     tg.Exhaustive(2).start(tuple(groups[:14]))
-    with pytest.raises(ValueError, match="up to 14 tasks, got 15; take AffinityPropagation"):
+    with pytest.raises(ValueError, match="up to 14 tasks, got 15; use AffinityPropagation"):
         tg.TaskGroups(groups, grouping=tg.Exhaustive(2))
     with pytest.raises(ValueError, match="got 15"):
         tg.Exhaustive(2)(torch.eye(15))

@@ -8,8 +8,7 @@ import torch
 from sklearn.cluster import AffinityPropagation
 from sklearn.exceptions import ConvergenceWarning
 
-from taskgroup import ops
-from taskgroup.ops import affinity_propagation
+from taskgroup import affinity_propagation, ops
 
 BACKENDS = ["cpp", "reference"]
 

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskgroup import ops
-from taskgroup.ops import affinity_update_
+from taskgroup import affinity_update_, ops
 from tests.backends import BACKENDS, WITH_OPS, backends_op, examples
 
 TOLERANCE = 1e-6

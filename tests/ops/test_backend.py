@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import taskgroup
-from taskgroup import ops
+import taskgroup as tg
 from taskgroup.ops import _backend
 
 PACKAGE = Path(taskgroup.__file__).parent
@@ -17,20 +17,20 @@ PACKAGE = Path(taskgroup.__file__).parent
 
 def ratios(device="cpu"):
     ones = torch.ones(2, device=device)
-    return ops.affinity_update_(
+    return tg.affinity_update_(
         torch.zeros(2, 2, device=device), ones, ones / 2, torch.ones_like(ones).bool(), 1.0
     )
 
 
 def chosen(device="cpu"):
     """The backend that an op with every backend runs on."""
-    implementations = {name: (lambda name=name: name) for name in ops.backends()}
+    implementations = {name: (lambda name=name: name) for name in tg.ops.backends()}
     return _backend.choose(device, **implementations)()
 
 
 def test_native_code_is_here():
     """The tests are worth little without it, so a run that lacks it fails."""
-    found = ops.backends()
+    found = tg.ops.backends()
     assert list(found) == ["cpp", "cuda", "triton", "reference"]
     assert found["cpp"] is found["triton"] is found["reference"] is None
     assert chosen("cpu") == "cpp"
@@ -40,56 +40,56 @@ def test_native_code_is_here():
 def test_cuda_kernels_are_there_or_said_to_be_missing():
     """Whether or not there is a GPU: the library holds the kernels, and loads on any torch."""
     architectures = torch.ops.taskgroup.cuda_architectures()
-    problem = ops.backends()["cuda"]
+    problem = tg.ops.backends()["cuda"]
     for op in ("affinity_update_", "combine", "gram_affinity_update_", "task_gram"):
         registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"taskgroup::{op}", "CUDA")
         assert registered == bool(architectures)
     if architectures:
         assert problem is None
         assert chosen("cuda") == "cuda"
-        with ops.use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' runs on cuda, "):
+        with tg.ops.use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' runs on cuda, "):
             ratios("cpu")
     else:
         assert "built without CUDA kernels" in problem
         assert chosen("cuda") == "triton"
         with pytest.raises(RuntimeError, match="built without CUDA kernels"):
-            ops.use_backend("cuda")
+            tg.ops.use_backend("cuda")
 
 
 def test_use_backend_as_a_call_and_as_a_context():
     try:
-        ops.use_backend("reference")
+        tg.ops.use_backend("reference")
         assert chosen() == "reference"
-        with ops.use_backend("cpp"):
+        with tg.ops.use_backend("cpp"):
             assert chosen() == "cpp"
-            with ops.use_backend(None):
+            with tg.ops.use_backend(None):
                 assert chosen() == "cpp"
         assert chosen() == "reference"
     finally:
-        ops.use_backend(None)
+        tg.ops.use_backend(None)
     assert chosen() == "cpp"
 
 
 def test_use_backend_ends_with_an_exception():
-    with pytest.raises(KeyError), ops.use_backend("reference"):
+    with pytest.raises(KeyError), tg.ops.use_backend("reference"):
         raise KeyError
     assert chosen() == "cpp"
 
 
 def test_unknown_backend():
     with pytest.raises(ValueError, match=r"no backend 'cuba' .*Available: cpp, .*reference"):
-        ops.use_backend("cuba")
+        tg.ops.use_backend("cuba")
     assert chosen() == "cpp"
 
 
 def test_backend_that_does_not_run_on_the_device():
     with (
-        ops.use_backend("cpp"),
+        tg.ops.use_backend("cpp"),
         pytest.raises(RuntimeError, match=r"'cpp' runs on cpu, .* on meta"),
     ):
         ratios("meta")
     with (
-        ops.use_backend("triton"),
+        tg.ops.use_backend("triton"),
         pytest.raises(RuntimeError, match=r"'triton' runs on cuda, .* on cpu"),
     ):
         ratios("cpu")
@@ -98,10 +98,10 @@ def test_backend_that_does_not_run_on_the_device():
 def test_triton_is_imported_at_its_first_use():
     code = """
 import sys, torch, taskgroup
-from taskgroup import ops
+import taskgroup as tg
 matrix, losses = torch.zeros(2, 2), torch.ones(2)
-ops.affinity_update_(matrix, losses, losses / 2, losses.bool(), 1.0)
-ops.combine([[losses]], [1.0])
+tg.affinity_update_(matrix, losses, losses / 2, losses.bool(), 1.0)
+tg.combine([[losses]], [1.0])
 assert "triton" not in sys.modules
 assert "taskgroup.ops.triton" not in sys.modules
 """
@@ -114,12 +114,12 @@ import sys
 from importlib.machinery import PathFinder
 find_spec = PathFinder.find_spec
 PathFinder.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
-from taskgroup import ops
+import taskgroup as tg
 from taskgroup.ops._backend import choose
-assert ops.backends()["triton"].startswith("Triton is not installed")
+assert tg.ops.backends()["triton"].startswith("Triton is not installed")
 assert choose("cuda", triton=lambda: "triton", reference=lambda: "reference")() == "reference"
 try:
-    ops.use_backend("triton")
+    tg.ops.use_backend("triton")
 except RuntimeError as error:
     assert "'triton': Triton is not installed" in str(error)
 else:
@@ -130,12 +130,12 @@ else:
 
 def test_interpreter_runs_when_it_is_asked_for():
     code = """
-from taskgroup import ops
+import taskgroup as tg
 from taskgroup.ops._backend import choose
 pure = {"triton": lambda: "triton", "reference": lambda: "reference"}
 assert choose("cpu", **pure)() == "reference"
 assert choose("cuda", **pure)() == "reference"
-with ops.use_backend("triton"):
+with tg.ops.use_backend("triton"):
     assert choose("cpu", **pure)() == "triton"
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -143,14 +143,14 @@ with ops.use_backend("triton"):
 
 
 def test_op_without_the_backend_chooses_by_itself():
-    with ops.use_backend("cpp"):
+    with tg.ops.use_backend("cpp"):
         assert _backend.choose("cpu", reference=lambda: "reference")() == "reference"
 
 
 SCRIPT = """
 import json, torch
 import taskgroup
-from taskgroup import ops
+import taskgroup as tg
 
 def attempt(function):
     try:
@@ -161,19 +161,19 @@ def attempt(function):
 half = torch.full((2,), 0.5)
 def update():
     matrix = torch.zeros(2, 2)
-    return ops.affinity_update_(matrix, torch.ones(2), half, half.bool(), 1.0).tolist()
+    return tg.affinity_update_(matrix, torch.ones(2), half, half.bool(), 1.0).tolist()
 def cluster():
-    return ops.affinity_propagation(torch.eye(2)).tolist()
+    return tg.affinity_propagation(torch.eye(2)).tolist()
 def in_reference():
-    with ops.use_backend("reference"):
+    with tg.ops.use_backend("reference"):
         return update(), cluster()
 
 print(json.dumps({
     "file": taskgroup.__file__,
-    "backends": ops.backends(),
+    "backends": tg.ops.backends(),
     "update": attempt(update),
     "cluster": attempt(cluster),
-    "use cpp": attempt(lambda: str(ops.use_backend("cpp"))),
+    "use cpp": attempt(lambda: str(tg.ops.use_backend("cpp"))),
     "in reference": attempt(in_reference),
 }))
 """

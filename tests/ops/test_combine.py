@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskgroup import ops
-from taskgroup.ops import combine
+import taskgroup as tg
+from taskgroup import combine
 from tests import random_gradients
 from tests.backends import BACKENDS, INTERPRETED, WITH_OPS, backends_op, examples
 from tests.random_gradients import DTYPES
@@ -42,7 +42,7 @@ def test_is_the_weighted_sum(backend, data, gradients):
     n_tasks = len(gradients)
     weight = st.floats(-2, 2, width=32)
     weights = data.draw(st.lists(weight, min_size=n_tasks, max_size=n_tasks))
-    with ops.use_backend(backend):
+    with tg.ops.use_backend(backend):
         result = combine(gradients, torch.tensor(weights))
     check(result, gradients, weights)
 
@@ -52,7 +52,7 @@ def test_is_the_weighted_sum(backend, data, gradients):
 @given(data=st.data(), gradients=random_gradients.gradients())
 def test_writes_to_out(backend, data, gradients):
     weights = torch.linspace(-1, 1, len(gradients)) + 0.1
-    with ops.use_backend(backend):
+    with tg.ops.use_backend(backend):
         expected = combine(gradients, weights)
         out, around = [], []
         for t, total in enumerate(expected):
@@ -76,7 +76,7 @@ def test_writes_to_out(backend, data, gradients):
 class TestCombine:
     @pytest.fixture(autouse=True)
     def _backend(self, backend):
-        with ops.use_backend(backend):
+        with tg.ops.use_backend(backend):
             yield
 
     @pytest.mark.parametrize("n_tasks", [1, 4, 5, 64, 65, 200 if INTERPRETED else 1024])
@@ -197,11 +197,11 @@ class TestCombine:
             3, [(40,), (2, 5)], [torch.float32, torch.bfloat16], ["contiguous"], {(1, 0)}, 0
         )
         weights = [0.1, 0.7, -0.4]
-        expected = combine(gradients, weights), ops.task_gram(gradients)
+        expected = combine(gradients, weights), tg.task_gram(gradients)
         torch.set_default_dtype(dtype)
         try:
             with torch.device(device):
-                found = combine(gradients, weights), ops.task_gram(gradients)
+                found = combine(gradients, weights), tg.task_gram(gradients)
         finally:
             torch.set_default_dtype(torch.float32)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskgroup import ops
-from taskgroup.ops import gram_affinity_update_
+from taskgroup import gram_affinity_update_, ops
 from taskgroup.ops.gram_affinity_update import _update
 from tests import random_gradients
 from tests.backends import BACKENDS, WITH_OPS, backends_op, examples

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from taskgroup import ops
+import taskgroup as tg
 from taskgroup.ops import _backend
 from tests import random_gradients
 from tests.backends import instruction_sets
@@ -46,14 +46,14 @@ def check_sums():
                 gradients = random_gradients.make(
                     n_tasks, shapes, [dtype] * 4, layouts, missing, n_tasks
                 )
-                assert gram_error(ops.task_gram(gradients), gradients) <= test_task_gram.TOLERANCE
+                assert gram_error(tg.task_gram(gradients), gradients) <= test_task_gram.TOLERANCE
                 weights = torch.linspace(-1, 1, n_tasks) + 0.1
-                test_combine.check(ops.combine(gradients, weights), gradients, weights.tolist())
+                test_combine.check(tg.combine(gradients, weights), gradients, weights.tolist())
     gradients = random_gradients.make(65, [(700,)], DTYPES[:1], ["contiguous"], set(), 0)
-    assert gram_error(ops.task_gram(gradients), gradients) <= test_task_gram.TOLERANCE
+    assert gram_error(tg.task_gram(gradients), gradients) <= test_task_gram.TOLERANCE
     gradients = random_gradients.make(5, [(600,), (7,)], DTYPES[:2], LAYOUTS, {(1, 0)}, 0)
     losses = torch.rand(5) + 0.5
-    updated = ops.gram_affinity_update_(torch.ones(5, 5), gradients, losses, 0.1, 1e-3)
+    updated = tg.gram_affinity_update_(torch.ones(5, 5), gradients, losses, 0.1, 1e-3)
     expected, _ = test_gram_affinity_update.expected_update(
         torch.ones(5, 5), gradients, losses, 0.1, 1e-3
     )
@@ -67,7 +67,7 @@ def check_bits():
     results = []
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)
-        results.append([ops.task_gram(gradients), *ops.combine(gradients, [0.3, 0.2, -0.1])])
+        results.append([tg.task_gram(gradients), *tg.combine(gradients, [0.3, 0.2, -0.1])])
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
@@ -77,11 +77,11 @@ def promised():
     generator = torch.Generator().manual_seed(0)
     matrix = 2 * torch.rand(40, 40, generator=generator) - 1
     before, after = torch.rand(2, 40, generator=generator) + 0.5
-    ops.affinity_update_(matrix, before, after, torch.arange(40) % 3 == 0, 0.1)
+    tg.affinity_update_(matrix, before, after, torch.arange(40) % 3 == 0, 0.1)
     labels = [
         None if found is None else found.tolist()
         for found in (
-            ops.affinity_propagation(matrix[:n, :n].round(decimals=1), preference=preference)
+            tg.affinity_propagation(matrix[:n, :n].round(decimals=1), preference=preference)
             for n in (3, 8, 17, 40)
             for preference in (None, -1.0)
         )
@@ -118,23 +118,23 @@ import json
 import os
 import torch
 import taskgroup
-from taskgroup import ops
+import taskgroup as tg
 
 os.environ["TASKGROUP_CPU_ISA"] = "portable"  # too late
 gradients = [[torch.ones(2)]]
 said = []
 for call in (
-    lambda: ops.task_gram(gradients),
-    lambda: ops.affinity_propagation(torch.eye(2)),
-    lambda: ops.use_backend("cpp"),
+    lambda: tg.task_gram(gradients),
+    lambda: tg.affinity_propagation(torch.eye(2)),
+    lambda: tg.ops.use_backend("cpp"),
 ):
     try:
         call()
     except RuntimeError as error:
         said.append(str(error))
-with ops.use_backend("reference"):
-    assert ops.task_gram(gradients).tolist() == [[2.0]]
-print(json.dumps([*said, ops.backends()["cpp"]]))
+with tg.ops.use_backend("reference"):
+    assert tg.task_gram(gradients).tolist() == [[2.0]]
+print(json.dumps([*said, tg.ops.backends()["cpp"]]))
 """
 
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from taskgroup import ops
+import taskgroup as tg
 from taskgroup.ops import _plain
 from tests import random_gradients
 
 pytestmark = pytest.mark.skipif(
-    ops.backends()["cpp"] is not None, reason="there is no native code to read them"
+    tg.ops.backends()["cpp"] is not None, reason="there is no native code to read them"
 )
 
 
@@ -55,10 +55,10 @@ def test_every_op_gives_the_same(gradients):
     try:
         for _plain._reader in (reader, None):
             matrix, observed = torch.zeros(n_tasks, n_tasks), torch.zeros(n_tasks, n_tasks).int()
-            ops.gram_affinity_update_(matrix, gradients, losses, 0.5, observed=observed)
-            own = [ops.task_gram(gradients), matrix, observed, *ops.combine(gradients, weights)]
+            tg.gram_affinity_update_(matrix, gradients, losses, 0.5, observed=observed)
+            own = [tg.task_gram(gradients), matrix, observed, *tg.combine(gradients, weights)]
             out = [None if g is None else torch.full_like(g, 7) for g in own[3:]]
-            results.append([*own, *ops.combine(gradients, weights, out=out)])
+            results.append([*own, *tg.combine(gradients, weights, out=out)])
     finally:
         _plain._reader = reader
     for a, b in zip(*results, strict=True):
@@ -69,12 +69,12 @@ def test_every_op_gives_the_same(gradients):
 def test_missing_tasks_and_parameters():
     gradients = [[None, torch.ones(3), None], [None] * 3, [None, None, torch.ones(2)]]
     assert _plain.read_plain(gradients) is not None
-    assert ops.task_gram(gradients).tolist() == [[3, 0, 0], [0, 0, 0], [0, 0, 2]]
+    assert tg.task_gram(gradients).tolist() == [[3, 0, 0], [0, 0, 0], [0, 0, 2]]
     out = [torch.full((4,), 7.0), torch.full((3,), 7.0), torch.full((2,), 7.0)]
-    ops.combine(gradients, [2.0, 3.0, 4.0], out=out)
+    tg.combine(gradients, [2.0, 3.0, 4.0], out=out)
     assert [tensor.tolist() for tensor in out] == [[0] * 4, [2] * 3, [4] * 2]
     matrix = torch.zeros(3, 3)
-    ops.gram_affinity_update_(matrix, gradients, torch.ones(3), decay=1.0)
+    tg.gram_affinity_update_(matrix, gradients, torch.ones(3), decay=1.0)
     assert matrix.tolist() == [[3, 0, 0], [0, 0, 0], [0, 0, 2]]
 
 
@@ -108,8 +108,8 @@ def test_what_is_not_plain_goes_through_torch(special):
     value = special.flatten()[0].item() if special.numel() else 0.0
     n = special.numel()
     expected = [[n * value**2, 2 * n * value], [2 * n * value, 4 * n]]
-    assert ops.task_gram(gradients).tolist() == expected
-    (total,) = ops.combine(gradients, [1.0, 1.0])
+    assert tg.task_gram(gradients).tolist() == expected
+    (total,) = tg.combine(gradients, [1.0, 1.0])
     assert total.flatten().tolist() == [value + 2] * n
 
 
@@ -138,14 +138,14 @@ def test_mistakes_are_told_on_the_way_through_torch(gradients):
 def test_outputs_that_do_not_fit_go_through_torch(through_torch):
     gradients = [[torch.arange(6.0).view(2, 3)], [torch.ones(2, 3)]]
     other_order = torch.zeros(3, 2).t()
-    ops.combine(gradients, [1.0, 2.0], out=[other_order])
-    (expected,) = through_torch(ops.combine, gradients, [1.0, 2.0])
+    tg.combine(gradients, [1.0, 2.0], out=[other_order])
+    (expected,) = through_torch(tg.combine, gradients, [1.0, 2.0])
     assert torch.equal(other_order, expected)
     for bad in (torch.zeros(6), torch.zeros(2, 3).double(), torch.zeros(2, 3, device="meta"), None):
         with pytest.raises(ValueError, match="out must"):
-            ops.combine(gradients, [1.0, 2.0], out=[bad])
+            tg.combine(gradients, [1.0, 2.0], out=[bad])
     with pytest.raises(ValueError, match="one tensor per parameter"):
-        ops.combine(gradients, [1.0, 2.0], out=[])
+        tg.combine(gradients, [1.0, 2.0], out=[])
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
@@ -157,27 +157,27 @@ def test_modes_and_transforms_see_the_ops():
 
     names = []
     with Seen():
-        ops.task_gram(plain())
+        tg.task_gram(plain())
     assert "task_gram" in names
     traced = torch.jit.trace(
-        lambda x, y: ops.task_gram([[x], [y]]), (torch.ones(3), torch.ones(3)), check_trace=False
+        lambda x, y: tg.task_gram([[x], [y]]), (torch.ones(3), torch.ones(3)), check_trace=False
     )
     assert traced(torch.full((3,), 2.0), torch.ones(3)).tolist() == [[12, 6], [6, 3]]
-    graph = make_fx(lambda x: ops.task_gram([[x], [x]]), pre_dispatch=True)(torch.ones(3))
+    graph = make_fx(lambda x: tg.task_gram([[x], [x]]), pre_dispatch=True)(torch.ones(3))
     assert graph(torch.full((3,), 2.0)).tolist() == [[12, 12], [12, 12]]
     with torch.device("cpu"):  # a mode, which a function of somebody's own could be as well
         assert _plain.read_plain(plain()) is None
-    compiled = torch.compile(ops.task_gram, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(plain()), ops.task_gram(plain()))
+    compiled = torch.compile(tg.task_gram, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(plain()), tg.task_gram(plain()))
     with pytest.raises(RuntimeError, match=r"vmap|Batch"):  # not wrong numbers
-        torch.vmap(lambda g: ops.task_gram([[g], [g]]))(torch.ones(2, 3))
+        torch.vmap(lambda g: tg.task_gram([[g], [g]]))(torch.ones(2, 3))
 
 
 def test_lists_may_change_while_they_are_read():
     """A tensor of one element is asked for a mark, by a method that anybody can replace."""
     own = [torch.ones(1) for _ in range(1000)]
     own[0].is_neg = own.clear
-    gram = ops.task_gram([own])
+    gram = tg.task_gram([own])
     assert gram.item() == 1000
     changing, stop = [torch.ones(1) for _ in range(100)], threading.Event()
 
@@ -191,7 +191,7 @@ def test_lists_may_change_while_they_are_read():
     try:
         for _ in range(300):
             with contextlib.suppress(ValueError, IndexError):  # it was empty, or became so
-                assert ops.task_gram([changing]).item() <= 100
+                assert tg.task_gram([changing]).item() <= 100
     finally:
         stop.set()
         thread.join()
@@ -203,19 +203,19 @@ class Doubled(list):
 
 
 def test_lists_of_other_classes_are_asked_for_their_items():
-    assert ops.task_gram([Doubled([torch.ones(3)])]).item() == 12
+    assert tg.task_gram([Doubled([torch.ones(3)])]).item() == 12
 
 
 def test_out_may_be_an_iterator():
     for tensor in (torch.zeros(3, 2).t(), torch.zeros(2, 3)):
-        (total,) = ops.combine([[torch.ones(2, 3)]], [2.0], out=iter([tensor]))
+        (total,) = tg.combine([[torch.ones(2, 3)]], [2.0], out=iter([tensor]))
         assert total is tensor
         assert tensor.eq(2).all()
 
 
 def test_memory_is_kept_while_it_is_needed():
     gradients = plain()
-    expected = ops.task_gram(gradients)
+    expected = tg.task_gram(gradients)
     read = _plain.read_plain(gradients)
     del gradients
     gc.collect()

@@ -5,8 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from taskgroup import ops
-from taskgroup.ops import task_gram
+from taskgroup import ops, task_gram
 from tests import random_gradients
 from tests.backends import BACKENDS, INTERPRETED, WITH_OPS, backends_op, examples
 from tests.random_gradients import DTYPES, gram_error

@@ -17,8 +17,8 @@ namespace {
 
 constexpr double kNothing = std::numeric_limits<double>::quiet_NaN();
 
-// What the step of a group that holds task i says about its effect on task k of the same group;
-// ri and rk are their ratios. NaN, "nothing", where either is.
+// The observed effect of task i on task k of the same group, from their ratios ri and rk. NaN,
+// which means no observation, if either ratio is NaN.
 double observe_inside(double ri, double rk, bool same_task) {
   if (same_task) return ri >= 0.0 ? ri : kNothing;
   const double product = ri * rk;
@@ -42,7 +42,7 @@ void update(float* matrix,           // [K, K]
     stepped |= a != b;
     ratio[k] = std::clamp(1.0 - a / b, -1.0, 1.0) / group_size;
   }
-  // Losses that did not move at all tell of a step that did not happen.
+  // If no loss has changed at all, there was no step.
   if (!stepped) return;
 
   for (int64_t i = 0; i < K; ++i) {

@@ -10,10 +10,10 @@ namespace taskgroup {
 
 namespace {
 
-constexpr int64_t kLeastPart = 16384;  // elements, worth a thread
+constexpr int64_t kLeastPart = 16384;  // the fewest elements that are worth a thread
 constexpr int64_t kMostParts = 4096;
 
-// Of gradients that lie in memory as raw_t and are summed as T.
+// Combines gradients that are raw_t in memory and are summed in T.
 template <typename raw_t, typename T>
 class Combiner {
  public:
@@ -37,7 +37,7 @@ class Combiner {
       run(whole, static_cast<raw_t*>(output.data) + begin);
       begin += whole;
     }
-    // Of other strides, or the last few: through a buffer.
+    // Other strides, and the last few elements, go through a buffer.
     for (; begin < end; begin += kChunk) {
       const int64_t n = std::min(kChunk, end - begin);
       buffer_.resize((count + 1) * kChunk);
@@ -47,7 +47,7 @@ class Combiner {
         copy_elements(parameter, gradients_.all[parameter.begin + r], begin, n, row);
         rows_[r] = row;
       }
-      run((n + lanes_ - 1) / lanes_ * lanes_, result);  // what lies behind n is never looked at
+      run((n + lanes_ - 1) / lanes_ * lanes_, result);  // elements past n are never used
       write(parameter, output, begin, n, result);
     }
   }

@@ -4,7 +4,7 @@
 
 #include "instruction_set.h"
 
-// The innermost loops over gradients, once per instruction set; which set is chosen at run time.
+// The innermost loops over gradients, once per instruction set. The set is chosen at run time.
 
 namespace taskgroup {
 
@@ -38,16 +38,16 @@ struct GradientLoops {
   void (*combine_half)(const uint16_t* const* rows, const float* weights, int32_t count, int64_t n,
                        uint16_t* out);
 
-  // Of any n.
+  // For any n.
   void (*widen_bfloat16)(const uint16_t* from, int64_t n, float* to);
   void (*widen_half)(const uint16_t* from, int64_t n, float* to);
 };
 
-// Products of a lane after which the sums go to float64: a bound on the rounding error,
-// kChain / 2 * 2^-24 relative to |g_i| |g_j|, that holds for every input.
+// The number of products of a lane after which the sums go to float64. It bounds the rounding error
+// for every input: kChain / 2 * 2^-24 relative to |g_i| |g_j|.
 constexpr int64_t kChain = 32;
 
-// Of an instruction set that this processor has: of instruction_set(), unless told otherwise.
+// The loops of an instruction set that this processor has; by default those of instruction_set().
 const GradientLoops& gradient_loops();
 const GradientLoops& gradient_loops(InstructionSet isa);
 

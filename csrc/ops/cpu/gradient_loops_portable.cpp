@@ -1,4 +1,4 @@
-// The vectors that every processor of the architecture has: SSE2 on x86-64, NEON on ARM.
+// The loops for the vectors of every processor of the architecture: SSE2 on x86-64, NEON on ARM.
 #define TASKGROUP_LOOPS kPortableLoops
 #define TASKGROUP_VECTOR_BYTES 16
 #if defined(__aarch64__)

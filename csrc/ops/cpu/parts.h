@@ -8,8 +8,8 @@
 
 namespace taskgroup {
 
-// All parameters laid end to end and cut into parts of one size, which follows from the sizes of
-// the parameters alone: whatever is summed part by part does not depend on the number of threads.
+// All parameters in a row, cut into parts of one size. The size depends on the sizes of the
+// parameters alone, so sums part by part do not depend on the number of threads.
 class Parts {
  public:
   static constexpr int64_t kStep = 512;  // elements; parts are multiples of it

@@ -8,8 +8,8 @@
 
 namespace taskgroup {
 
-// Calls run(offset, stride, count) for the runs of evenly spaced elements that make up n elements,
-// from element `begin` on in the order of the indices, of a tensor with these sizes and strides.
+// Calls run(offset, stride, count) for runs of evenly spaced elements of a tensor with these sizes
+// and strides. The runs cover n elements, from element `begin` on in the order of the indices.
 template <typename Run>
 void for_each_run(const int64_t* sizes, const int64_t* strides, int32_t dim, int64_t begin,
                   int64_t n, const Run& run) {

@@ -10,8 +10,8 @@ __device__ inline float blend(float old, double seen, double decay) {
       add(multiply(1.0 - decay, static_cast<double>(old)), multiply(decay, seen)));
 }
 
-// What the step of a group that holds task i says about its effect on task k of the same group;
-// ri and rk are their ratios. NaN, "nothing", where either is.
+// The observed effect of task i on task k of the same group, from their ratios ri and rk. NaN,
+// which means no observation, if either ratio is NaN.
 __device__ inline double observe_inside(double ri, double rk, bool same_task) {
   if (same_task) return ri >= 0.0 ? ri : NAN;
   const double product = ri * rk;
@@ -19,8 +19,8 @@ __device__ inline double observe_inside(double ri, double rk, bool same_task) {
   return product < 0.0 ? -(ri < rk ? rk : ri) : NAN;
 }
 
-// Blocks of any number of threads, which deal the rows among them; ratio is [K] of shared memory.
-// Each of them works out all ratios.
+// The blocks, of any number of threads, share the rows; every block computes all ratios. `ratio` is
+// [K] in shared memory.
 template <typename scalar_t>
 __device__ void affinity_update_block(float* matrix,           // [K, K]
                                       const scalar_t* before,  // [K]
@@ -30,7 +30,7 @@ __device__ void affinity_update_block(float* matrix,           // [K, K]
                                       int32_t* observed) {  // [K, K] or null
   int in_group = 0;
   bool stepped = false;
-  // Every thread takes every turn, since all wait for all in it.
+  // Every thread runs every iteration, because all threads synchronise in it.
   for (int64_t first = 0; first < K; first += blockDim.x) {
     const int64_t k = first + threadIdx.x;
     in_group += __syncthreads_count(k < K && mask[k]);
@@ -49,7 +49,7 @@ __device__ void affinity_update_block(float* matrix,           // [K, K]
     }
     stepped |= __syncthreads_count(moved) > 0;
   }
-  // Losses that did not move at all tell of a step that did not happen.
+  // If no loss has changed at all, there was no step.
   if (!stepped) return;
 
   for (int64_t i = blockIdx.x; i < K; i += gridDim.x) {

@@ -7,8 +7,8 @@
 
 namespace taskgroup {
 
-// Parameters of one dtype, passed to a launch by value: tables in pinned host memory would have to
-// outlive it, which breaks CUDA graphs.
+// Parameters of one dtype, passed to a launch by value. Tables in pinned host memory would have to
+// outlive the launch, which breaks CUDA graphs.
 struct CombineTable {
   static constexpr int kMostParameters = 256;
   static constexpr int kMostRows = 2480;
@@ -17,10 +17,10 @@ struct CombineTable {
   bool wide_weights;
   void* out[kMostParameters];
   int64_t numel[kMostParameters];
-  int64_t end_block[kMostParameters];  // one behind the last block of each
-  int32_t end_row[kMostParameters];    // one behind its last row
+  int64_t end_block[kMostParameters];  // one past the last block of each
+  int32_t end_row[kMostParameters];    // one past its last row
   bool aligned[kMostParameters];       // all its pointers, to 16 bytes
-  const void* row[kMostRows];          // its gradients, one parameter behind the other
+  const void* row[kMostRows];          // the gradients, parameter by parameter
   uint16_t task[kMostRows];            // of each row
   int32_t parameters;
 };
@@ -31,9 +31,9 @@ template <typename T, int kThreads>
 constexpr int64_t kCombineChunk = kThreads * 4 * kPerVector<T>;  // elements of a block
 
 constexpr int kMostTasks = 1024;  // rows of a parameter
-constexpr int kRowsAtOnce = 4;    // on their way for each thread
+constexpr int kRowsAtOnce = 4;    // loads in flight for each thread
 
-// Every element is read from all rows before it is written: the output may be one of them.
+// Every element is read from all rows before it is written, so the output may be one of the rows.
 // shared: [kMostTasks] wide_t<T>, the weights of the rows.
 template <typename T, int kThreads>
 __device__ void combine_block(const CombineTable& table, void* shared) {

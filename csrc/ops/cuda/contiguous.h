@@ -9,8 +9,8 @@
 
 namespace taskgroup {
 
-// Points the gradients of each `strided` parameter at contiguous copies, which the result owns; the
-// memory of torch is safe to free as soon as the kernels that read it are on their stream.
+// Replaces the gradients of each `strided` parameter by contiguous copies, which the result owns.
+// It may be freed as soon as the kernels that read the copies are on their stream.
 inline std::vector<torch::stable::Tensor> make_contiguous(
     Gradients& gradients, const std::vector<torch::stable::Tensor>& list) {
   std::vector<torch::stable::Tensor> copies;

@@ -14,7 +14,7 @@ struct Half {
   uint16_t bits;
 };
 
-// What sums of T are kept in.
+// The type of the sums of T.
 template <typename T>
 struct Wide {
   using type = float;

@@ -11,10 +11,10 @@ namespace taskgroup {
 
 namespace {
 
-constexpr int kFmaTasks = 16;  // up to as many float32 gradients need no tensor cores
-constexpr int kWarps = 4;      // of a block of those that use them
-// Eight warps can have 255 registers each: seven that sum and, where the GPU has bulk copies, one
-// that fills their ring.
+constexpr int kFmaTasks = 16;  // up to this many float32 gradients do not use tensor cores
+constexpr int kWarps = 4;      // of a block that uses them
+// Eight warps can have 255 registers each: seven warps sum and, if the GPU has bulk copies, one
+// fills their ring.
 constexpr int kSummingThreads = 7 * 32, kFillingThreads = kHasBulkCopies ? 32 : 0;
 constexpr int kFinishingThreads = 512;
 constexpr int64_t kLeastTiles = 8;  // of a segment
@@ -76,7 +76,7 @@ int shared_limit() {
   return bytes;
 }
 
-// Whether this GPU can and the code of the kernel that was built for it does.
+// Whether this GPU supports it, and the code of the kernel that was built for the GPU uses it.
 template <typename Kernel>
 bool has_bulk_copies(Kernel kernel) {
   int device = 0, major = 0;
@@ -86,7 +86,7 @@ bool has_bulk_copies(Kernel kernel) {
   return major >= 9 && cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90;
 }
 
-// The blocks of one segment side by side: what one of them reads the others find in the cache.
+// The blocks of one segment run side by side, so that they find each other's reads in the cache.
 template <typename Kernel, typename... Arguments>
 void launch(Kernel kernel, const GramTable& table, int64_t blocks, int threads, size_t shared_bytes,
             int carve_out, cudaStream_t stream, double* partial, Arguments... arguments) {
@@ -107,13 +107,13 @@ void launch_fma(const GramTable& table, double* partial, cudaStream_t stream) {
     stages = std::min(most, kMostStages);
     threads += 32;  // by the device's, not the host's, kFillingThreads
   }
-  // What the copy engine reads does not go through the L1 cache.
+  // The copy engine does not read through the L1 cache.
   const int carve_out = stages > 0 ? cudaSharedmemCarveoutMaxShared : cudaSharedmemCarveoutDefault;
   launch(kernel, table, 1, threads, G::shared_bytes(stages), carve_out, stream, partial, stages);
 }
 
-// Per cent of a multiprocessor's memory: shared memory for the blocks that have room there, and the
-// rest for the L1 cache, through which their loads come.
+// The share of a multiprocessor's memory that is shared memory, in per cent: as much as the blocks
+// that fit need. The rest is the L1 cache, which serves their loads.
 template <typename G>
 int carve_out() {
   constexpr size_t kOfSystem = 1024;  // bytes of each block
@@ -145,7 +145,7 @@ void launch_double(const GramTable& table, double* partial, cudaStream_t stream)
          DoubleFma::shared_bytes(0), cudaSharedmemCarveoutDefault, stream, partial);
 }
 
-// What reads gradients of a dtype, and its tile.
+// The kernel that reads gradients of a dtype, and its tile.
 struct Reader {
   Launch launch;
   int64_t tile;

@@ -9,7 +9,7 @@ struct CUstream_st;
 
 namespace taskgroup {
 
-// What becomes of the inner products. The matrix itself:
+// What the inner products are used for. Either the matrix itself:
 template <typename T>
 struct GramMatrix {
   T* matrix;  // [K, K]
@@ -23,12 +23,13 @@ struct GramAffinity {
   const void* losses;  // [K] double if wide_losses, else float
   bool wide_losses;
   double decay, lr;
-  int32_t* observed;     // [K, K] or null: how often each entry was observed
+  int32_t* observed;     // [K, K] or null: the observations of each entry
   uint16_t tasks[1024];  // row and column of each measured task
 };
 
-// Launches all kernels on the stream: one or several that read the gradients, none of which may be
-// `strided`, and one that adds up and writes the result. allocate(n) returns n doubles of scratch.
+// Launches all kernels on the stream: one or several that read the gradients, and one that adds the
+// partial sums and writes the result. No gradient may be `strided`. allocate(n) returns n doubles
+// of scratch memory.
 using Allocate = std::function<double*(int64_t n)>;
 void gram(const Gradients& gradients, const Allocate& allocate, CUstream_st* stream,
           const GramMatrix<float>& result);

@@ -1,23 +1,23 @@
 #pragma once
 
-// Inner products of few tasks: every thread keeps all the sums of its elements in registers.
+// Inner products of few tasks: every thread keeps all sums of its elements in registers.
 
 #include "ops/cuda/gram_table.cuh"
 
 namespace taskgroup {
 
-// Products that a thread adds up in T before they go to float64, and with the five additions of the
-// warp that follow a bound on the rounding error that holds for every input: 13 * 2^-24 of the sum
-// of the absolute products.
+// The number of products that a thread adds in T before the sums go to float64. With the five
+// additions of the warp that follow, this bounds the rounding error for every input: 13 * 2^-24 of
+// the sum of the absolute products.
 constexpr int kFmaChain = 16;
 
 constexpr int kMostStages = 4;
 
-// After `steps` halvings.
+// The number of values left after `steps` halvings.
 constexpr int halved(int n, int steps) { return steps == 0 ? n : halved((n + 1) / 2, steps - 1); }
 
 // Adds n values over the lanes of a warp; every lane keeps its share of them, v[0..halved(n, 5)-1].
-// In each step two lanes split what they have: n shuffles in all, not 5n.
+// In each step two lanes split their values, which takes n shuffles in all, not 5n.
 template <int n, int kMask = 16, typename T>
 __device__ inline void add_over_warp(T* v, int lane) {
   constexpr int h = (n + 1) / 2;
@@ -69,8 +69,8 @@ struct GramFma {
   }
 };
 
-// Whole aligned tiles on their way from one warp, which has the copy engine fetch them, to the
-// others: stages in shared memory, in turn. `full` completes when the rows of a stage are there,
+// A ring of stages in shared memory. One warp lets the copy engine fill them with whole aligned
+// tiles, and the other warps read them. `full` completes when the rows of a stage have arrived,
 // `empty` when all warps have read them.
 template <typename G>
 class Ring {
@@ -96,7 +96,7 @@ class Ring {
 
   uint64_t* full;     // [kMostStages]
   uint64_t* empty;    // [kMostStages]
-  uint32_t* present;  // [kMostStages], a bit for each row that there is
+  uint32_t* present;  // [kMostStages], a bit for each row that is present
   int stage = 0;
   uint32_t parity = 0;
 
@@ -105,8 +105,8 @@ class Ring {
   int stages_;
 };
 
-// Adds the products of the tasks that have a gradient here. A task that has none adds nothing, to
-// infinity neither, of which the products with its zeros would make NaN.
+// Adds the products of the tasks that have a gradient here. A task without one adds nothing: its
+// zeros times infinity would add NaN.
 // absent: a bit for each left task, and above them for each right one.
 template <typename G>
 __device__ inline void add_present(typename G::T* sum,                  // [kSums]
@@ -129,7 +129,7 @@ __device__ inline bool in_ring(const GramTable& table, const TileWalk& at) {
   return table.aligned[at.p] && at.x + G::kTile <= table.numel[at.p];
 }
 
-// The tiles of a segment that go through the ring, by one warp: lane r asks for row r.
+// One warp sends the tiles of a segment through the ring: lane r requests row r.
 template <typename G>
 __device__ void fill_ring(const GramTable& table, int first, int64_t begin, int64_t end,
                           Ring<G> ring, int stages) {
@@ -159,14 +159,15 @@ __device__ void fill_ring(const GramTable& table, int first, int64_t begin, int6
     }
     if (tile + 1 < end) at.next(G::kTile);
   }
-  // Until all stages have been read: no barrier is waited for, or arrived at, after this.
+  // Waits until all stages have been read; no thread uses the barriers after this.
   for (int s = 0; s < stages; ++s, ring.next()) {
     mbarrier_wait(ring.empty + ring.stage, ring.parity ^ 1);
   }
 }
 
-// One segment. Where kBulk, a warp behind the kThreads others fills the ring: their registers are
-// full of sums, and too few blocks fit for plain loads to hide their latency.
+// Sums one segment. With kBulk, one more warp after the kThreads others fills the ring: the
+// registers of the others are full of sums, and too few blocks fit to hide the latency of plain
+// loads.
 template <typename G, bool kBulk>
 __device__ void gram_fma_block(const GramTable& table, int first, int other, double* partial,
                                void* shared, int stages) {
@@ -179,7 +180,7 @@ __device__ void gram_fma_block(const GramTable& table, int first, int other, dou
   const int64_t end = begin + table.tiles_per_segment < all ? begin + table.tiles_per_segment : all;
   Ring<G> ring(shared, stages);
   if constexpr (kBulk) {
-    // The rows of tasks that there are not stay zero.
+    // The rows of missing tasks stay zero.
     for (int s = 0; s < stages; ++s, ring.next()) {
       for (int r = table.K - first; r < R; ++r) {
         for (int x = threadIdx.x; x < G::kTile; x += G::kThreads + 32) ring.row(r)[x] = 0;
@@ -250,7 +251,7 @@ __device__ void gram_fma_block(const GramTable& table, int first, int other, dou
       T probe = 0;  // NaN if any number is not finite
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        if (absent >> r & 1) a[r] = {};  // the ring holds what was there before
+        if (absent >> r & 1) a[r] = {};  // the ring still holds an older tile
 #pragma unroll
         for (int e = 0; e < kPerVector<T>; ++e) {
           probe += T(0) * a[r].at[e];
@@ -317,7 +318,7 @@ __device__ void gram_fma_block(const GramTable& table, int first, int other, dou
   }
 }
 
-// Blocks a <= b of R tasks, the y-th of all pairs of them.
+// The y-th of all pairs a <= b of blocks of R tasks.
 struct BlockPair {
   int a, b;
 };

@@ -2,8 +2,8 @@
 
 // Inner products of up to 64 tasks on the tensor cores.
 //
-// An inner product does not mind the order of its terms, so columns are dealt to the lanes as they
-// lie in memory: with g = lane / 4 and t = lane % 4 a lane takes 16 bytes of row g of every group
+// The order of the terms of an inner product does not matter, so every lane takes columns as they
+// are in memory: with g = lane / 4 and t = lane % 4 a lane takes 16 bytes of row g of every group
 // of 8 rows, from column t of such pieces on. What it then holds of groups 2i and 2i+1 is its
 // fragment of the i-th left operand [16, 16], and what it holds of group j its fragment of the j-th
 // right operand [16, 8]: the same registers, and no shared memory on the way.
@@ -12,7 +12,7 @@
 
 namespace taskgroup {
 
-// The words of one lane for one group of 8 rows and 16 columns, as a sum of kParts terms.
+// The words of a lane for a group of 8 rows and 16 columns, as a sum of kParts terms.
 template <typename T>
 struct Fragment {
   static constexpr int kParts = 1, kProducts = 1;
@@ -123,9 +123,9 @@ __device__ inline Place place_of_sum(int s, int lane) {
   return {16 * i + lane / 4 + s % 4 / 2 * 8, 8 * j + lane % 4 * 2 + s % 2};
 }
 
-// A unit once more, by plain multiply-adds: splitting infinity gives infinity less infinity,
-// numbers next to the largest float round to infinity, and zeros in the place of a gradient that
-// there is not give NaN with infinity.
+// Computes a unit again with plain multiply-adds. Splitting infinity gives infinity minus infinity,
+// numbers close to the largest float round to infinity, and the zeros of a missing gradient times
+// infinity give NaN.
 template <typename G>
 __device__ __noinline__ void gram_mma_plain_unit(const GramTable& table, int first, int other,
                                                  int tile, double* own) {
@@ -160,7 +160,7 @@ class PieceWalk {
   __device__ int p() const { return at_.p; }
   __device__ int64_t unit() const { return at_.x + threadIdx.x / 32 * G::kUnit; }  // first column
 
-  // At the end of a unit, until it moves on to the next one.
+  // True at the end of a unit, until it moves on to the next unit.
   __device__ bool ends_unit() const { return piece == G::kPieces; }
 
   __device__ void move_on() {
@@ -331,8 +331,8 @@ __device__ void gram_mma_block(const GramTable& table, int first, int other, dou
   }
 }
 
-// More than 64 tasks: blocks of 64, each with itself, and the halves of each with those of all
-// later ones.
+// For more than 64 tasks: blocks of 64 with themselves, and the halves of each block with the
+// halves of all later blocks.
 constexpr int kMmaBlock = 64;
 constexpr int kMmaHalf = kMmaBlock / 2;
 

@@ -8,23 +8,23 @@
 
 namespace taskgroup {
 
-// Parameters of one dtype, passed to a launch by value. They are cut into tiles, the tiles of all
-// laid end to end, and equally many consecutive ones are a segment, the work of one block. What is
-// a tile and what a segment follows from the sizes alone: so the sums do not depend on the GPU.
+// Parameters of one dtype, passed to a launch by value. They are cut into tiles, and the tiles of
+// all parameters are put in a row. An equal number of consecutive tiles makes a segment, the work
+// of one block. Tiles and segments depend on the sizes alone, so the sums do not depend on the GPU.
 struct GramTable {
   static constexpr int kMostParameters = 256;
   static constexpr int kMostRows = 3400;
 
   int64_t numel[kMostParameters];
-  int64_t end_tile[kMostParameters];  // one behind the last tile of each
+  int64_t end_tile[kMostParameters];  // one past the last tile of each
   bool aligned[kMostParameters];      // all its pointers, to 16 bytes
   const void* row[kMostRows];         // [parameters, K]; null: the task does not reach it
   int32_t parameters;
   int32_t K;
   int64_t tiles_per_segment;
-  int64_t first_segment, segments;  // of this launch among those of all
+  int64_t first_segment, segments;  // the segments of this launch among those of all launches
 
-  // Of parameter p, task k; null where there is none.
+  // The gradient of task k on parameter p, or null.
   template <typename T>
   __device__ const T* gradient(int p, int k) const {
     return k < K ? static_cast<const T*>(row[p * K + k]) : nullptr;
@@ -33,7 +33,7 @@ struct GramTable {
 
 static_assert(sizeof(GramTable) <= 32764 - 64, "the parameters of a kernel");
 
-// Where the sum of tasks i <= j stands among the K (K + 1) / 2 of a segment.
+// The index of the sum of tasks i <= j among the K (K + 1) / 2 sums of a segment.
 __device__ inline int64_t pair_index(int64_t i, int64_t j, int64_t K) {
   return i * K - i * (i - 1) / 2 + j - i;
 }
@@ -63,8 +63,8 @@ class TileWalk {
   const GramTable& table_;
 };
 
-// `tiles` tiles of every segment at least, so that a block is worth its start; at most `most`
-// segments in all launches but for one more in each.
+// Every segment has at least `tiles` tiles, so that a block is worth its launch. All launches
+// together have at most `most` segments, plus one for each launch.
 inline std::vector<GramTable> gram_tables(const Gradients& gradients, Dtype dtype,
                                           int64_t tile_size, int64_t tiles, int64_t most) {
   int64_t all_tiles = 0;
@@ -99,7 +99,7 @@ inline std::vector<GramTable> gram_tables(const Gradients& gradients, Dtype dtyp
   return tables;
 }
 
-// Numbers the segments of all launches; returns how many there are.
+// Numbers the segments of all launches, and returns their number.
 inline int64_t number_segments(std::vector<GramTable>& tables, int64_t first) {
   for (GramTable& table : tables) {
     table.first_segment = first;
@@ -108,7 +108,7 @@ inline int64_t number_segments(std::vector<GramTable>& tables, int64_t first) {
   return first;
 }
 
-// The elements of a vector that starts at element x of n, at any address; zero where there is none.
+// The elements of a vector that starts at element x of n, at any address; zeros past the end.
 template <typename T, typename Index>
 __device__ inline Vector<T> load_ragged(const T* data, Index x, Index n) {
   Vector<T> some = {};

@@ -1,7 +1,7 @@
 #pragma once
 
-// What CUDA C++ has no portable words for, each behind one small function, so that the kernels also
-// compile as plain C++: tests/csrc/cuda_shim.h has the same functions for the host.
+// Small functions for everything that is specific to CUDA, so that the kernels also compile as
+// plain C++: tests/csrc/cuda_shim.h defines the same functions for the host.
 
 #include <cstdint>
 
@@ -11,7 +11,7 @@
 
 namespace taskgroup {
 
-// As CUDA's own, and never fused with one another.
+// The arithmetic of CUDA, without fusing multiplication and addition.
 __device__ inline double multiply(double a, double b) { return __dmul_rn(a, b); }
 __device__ inline double add(double a, double b) { return __dadd_rn(a, b); }
 
@@ -26,7 +26,7 @@ __device__ inline Words load_words(const void* from) {
 }
 
 // 16 aligned bytes of global memory that are read once, without a branch; zeros if not `there`.
-// kNeighbours: soon the other 240 bytes around them are read as well, and come to the L2 cache now.
+// kNeighbours: also fetches the other 240 bytes around them to the L2 cache, for reads that follow.
 template <bool kNeighbours = false>
 __device__ inline Words stream_words(const void* from, bool there) {
   Words words = {};
@@ -68,7 +68,7 @@ __device__ inline double load_double(const double* from, bool there) {
   return number;
 }
 
-// To 16 aligned bytes of global memory, in one access.
+// Writes 16 aligned bytes of global memory in one access.
 __device__ inline void store_words(void* to, Words words) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
                "r"(words.word[0]), "r"(words.word[1]), "r"(words.word[2]), "r"(words.word[3])
@@ -119,7 +119,8 @@ __device__ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uin
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// Copies of whole rows by the copy engine: one thread asks, an mbarrier in shared memory tells all.
+// The copy engine copies whole rows: one thread requests it, and an mbarrier in shared memory tells
+// all threads when the rows have arrived.
 
 constexpr bool kHasBulkCopies = true;
 
@@ -127,8 +128,9 @@ __device__ inline uint32_t shared_address(const void* in_shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(in_shared));
 }
 
-// A phase is complete after so many arrivals, once the bytes that they expect are here. The barrier
-// is ready for the copy engine; the threads of the block learn of it by a __syncthreads().
+// A phase is complete after this many arrivals and once the bytes that they expect have arrived.
+// The barrier is then ready for the copy engine, and after a __syncthreads() for the threads of the
+// block.
 __device__ inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals)
@@ -136,7 +138,7 @@ __device__ inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// What this thread has read and written comes before what follows the wait for this phase.
+// Orders the reads and writes of this thread before those that follow the wait for this phase.
 __device__ inline void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
@@ -150,7 +152,8 @@ __device__ inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
       : "memory");
 }
 
-// Until the phase of this parity, 0 for the first, is complete; the one before the first is.
+// Waits until the phase of this parity is complete. The parity of the first phase is 0; the phase
+// before it counts as complete.
 __device__ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t complete = 0;
   while (complete == 0) {

@@ -34,7 +34,7 @@ cudaStream_t current_stream(int32_t device) {
 
 Launch::Launch(const torch::stable::Tensor& tensor)
     : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {
-  // Once more, for the CUDA runtime inside this library, which is not torch's.
+  // The same for the CUDA runtime in this library, which is not that of torch.
   cudaSetDevice(tensor.get_device_index());
 }
 

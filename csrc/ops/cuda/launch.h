@@ -13,7 +13,7 @@ class Launch {
 
   cudaStream_t stream() const { return stream_; }
 
-  // Raises where the kernels launched since could not be.
+  // Raises an error if a kernel that was launched since then could not start.
   void check(const char* op) const;
 
  private:

@@ -1,4 +1,4 @@
-"""The Triton backend: one file per op, kernel and launch together.
+"""The Triton backend: one file per op, with the kernel and its launch.
 
-Imported when it is first used: the package itself does not need Triton.
+It is imported at its first use, because the package itself does not need Triton.
 """

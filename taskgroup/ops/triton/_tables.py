@@ -1,4 +1,4 @@
-"""How the kernels find the gradients: tables of addresses in the memory of the device."""
+"""Tables of addresses in device memory, in which the kernels find the gradients."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ TRITON_DTYPES = {
 
 
 class Parameter(NamedTuple):
-    """The gradients on one parameter, not empty; all lie in memory in the same order."""
+    """The gradients on one parameter, not empty, all with the same order of elements in memory."""
 
     rows: list[Tensor]
     tasks: list[int]
-    out: Tensor | None = None  # where their combination goes, in the order of the rows
+    out: Tensor | None = None  # receives the combination, in the same order of elements
 
 
 class Table(NamedTuple):
-    """The parameters of one dtype, as the kernels read them. Owns nothing it points to."""
+    """The parameters of one dtype, as the kernels read them. It does not own what it points to."""
 
     dtype: torch.dtype
     entries: list[int]
     n_parameters: int
     n_blocks: int
-    aligned: bool  # all rows start at a multiple of 16 bytes
+    aligned: bool  # all rows start at multiples of 16 bytes
 
 
 def parameters_by_dtype(
@@ -42,11 +42,12 @@ def parameters_by_dtype(
 ) -> tuple[dict[torch.dtype, list[Parameter]], list[tuple[Tensor, Tensor]]]:
     """Sorts the flat list by parameter and dtype.
 
-    Rows that are not dense, or not in the order of the others of their parameter, are copied.
+    Rows are copied if they are not dense, or if their strides differ from those of other rows of
+    the parameter.
 
     Returns:
-        The parameters, and for every tensor of ``out`` that the kernel cannot write to the pair of
-        it and the buffer from which it is to be filled.
+        The parameters by dtype, and pairs of a tensor of ``out`` that the kernel cannot write to
+        and the buffer from which to fill it afterwards.
     """
     found: dict[int, Parameter] = {}
     for slot, gradient in zip(slots or range(len(gradients)), gradients, strict=True):
@@ -86,10 +87,10 @@ def _in_one_order(tensors: list[Tensor]) -> bool:
 
 
 def table(dtype: torch.dtype, parameters: list[Parameter], n_tasks: int, block: int) -> Table:
-    """The entries that describe T parameters cut into blocks of ``block`` elements.
+    """Describes T parameters that are cut into blocks of ``block`` elements.
 
-    ``[T + 1]`` first block of each parameter, ``[T]`` its number of elements, ``[T]`` address of
-    its result, ``[T, K]`` addresses of its gradients, 0 where there is none.
+    The entries are: ``[T + 1]`` the first block of each parameter, ``[T]`` its number of elements,
+    ``[T]`` the address of its result, ``[T, K]`` the addresses of its gradients, 0 for None.
     """
     starts, elements, results, addresses = [0], [], [], []
     for rows, tasks, out in parameters:
@@ -107,9 +108,9 @@ def table(dtype: torch.dtype, parameters: list[Parameter], n_tasks: int, block: 
 
 
 def upload(lists: list[list[int]], device: torch.device) -> list[Tensor]:
-    """Brings lists to the device as int64, all in one copy that nobody waits for.
+    """Copies lists to the device as int64, all in one asynchronous copy.
 
-    The copy reads host memory that lives no longer than the call, so a CUDA graph cannot replay it.
+    The copy reads host memory that is freed after the call, so a CUDA graph cannot replay it.
     """
     joined = [entry for entries in lists for entry in entries]
     on_cuda = device.type == "cuda"
@@ -125,12 +126,12 @@ def upload(lists: list[list[int]], device: torch.device) -> list[Tensor]:
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whatever its arguments are on."""
+    """Makes the device of a tensor current: Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def bits(number: float) -> int:
-    """The bits of a float64. As a number Triton would pass it to a kernel in float32."""
+    """The bits of a float64. Triton would pass the number itself to a kernel in float32."""
     (integer,) = struct.unpack("q", struct.pack("d", number))
     return int(integer)
 
@@ -142,7 +143,7 @@ def as_float64(bits):
 
 @triton.jit
 def parameter_of(starts_ptr, n_parameters, block):
-    """The parameter that a block belongs to: the last that starts at or before it."""
+    """The parameter of a block: the last parameter that starts at or before the block."""
     low = tl.zeros([], tl.int32)
     high = tl.zeros([], tl.int32) + n_parameters
     while high - low > 1:

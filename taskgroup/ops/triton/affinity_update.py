@@ -1,6 +1,8 @@
-"""The update of the affinity matrix by the step of one group."""
+"""The update of the affinity matrix after the step of one group."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -9,12 +11,12 @@ from torch import Tensor
 
 from taskgroup.ops.triton._tables import as_float64, bits, on_device_of
 
-_TILE = 4096  # entries of the matrix that a program updates: one program up to 64 tasks
+_TILE = 4096  # entries of the matrix that a program updates; up to 64 tasks take one program
 
 
 @triton.jit
 def _ratio(before_ptr, after_ptr, k, n_tasks, group_size):
-    """``clamp(1 - after / before, -1, 1) / group_size``, validity, and whether the loss moved."""
+    """``clamp(1 - after / before, -1, 1) / group_size``, if it is valid, if the loss changed."""
     b = tl.load(before_ptr + k, mask=k < n_tasks, other=0).to(tl.float64)
     a = tl.load(after_ptr + k, mask=k < n_tasks, other=0).to(tl.float64)
     infinity = float("inf")
@@ -41,7 +43,7 @@ def affinity_update_kernel(
     group_size = tl.sum(in_group_k.to(tl.int32), 0).to(tl.float64)
     group_size = tl.where(group_size > 0, group_size, 1)
     ratio_k, valid_k, moved = _ratio(before_ptr, after_ptr, k, n_tasks, group_size)
-    # Losses that did not move at all tell of a step that did not happen.
+    # If no loss has changed at all, there was no step.
     if tl.sum(moved.to(tl.int32), 0) == 0:
         return
 
@@ -80,7 +82,7 @@ def affinity_update_(
     decay: float,
     observed: Tensor | None = None,
 ) -> None:
-    """One launch; every program works out the ratios of all tasks and updates some rows."""
+    """One launch; every program computes the ratios of all tasks and updates some rows."""
     n_tasks = len(matrix)
     if n_tasks == 0:
         return
@@ -102,19 +104,12 @@ def affinity_update_(
 
 
 def settings(n_tasks: int) -> tuple[int, int, int]:
-    """Rows of a program, its columns, its warps."""
+    """The numbers of rows, columns and warps of a program."""
     block = max(16, triton.next_power_of_2(n_tasks))
     rows = max(1, min(block, _TILE // block))
     return rows, block, 4 if block <= 32 else 8
 
 
 @affinity_update_.register_fake
-def _(
-    matrix: Tensor,
-    before: Tensor,
-    after: Tensor,
-    mask: Tensor,
-    decay: float,
-    observed: Tensor | None = None,
-) -> None:
-    """The op writes to its arguments and returns nothing."""
+def _(*arguments: Any) -> None:
+    """The op returns nothing, so there is nothing to do."""

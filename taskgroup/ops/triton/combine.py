@@ -1,4 +1,4 @@
-"""The weighted combination of the gradients of tasks."""
+"""The weighted sum of the gradients of tasks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _weighted_sum(
     sums = tl.zeros([BLOCK], SUM)
     for k in range(n_tasks):
         address = tl.load(addresses_ptr + k)
-        # One that is missing is left out, whatever its weight: infinity times zero is not zero.
+        # A missing gradient is left out, not multiplied: infinity times zero is not zero.
         there = (tl.zeros([BLOCK], tl.int64) + address) != 0
         row_ptr = address.to(tl.pointer_type(DTYPE))
         if ALIGNED:
@@ -78,7 +78,7 @@ def combine_kernel(
     result = tl.load(results_ptr + t)
     first = (block - tl.load(table_ptr + t)) * BLOCK
     x = first + tl.arange(0, BLOCK)
-    # A mask by the number of elements, of which nothing is known, would forbid wide loads.
+    # A mask with the number of elements would prevent wide loads: the compiler does not know it.
     if first + BLOCK <= n:
         _weighted_sum(
             addresses_ptr, weights_ptr, result, x, x < n, n_tasks, DTYPE, SUM, BLOCK, ALIGNED, False

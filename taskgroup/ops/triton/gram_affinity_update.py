@@ -1,6 +1,8 @@
-"""The update of the affinity matrix by the gradients of tasks, to first order."""
+"""The update of the affinity matrix with the gradients of tasks, to first order."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -14,7 +16,7 @@ from taskgroup.ops.triton.task_gram import partials, parts_at_once, plan, sum_of
 
 @triton.jit
 def _observe(matrix_ptr, losses_ptr, observed_ptr, i, k, product, mask, n_tasks, decay, lr):
-    """Moves entries to ``(1 - decay) A_ik + decay * lr * product / L_k`` where that is finite."""
+    """Sets entries to ``(1 - decay) A_ik + decay * lr * product / L_k`` where that is finite."""
     infinity = float("inf")
     loss = tl.load(losses_ptr + k, mask=mask, other=0).to(tl.float64)
     valid = mask & (tl.abs(product) < infinity) & (loss > 0) & (loss < infinity)
@@ -59,7 +61,7 @@ def gram_affinity_update_kernel(
     decay = as_float64(decay_bits)
     lr = as_float64(lr_bits)
     _observe(matrix_ptr, losses_ptr, observed_ptr, left, right, products, upper, n_tasks, decay, lr)
-    lower = upper & (j != i)  # every entry moves once
+    lower = upper & (j != i)  # every entry is updated once
     _observe(matrix_ptr, losses_ptr, observed_ptr, right, left, products, lower, n_tasks, decay, lr)
 
 
@@ -80,13 +82,13 @@ def gram_affinity_update_(
     lr: float,
     observed: Tensor | None = None,
 ) -> None:
-    """The first pass of the Gram matrix, and a second that writes the affinity."""
+    """Runs the first pass of the Gram matrix, and a second pass that writes the affinity."""
     made = plan(gradients, slots, len(tasks))
     with on_device_of(matrix):
         *tables, index = upload([*(own.entries for own in made.tables), tasks], matrix.device)
         if tables:
             sums = partials(made, tables, len(tasks))
-        else:  # no elements: every product is zero
+        else:  # without elements every product is zero
             sums = matrix.new_empty(0, dtype=torch.float64)
         gram_affinity_update_kernel[(made.block, made.task_blocks, made.task_blocks)](
             sums,
@@ -108,13 +110,6 @@ def gram_affinity_update_(
 
 @gram_affinity_update_.register_fake
 def _(
-    matrix: Tensor,
-    gradients: list[Tensor],
-    slots: list[int],
-    tasks: list[int],
-    losses: Tensor,
-    decay: float,
-    lr: float,
-    observed: Tensor | None = None,
+    matrix: Tensor, gradients: list[Tensor], slots: list[int], tasks: list[int], *rest: Any
 ) -> None:
     check(GradientList(gradients, slots, len(tasks)))

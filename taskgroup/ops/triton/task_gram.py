@@ -1,8 +1,8 @@
-"""Inner products of the gradients of tasks, in two passes.
+"""The inner products of the gradients of tasks, in two passes.
 
-Every program of the first sums over a run of blocks of elements, for one pair of blocks of tasks;
-the second adds what the programs found. The runs depend on the sizes alone and the order of the
-sums is fixed, so the result is the same, to the bit, from run to run.
+In the first pass every program sums over a run of blocks of elements, for one pair of blocks of
+tasks. The second pass adds these partial sums. The runs depend on the sizes alone and the order of
+the sums is fixed, so the results are bitwise identical from run to run.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def _products(
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Sums over a few elements, ``[BK, BK]``: short chains in float32, float64 for float64."""
+    """Sums over a few elements, ``[BK, BK]``: in float32, for float64 in float64."""
     left_ptr = left.to(tl.pointer_type(DTYPE))[:, None] + x[None, :]
     right_ptr = right.to(tl.pointer_type(DTYPE))[:, None] + x[None, :]
     if ALIGNED:
         left_ptr = tl.multiple_of(left_ptr, (1, 16))
         right_ptr = tl.multiple_of(right_ptr, (1, 16))
-    # A mask by the number of elements, of which nothing is known, would forbid wide loads.
+    # A mask with the number of elements would prevent wide loads: the compiler does not know it.
     left_mask = (left != 0)[:, None]
     right_mask = (right != 0)[:, None]
     if MASKED:
@@ -57,7 +57,7 @@ def _products(
         products = tl.sum(a[:, None, :] * b[None, :, :], 2)
     else:
         products = tl.dot(a.to(DOT), tl.trans(b.to(DOT)), input_precision="ieee").to(tl.float64)
-    # A task that is missing adds nothing, to infinity neither: zero times it would be NaN.
+    # A missing task adds nothing. Multiplied as zero with infinity it would add NaN.
     return tl.where((left != 0)[:, None] & (right != 0)[None, :], products, 0)
 
 
@@ -69,12 +69,12 @@ def gram_partials_kernel(
     n_tasks,
     n_blocks,
     blocks_per_part,
-    part_0,  # where the parts of this launch begin
+    part_0,  # the first part of this launch
     DTYPE: tl.constexpr,
-    DOT: tl.constexpr,  # the dtype that tl.dot takes, None where float64 is to go without it
+    DOT: tl.constexpr,  # the dtype of the operands of tl.dot; None: float64, without tl.dot
     BK: tl.constexpr,  # tasks of a block
     BP: tl.constexpr,  # elements of a block
-    ONE_BLOCK: tl.constexpr,  # all tasks are of one block
+    ONE_BLOCK: tl.constexpr,  # one block holds all tasks
     ALIGNED: tl.constexpr,
 ):
     part = tl.program_id(0).to(tl.int64)
@@ -101,7 +101,7 @@ def gram_partials_kernel(
         for at in range(block, whole):
             x = (at - first) * BP + tl.arange(0, BP)
             sums += _products(left, right, x, n, DTYPE, DOT, ONE_BLOCK, ALIGNED, False)
-        if whole < stop:  # the last of the parameter, shorter
+        if whole < stop:  # the last block of the parameter, which is shorter
             x = (whole - first) * BP + tl.arange(0, BP)
             sums += _products(left, right, x, n, DTYPE, DOT, ONE_BLOCK, ALIGNED, True)
         block = stop
@@ -115,20 +115,20 @@ def gram_partials_kernel(
 
 @triton.jit
 def pair_of(a, b, n_task_blocks):
-    """Place of the pair of task blocks a <= b among all, row by row."""
+    """The index of the pair of task blocks a <= b among all pairs, row by row."""
     return a * n_task_blocks - a * (a - 1) // 2 + b - a
 
 
 @triton.jit
 def sum_of_partials(
     partials_ptr,  # float64 [parts, pairs, BK, BK]
-    row,  # of the block, this program's
+    row,  # the row of the block that this program sums
     task_block_a,
     task_block_b,
     n_task_blocks,
     n_parts,
     BK: tl.constexpr,
-    PARTS: tl.constexpr,  # summed side by side
+    PARTS: tl.constexpr,  # parts that are summed side by side
 ):
     """One row of one block of the Gram matrix, ``[BK]``, in a fixed order."""
     pair = pair_of(task_block_a, task_block_b, n_task_blocks)
@@ -172,7 +172,7 @@ def task_gram_kernel(
 
 
 class Settings(NamedTuple):
-    """How the tasks and the elements are cut, and the warps of a program."""
+    """The sizes of the blocks, and the number of warps of a program."""
 
     tasks: int
     elements: int
@@ -180,10 +180,12 @@ class Settings(NamedTuple):
 
 
 def settings(n_tasks: int, dtype: torch.dtype, *, wide: bool) -> Settings:
-    """``wide``: some gradient is float64, and blocks of tasks are as small as its tiles ask for.
+    """Chooses the sizes of the blocks.
 
-    Chains of 32 sums in float32 err by 1e-6 at the very most, where every rounding goes one way;
-    tensor cores, which take bfloat16 and float16, round every 16th sum.
+    ``wide`` means that some gradient is float64; blocks of tasks are then as small as its tiles.
+
+    A chain of 32 sums in float32 has an error of at most 1e-6, if every rounding goes in the same
+    direction. Tensor cores, which take bfloat16 and float16, round only every 16th sum.
     """
     tasks = 16 if wide else min(64, max(16, triton.next_power_of_2(n_tasks)))
     elements = {torch.float64: 16, torch.float32: 32}.get(dtype, 64)
@@ -192,22 +194,22 @@ def settings(n_tasks: int, dtype: torch.dtype, *, wide: bool) -> Settings:
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype | None:
-    """Of the operands of tl.dot: that of the gradients, which are multiplied exactly."""
+    """The dtype of the operands of tl.dot: that of the gradients, which are multiplied exactly."""
     if dtype == torch.float64:
         return None
-    # Triton's interpreter holds bfloat16 as its bits, and multiplies those.
+    # Triton's interpreter stores bfloat16 as integers, and would multiply the integers.
     return tl.float32 if triton.knobs.runtime.interpret else TRITON_DTYPES[dtype]
 
 
 class Plan(NamedTuple):
-    """What the first pass runs over: by sizes alone."""
+    """The division of the first pass into programs. It depends on the sizes alone."""
 
     tables: list[Table]
     parts: list[int]  # of each table
     blocks_per_part: list[int]
     task_blocks: int
     block: int  # tasks of a block
-    rows: list[Parameter]  # holds the copies that the tables point to
+    rows: list[Parameter]  # keeps the copies alive that the tables point to
 
 
 def plan(gradients: list[Tensor], slots: list[int], n_tasks: int) -> Plan:
@@ -217,7 +219,7 @@ def plan(gradients: list[Tensor], slots: list[int], n_tasks: int) -> Plan:
     size = settings(n_tasks, torch.float32, wide=wide).tasks
     task_blocks = triton.cdiv(n_tasks, size)
     pairs = task_blocks * (task_blocks + 1) // 2
-    # A part is worth the writing of its sums, and the sums of all parts stay within 130 MB.
+    # A part is large enough to be worth writing its sums, and all sums fit into 130 MB.
     least_elements = 128 * size
     most_parts = max(32, 65536 // (size * pairs))
     made = Plan([], [], [], task_blocks, size, [])
@@ -233,7 +235,7 @@ def plan(gradients: list[Tensor], slots: list[int], n_tasks: int) -> Plan:
 
 
 def partials(made: Plan, tables: list[Tensor], n_tasks: int) -> Tensor:
-    """The first pass: ``[parts, pairs, BK, BK]``, float64. One launch per dtype."""
+    """Runs the first pass: float64 ``[parts, pairs, BK, BK]``. One launch per dtype."""
     pairs = made.task_blocks * (made.task_blocks + 1) // 2
     size = made.block
     result = torch.empty(
@@ -267,7 +269,7 @@ def partials(made: Plan, tables: list[Tensor], n_tasks: int) -> Tensor:
 
 
 def parts_at_once(size: int) -> int:
-    """How many parts a program of the second pass sums side by side."""
+    """The number of parts that a program of the second pass sums side by side."""
     return 1024 // size
 
 
@@ -278,7 +280,7 @@ def parts_at_once(size: int) -> int:
     tags=(torch.Tag.cudagraph_unsafe,),  # see upload
 )
 def task_gram(gradients: list[Tensor], slots: list[int], n_tasks: int) -> Tensor:
-    """Both passes; without elements there is nothing to sum."""
+    """Runs both passes; without elements the matrix is zero."""
     matrix = gradients[0].new_empty(n_tasks, n_tasks, dtype=gram_dtype(gradients))
     made = plan(gradients, slots, n_tasks)
     if not made.tables:
