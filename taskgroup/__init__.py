@@ -16,6 +16,7 @@ Tasks are updated group by group inside every batch, and the groups are learned 
 
 from taskgroup import checkpoint, methods, ops
 from taskgroup._delta_m import delta_m
+from taskgroup.affinity.base import Affinity
 from taskgroup.affinity.gradient import GradientAffinity
 from taskgroup.affinity.lookahead import lookahead_affinity
 from taskgroup.affinity.proximal import ProximalAffinity
@@ -42,6 +43,7 @@ from taskgroup.ops import (
 )
 
 __all__ = [
+    "Affinity",
     "AffinityPropagation",
     "BatchedHeads",
     "Exhaustive",

@@ -98,7 +98,7 @@ class GradientAffinity(Affinity):
                 raise ValueError(f"sample must be at most {_MOST_MEASURED}, got {sample}.")
 
     def start(self, tasks: tuple[str, ...]) -> None:
-        """Begin with zeros for these tasks; :class:`TaskGroups` calls it once."""
+        """Begin with zeros for these tasks."""
         if self._sample is None and len(tasks) > _MOST_MEASURED:
             raise ValueError(
                 f"GradientAffinity measures at most {_MOST_MEASURED} tasks at a time, and there "
@@ -124,7 +124,7 @@ class GradientAffinity(Affinity):
         self._weight = self._weight.to(device, non_blocking=True)
 
     def draw(self, present: Sequence[int]) -> tuple[int, ...]:
-        """Which of the tasks at these positions to measure: all, or a random sample of them."""
+        """The tasks to measure: all of those present, or a random sample of them."""
         if self._sample is None or self._sample >= len(present):
             return tuple(present)
         drawn = self._generator.permutation(len(present))[: self._sample]
@@ -137,14 +137,7 @@ class GradientAffinity(Affinity):
         average: Callable[[list[list[Tensor | None]], list[Tensor]], None] | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        """Take in the gradients of some tasks; their graph is kept.
-
-        Args:
-            losses: scalars with a graph, by the position of the task.
-            values: losses of all tasks, ``[K]``, without a graph; NaN for a task not measured.
-            average: replaces gradients ``[n][T]`` on the shared parameters by their mean over the
-                ranks; None where there is one rank.
-            model: that gave the losses; None where it is not known.
+        """Take in the gradients of some tasks; see :meth:`Affinity.measure`.
 
         Raises:
             ValueError: if no task reaches any of the shared parameters.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -18,7 +18,7 @@ from taskgroup.ops._sharded import is_sharded
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # which not every build of torch has
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "settings_of"]
 
 
 _PARTS = 5  # that check_alike() compares
@@ -43,6 +43,7 @@ class Ranks:
     def __init__(self, process_group: ProcessGroup | None) -> None:
         self.number = 1
         self._joined = False
+        self._alike = False  # the ranks have been compared
         self._process_group = process_group
         self._length = 2 * _PARTS
         self._joins = _Joins()
@@ -65,6 +66,27 @@ class Ranks:
     def changed(self) -> bool:
         """Whether torch has joined processes, or parted them, since :meth:`join`."""
         return self._joined != (dist.is_available() and dist.is_initialized())
+
+    def meet(self, decisive: Callable[[], Mapping[str, object]], n_tasks: int) -> None:
+        """Find the other ranks and compare with them, where that has not been done yet.
+
+        Args:
+            decisive: gives the parts that :meth:`check_alike` compares.
+            n_tasks: the number of tasks.
+
+        Raises:
+            RuntimeError: as :meth:`join` and :meth:`check_alike` raise it.
+        """
+        if self.changed():
+            self.join()
+            self._alike = False
+        if self.number > 1 and not self._alike:
+            self.check_alike(decisive(), n_tasks)
+            self._alike = True
+
+    def compare_again(self) -> None:
+        """Compare the ranks again at the next batch."""
+        self._alike = False
 
     def join(self) -> None:
         """Find the other ranks.
@@ -288,6 +310,19 @@ def _alive(kind: type) -> list[Any]:
     objects = gc.get_objects()
     kinds = {found for found in set(map(type, objects)) if kind in found.__mro__}
     return [found for found in objects if type(found) in kinds]
+
+
+def settings_of(part: object) -> tuple[str, dict[str, object]]:
+    """The name of an object's class, or of a function, and the plain values it was made with."""
+    plain = (bool, int, float, str, type(None))
+    return (
+        getattr(part, "__qualname__", type(part).__qualname__),
+        {
+            name: value
+            for name, value in getattr(part, "__dict__", {}).items()
+            if isinstance(value, plain)
+        },
+    )
 
 
 def _plain(part: object) -> object:

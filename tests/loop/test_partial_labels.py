@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import taskgroup as tg
-from taskgroup.loop.partial_labels import Turns
+from taskgroup.loop.rounds import Turns
 
 SETS = (("a", "b"), ("c", "d"))  # two data sets with the labels of two tasks each
 TASKS = ["a", "b", "c", "d"]
@@ -48,7 +48,7 @@ def in_turns(batches):
 def quiet_groups(**settings):
     """Groups whose warning of tasks that never meet is tested elsewhere."""
     groups = tg.TaskGroups(TASKS, **settings)
-    groups._meetings = None
+    groups._misuse._meetings = None
     return groups
 
 
