@@ -1,4 +1,4 @@
-"""Checks of what a user gives to TaskGroups."""
+"""Checks of what a user gives to TaskGroups; each raises an error that says what to do."""
 
 from __future__ import annotations
 
@@ -6,61 +6,40 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from taskgroup._arguments import listed
-from taskgroup.affinity.base import Affinity
 from taskgroup.loop.rounds import Members
 
-__all__ = ["check_state", "checked_affinity", "checked_present", "checked_tasks"]
+__all__ = ["check_part", "check_state", "checked_present", "checked_tasks"]
 
 
 def checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
-    """The task names as plain strings.
-
-    Raises:
-        TypeError: for a single string.
-        ValueError: for an empty, duplicate or missing name.
-    """
+    """The task names as plain strings."""
     if isinstance(tasks, str):
         raise TypeError(f"tasks takes a list of names, got the string {tasks!r}; put it in [].")
     names = tuple(tasks)
     if not names:
         raise ValueError("tasks is empty; name at least one.")
-    seen: set[str] = set()
     for k, task in enumerate(names):
         if not isinstance(task, str) or not task:
             raise ValueError(f"Task {k} must be a non-empty string, got {task!r}.")
-        if task in seen:
-            raise ValueError(f"Task {task!r} is named twice; give every task a name of its own.")
-        seen.add(task)
+    if len(set(names)) < len(names):
+        twice = next(task for task in names if names.count(task) > 1)
+        raise ValueError(f"Task {twice!r} is named twice; give every task a name of its own.")
     # Strings of a subclass, such as NumPy's, would not load under weights_only=True.
     return tuple(str.__str__(task) for task in names)
 
 
-def checked_affinity(affinity: object) -> Affinity:
-    """The affinity.
-
-    Raises:
-        TypeError: if it is not an :class:`Affinity`.
-    """
-    if isinstance(affinity, type):
+def check_part(name: str, part: object, fits: bool, examples: str) -> None:
+    """Raise unless the affinity or grouping fits."""
+    if isinstance(part, type):
         raise TypeError(
-            f"affinity takes an object, got the class {affinity.__name__}; call it, as in "
-            "tg.ProximalAffinity()."
+            f"{name} takes an object, got the class {part.__name__}; call it, as in {examples}."
         )
-    if not isinstance(affinity, Affinity):
-        raise TypeError(
-            "affinity takes an object, such as tg.ProximalAffinity() or "
-            f"tg.GradientAffinity(model.encoder), got {affinity!r}."
-        )
-    return affinity
+    if not fits:
+        raise TypeError(f"{name} takes an object such as {examples}; got {part!r}.")
 
 
 def checked_present(present: Iterable[str], tasks: tuple[str, ...]) -> Members:
-    """The positions of the labelled tasks.
-
-    Raises:
-        TypeError: for a string or a mapping.
-        ValueError: for an unknown task.
-    """
+    """The positions of the labelled tasks."""
     if isinstance(present, str):
         raise TypeError(f"batch() takes a collection of tasks, got {present!r}; put it in [].")
     if isinstance(present, Mapping):
@@ -76,15 +55,7 @@ def checked_present(present: Iterable[str], tasks: tuple[str, ...]) -> Members:
 
 
 def check_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise unless ``state`` was saved by a :class:`TaskGroups` with the same tasks.
-
-    Args:
-        state: to be loaded.
-        own: the state of the object that is to load it.
-
-    Raises:
-        ValueError: saying what is different.
-    """
+    """Raise unless ``state`` fits the TaskGroups whose state is ``own``."""
     if differing := sorted(set(own) ^ set(state)):
         raise ValueError(
             f"This is not the state of a TaskGroups: {', '.join(differing)} missing or "

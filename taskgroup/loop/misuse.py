@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from taskgroup._arguments import listed
 from taskgroup.affinity.base import Losses
 from taskgroup.loop.rounds import Members, Plan
 
-__all__ = ["Meetings", "Misuse"]
+__all__ = ["Misuse"]
 
 _LEFT_EARLY = 20  # consecutive batches, after which it is no accident
 _TRAINED = 20  # batches with a task, after which it counts as trained
@@ -30,7 +28,11 @@ class Misuse:
     """
 
     def __init__(self, tasks: tuple[str, ...], learns: bool) -> None:
-        self._meetings = Meetings(tasks) if learns else None  # None once there is nothing to tell
+        self._tasks = tasks
+        self._meets = learns  # whether to look for tasks that never meet; until all have met
+        self._met = np.eye(len(tasks), dtype=bool)  # pairs that were labelled in the same batch
+        self._labelled = np.zeros(len(tasks), dtype=np.int64)  # batches
+        self._batches = 0
         self._left_early = 0  # consecutive batches that were left before their last group
         self._given: weakref.ref[Tensor] | None = None  # the first loss given to the last group
         self._told_of_one_forward = False
@@ -51,13 +53,17 @@ class Misuse:
                 "GradientAffinity.",
                 stacklevel=3,  # the line of the loop
             )
-        if self._meetings is None:
-            return
-        told = self._meetings.note(present)
-        if told is not None:
-            warnings.warn(told, stacklevel=3)
-        if told is not None or self._meetings.all_met():
-            self._meetings = None
+        if self._meets and (pairs := self._strangers(present)):
+            self._meets = False
+            warnings.warn(
+                f"These pairs of tasks have been trained in {_TRAINED} batches or more each, and "
+                f"never in the same one: {listed(pairs)}. Nothing is known of what they do to each "
+                "other, so they never share a group. To learn it, draw a mini-batch of every data "
+                "set in each step and pass all losses to group.loss() together; or choose the "
+                "groups yourself, with grouping=tg.Fixed([...]). The page 'Several data sets' of "
+                "the documentation has programs for both. This is said once.",
+                stacklevel=3,
+            )
 
     def check_step(self, plan: Plan) -> None:
         """Count a batch of several steps as left early until its last step begins."""
@@ -84,42 +90,15 @@ class Misuse:
             )
         self._given = weakref.ref(first)
 
-
-class Meetings:
-    """Finds the tasks that are never labelled in the same batch.
-
-    Args:
-        tasks: the K task names.
-    """
-
-    def __init__(self, tasks: tuple[str, ...]) -> None:
-        self._tasks = tasks
-        self._met: npt.NDArray[np.bool_] = np.eye(len(tasks), dtype=bool)
-        self._batches = np.zeros(len(tasks), dtype=np.int64)
-        self._count = 0
-
-    def note(self, present: Sequence[int]) -> str | None:
-        """Count a batch; returns a warning if tasks have long been trained and never met."""
+    def _strangers(self, present: Members) -> list[str]:
+        """Count a batch; now and then, the pairs of trained tasks that have never met."""
         at = list(present)
-        self._batches[at] += 1
+        self._labelled[at] += 1
         self._met[np.ix_(at, at)] = True
-        self._count += 1
-        if self._count % _TRAINED:
-            return None
-        trained = self._batches >= _TRAINED
+        self._batches += 1
+        self._meets = not self._met.all()
+        if self._batches % _TRAINED:
+            return []
+        trained = self._labelled >= _TRAINED
         strangers = np.argwhere(np.triu(~self._met & trained & trained[:, None]))
-        if not len(strangers):
-            return None
-        pairs = [f"{self._tasks[i]} and {self._tasks[k]}" for i, k in strangers.tolist()]
-        return (
-            f"These pairs of tasks have been trained in {_TRAINED} batches or more each, and never "
-            f"in the same one: {listed(pairs)}. Nothing is known of what they do to each other, so "
-            "they never share a group. To learn it, draw a mini-batch of every data set in each "
-            "step and pass all losses to group.loss() together; or choose the groups yourself, "
-            "with grouping=tg.Fixed([...]). The page 'Several data sets' of the documentation has "
-            "programs for both. This is said once."
-        )
-
-    def all_met(self) -> bool:
-        """Whether every pair has been labelled in the same batch."""
-        return bool(self._met.all())
+        return [f"{self._tasks[i]} and {self._tasks[k]}" for i, k in strangers.tolist()]

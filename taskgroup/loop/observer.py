@@ -52,9 +52,10 @@ class Observer:
         self._affinity = affinity
         self._ranks = ranks
         self._asked = 0  # how many losses were asked for
-        self._forget()
+        self.forget_all()
 
-    def _forget(self) -> None:
+    def forget_all(self) -> None:
+        """Forget all steps and what is on its way to the host: another state was loaded."""
         self._is_open = False  # whether there is a batch at hand
         self._random_state: RandomState | None = None  # from which every step of it starts
         self._current: Plan | None = None  # the step at hand; it outlives its batch
@@ -70,7 +71,7 @@ class Observer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self.forget_all()
 
     def open(self, replays: bool) -> None:
         """Begin a batch; with ``replays`` all its steps start from the current random state."""
@@ -116,10 +117,6 @@ class Observer:
     def forget_step(self) -> None:
         """Forget the last step: the next losses do not show what it did."""
         self._before = None
-
-    def forget_all(self) -> None:
-        """Forget all steps and what is on its way to the host: another state was loaded."""
-        self._forget()
 
     def look(self) -> None:
         """Look at what has arrived from the batches before."""

@@ -9,37 +9,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskgroup.grouping.propagation import AffinityPropagation
+from taskgroup.loop.checks import check_part
 from taskgroup.loop.rounds import Members
 
 __all__ = ["Partitioner"]
 
 
 class Partitioner:
-    """Asks a grouping for the partition; everything but the call is optional for a grouping.
+    """Asks a grouping for the partition. The grouping need not define anything but the call.
 
     Args:
-        grouping: from the affinity ``[K, K]`` to labels ``[K]``; None is ``AffinityPropagation()``.
+        grouping: from the affinity ``[K, K]`` to labels ``[K]``.
         tasks: the K task names.
 
     Attributes:
         grouping: the grouping.
         learns: whether the partition follows from the affinity. It does not for a single task, nor
             for a grouping that does not read the affinity.
-
-    Raises:
-        TypeError: if ``grouping`` cannot be called.
-        ValueError: if it does not fit the tasks.
     """
 
-    def __init__(
-        self, grouping: Callable[[Tensor], Tensor | None] | None, tasks: tuple[str, ...]
-    ) -> None:
-        self.grouping: Any = AffinityPropagation() if grouping is None else grouping
-        _check(self.grouping)
-        if hasattr(self.grouping, "start"):
-            self.grouping.start(tasks)
-        self.learns = len(tasks) > 1 and getattr(self.grouping, "reads_affinity", True)
+    def __init__(self, grouping: Callable[[Tensor], Tensor | None], tasks: tuple[str, ...]) -> None:
+        examples = (
+            "tg.AffinityPropagation(), tg.KMeans(m) or tg.Fixed(partition), or a function from the "
+            "affinity [K, K] to labels [K]"
+        )
+        check_part("grouping", grouping, callable(grouping), examples)
+        self.grouping: Any = grouping
+        if hasattr(grouping, "start"):
+            grouping.start(tasks)
+        self.learns = len(tasks) > 1 and getattr(grouping, "reads_affinity", True)
         self._n_tasks = len(tasks)
 
     def partition(self, known: Callable[[], Tensor]) -> list[Members] | None:
@@ -81,17 +79,3 @@ class Partitioner:
         """Go on from what :meth:`state_dict` gave."""
         if hasattr(self.grouping, "load_state_dict"):
             self.grouping.load_state_dict(state)
-
-
-def _check(grouping: object) -> None:
-    if isinstance(grouping, type):
-        raise TypeError(
-            f"grouping takes an object, got the class {grouping.__name__}; call it, as in "
-            "tg.AffinityPropagation() or tg.KMeans(m)."
-        )
-    if not callable(grouping):
-        raise TypeError(
-            "grouping takes an object such as tg.AffinityPropagation(), tg.KMeans(m) or "
-            "tg.Fixed(partition), or a function from the affinity [K, K] to labels [K]; got "
-            f"{grouping!r}."
-        )

@@ -32,24 +32,20 @@ class Plan(NamedTuple):
     last: bool
 
 
-class Random(Protocol):
+class _Random(Protocol):
     """Where the order of the groups comes from."""
 
-    def permutation(self, n: int) -> list[int]:
-        """The numbers 0 to n-1 in random order."""
-
-    def below(self, n: int) -> int:
-        """A random number from 0 to n-1."""
+    def permutation(self, n: int) -> list[int]: ...  # of the numbers 0 to n-1
+    def below(self, n: int) -> int: ...  # one of the numbers 0 to n-1
 
 
-class Observes(Protocol):
+class _Observes(Protocol):
     """The part of an affinity that decides what a batch observes; see :class:`Affinity`."""
 
     reads_steps: bool
     every: int | None
 
-    def draw(self, present: Sequence[int]) -> Members:
-        """The tasks among these whose gradients to measure."""
+    def draw(self, present: Sequence[int]) -> Members: ...
 
 
 class Turns:
@@ -142,8 +138,8 @@ class Rounds:
     def __init__(
         self,
         n_tasks: int,
-        affinity: Observes,
-        random: Random,
+        affinity: _Observes,
+        random: _Random,
         *,
         learns: bool,
         warmup: int,
@@ -197,14 +193,14 @@ class Rounds:
     def state(self) -> dict[str, Any]:
         """What :meth:`load` needs to go on exactly."""
         return {
-            "partition": [*self.partition],
-            "queue": [*self.queue],
+            "partition": [list(members) for members in self.partition],
+            "queue": [list(members) for members in self.queue],
             "rounds": self.begun,
             "turns": self._turns.state(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state` gave, with tuples or lists of members.
+        """Go on from what :meth:`state` gave.
 
         Raises:
             ValueError: if the state does not fit the number of tasks. Nothing has changed then.

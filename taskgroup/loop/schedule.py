@@ -12,8 +12,9 @@ from taskgroup._arguments import whole_number
 from taskgroup._generator import HostGenerator
 from taskgroup.affinity.base import Affinity
 from taskgroup.affinity.proximal import ProximalAffinity
+from taskgroup.grouping.propagation import AffinityPropagation
 from taskgroup.loop.batch import Batch
-from taskgroup.loop.checks import check_state, checked_affinity, checked_present, checked_tasks
+from taskgroup.loop.checks import check_part, check_state, checked_present, checked_tasks
 from taskgroup.loop.group import Group
 from taskgroup.loop.losses import LossReader
 from taskgroup.loop.misuse import Misuse
@@ -34,10 +35,10 @@ _STATE_VERSION = 2
 
 
 class TaskGroups:
-    """Deals the tasks of every batch out in groups, and learns the groups while training.
+    """Splits the tasks of every batch into groups, and learns the groups while training.
 
-    Iterate over it inside a batch; each :class:`Group` is one forward, backward and optimizer
-    step. Model, optimizer and loop stay yours::
+    Iterate over it inside a batch; each :class:`Group` is one forward pass, backward pass and
+    optimizer step. Model, optimizer and loop stay yours::
 
         groups = tg.TaskGroups(["depth", "normal", "edges"], warmup=100)
 
@@ -50,42 +51,43 @@ class TaskGroups:
 
     The partition is learned from the affinity, as in "Selective Task Group Updates for Multi-Task
     Optimization" (ICLR 2025, arXiv 2502.11986): for ``warmup`` rounds every task is a group of its
-    own, then the affinity is clustered. A round deals the whole partition out once; by default
-    every batch is a round. A batch costs its steps, one forward and backward pass per group.
+    own, then the affinity is clustered. In a round every group of the partition is stepped on
+    once; by default every batch is a round. A batch costs one forward and backward pass per group.
 
     Leaving a batch early (``break``, an exception) is legal; so is :meth:`Group.skip`. In the loop
-    above the heads of the tasks outside the group stay where they are; :meth:`attach` makes sure of
-    it for stacked losses and models compiled whole, or chooses otherwise.
+    above, the heads of the tasks outside the group do not move. :meth:`attach` ensures this for
+    stacked losses and models compiled whole as well, or lets them coast.
 
     Args:
         tasks: names of the K tasks, in the order of stacked losses.
-        weights: of the losses, ``{task: weight}`` or one per task; 1 by default.
+        weights: factors of the losses, ``{task: weight}`` or one per task; 1 by default.
         affinity: estimates how each task's step changes every loss; ``ProximalAffinity()`` by
             default.
-        grouping: from affinity to partition; ``AffinityPropagation()`` by default. Any callable
-            that takes the matrix ``[K, K]`` and returns labels ``[K]``, or None for "keep".
-        warmup: rounds that step on every task alone, before the first regrouping.
-        regroup_every: rounds from one regrouping to the next, of which the first ends the warm-up.
-        groups_per_batch: groups dealt to one batch; None is the whole partition.
-        observe_every: batches from one that observes the affinity to the next; where batches have
-            labels of some tasks only, every task is observed in every n-th of its own. Between
-            them a step needs the losses of its own tasks only, so the other heads need not run.
+        grouping: turns the affinity into a partition; ``AffinityPropagation()`` by default. Any
+            callable that takes the matrix ``[K, K]`` and returns labels ``[K]``, or None to keep
+            the partition.
+        warmup: number of rounds that step on every task alone, before the first regrouping.
+        regroup_every: number of rounds from one regrouping to the next.
+        groups_per_batch: number of groups stepped on in one batch; None for the whole partition.
+        observe_every: number of batches from one that observes the affinity to the next. If batches
+            have labels of some tasks only, every task is observed in every n-th of its own batches.
+            In other batches a step needs the losses of its own tasks only.
         reduction: ``"sum"`` or ``"mean"`` over the losses of the group.
-        replay_rng: start every forward of a batch from the same random state, so that dropout
-            draws the same masks and a change of loss shows the step, not the draw.
-        process_group: the ranks that train one model, whose losses are averaged; None is all of
-            them, where ``torch.distributed`` runs. Every rank makes the same calls.
-        seed: of the order of the groups; the same on every rank.
+        replay_rng: whether every forward pass of a batch starts from the same random state. Dropout
+            then draws the same masks, so that a change of the losses is due to the step alone.
+        process_group: the ranks that train one model; their losses are averaged. None for all ranks
+            of ``torch.distributed``, if it is initialised. Every rank makes the same calls.
+        seed: seed of the order of the groups; the same on every rank.
 
     Attributes:
         affinity: estimates how each task's step changes every loss. ``groups.affinity.matrix`` is
             ``[K, K]``, ``groups.affinity.observed`` how often each entry was observed.
-        unconverged: how often the grouping found no partition and the old one was kept.
+        unconverged: how often the grouping found no partition, so that the old one was kept.
 
     Raises:
         ValueError: for an empty or duplicate task, an unknown, missing or negative weight, or a
-            setting out of range; the sentence names it.
-        TypeError: for an affinity or grouping that is none.
+            setting out of range.
+        TypeError: if the affinity is not an :class:`Affinity`, or the grouping not callable.
         RuntimeError: at the first batch, if the ranks' settings or states differ.
 
     Example:
@@ -127,8 +129,11 @@ class TaskGroups:
         self._replay_rng = replay_rng
         self._ranks = Ranks(process_group)
         self._settings = (reduction, warmup, regroup_every, groups_per_batch, observe_every)
+        grouping = AffinityPropagation() if grouping is None else grouping
         self._partitioner = Partitioner(grouping, self._tasks)
-        self.affinity = ProximalAffinity() if affinity is None else checked_affinity(affinity)
+        self.affinity = ProximalAffinity() if affinity is None else affinity
+        examples = "tg.ProximalAffinity() or tg.GradientAffinity(model.encoder)"
+        check_part("affinity", self.affinity, isinstance(self.affinity, Affinity), examples)
         self.affinity.start(self._tasks)
         self._observer = Observer(self._reader, self.affinity, self._ranks)
         self._misuse = Misuse(self._tasks, self._partitioner.learns)
@@ -160,7 +165,7 @@ class TaskGroups:
 
     @property
     def partition(self) -> list[tuple[str, ...]]:
-        """Today's groups, as task names in task order."""
+        """The current groups, as task names in task order."""
         return [self._reader.names(members) for members in self._rounds.partition]
 
     def __iter__(self) -> Iterator[Group]:
@@ -170,15 +175,15 @@ class TaskGroups:
     def batch(self, present: Iterable[str]) -> Iterator[Group]:
         """Start a batch in which only some tasks are labelled.
 
-        Over several ranks every one names the tasks labelled in its own part of the batch, and the
-        tasks of all are dealt; that takes one exchange among the ranks, which does not wait for a
-        GPU where they can talk on the host (a backend such as ``"cpu:gloo,cuda:nccl"``, torch's
-        default). A task in :attr:`Group.observed` that has no label on this rank takes a zero with
-        a graph, ``output.sum() * 0`` or a masked mean.
+        With several ranks, each names the tasks labelled in its own part of the batch, and the
+        groups cover the tasks of all ranks. That takes one exchange, which does not wait for a GPU
+        if the ranks can communicate on the host (torch's default backend, ``"cpu:gloo,cuda:nccl"``,
+        can). For a task in :attr:`Group.observed` without a label on this rank, pass a loss of zero
+        that has a graph: ``output.sum() * 0`` or a masked mean.
 
         Args:
-            present: the labelled tasks. Groups keep only these; groups left empty are dropped.
-                Absent tasks are neither stepped nor observed. Without any there is no group.
+            present: the labelled tasks. Groups keep only these, and empty groups are dropped.
+                Absent tasks are neither stepped on nor observed. If it is empty, so is the batch.
 
         Raises:
             ValueError: if a task is unknown.
@@ -194,39 +199,38 @@ class TaskGroups:
     ) -> Attachment:
         """Decide what a step does to the heads of the tasks outside the group.
 
-        In every ``optimizer.step()`` they have no gradient (``"hold"``: they do not move at all) or
-        a gradient of zero (``"coast"``: momentum and weight decay go on moving them, as in the
-        published runs), also where the step is given a closure that makes the gradients. Without
-        this call they hold, unless the losses are stacked, the model is compiled whole or
-        ``zero_grad(set_to_none=False)`` is called: then they coast. After the step the gradients
-        that were held back are in their place again.
+        In every ``optimizer.step()``, with or without a closure, they have no gradient (``"hold"``:
+        they do not move at all) or a gradient of zero (``"coast"``: momentum and weight decay still
+        move them, as in the published runs). Without this call they hold, unless the losses are
+        stacked, the model is compiled whole or ``zero_grad(set_to_none=False)`` is called: then
+        they coast. After the step, all gradients are restored.
 
-        One layer for the heads of all tasks, ``nn.Linear(d, K)``, is named by its rows::
+        If one layer holds the heads of all tasks, as in ``nn.Linear(d, K)``, name its rows::
 
             rows = {t: [head.weight[k], head.bias[k]] for k, t in enumerate(tasks)}
             groups.attach(optimizer, rows)
 
-        The rows outside the group are put back after the step, with the optimizer's state of them;
-        that costs a copy of the layer a step, and the count of steps in the state (Adam's, for its
-        bias correction) stays one for all rows.
+        The rows outside the group are restored after the step, together with the optimizer's state
+        of them. This copies the layer in every step, and the number of steps in the state (Adam's,
+        for its bias correction) is the same for all rows.
 
-        A copy of the groups or of the optimizer is not attached: call this again for it.
+        A copy of the groups or of the optimizer is not attached; call this method again for it.
 
         Args:
-            optimizer: whose steps are prepared, one or a list of those that hold the heads; what a
-                trainer has wrapped will do. Not LBFGS.
-            heads: the parameters of each task alone, ``{task: module or parameters}``, an empty
-                list for a task without any; for a parameter of several tasks, its rows. Not needed
-                where a :class:`MultiTaskModel` is called with ``group=group``.
+            optimizer: the optimizer, or a list of the optimizers, that holds the heads. It may be
+                wrapped by a trainer. LBFGS is not supported.
+            heads: the parameters of each task alone, ``{task: module or parameters}``, with an
+                empty list for a task without any, and rows for a parameter of several tasks. Not
+                needed if a :class:`MultiTaskModel` is called with ``group=group``.
             outside: ``"hold"`` or ``"coast"``.
 
         Returns:
-            An object whose ``remove()`` takes the call back.
+            An object whose ``remove()`` undoes the call.
 
         Raises:
             ValueError: if a task is unknown or missing, a parameter belongs to two tasks or is not
                 in the optimizer, the optimizer is LBFGS, or ``outside`` is neither of the two.
-            TypeError: if ``optimizer`` is none, or ``heads`` no mapping.
+            TypeError: if ``optimizer`` is not an optimizer, or ``heads`` not a mapping.
         """
         if outside not in ("hold", "coast"):
             raise ValueError(f"outside must be 'hold' or 'coast', got {outside!r}.")
@@ -234,10 +238,10 @@ class TaskGroups:
         return Attachment(optimizers, self._tasks, heads, outside, self._observer.about_to_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything an exact resume needs; it loads under ``weights_only=True``.
+        """All that is needed to resume exactly; it loads under ``weights_only=True``.
 
-        In a signal handler, in which a trainer may save at any line of the loop (Lightning on
-        SLURM), it is the state of the last whole batch.
+        In a signal handler, from which a trainer may save at any line of the loop (Lightning on
+        SLURM), this is the state before the open batch.
 
         Raises:
             RuntimeError: inside a batch, because its open step would be lost.
@@ -254,7 +258,7 @@ class TaskGroups:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where :meth:`state_dict` was taken.
 
-        The settings (warm-up, decay, grouping and so on) stay those of this object.
+        The settings (warm-up, decay, grouping and so on) of this object do not change.
 
         Raises:
             ValueError: if the state is of other tasks, of another version or incomplete. Nothing
@@ -360,10 +364,6 @@ class TaskGroups:
 
 
 def _saved(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state as copies, of types that load under ``weights_only=True``."""
-    return {
-        **state,
-        "partition": [list(members) for members in state["partition"]],
-        "queue": [list(members) for members in state["queue"]],
-        "affinity": {name: t.to("cpu", copy=True) for name, t in state["affinity"].items()},
-    }
+    """A state with copies of the affinity."""
+    affinity = {name: tensor.to("cpu", copy=True) for name, tensor in state["affinity"].items()}
+    return {**state, "affinity": affinity}

@@ -48,7 +48,7 @@ def in_turns(batches):
 def quiet_groups(**settings):
     """Groups whose warning of tasks that never meet is tested elsewhere."""
     groups = tg.TaskGroups(TASKS, **settings)
-    groups._misuse._meetings = None
+    groups._misuse._meets = False
     return groups
 
 
