@@ -1,4 +1,4 @@
-"""Checks of arguments, and the words for them, that several parts share."""
+"""Checks of arguments, and their messages, for all parts of the package."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def whole_number(name: str, value: object, at_least: int) -> int:
     """The argument as a plain int.
 
     Args:
-        name: of the argument, for the message.
-        value: an integer of Python, NumPy or torch; no bool.
+        name: name of the argument, for the message.
+        value: an integer of Python, NumPy or torch; not a bool.
         at_least: the smallest number allowed.
 
     Raises:
-        ValueError: if it is no integer, or too small.
+        ValueError: if it is not an integer, or too small.
 
     Example:
         >>> import numpy as np
@@ -38,7 +38,7 @@ _MOST = 12
 
 
 def listed(names: Collection[str]) -> str:
-    """The names as a list, of many the first few.
+    """The names as a list, for messages; a long list is shortened.
 
     Example:
         >>> listed(["depth", "normal"])

@@ -70,7 +70,7 @@ class Affinity:
     every: int | None = None
     _matrix: Tensor
     _observed: Tensor  # int32 [K, K]
-    _complete: bool  # every entry was observed, as far as is known
+    _complete: bool  # whether every entry is known to have been observed
 
     def __init__(self, decay: float) -> None:
         name = type(self).__name__
@@ -100,7 +100,7 @@ class Affinity:
         if self._complete:
             return self.matrix
         observed = self._observed > 0
-        if observed.device.type == "cpu":  # elsewhere it would have to be waited for
+        if observed.device.type == "cpu":  # on a GPU the host would have to wait
             self._complete = bool(observed.all())
         return torch.where(observed, self.matrix, math.nan)
 
@@ -171,7 +171,7 @@ class Affinity:
         self._complete = False
 
     def to(self, device: torch.device) -> None:
-        """Move to ``device``, the one of the losses, without waiting for it."""
+        """Move to the device of the losses, without waiting for it."""
         if self._matrix.device != device:
             self._matrix = self._matrix.to(device, non_blocking=True)
             self._observed = self._observed.to(device, non_blocking=True)
@@ -208,7 +208,7 @@ class Affinity:
         self._load({name: value.detach().to("cpu", copy=True) for name, value in state.items()})
 
     def _load(self, state: dict[str, Tensor]) -> None:
-        """Take over copies that have been checked."""
+        """Take over checked copies on the CPU."""
         self._matrix = state["matrix"]
         self._observed = state["observed"]
         self._complete = False

@@ -44,6 +44,9 @@ class Observer:
         reader: of the losses.
         affinity: that learns from them.
         ranks: over which they are averaged.
+
+    Attributes:
+        batch: the open batch; None between two batches.
     """
 
     def __init__(self, reader: LossReader, affinity: Affinity, ranks: Ranks) -> None:
@@ -56,7 +59,7 @@ class Observer:
 
     def forget_all(self) -> None:
         """Forget all steps and what is on its way to the host: another state was loaded."""
-        self._is_open = False  # whether there is a batch at hand
+        self.batch: Batch | None = None
         self._random_state: RandomState | None = None  # from which every step of it starts
         self._current: Plan | None = None  # the step at hand; it outlives its batch
         self._stepping: tuple[Plan, MultiTaskModel | None] | None = None  # whose loss came last
@@ -73,11 +76,14 @@ class Observer:
         self.__dict__.update(state)
         self.forget_all()
 
-    def open(self, replays: bool) -> None:
-        """Begin a batch; with ``replays`` all its steps start from the current random state."""
-        self._is_open = True
-        self._current = self._before = None
-        self._random_state = RandomState(self._reader.device) if replays else None
+    def open(self, batch: Batch) -> None:
+        """Begin a batch."""
+        self._current = self._before = self._random_state = None
+        self.batch = batch
+
+    def keep_random_state(self) -> None:
+        """Let every step of the batch start from the current random state."""
+        self._random_state = RandomState(self._reader.device)
 
     def move_to(self, plan: Plan) -> None:
         """Make this the step at hand, and prepare its forward pass."""
@@ -89,8 +95,7 @@ class Observer:
 
     def close(self) -> None:
         """End the batch."""
-        self._is_open = False
-        self._before = self._random_state = None
+        self.batch = self._before = self._random_state = None
 
     def ask(self, plan: Plan, model: MultiTaskModel | None) -> None:
         """Note that the loss of this step was asked for, and the model it comes from."""
@@ -110,7 +115,7 @@ class Observer:
         if self._stepping is None:
             return None, None, prepared
         plan, model = self._stepping
-        if self._asked == prepared and not (self._is_open and plan is self._current):
+        if self._asked == prepared and not (self.batch is not None and plan is self._current):
             return None, None, prepared
         return frozenset(plan.members), None if model is None else model.heads, self._asked
 

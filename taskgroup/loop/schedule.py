@@ -121,14 +121,16 @@ class TaskGroups:
     ) -> None:
         self._tasks = checked_tasks(tasks)
         self._reader = LossReader(self._tasks, weights, reduction)
-        warmup = whole_number("warmup", warmup, at_least=0)
-        regroup_every = whole_number("regroup_every", regroup_every, at_least=1)
         if groups_per_batch is not None:
             groups_per_batch = whole_number("groups_per_batch", groups_per_batch, at_least=1)
-        observe_every = whole_number("observe_every", observe_every, at_least=1)
+        self._settings: dict[str, Any] = {
+            "warmup": whole_number("warmup", warmup, at_least=0),
+            "regroup_every": whole_number("regroup_every", regroup_every, at_least=1),
+            "observe_every": whole_number("observe_every", observe_every, at_least=1),
+            "groups_per_batch": groups_per_batch,
+        }
         self._replay_rng = replay_rng
         self._ranks = Ranks(process_group)
-        self._settings = (reduction, warmup, regroup_every, groups_per_batch, observe_every)
         grouping = AffinityPropagation() if grouping is None else grouping
         self._partitioner = Partitioner(grouping, self._tasks)
         self.affinity = ProximalAffinity() if affinity is None else affinity
@@ -136,26 +138,18 @@ class TaskGroups:
         check_part("affinity", self.affinity, isinstance(self.affinity, Affinity), examples)
         self.affinity.start(self._tasks)
         self._observer = Observer(self._reader, self.affinity, self._ranks)
-        self._misuse = Misuse(self._tasks, self._partitioner.learns)
+        learns = self._partitioner.learns
+        self._misuse = Misuse(self._tasks, learns)
 
         # Saved by state_dict(), with the affinity and the grouping.
         self._generator = HostGenerator(seed)
         self._rounds = Rounds(
-            len(self._tasks),
-            self.affinity,
-            self._generator,
-            learns=self._partitioner.learns,
-            warmup=warmup,
-            regroup_every=regroup_every,
-            groups_per_batch=groups_per_batch,
-            observe_every=observe_every,
+            len(self._tasks), self.affinity, self._generator, learns=learns, **self._settings
         )
         self._batches = 0  # begun
         self.unconverged = 0
-
-        self._batch: Batch | None = None  # the open one
         self._whole: dict[str, Any] = {}  # the state before the open batch
-        if not self._partitioner.learns:
+        if not learns:
             self._rounds.regroup(self._regroup())
 
     @property
@@ -246,7 +240,7 @@ class TaskGroups:
         Raises:
             RuntimeError: inside a batch, because its open step would be lost.
         """
-        if self._batch is None:
+        if self._observer.batch is None:
             return _saved(self._state())
         if not in_signal_handler():
             raise RuntimeError(
@@ -265,7 +259,7 @@ class TaskGroups:
                 has changed then.
             RuntimeError: inside a batch.
         """
-        if self._batch is not None:
+        if self._observer.batch is not None:
             raise RuntimeError("load_state_dict() inside a batch; call it before the loop.")
         kept = self.state_dict()
         check_state(state, kept)
@@ -277,10 +271,6 @@ class TaskGroups:
         self._ranks.compare_again()
         self._observer.forget_all()
         self._reader.forget_device()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy is between two batches."""
-        return {**self.__dict__, "_batch": None, "_whole": {}}
 
     def __repr__(self) -> str:
         return f"TaskGroups({len(self._tasks)} tasks in {len(self._rounds.partition)} groups)"
@@ -318,40 +308,39 @@ class TaskGroups:
             return
         self._observer.look()
         self._misuse.check_batch(batch.present)
-        whole = self._state()
-        self._whole = whole
-        self._batch = batch  # last: a trainer may save at any line, in the handler of a signal
+        whole = self._whole = self._state()  # first: a signal handler may save at any line
+        self._observer.open(batch)
         try:
             self._batches += 1
             plans = self._rounds.plan(batch.present, self._regroup)
             if plans[0].observes or plans[0].measures:  # the affinity will be written to
                 whole["affinity"] = {name: t.clone() for name, t in whole["affinity"].items()}
-            self._observer.open(replays=self._replay_rng and len(plans) > 1)
+            if self._replay_rng and len(plans) > 1:
+                self._observer.keep_random_state()
             for plan in plans:
                 self._observer.move_to(plan)
                 self._misuse.check_step(plan)
                 group = Group(plan, batch, self._reader, self._observer, self._misuse)
                 yield group
-                if self._batch is not batch:
+                if self._observer.batch is not batch:
                     raise RuntimeError(
                         "Another batch of these TaskGroups has begun; finish one loop over the "
                         "groups before the next."
                     )
                 group.finish()
         finally:
-            if self._batch is batch:
-                self._batch = None
-                self._whole = {}
+            if self._observer.batch is batch:
                 self._observer.close()
+                self._whole = {}
 
     def _decisive(self) -> dict[str, object]:
         """What all decisions follow from, under the names that a user knows."""
         state = self.state_dict()
-        parts = (settings_of(self.affinity), settings_of(self._partitioner.grouping))
+        parts = settings_of(self.affinity), settings_of(self._partitioner.grouping)
         return {
             "tasks": self._tasks,
             "weights": self._reader.weights,
-            "settings": (*self._settings, *parts),
+            "settings": (self._reader.reduction, self._settings, *parts),
             "seed": state.pop("generator"),
             "state": state,
         }
