@@ -20,8 +20,8 @@ class Affinity:
     """A moving average of the effect of every task on every other: the base of all affinities.
 
     To define an affinity of your own, set :attr:`reads_steps` and define :meth:`observe`, or set
-    :attr:`every` and define :meth:`measure`, or both. Either passes what it has observed to
-    :meth:`update`. :class:`TaskGroups` then makes these calls:
+    :attr:`every` and define :meth:`measure`. Either passes what it has observed to :meth:`update`.
+    :class:`TaskGroups` then makes these calls:
 
     - ``start(tasks)``, once.
     - In a batch that observes, if :attr:`reads_steps`: ``observe`` in every step but the first,

@@ -44,14 +44,7 @@ class Batch:
 
     @classmethod
     def over_ranks(cls, ranks: Ranks, number: int, here: Members, everyone: Members) -> Batch:
-        """The batch of all ranks. Waits for the other ranks.
-
-        Args:
-            ranks: that share the batch.
-            number: of the batch.
-            here: the tasks labelled on this rank.
-            everyone: all K tasks.
-        """
+        """The batch of all ranks, with ``here`` labelled on this one. Waits for the other ranks."""
         mine = frozenset(here)
         counts = ranks.count([k in mine for k in everyone], number)
         present = tuple(k for k in everyone if counts[k])
@@ -69,20 +62,16 @@ class Batch:
     def check_absent(
         self, losses: Mapping[str, Tensor], plan: Plan, needed: Members, tasks: Sequence[str]
     ) -> None:
-        """Raise unless every absent task has a loss that hangs on the outputs.
-
-        Raises:
-            ValueError: naming the task.
-        """
+        """Raise unless every absent task has a loss that depends on the outputs."""
         for k in sorted(self.absent.intersection(needed)):
             task = tasks[k]
             if task not in losses:
                 wrong = "is missing"
             elif k in plan.members and getattr(losses[task], "is_leaf", False):
-                wrong = "hangs on nothing"
+                wrong = "depends on no output"
             else:
                 continue
             raise ValueError(
                 f"The loss of task {task!r} {wrong}: without a label on this rank, it has one on "
-                f"another, and all take the same steps. {ZERO_LOSS}"
+                f"another, and all ranks take the same steps. {ZERO_LOSS}"
             )

@@ -138,14 +138,8 @@ class Observer:
         return self._affinity.known().to("cpu")
 
     def measure(self, plan: Plan, batch: Batch, measured: Tensor) -> None:
-        """Take in the losses before the step at hand, which show what the step before did.
-
-        Args:
-            plan: of the step; nothing happens if that is not at hand any more.
-            batch: of the step.
-            measured: the losses that the step needs, in task order.
-        """
-        if plan is not self._current:
+        """Take in the losses that a step needs, in task order; they show what the last step did."""
+        if plan is not self._current:  # the batch was left, and another one has begun
             return
         watch = partial(
             self.watch.look,
@@ -170,14 +164,9 @@ class Observer:
         measured: Tensor,
         model: MultiTaskModel | None,
     ) -> None:
-        """Take in the gradients of single tasks, before the backward pass of the step at hand.
+        """Take in the gradients of single tasks, before the backward pass of a step.
 
-        Args:
-            plan: of the step; nothing happens if that is not at hand any more.
-            batch: of the step.
-            losses: as the user gave them, with their graph.
-            measured: the same without a graph, of the tasks that the step needs, in task order.
-            model: that gave the losses, if it is known.
+        ``measured`` are the losses that the step needs, in task order and without a graph.
         """
         if plan is not self._current:
             return

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-__all__ = ["Members", "Plan", "Rounds", "Turns", "union"]
+__all__ = ["Members", "Plan", "Rounds", "union"]
 
 Members = tuple[int, ...]  # positions of tasks, ascending
 
@@ -46,58 +46,6 @@ class _Observes(Protocol):
     every: int | None
 
     def draw(self, present: Sequence[int]) -> Members: ...
-
-
-class Turns:
-    """Gives every task its turn in every n-th of its own batches.
-
-    Where data sets take turns, counting all batches could always meet the same data set, and the
-    tasks of the others would never be observed.
-
-    Args:
-        n_tasks: K.
-        every: n.
-
-    Example:
-        >>> turns = Turns(n_tasks=2, every=2)
-        >>> due = []
-        >>> for present in [(0,), (1,), (0,), (1,), (0,)]:
-        ...     due.append(turns.due(present))
-        ...     if due[-1]:
-        ...         turns.taken(present)
-        >>> due
-        [True, True, False, False, True]
-    """
-
-    def __init__(self, n_tasks: int, every: int) -> None:
-        self._every = every
-        # For each task, its batches since its last turn.
-        self._waited = np.full(n_tasks, every - 1, dtype=np.int64)
-
-    def due(self, present: Sequence[int]) -> bool:
-        """Count a batch, and tell whether one of its tasks is due."""
-        if self._every == 1:
-            return True
-        at = self._at(present)
-        self._waited[at] += 1
-        return bool(self._waited[at].max() >= self._every)
-
-    def taken(self, present: Sequence[int]) -> None:
-        """Note that these tasks have had their turn."""
-        if self._every > 1:
-            self._waited[self._at(present)] = 0
-
-    def state(self) -> list[int]:
-        """For each task, the number of its batches since its last turn."""
-        waited: list[int] = self._waited.tolist()
-        return waited
-
-    def load(self, state: Sequence[int]) -> None:
-        """Go on from what :meth:`state` gave."""
-        self._waited[:] = state
-
-    def _at(self, present: Sequence[int]) -> slice | list[int]:
-        return slice(None) if len(present) == len(self._waited) else list(present)
 
 
 class Rounds:
@@ -157,7 +105,11 @@ class Rounds:
         self._warmup = warmup if learns else regroup_every
         self._regroup_every = regroup_every
         self._groups_per_batch = groups_per_batch
-        self._turns = Turns(n_tasks, affinity.every or observe_every)
+        # Every task is due in every n-th of its own batches. Where data sets take turns, counting
+        # all batches could always meet the same data set and never observe the others.
+        self._observe_every = affinity.every or observe_every
+        # For each task, its batches since it was observed last.
+        self._waited = np.full(n_tasks, self._observe_every - 1, dtype=np.int64)
 
     def plan(self, present: Members, regroup: Callable[[], list[Members] | None]) -> list[Plan]:
         """The steps of one batch, at least one.
@@ -170,14 +122,14 @@ class Rounds:
         affinity, begun = self._affinity, self.begun
         # A task that is present alone has nothing to be compared with.
         several = len(present) > 1
-        due = several and affinity.reads_steps and self._turns.due(present)
+        due = several and affinity.reads_steps and self._due(present)
         dealt = self._deal(present, regroup, again=due and self._learns)
         observes = due and len(dealt) > 1
         measured: Members = ()
         if several and affinity.every is not None and self.begun > begun:
-            measured = affinity.draw(present) if self._turns.due(present) else ()
+            measured = affinity.draw(present) if self._due(present) else ()
         if observes or measured:
-            self._turns.taken(present)
+            self._waited[self._at(present)] = 0
         plans = []
         for place, members in enumerate(dealt):
             measures = () if place else measured
@@ -196,7 +148,7 @@ class Rounds:
             "partition": [list(members) for members in self.partition],
             "queue": [list(members) for members in self.queue],
             "rounds": self.begun,
-            "turns": self._turns.state(),
+            "turns": self._waited.tolist(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -214,7 +166,18 @@ class Rounds:
         if len(state["turns"]) != len(self._everyone):
             raise ValueError("The turns in the state are not one number for every task.")
         self.partition, self.queue, self.begun = partition, queue, state["rounds"]
-        self._turns.load(state["turns"])
+        self._waited[:] = state["turns"]
+
+    def _due(self, present: Members) -> bool:
+        """Count a batch, and tell whether one of its tasks is due."""
+        if self._observe_every == 1:
+            return True
+        at = self._at(present)
+        self._waited[at] += 1
+        return bool(self._waited[at].max() >= self._observe_every)
+
+    def _at(self, present: Members) -> slice | list[int]:
+        return slice(None) if present == self._everyone else list(present)
 
     def _deal(
         self, present: Members, regroup: Callable[[], list[Members] | None], again: bool
