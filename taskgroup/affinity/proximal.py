@@ -29,7 +29,7 @@ class ProximalAffinity(Affinity):
 
     Args:
         decay: the weight :math:`\beta` of a new observation, in (0, 1]. The paper uses 1e-3 and
-            1e-4 over 40,000 batches; short runs want more.
+            1e-4 over 40,000 batches; shorter runs need more.
 
     Raises:
         ValueError: if ``decay`` is outside (0, 1].

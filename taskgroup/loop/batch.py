@@ -19,9 +19,9 @@ class Batch:
     """One batch: its labelled tasks, on this rank and on the others.
 
     Args:
-        number: of the batch, the same on every rank.
+        number: the number of the batch, the same on every rank.
         present: the tasks labelled on any rank.
-        absent: those of them without a label on this rank.
+        absent: the tasks among these without a label on this rank.
         factors: float64 ``[K]`` on the host. The mean over all ranks of the losses times these
             factors is the mean over the ranks that have the label. None where all ranks have it.
     """

@@ -38,12 +38,12 @@ class Observer:
     On a GPU it does not wait for them: the affinity and the numbers to look at are sent to the host
     after the last forward pass of a batch, and read once they have arrived.
 
-    A copy is between two batches; what was on its way to the host is not copied.
+    A copy of this object is between two batches, with no numbers on their way to the host.
 
     Args:
-        reader: of the losses.
-        affinity: that learns from them.
-        ranks: over which they are averaged.
+        reader: reads the losses.
+        affinity: learns from them.
+        ranks: the ranks that they are averaged over.
 
     Attributes:
         batch: the open batch; None between two batches.
@@ -58,16 +58,16 @@ class Observer:
         self.forget_all()
 
     def forget_all(self) -> None:
-        """Forget all steps and what is on its way to the host: another state was loaded."""
+        """Forget all steps, and all numbers on their way to the host."""
         self.batch: Batch | None = None
         self._random_state: RandomState | None = None  # from which every step of it starts
         self._current: Plan | None = None  # the step at hand; it outlives its batch
         self._stepping: tuple[Plan, MultiTaskModel | None] | None = None  # whose loss came last
         self._before: _Step | None = None
-        self._copy: HostCopy | None = None  # of the current affinity, and of what was not read
-        # Numbers on the GPU, each with the function that is to look at them on the host.
+        self._copy: HostCopy | None = None  # of the current affinity and of unread numbers
+        # Numbers on the GPU, each with the function that will look at them on the host.
         self._unread: list[tuple[Tensor, Callable[[list[float]], None]]] = []
-        self._copied = 0  # of these, the first that are in the copy
+        self._copied = 0  # the number of these that are in the copy, from the first on
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _COPIED}
@@ -208,7 +208,7 @@ class Observer:
             look(values.tolist())
 
     def _send(self, device: torch.device) -> None:
-        """Send the affinity and all that was not read on their way, without waiting for them."""
+        """Send the affinity and all unread numbers to the host, without waiting for them."""
         self._affinity.to(device)  # it is still on the host if it has never observed
         self._copy = HostCopy([self._affinity.known(), *(values for values, _ in self._unread)])
         self._copied = len(self._unread)
