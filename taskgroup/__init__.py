@@ -16,6 +16,7 @@ Tasks are updated group by group inside every batch, and the groups are learned 
 
 from taskgroup import checkpoint, methods, ops
 from taskgroup._delta_m import delta_m
+from taskgroup.affinity.base import Affinity
 from taskgroup.affinity.gradient import GradientAffinity
 from taskgroup.affinity.lookahead import lookahead_affinity
 from taskgroup.affinity.proximal import ProximalAffinity
@@ -40,6 +41,7 @@ from taskgroup.ops.gram_affinity_update import gram_affinity_update_
 from taskgroup.ops.task_gram import task_gram
 
 __all__ = [
+    "Affinity",
     "AffinityPropagation",
     "BatchedHeads",
     "Exhaustive",

@@ -10,13 +10,13 @@ __all__ = ["HostGenerator"]
 
 
 class HostGenerator(torch.Generator):
-    """A generator of the CPU whose copies go on with the same numbers.
+    """A generator on the CPU whose copies continue with the same numbers.
 
-    A plain ``torch.Generator`` travels as a tensor in shared memory, which a spawned process cannot
-    open; this one travels as bytes.
+    A plain ``torch.Generator`` is pickled as a tensor in shared memory, which a spawned process
+    cannot open; this one is pickled as bytes.
 
     Args:
-        seed: of the numbers.
+        seed: the seed.
 
     Example:
         >>> import copy
@@ -48,6 +48,6 @@ class HostGenerator(torch.Generator):
 
 def _from_state(state: bytes) -> HostGenerator:
     generator = HostGenerator()
-    # A copy of the bytes, which are read-only.
+    # The bytes are copied because they are read-only.
     generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
     return generator

@@ -1,4 +1,4 @@
-"""Every forward of a batch from the same random state."""
+"""Several forward passes from the same random state."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["RandomState"]
 
 
 class RandomState:
-    """The state of the generators a forward draws from: the CPU's and one accelerator's.
+    """The state of the generators that a forward pass uses: the CPU's and one accelerator's.
 
     Args:
-        device: of the losses; None where it is not known yet, then the current accelerator, if this
-            process uses one.
+        device: the device of the losses. If it is None, because it is not known yet, the current
+            accelerator, if this process uses one.
     """
 
     def __init__(self, device: torch.device | None) -> None:
@@ -24,14 +24,14 @@ class RandomState:
         self._state = None if module is None else module.get_rng_state(self._device)
 
     def replay(self) -> None:
-        """Go back to the state as it was."""
+        """Return to the state at the time this object was made."""
         torch.set_rng_state(self._cpu)
         if self._state is not None:
             _random_of(self._device).set_rng_state(self._state, self._device)
 
 
 def _random_of(device: torch.device | None) -> Any:
-    """Such as ``torch.cuda``; None where the device has no generator of its own."""
+    """The module of the device, such as ``torch.cuda``; None if it has no generator of its own."""
     if device is None or device.type in ("cpu", "meta"):
         return None
     module = torch.get_device_module(device)
@@ -39,7 +39,7 @@ def _random_of(device: torch.device | None) -> Any:
 
 
 def _in_use() -> torch.device | None:
-    """The current accelerator; None if there is none, or if this process has not started it."""
+    """The current accelerator; None if there is none, or this process has not initialised it."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return None

@@ -138,6 +138,6 @@ def test_what_is_handed_out_is_a_copy():
     run = Run("fixed")
     run.train(3)
     assert str(run.groups.state_dict()) == str(before)
-    labels = groups._grouping(torch.eye(3))
+    labels = groups._partitioner.grouping(torch.eye(3))
     labels.zero_()
-    assert groups._grouping(torch.eye(3)).tolist() == [0, 0, 1]
+    assert groups._partitioner.grouping(torch.eye(3)).tolist() == [0, 0, 1]

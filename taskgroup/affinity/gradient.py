@@ -18,7 +18,7 @@ from taskgroup.ops.gram_affinity_update import gram_affinity_update_
 __all__ = ["GradientAffinity"]
 
 
-# What task_gram takes in one call.
+# The most tasks that task_gram takes in one call.
 _MOST_MEASURED = 1024
 
 
@@ -32,32 +32,32 @@ class GradientAffinity(Affinity):
     .. math::
         A_{ik} \leftarrow (1 - \beta) A_{ik} + \beta \, \langle g_i, g_k \rangle / L_k
 
-    The step size is left out: it cancels where the matrix is normalised for clustering. Where a
-    gradient or loss is not finite, or the loss not positive, the entry stays.
+    The step size is left out, because it cancels when the matrix is normalised for clustering. An
+    entry does not change if a gradient or loss is not finite, or the loss not positive.
 
-    It needs no second step in a batch and tells the tasks of a group apart, at the price of a
-    backward pass through the shared parameters for every measured task: in the first step of every
-    ``every``-th round, for all tasks or a random ``sample`` of them, so that the price need not
-    grow with K. Where batches have labels of some tasks only, every task is measured in every
-    ``every``-th of the rounds that begin with a label of it, so that data sets that take turns are
-    all measured. The losses of the measured tasks must then carry a graph: :class:`MultiTaskModel`
-    keeps it for the tasks in ``group.graph``, a model called whole has it anyway. A compiled model
-    needs ``torch._functorch.config.donated_buffer = False``.
+    This affinity needs no second step in a batch and tells the tasks of a group apart. It costs a
+    backward pass through the shared parameters for every measured task, in the first step of every
+    ``every``-th round. With ``sample``, a random sample of the tasks is measured, so that the cost
+    does not grow with K. If batches have labels of some tasks only, a task is measured in every
+    ``every``-th of the rounds that begin with a batch that has its label. The losses of the
+    measured tasks must carry a graph: :class:`MultiTaskModel` keeps it for the tasks in
+    ``group.graph``, and a model called whole always has it. A compiled model needs
+    ``torch._functorch.config.donated_buffer = False``.
 
-    In data-parallel training gradients are averaged over the ranks, one all-reduce for each
-    measured task; for parameters that FSDP2 shards, call the :class:`MultiTaskModel` with
-    ``group=group`` and make this object after ``fully_shard()``. With gradient accumulation the
-    first micro-batch is measured. ``observe_every`` plays no part.
+    In data-parallel training the gradients are averaged over the ranks, with one all-reduce for
+    each measured task. With FSDP2, call the :class:`MultiTaskModel` with ``group=group`` and make
+    this object after ``fully_shard()``. With gradient accumulation, the first micro-batch is
+    measured. ``observe_every`` has no effect.
 
     Args:
         shared: the parameters that the tasks share, or the module that holds them (the encoder).
         decay: the weight :math:`\beta` of a new observation, in (0, 1].
-        every: rounds from one measurement to the next.
-        sample: how many tasks to measure at a time, 2 to 1024; None is all of them.
+        every: number of rounds from one measurement to the next.
+        sample: number of tasks to measure at a time, 2 to 1024; None for all of them.
 
     Raises:
-        ValueError: if an argument is out of its range, or nothing is shared; for more than 1024
-            tasks without ``sample``; in the loop, if no task reaches what is shared.
+        ValueError: if an argument is out of its range, or ``shared`` is empty; for more than 1024
+            tasks without ``sample``; in the loop, if no loss depends on the shared parameters.
 
     Example:
         >>> x = torch.zeros(2, requires_grad=True)
@@ -81,7 +81,7 @@ class GradientAffinity(Affinity):
     ) -> None:
         super().__init__(decay)
         found = shared.parameters() if isinstance(shared, nn.Module) else shared
-        self._shared = list(dict.fromkeys(found))  # each once, or it would count twice
+        self._shared = list(dict.fromkeys(found))  # without duplicates, which would count twice
         if not self._shared:
             raise ValueError("shared is empty: name the parameters that the tasks share.")
         for parameter in self._shared:
@@ -98,7 +98,7 @@ class GradientAffinity(Affinity):
                 raise ValueError(f"sample must be at most {_MOST_MEASURED}, got {sample}.")
 
     def start(self, tasks: tuple[str, ...]) -> None:
-        """Begin with zeros for these tasks; :class:`TaskGroups` calls it once."""
+        """Begin with zeros for these tasks."""
         if self._sample is None and len(tasks) > _MOST_MEASURED:
             raise ValueError(
                 f"GradientAffinity measures at most {_MOST_MEASURED} tasks at a time, and there "
@@ -106,25 +106,25 @@ class GradientAffinity(Affinity):
                 "as GradientAffinity(shared, sample=8)."
             )
         super().start(tasks)
-        # How much of each entry has been observed: a pair is drawn less often than a task, and the
-        # zero that the average starts from would pull it down further.
+        # The total weight of the observations of each entry. A pair is drawn less often than a
+        # task, so without it the zero that the average starts from would bias pairs more.
         self._weight = torch.zeros_like(self._matrix)
         self._generator = HostGenerator(seed=0)  # the same on every rank
 
     @property
     def matrix(self) -> Tensor:
-        """Float32 ``[K, K]``, a copy; the average over what was observed, 0 where nothing was."""
+        """Float32 ``[K, K]``, a copy; the average of the observations, 0 where there were none."""
         if self._sample is None:
             return super().matrix
         return self._matrix / torch.where(self._weight > 0, self._weight, 1.0)
 
     def to(self, device: torch.device) -> None:
-        """Move to ``device``, the one of the losses, without waiting for it."""
+        """Move to the device of the losses, without waiting for it."""
         super().to(device)
         self._weight = self._weight.to(device, non_blocking=True)
 
     def draw(self, present: Sequence[int]) -> tuple[int, ...]:
-        """Which of the tasks at these positions to measure: all, or a random sample of them."""
+        """The tasks to measure: all of those present, or a random sample of them."""
         if self._sample is None or self._sample >= len(present):
             return tuple(present)
         drawn = self._generator.permutation(len(present))[: self._sample]
@@ -137,26 +137,19 @@ class GradientAffinity(Affinity):
         average: Callable[[list[list[Tensor | None]], list[Tensor]], None] | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        """Take in the gradients of some tasks; their graph is kept.
-
-        Args:
-            losses: scalars with a graph, by the position of the task.
-            values: losses of all tasks, ``[K]``, without a graph; NaN for a task not measured.
-            average: replaces gradients ``[n][T]`` on the shared parameters by their mean over the
-                ranks; None where there is one rank.
-            model: that gave the losses; None where it is not known.
+        """Take in the gradients of some tasks; see :meth:`Affinity.measure`.
 
         Raises:
             ValueError: if no task reaches any of the shared parameters.
-            RuntimeError: if these are sharded and the model is not known.
+            RuntimeError: if the parameters are sharded and the model is not known.
         """
         self.to(values.device)
         if not any_sharded(self._shared):
             found = task_gradients(list(losses.values()), self._shared, retain_graph=True)
         elif model is None:
             raise RuntimeError(
-                "GradientAffinity on sharded parameters must know the model, whose .grad it puts "
-                "back: call the MultiTaskModel with group=group."
+                "GradientAffinity on sharded parameters must know the model, whose .grad it "
+                "restores: call the MultiTaskModel with group=group."
             )
         else:
             put_shards_back(model)
@@ -177,7 +170,7 @@ class GradientAffinity(Affinity):
     def _take_in(
         self, measured: list[int], gradients: list[list[Tensor | None]], values: Tensor
     ) -> None:
-        """The inner products of n tasks, at their places in the matrix."""
+        """Update the entries of the n measured tasks."""
         if len(measured) == len(self._matrix) and self._sample is None:
             gram_affinity_update_(
                 self._matrix, gradients, values, self.decay, observed=self._observed
@@ -195,7 +188,7 @@ class GradientAffinity(Affinity):
         self._matrix[at], self._observed[at] = matrix, observed
 
     def tensors(self) -> dict[str, Tensor]:
-        """What :meth:`state_dict` copies; the state of the generator is a copy already."""
+        """The tensors that :meth:`state_dict` copies."""
         return {
             **super().tensors(),
             "weight": self._weight,

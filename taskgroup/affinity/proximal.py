@@ -29,7 +29,7 @@ class ProximalAffinity(Affinity):
 
     Args:
         decay: the weight :math:`\beta` of a new observation, in (0, 1]. The paper uses 1e-3 and
-            1e-4 over 40,000 batches; short runs want more.
+            1e-4 over 40,000 batches; shorter runs need more.
 
     Raises:
         ValueError: if ``decay`` is outside (0, 1].
@@ -50,13 +50,16 @@ class ProximalAffinity(Affinity):
     def __init__(self, decay: float = 1e-3) -> None:
         super().__init__(decay)
 
-    def observe(self, before: Tensor, after: Tensor, mask: Tensor) -> None:
+    def observe(
+        self, before: Tensor, after: Tensor, mask: Tensor, following: Tensor | None = None
+    ) -> None:
         """Take in the effect of one step.
 
         Args:
             before: losses of all tasks before the step, ``[K]``; NaN for a task not measured.
             after: the same after the step, ``[K]``.
-            mask: bool ``[K]``, True for the tasks of the group that was stepped.
+            mask: bool ``[K]``, True for the tasks of the group that was stepped on.
+            following: not used.
         """
         self.to(after.device)
         update_checked_(self._matrix, before, after, mask, self.decay, self._observed)

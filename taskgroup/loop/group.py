@@ -1,84 +1,68 @@
-"""One step of a batch: the tasks to step on, and what the groups of a batch have in common."""
+"""One step of a batch: the tasks to step on, and the losses it needs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from taskgroup._arguments import listed
 from taskgroup.affinity.base import Losses
+from taskgroup.loop.batch import Batch
 from taskgroup.loop.losses import LossReader
-from taskgroup.loop.rounds import Members, union
+from taskgroup.loop.misuse import Misuse
+from taskgroup.loop.observer import Observer
+from taskgroup.loop.rounds import Plan, union
+from taskgroup.nn.model import MultiTaskModel
 
-if TYPE_CHECKING:
-    from taskgroup.nn.model import MultiTaskModel
+__all__ = ["Group"]
 
-__all__ = ["Batch", "Group"]
-
-
-class Batch:
-    """What the groups of one batch have in common.
-
-    Args:
-        present: the tasks to deal, labelled on any rank.
-        absent: those of them without a label on this rank.
-        factors: float64 ``[K]`` on the host, of the losses on this rank, whose mean over all ranks
-            is then the mean over those with a label; None where all have one.
-    """
-
-    def __init__(
-        self,
-        present: Members,
-        absent: frozenset[int] = frozenset(),
-        factors: Tensor | None = None,
-    ) -> None:
-        self.present = present
-        self.absent = absent
-        self.factors = factors
-        self.ran: dict[int, int] = {}  # by the id of the module, the place of its first group
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "ran": {}}  # the modules of a copy have ids of their own
+_WHOLE = 1 - 1e-6  # ten shares of 0.1 add up to 1, up to rounding
+_TOO_MUCH = 1 + 1e-6
 
 
 class Group:
-    """One step of a batch: the tasks to step on, and whose losses it needs.
+    """One step of a batch: the tasks to step on, and the losses it needs.
 
-    :class:`TaskGroups` makes these; the loop calls :meth:`loss`, or :meth:`skip`, on each.
+    :class:`TaskGroups` makes the groups; the loop calls :meth:`loss` or :meth:`skip` on each.
 
     Attributes:
         first: True for the first group of the batch.
-        last: True for the last one.
-        observes: True where the batch observes the affinity.
+        last: True for the last group of the batch.
+        observes: True if the batch observes the affinity.
         model: the :class:`MultiTaskModel` that ran for this group.
+
+    Example:
+        A batch that observes and one that does not. The first needs the losses of all tasks in
+        every step, to see what the step before did to them; the second only those of its group.
+        In both, only the group's own losses are differentiated:
+
+        >>> import taskgroup as tg
+        >>> groups = tg.TaskGroups(["a", "b", "c"], groups_per_batch=1, observe_every=2)
+        >>> for batch in range(2):
+        ...     for group in groups:
+        ...         print(f"{group.tasks=} {group.graph=} {group.observed=}")
+        ...         group.skip()
+        ...     print()
+        group.tasks=('c',) group.graph=('c',) group.observed=('a', 'b', 'c')
+        group.tasks=('a',) group.graph=('a',) group.observed=('a', 'b', 'c')
+        <BLANKLINE>
+        group.tasks=('b',) group.graph=('b',) group.observed=('b',)
+        <BLANKLINE>
     """
 
     def __init__(
-        self,
-        reader: LossReader,
-        take: Callable[[Group, Losses, float, bool], Tensor],
-        batch: Batch,
-        members: Members,
-        needed: Members,
-        measures: Members,
-        *,
-        observes: bool,
-        place: int,
-        last: bool,
+        self, plan: Plan, batch: Batch, reader: LossReader, observer: Observer, misuse: Misuse
     ) -> None:
-        self.first = place == 0
-        self.last = last
-        self.observes = observes
+        self.first = plan.place == 0
+        self.last = plan.last
+        self.observes = plan.observes
         self.model: MultiTaskModel | None = None
-        self._reader = reader
-        self._take = take
+        self._plan = plan
         self._batch = batch
-        self._place = place  # in the batch
-        self._members = members
-        self._needed = needed
-        self._measures = measures  # whose gradients are taken
+        self._reader = reader
+        self._observer = observer
+        self._misuse = misuse
         self._shares = 0.0  # of the step, so far
         self._measured: Tensor | None = None  # share-weighted losses of the needed tasks, so far
         self._skipped = False
@@ -86,38 +70,49 @@ class Group:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks of the group, in task order."""
-        return self._reader.names(self._members)
+        return self._reader.names(self._plan.members)
 
     @property
     def observed(self) -> tuple[str, ...]:
-        """The tasks whose losses this step needs, its own and those it observes or measures."""
-        return self._reader.names(self._needed)
+        """The tasks whose losses to pass to :meth:`loss`.
+
+        In a batch that observes the affinity these are all its labelled tasks; in other batches the
+        tasks of the group, and those in :attr:`graph`. The losses of tasks that are not in
+        :attr:`graph` are only read: compute them under :class:`torch.no_grad` to save time. The
+        losses of all other tasks need not be computed at all. See the example above.
+        """
+        return self._reader.names(self._plan.needed)
 
     @property
     def graph(self) -> tuple[str, ...]:
-        """The tasks whose losses must carry a graph, the group's own and those it measures."""
-        return self._reader.names(union(self._members, self._measures))
+        """The tasks whose losses must carry an autograd graph; all of them are in :attr:`observed`.
+
+        These are the tasks of the group, whether or not the batch observes. In a step in which
+        :class:`GradientAffinity` measures gradients, the tasks that it measures are added.
+        """
+        return self._reader.names(union(self._plan.members, self._plan.measures))
 
     @property
     def mask(self) -> Tensor:
         """Bool ``[K]``, True for the tasks of the group; a copy on the device of the losses."""
-        return self._reader.group(self._members).mask.clone()
+        return self._reader.group(self._plan.members).mask.clone()
 
     def loss(self, losses: Losses, share: float = 1.0, again: bool = False) -> Tensor:
         """The loss to step on: the weighted sum (or mean) over the tasks of the group.
 
-        Also hands the losses to the affinity, without a synchronisation. Over several ranks, whose
-        gradients are averaged, the loss of a task that only some have labels of counts for more on
-        these, so that the gradient is the mean over them.
+        The losses are also handed to the affinity, without a synchronisation. With several ranks,
+        whose gradients are averaged, the loss of a task that only some ranks have labels of is
+        scaled up on these ranks, so that the gradient is the mean over them.
 
         Args:
             losses: ``{task: scalar}`` with at least the tasks in :attr:`observed`, or one tensor in
-                task order, of these tasks or of all K. Those of the group's own carry a graph.
-            share: the part of the step that this micro-batch is, for gradient accumulation; the
+                task order, of these tasks or of all K. The losses of the tasks in :attr:`graph`
+                carry a graph.
+            share: the part of the step that this micro-batch is, for gradient accumulation. The
                 shares of a step add up to 1.
-            again: True where a step takes several passes over its losses, in the second pass of
-                SAM and the closure of L-BFGS: once the shares add up to 1, further losses are not
-                observed. Those of the tasks of the group alone will do then.
+            again: True if a step takes several passes over its losses, as in the second pass of
+                SAM and the closure of L-BFGS. Once the shares add up to 1, further losses are not
+                observed; they may then be those of the tasks of the group alone.
 
         Returns:
             ``share`` times the loss, a scalar with a graph.
@@ -127,19 +122,76 @@ class Group:
                 graph, or if the shares exceed 1. Nothing has changed then.
             RuntimeError: if the group was skipped, or the ranks step on different groups.
         """
-        return self._take(self, losses, share, again)
+        if self._skipped:
+            raise RuntimeError(
+                f"The group {listed(self.tasks)} was skipped, so it takes no more losses."
+            )
+        if not 0.0 < share <= 1.0:
+            raise ValueError(f"share must be in (0, 1], got {share!r}.")
+        again = again and self._shares > _WHOLE
+        shares = self._shares + (0.0 if again else share)
+        if shares > _TOO_MUCH:
+            raise ValueError(
+                f"The shares of the group {listed(self.tasks)} would add up to {shares:g}: call "
+                "group.loss(losses) once per step, or with share=1/n in each of n micro-batches. "
+                "If one step takes several passes over its losses, as in the second pass of SAM "
+                "or the closure of L-BFGS, write group.loss(losses, again=True)."
+            )
+        plan, batch = self._plan, self._batch
+        needed = plan.needed
+        if isinstance(losses, Mapping):
+            if again:
+                needed = plan.members
+            if batch.absent:
+                batch.check_absent(losses, plan, needed, self._reader.tasks)
+        value, measured = self._reader.read(losses, plan.members, needed, batch.factors)
+        self._observer.ask(plan, self.model)
+        if again:
+            return value * share
+        if self._measured is None:
+            self._misuse.check_losses(losses)
+            if plan.measures:
+                self._observer.measure_gradients(plan, batch, losses, measured, self.model)
+        if share != 1.0:
+            value, measured = value * share, measured * share
+        if self._measured is not None:
+            measured += self._measured
+        self._measured, self._shares = measured, shares
+        if shares > _WHOLE:
+            self._observer.measure(plan, batch, measured)
+        return value
 
     def skip(self) -> None:
         """Pass over this group: no step is taken on it in this batch."""
         self._skipped = True
 
+    def finish(self) -> None:
+        """Check that the group was stepped on or skipped; the loop does it before the next group.
+
+        Raises:
+            RuntimeError: if the group got no loss, or only a part of one.
+        """
+        if self._skipped:
+            if self._shares > 0:  # its losses were seen, but no step followed
+                self._observer.forget_step()
+        elif self._shares == 0:
+            raise RuntimeError(
+                f"The group {listed(self.tasks)} got no loss: call group.loss(losses) on every "
+                "group, or group.skip() to pass over it."
+            )
+        elif self._shares < _WHOLE:
+            raise RuntimeError(
+                f"The shares of the group {listed(self.tasks)} add up to {self._shares:g}, not "
+                "to 1; pass share=1/n in each of the n micro-batches of a step."
+            )
+
     def ran(self, model: MultiTaskModel) -> None:
-        """Say which model runs for this group."""
+        """Note which model runs for this group."""
         self.model = model
 
     def runs_first(self, module: nn.Module) -> bool:
-        """Whether no group before this one, in its batch, has run the module; now it has."""
-        return self._batch.ran.setdefault(id(module), self._place) == self._place
+        """Whether no group before this one, in its batch, has run the module; now one has."""
+        return self._batch.runs_first(module, self._plan.place)
 
     def __repr__(self) -> str:
         return f"Group({listed(self.tasks)})"

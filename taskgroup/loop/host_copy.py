@@ -11,15 +11,15 @@ __all__ = ["HostCopy", "waits_for"]
 
 
 def waits_for(device: torch.device) -> bool:
-    """Whether reading a number of this device on the host would have to wait for it."""
+    """Whether the host has to wait for this device to read a number from it."""
     return device.type == "cuda"
 
 
 class HostCopy:
     """A copy of some tensors on its way from the GPU to pinned memory.
 
-    Queued on the current stream at once; :meth:`wait` blocks until that point of the stream is
-    reached, so the wait hides behind whatever was queued after. Copying and pickling wait as well.
+    The copy is queued on the current stream at once. :meth:`wait` blocks until it is done, not
+    until the work that was queued after it is. Copying and pickling this object wait as well.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -33,7 +33,7 @@ class HostCopy:
 
     def __getstate__(self) -> dict[str, Any]:
         self.wait()
-        return {**self.__dict__, "_event": None}  # which cannot be copied
+        return {**self.__dict__, "_event": None}  # an event cannot be copied
 
     def ready(self) -> bool:
         """Whether the copy has arrived."""

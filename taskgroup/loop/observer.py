@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from taskgroup._random_state import RandomState
 from taskgroup.affinity.base import Affinity, Losses
-from taskgroup.affinity.gradient import GradientAffinity
-from taskgroup.affinity.proximal import ProximalAffinity
-from taskgroup.loop.group import Group
+from taskgroup.loop.batch import Batch
 from taskgroup.loop.host_copy import HostCopy
 from taskgroup.loop.losses import LossReader, LossWatch, send_like
 from taskgroup.loop.ranks import Ranks
+from taskgroup.loop.rounds import Plan
+from taskgroup.nn.model import MultiTaskModel
+from taskgroup.nn.outside import Heads
 
 __all__ = ["Observer"]
 
 
+_COPIED = ("watch", "_reader", "_affinity", "_ranks", "_asked")
+
+
 class _Step(NamedTuple):
-    """A step taken on this batch, whose effect shows in the next losses."""
+    """A step taken in this batch, whose effect shows in the next losses."""
 
     mask: Tensor  # bool [K]
     losses: Tensor  # [K], before the step
 
 
 class Observer:
-    """Hands the losses of every step to the affinity, and looks at them on the host.
+    """Follows the steps of the loop: hands their losses to the affinity, and looks at them.
 
-    On a GPU nothing waits for them: the affinity and all that is to be looked at are sent to the
-    host behind the last forward pass of a batch, and read when they have arrived.
+    On a GPU it does not wait for them: the affinity and the numbers to look at are sent to the host
+    after the last forward pass of a batch, and read once they have arrived.
+
+    A copy of this object is between two batches, with no numbers on their way to the host.
 
     Args:
-        reader: of the losses.
-        affinity: that learns from them.
-        ranks: over which they are averaged.
+        reader: reads the losses.
+        affinity: learns from them.
+        ranks: the ranks that they are averaged over.
+
+    Attributes:
+        batch: the open batch; None between two batches.
     """
 
     def __init__(self, reader: LossReader, affinity: Affinity, ranks: Ranks) -> None:
@@ -43,31 +54,80 @@ class Observer:
         self._reader = reader
         self._affinity = affinity
         self._ranks = ranks
-        self._before: _Step | None = None
-        self._copy: HostCopy | None = None  # of the affinity as it is, and what was not read
-        # On the GPU, and what is to look at them on the host.
-        self._unread: list[tuple[Tensor, Callable[[list[float]], None]]] = []
-        self._copied = 0  # of these, the first that are in the copy
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy stands between two batches, and what was on its way to the host is not copied."""
-        return {**self.__dict__, "_before": None, "_copy": None, "_unread": [], "_copied": 0}
-
-    def forget_step(self) -> None:
-        """The next losses show no step of this batch."""
-        self._before = None
+        self._asked = 0  # how many losses were asked for
+        self.forget_all()
 
     def forget_all(self) -> None:
-        """What is on its way belongs to another state."""
-        self._before = self._copy = None
-        self._unread.clear()
-        self._copied = 0
+        """Forget all steps, and all numbers on their way to the host."""
+        self.batch: Batch | None = None
+        self._random_state: RandomState | None = None  # from which every step of it starts
+        self._current: Plan | None = None  # the step at hand; it outlives its batch
+        self._stepping: tuple[Plan, MultiTaskModel | None] | None = None  # whose loss came last
+        self._before: _Step | None = None
+        self._copy: HostCopy | None = None  # of the current affinity and of unread numbers
+        # Numbers on the GPU, each with the function that will look at them on the host.
+        self._unread: list[tuple[Tensor, Callable[[list[float]], None]]] = []
+        self._copied = 0  # the number of these that are in the copy, from the first on
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.forget_all()
+
+    def open(self, batch: Batch) -> None:
+        """Begin a batch."""
+        self._current = self._before = self._random_state = None
+        self.batch = batch
+
+    def keep_random_state(self) -> None:
+        """Let every step of the batch start from the current random state."""
+        self._random_state = RandomState(self._reader.device)
+
+    def move_to(self, plan: Plan) -> None:
+        """Make this the step at hand, and prepare its forward pass."""
+        self._current = plan
+        if self._random_state is not None and plan.place > 0:
+            self._random_state.replay()
+        # Within one autocast block, the copies of the weights would be those from before the steps.
+        torch.clear_autocast_cache()
+
+    def close(self) -> None:
+        """End the batch."""
+        self.batch = self._before = self._random_state = None
+
+    def ask(self, plan: Plan, model: MultiTaskModel | None) -> None:
+        """Note that the loss of this step was asked for, and the model it comes from."""
+        self._stepping = plan, model
+        self._asked += 1
+
+    def about_to_step(self, prepared: int) -> tuple[frozenset[int] | None, Heads | None, int]:
+        """What an :class:`Attachment` asks before each step of an optimizer.
+
+        Args:
+            prepared: the number that this method gave at the step before.
+
+        Returns:
+            The members of the group whose step is about to be taken and the heads of its model,
+            both None for a step of other losses after the loop; and a number for the next call.
+        """
+        if self._stepping is None:
+            return None, None, prepared
+        plan, model = self._stepping
+        if self._asked == prepared and not (self.batch is not None and plan is self._current):
+            return None, None, prepared
+        return frozenset(plan.members), None if model is None else model.heads, self._asked
+
+    def forget_step(self) -> None:
+        """Forget the last step: the next losses do not show what it did."""
+        self._before = None
 
     def look(self) -> None:
         """Look at what has arrived from the batches before."""
-        if len(self._unread) > self._copied:  # of a batch that did not get to its last group
+        if len(self._unread) > self._copied:  # from a batch that did not reach its last group
             self._send(self._unread[0][0].device)
-        # Of several ranks each must find out at the same place that they differ.
+        # Several ranks must all find out at the same place that they differ.
         if self._copy is not None and (self._ranks.number > 1 or self._copy.ready()):
             self._read(self._copy)
 
@@ -77,73 +137,79 @@ class Observer:
             return self._read(self._copy)
         return self._affinity.known().to("cpu")
 
-    def measure(self, group: Group, measured: Tensor, batch: int) -> None:
-        """Take in the losses from before a step: they show what the last step did.
-
-        Args:
-            group: that is stepped on.
-            measured: the losses that it needs, in the order of the tasks.
-            batch: its number, by which ranks compare their steps.
-        """
-        needed, absent = group._needed, group._batch.absent
-        later = self._reader.later
-        follows = group.observes and not group.first
-        if later:
-            self._unread.append(
-                (measured, lambda seen: self.watch.look(seen, needed, absent, follows))
-            )
-        else:
-            self.watch.look(measured.tolist(), needed, absent, follows)
-        if group.observes or self._ranks.number > 1:  # over ranks, to know that all step alike
-            losses = self._mean_over_ranks(group, measured, batch)
-            if group.observes:
-                self._observe(group, losses)
-        if later and group.last:
+    def measure(self, plan: Plan, batch: Batch, measured: Tensor) -> None:
+        """Take in the losses that a step needs, in task order; they show what the last step did."""
+        if plan is not self._current:  # the batch was left, and another one has begun
+            return
+        watch = partial(
+            self.watch.look,
+            members=plan.needed,
+            absent=batch.absent,
+            follows=plan.observes and plan.place > 0,
+        )
+        self._look_soon(measured, watch)
+        # Several ranks exchange the losses of every step, to notice steps on different groups.
+        if plan.observes or self._ranks.number > 1:
+            losses = self._mean_over_ranks(plan, batch, measured)
+            if plan.observes:
+                self._observe(plan, losses)
+        if plan.last and self._reader.later:
             self._send(measured.device)
 
-    def measure_gradients(self, group: Group, losses: Losses, measured: Tensor, batch: int) -> None:
-        """Take in the gradients of single tasks, before the backward pass of the step."""
-        assert isinstance(self._affinity, GradientAffinity)
-        with_graph = dict(
-            zip(
-                group._measures,
-                self._reader.with_graph(losses, group._measures, group._needed),
-                strict=True,
-            )
-        )
-        if (factors := group._batch.factors) is not None:
-            with_graph = {k: loss * factors[k].item() for k, loss in with_graph.items()}
-        values = self._mean_over_ranks(group, measured, batch)
+    def measure_gradients(
+        self,
+        plan: Plan,
+        batch: Batch,
+        losses: Losses,
+        measured: Tensor,
+        model: MultiTaskModel | None,
+    ) -> None:
+        """Take in the gradients of single tasks, before the backward pass of a step.
+
+        ``measured`` are the losses that the step needs, in task order and without a graph.
+        """
+        if plan is not self._current:
+            return
+        found = self._reader.with_graph(losses, plan.measures, plan.needed)
+        with_graph = dict(zip(plan.measures, found, strict=True))
+        if batch.factors is not None:
+            with_graph = {k: loss * batch.factors[k].item() for k, loss in with_graph.items()}
+        values = self._mean_over_ranks(plan, batch, measured)
         average = self._ranks.mean_gradients if self._ranks.number > 1 else None
-        self._affinity.measure(with_graph, values, average, group.model)
-        self._copy = None  # it is not of the affinity as it is any more
+        self._affinity.measure(with_graph, values, average, model)
+        self._copy = None  # the affinity has changed since
 
-    def _observe(self, group: Group, losses: Tensor) -> None:
-        """What the step before did, seen in the losses ``[K]`` before this one."""
-        assert isinstance(self._affinity, ProximalAffinity)
+    def _observe(self, plan: Plan, losses: Tensor) -> None:
+        """Show the affinity what the step before did, in the losses ``[K]`` before this one."""
+        mask = self._reader.group(plan.members).mask
         if self._before is not None:
-            self._affinity.observe(self._before.losses, losses, self._before.mask)
-            self._copy = None  # it is not of the affinity as it is any more
-        self._before = _Step(group.mask, losses)
+            self._affinity.observe(self._before.losses, losses, self._before.mask, mask)
+            self._copy = None  # the affinity has changed since
+        self._before = _Step(mask, losses)
 
-    def _mean_over_ranks(self, group: Group, measured: Tensor, batch: int) -> Tensor:
-        """The losses ``[K]`` over all ranks; NaN for the tasks that the group does not need."""
-        losses = self._reader.spread(measured, group._needed)
+    def _mean_over_ranks(self, plan: Plan, batch: Batch, measured: Tensor) -> Tensor:
+        """The losses ``[K]`` over all ranks; NaN for the tasks that the step does not need."""
+        losses = self._reader.spread(measured, plan.needed)
         if self._ranks.number == 1:
             return losses
-        if group._batch.factors is not None:
-            losses = losses * send_like(group._batch.factors, losses)
-        losses, votes = self._ranks.mean(losses, group.mask, batch)
-        tasks = group.tasks
-        if self._reader.later:
-            self._unread.append((votes, lambda seen: self._ranks.check_votes(seen, tasks)))
-        else:
-            self._ranks.check_votes(votes.tolist(), tasks)
+        if batch.factors is not None:
+            losses = losses * send_like(batch.factors, losses)
+        mask = self._reader.group(plan.members).mask
+        losses, votes = self._ranks.mean(losses, mask, batch.number)
+        tasks = self._reader.names(plan.members)
+        self._look_soon(votes, partial(self._ranks.check_votes, tasks=tasks))
         return losses
 
+    def _look_soon(self, values: Tensor, look: Callable[[list[float]], None]) -> None:
+        """Look at the values on the host: at once, or later if that would have to wait for them."""
+        if self._reader.later:
+            self._unread.append((values, look))
+        else:
+            look(values.tolist())
+
     def _send(self, device: torch.device) -> None:
-        """Send the affinity and all that was not read on their way, without waiting for them."""
-        self._affinity.to(device)  # where it is not before it has observed
+        """Send the affinity and all unread numbers to the host, without waiting for them."""
+        self._affinity.to(device)  # it is still on the host if it has never observed
         self._copy = HostCopy([self._affinity.known(), *(values for values, _ in self._unread)])
         self._copied = len(self._unread)
 

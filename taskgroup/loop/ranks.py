@@ -1,10 +1,10 @@
-"""Every rank takes the same decision, because every rank decides on the same numbers."""
+"""Every rank takes the same decisions, because all ranks decide on the same numbers."""
 
 from __future__ import annotations
 
 import gc
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -18,37 +18,38 @@ from taskgroup.ops._sharded import is_sharded
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # which not every build of torch has
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "settings_of"]
 
 
 _PARTS = 5  # that check_alike() compares
 
 
 class Ranks:
-    """The ranks that train one model, one process each; a single one where torch joins none.
+    """The ranks that train one model, one process each; a single rank without torch.distributed.
 
-    All exchanges are sums of float64 numbers, of one length from the second on, and tell which
-    exchange of which batch they are: ranks that are at different places of the loop find out
-    instead of adding up what does not belong together.
+    All exchanges are sums of float64 numbers, and from the second one on they have the same length.
+    Each carries the number of its batch and its kind, so that ranks at different places of the loop
+    notice it instead of adding up numbers that do not belong together.
 
-    A copy is of the same ranks; what is unpickled finds those of its own process.
+    A deep copy has the same ranks; an unpickled object finds the ranks of its own process.
 
     Args:
-        process_group: the ranks; None is all of them.
+        process_group: the ranks; None for all of them.
 
     Attributes:
-        number: how many there are; 1 before :meth:`join`.
+        number: the number of ranks; 1 before :meth:`join`.
     """
 
     def __init__(self, process_group: ProcessGroup | None) -> None:
         self.number = 1
         self._joined = False
+        self._alike = False  # the ranks have been compared
         self._process_group = process_group
         self._length = 2 * _PARTS
         self._joins = _Joins()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        other = Ranks(self._process_group)  # which cannot be copied
+        other = Ranks(self._process_group)  # a process group cannot be copied
         other.number, other._joined, other._length = self.number, self._joined, self._length
         other._joins = self._joins
         return other
@@ -63,14 +64,27 @@ class Ranks:
         return Ranks, (None,)
 
     def changed(self) -> bool:
-        """Whether torch has joined processes, or parted them, since :meth:`join`."""
+        """Whether torch.distributed was initialised or destroyed since :meth:`join`."""
         return self._joined != (dist.is_available() and dist.is_initialized())
+
+    def meet(self, decisive: Callable[[], Mapping[str, object]], n_tasks: int) -> None:
+        """Call :meth:`join` and :meth:`check_alike`, on what ``decisive`` gives, unless done."""
+        if self.changed():
+            self.join()
+            self._alike = False
+        if self.number > 1 and not self._alike:
+            self.check_alike(decisive(), n_tasks)
+            self._alike = True
+
+    def compare_again(self) -> None:
+        """Compare the ranks again at the next batch."""
+        self._alike = False
 
     def join(self) -> None:
         """Find the other ranks.
 
         Raises:
-            RuntimeError: if this process is none of them.
+            RuntimeError: if this process is not in the process group.
         """
         self.number, self._joined = 1, dist.is_available() and dist.is_initialized()
         if not self._joined:
@@ -87,16 +101,16 @@ class Ranks:
         """Raise, on every rank, if the ranks differ in any part. Waits for the other ranks.
 
         Args:
-            parts: what decisions follow from, by name; the same names on every rank.
+            parts: all that decisions depend on, by name; the same names on every rank.
             n_tasks: the number of tasks.
 
         Raises:
-            RuntimeError: naming the parts; or inside of ``DistributedDataParallel.join()``.
+            RuntimeError: naming what differs; or inside ``DistributedDataParallel.join()``.
         """
         assert len(parts) == _PARTS
         self._joins.find()
-        # Sums tell whether all are the same: of n numbers that are, and of no others, n times the
-        # sum of squares is the square of the sum. In float64 that is exact for 8,000 ranks.
+        # Sums tell whether n numbers are equal: only then is n times the sum of their squares the
+        # square of their sum. In float64 that is exact for up to 8,000 ranks.
         checksums = [zlib.crc32(repr(_plain(part)).encode()) >> 12 for part in parts.values()]
         squares = [checksum**2 for checksum in checksums]
         found = self._sum(
@@ -116,7 +130,7 @@ class Ranks:
         self._length = max(2 * n_tasks, 2 * _PARTS)
 
     def count(self, labelled: Sequence[bool], batch: int) -> list[int]:
-        """On how many ranks each task is labelled. Waits for the other ranks.
+        """The number of ranks on which each task is labelled. Waits for the other ranks.
 
         Args:
             labelled: for each of the K tasks, whether it is labelled here.
@@ -126,7 +140,7 @@ class Ranks:
         return [round(count) for count in found[: len(labelled)].tolist()]
 
     def mean(self, losses: Tensor, mask: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """The losses averaged over the ranks, bitwise the same on each; one all-reduce.
+        """The mean of the losses over the ranks, bitwise the same on each; one all-reduce.
 
         Args:
             losses: ``[K]``, without a graph.
@@ -134,8 +148,8 @@ class Ranks:
             batch: the number of the batch.
 
         Returns:
-            ``[K]`` the mean, NaN for a task that is NaN on any rank, and votes for
-            :meth:`check_votes`.
+            The mean, ``[K]``, NaN for a task that is NaN on any rank; and the votes that
+            :meth:`check_votes` takes.
         """
         n_tasks = len(losses)
         values = torch.cat([losses.double(), mask.double()])
@@ -146,8 +160,8 @@ class Ranks:
         """Raise, on every rank, if the ranks did not step on the same group.
 
         Args:
-            votes: as :meth:`mean` gave them.
-            tasks: those of the group on this rank.
+            votes: as returned by :meth:`mean`.
+            tasks: the tasks of the group on this rank.
 
         Raises:
             RuntimeError: naming the tasks.
@@ -162,12 +176,12 @@ class Ranks:
     def mean_gradients(
         self, gradients: list[list[Tensor | None]], params: Sequence[Tensor]
     ) -> None:
-        """Averages the gradients of single tasks over the ranks, in place.
+        """Average the gradients of single tasks over the ranks, in place.
 
         Args:
             gradients: ``[K][T]`` on the parameters; the same tasks on every rank. None counts as
-                zero; only for frozen parameters it stays.
-            params: the T parameters. Sharded ones are passed over: FSDP has averaged theirs.
+                zero and is replaced, except for frozen parameters.
+            params: the T parameters. Sharded ones are skipped: FSDP has averaged their gradients.
         """
         active = [t for t, p in enumerate(params) if p.requires_grad and not is_sharded(p)]
         if not active:
@@ -182,7 +196,7 @@ class Ranks:
                 own[t] = mean.view(params[t].shape).to(params[t].dtype)
 
     def _sum(self, values: Tensor, kind: str, batch: int) -> Tensor:
-        """Summed over the ranks, on the host if the ranks can talk there; checked."""
+        """The sum over the ranks, on the host if they can communicate there; checked."""
         backends = dist.get_backend_config(self._process_group)  # such as "cpu:gloo,cuda:nccl"
         devices = [backend.partition(":")[0] for backend in backends.split(",")]
         values = values.to("cpu" if "cpu" in devices else devices[0], torch.float64)
@@ -191,9 +205,9 @@ class Ranks:
         return found
 
     def _reduced(self, values: Tensor, kind: str, batch: int) -> Tensor:
-        """Summed over the ranks, padded to the length of all exchanges, with the place at the end.
+        """The sum over the ranks, padded to the length of all exchanges, with the place at the end.
 
-        The place is which exchange it is, one of three, and the number of the batch and its square.
+        The place is the kind of the exchange, one of three, the number of the batch and its square.
         """
         place = [float(kind == other) for other in _KINDS]
         place += [float(batch % _BATCHES), float((batch % _BATCHES) ** 2)]
@@ -208,8 +222,8 @@ class Ranks:
         """Sum over the ranks, in place.
 
         Raises:
-            RuntimeError: if another rank does not take part, as far as the backend tells, or inside
-                of ``join()``, where it need not.
+            RuntimeError: if another rank does not take part and the backend notices it, or inside
+                ``join()``, where other ranks need not take part.
         """
         self._joins.refuse()
         try:
@@ -217,7 +231,7 @@ class Ranks:
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise RuntimeError(
-                f"Rank {dist.get_rank()} waited for another rank in vain ({reason}): that one has "
+                f"Rank {dist.get_rank()} waited for another rank in vain ({reason}): it has "
                 f"ended, has failed or has fewer batches. {_EVEN}"
             ) from error
 
@@ -226,7 +240,8 @@ class Ranks:
         alike = self.number * round(squared) == round(batch) ** 2
         if not {0, self.number}.issuperset(kinds) or not alike:
             raise RuntimeError(
-                f"Rank {dist.get_rank()} is at another place of the loop than others. {_LOOP_ALIKE}"
+                f"Rank {dist.get_rank()} is at another place of the loop than the other ranks. "
+                f"{_LOOP_ALIKE}"
             )
 
 
@@ -246,9 +261,9 @@ _EVEN = (
 class _Joins:
     """Notices ``DistributedDataParallel.join()``, for data that end earlier on some ranks.
 
-    A rank without data then repeats the exchanges of DDP, and of nobody else. One of them would
-    meet an exchange of ours, of another size: gloo aborts the process, NCCL may hang or add up what
-    does not belong together.
+    A rank without data then repeats the exchanges of DDP, but no others. One of them would meet an
+    exchange of this class, of another size: gloo aborts the process, NCCL may hang or add up
+    numbers that do not belong together.
     """
 
     def __init__(self) -> None:
@@ -256,13 +271,13 @@ class _Joins:
         self._left: list[object] = []  # settings of the contexts that have been left
 
     def find(self) -> None:
-        """Find the models that ``join()`` can be called on. That takes a while."""
-        from torch.distributed.algorithms.join import Joinable  # which not every build of torch has
+        """Find the models that ``join()`` can be called on, which takes a while."""
+        from torch.distributed.algorithms.join import Joinable  # not in every build of torch
 
         self._joinables.update(_alive(Joinable))
 
     def refuse(self) -> None:
-        """Raise inside of ``join()``.
+        """Raise inside ``join()``.
 
         Raises:
             RuntimeError: saying what to do instead.
@@ -284,14 +299,21 @@ class _Joins:
 
 
 def _alive(kind: type) -> list[Any]:
-    """All objects of that class, of which torch keeps no list."""
+    """All objects of a class; torch keeps no list of them."""
     objects = gc.get_objects()
     kinds = {found for found in set(map(type, objects)) if kind in found.__mro__}
     return [found for found in objects if type(found) in kinds]
 
 
+def settings_of(part: object) -> tuple[str, dict[str, Any]]:
+    """The name of an object's class, or of a function, and the plain values it was made with."""
+    values = getattr(part, "__dict__", {}).items()
+    plain = {name: v for name, v in values if isinstance(v, bool | int | float | str | None)}
+    return getattr(part, "__qualname__", type(part).__qualname__), plain
+
+
 def _plain(part: object) -> object:
-    """The same with tensors as bytes: alike where its ``repr`` is."""
+    """The part with its tensors as bytes, so that equal parts have an equal ``repr``."""
     if isinstance(part, Tensor):
         return part.numpy(force=True).tobytes()
     if isinstance(part, Mapping):

@@ -1,4 +1,4 @@
-"""What a trainer around the loop does: hold steps back, which it may not, and save at any line."""
+"""What a trainer around the loop may do: save at any line, and accumulate gradients (refused)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["in_signal_handler", "refuse_accumulation"]
 
 
 def in_signal_handler() -> bool:
-    """Whether the handler of a signal is running, at whatever line of the loop it came in."""
+    """Whether a signal handler is running."""
     handlers = {
         code
         for number in signal.valid_signals()
@@ -26,7 +26,7 @@ def in_signal_handler() -> bool:
 
 
 def _code(handler: object) -> CodeType | None:
-    """The code that runs when the handler is called; None for one that is not of Python's."""
+    """The code that runs when the handler is called; None if it is not written in Python."""
     while isinstance(handler, functools.partial):
         handler = handler.func
     for function in (handler, getattr(handler, "__func__", None), type(handler).__call__):
@@ -39,8 +39,8 @@ def _code(handler: object) -> CodeType | None:
 def refuse_accumulation() -> None:
     """Raise if Accelerate accumulates gradients, which would mix the groups.
 
-    It counts batches, or calls of ``accumulate()``, whichever group they are of: between two steps
-    the gradients of several groups add up. So does Hugging Face's Trainer, which tells Accelerate.
+    Accelerate counts batches, or calls of ``accumulate()``, and knows nothing of groups: between
+    two steps it would add up the gradients of several groups. Hugging Face's Trainer uses it.
     """
     accelerate = sys.modules.get("accelerate.state")  # only where the loop has imported it
     if accelerate is None:
@@ -52,6 +52,6 @@ def refuse_accumulation() -> None:
             "gradient_accumulation_steps above 1, which would mix the groups: leave it at 1 "
             "(accelerator.gradient_accumulation_steps = 1), and in each of the n micro-batches of "
             "a group call accelerator.backward(group.loss(losses, share=1/n)), then "
-            "optimizer.step() once. In Hugging Face's Trainer there is no such place: take larger "
+            "optimizer.step() once. In Hugging Face's Trainer this is not possible: use larger "
             "batches."
         )

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import taskgroup as tg
-from taskgroup.lab.compare.credit import PublishedCredit
 from taskgroup.lab.train.recipe import read_recipe
 from taskgroup.lab.train.trainer import Trainer
 from tests.lab.small import yeast
@@ -119,18 +118,23 @@ def test_published_credit_is_the_published_rule(per_batch, monkeypatch):
         seen.clear()
         batches.append(list(zip(one.step().groups, seen, strict=True)))
     assert any(len(group) > 1 for batch in batches for group, _ in batch)
-    found = one.state_dict()["groups"]["grouping"]["matrix"]
+    found = one.groups.affinity.matrix
     # Float32 of numbers about 0.01 against Python's doubles.
     torch.testing.assert_close(found, published_rule(batches, one.tasks, 0.3), rtol=0, atol=1e-6)
-    assert not torch.allclose(found, one.groups.affinity.matrix, atol=1e-3)
+    other = trainer(tasks=tasks, groups_per_batch=per_batch, batches=24)  # credit: step
+    steps(other, 24)
+    assert_same(parameters(one), parameters(other))
+    assert not torch.allclose(found, other.groups.affinity.matrix, atol=1e-3)
 
 
-def test_published_credit_groups_by_its_own_matrix():
-    given = []
-    credit = PublishedCredit(2, 0.5, given.append)
-    credit.load_state_dict({"matrix": torch.tensor([[1.0, 2.0], [3.0, 4.0]])})
-    credit(torch.zeros(2, 2))
-    assert given[0].tolist() == [[1, 2], [3, 4]]
+@pytest.mark.parametrize("grouping", ["affinity-propagation", "kmeans:2"])
+def test_a_run_from_when_published_credit_was_a_grouping_is_refused(grouping):
+    one = trainer(credit="published", grouping=grouping)
+    steps(one, 2)
+    state = one.state_dict()
+    state["groups"]["grouping"] = {"matrix": torch.zeros(3, 3)}
+    with pytest.raises(ValueError, match="load the checkpoint with the grouping that wrote it"):
+        trainer(credit="published", grouping=grouping).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_each_loss_is_looked_at_once_and_by_its_name(late, monkeypatch):
     x = torch.ones(3, requires_grad=True)
     looked = []
     monkeypatch.setattr(
-        groups._observer.watch, "look", lambda values, members, *_: looked.append(members)
+        groups._observer.watch, "look", lambda values, members, **_: looked.append(members)
     )
     expected = []
     for n in range(8):

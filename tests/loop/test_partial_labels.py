@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import taskgroup as tg
-from taskgroup.loop.partial_labels import Turns
 
 SETS = (("a", "b"), ("c", "d"))  # two data sets with the labels of two tasks each
 TASKS = ["a", "b", "c", "d"]
@@ -48,7 +47,7 @@ def in_turns(batches):
 def quiet_groups(**settings):
     """Groups whose warning of tasks that never meet is tested elsewhere."""
     groups = tg.TaskGroups(TASKS, **settings)
-    groups._meetings = None
+    groups._misuse._meets = False
     return groups
 
 
@@ -157,12 +156,12 @@ def test_data_sets_in_turns_are_all_observed(every, affinity):
 
 
 def test_turns_of_all_tasks_are_every_nth_batch():
-    turns = Turns(3, every=3)
+    groups = tg.TaskGroups(TASKS, observe_every=3)
     found = []
     for _ in range(9):
-        found.append(turns.due((0, 1, 2)))
-        if found[-1]:
-            turns.taken((0, 1, 2))
+        for group in groups:
+            group.skip()
+        found.append(group.observes)
     assert found == [n % 3 == 0 for n in range(9)]
 
 

@@ -538,7 +538,7 @@ def test_every_mistake_is_told_on_every_rank():
             assert "The ranks differ in the settings" in found[f"settings of the {part}"]
         assert f"The ranks step on different groups; rank {rank} steps on" in found["drift"]
         if rank == 0:
-            assert "task 'a' hangs on nothing: without a label" in found["leaf"]
+            assert "task 'a' depends on no output: without a label" in found["leaf"]
             assert "task 'a' must be a floating-point scalar tensor, got float" in found["number"]
             assert "task 'a' is missing: without a label on this rank" in found["missing"]
             assert "output.sum() * 0" in found["missing"]

@@ -577,7 +577,7 @@ def test_numbers_of_numpy_and_torch_are_numbers():
     )
     groups.load_state_dict(groups.state_dict())
     assert len(list(walk(groups))) == 2
-    assert type(groups._warmup) is int
+    assert {type(setting) for setting in groups._settings.values()} == {int}
     tg.ProximalAffinity(decay=np.float32(0.1))
 
 
@@ -656,7 +656,7 @@ class TestNothingMoves:
             for group in groups:
                 group.loss(given)
         (warning,) = told
-        assert "move it into the loop over the groups" in str(warning.message)
+        assert "move the forward pass into the loop over the groups" in str(warning.message)
         assert warning.filename == __file__
 
     def test_the_same_loss_in_other_batches_or_micro_batches_is_nobodys_business(self):

@@ -108,13 +108,12 @@ class Trainer:
 
     def _make_groups(self) -> tg.TaskGroups:
         recipe = self.recipe
-        affinity: Any = tg.ProximalAffinity(decay=recipe.decay)
-        grouping: Any = recipe.make_grouping() if self._steps_on_groups else tg.Together()
-        self._published: PublishedCredit | None = None
+        affinity: tg.Affinity = tg.ProximalAffinity(decay=recipe.decay)
+        grouping = recipe.make_grouping() if self._steps_on_groups else tg.Together()
         if recipe.affinity == "gradient":
             affinity = tg.GradientAffinity(self.model.encoder, decay=recipe.decay)
-        if recipe.credit == "published" and getattr(grouping, "reads_affinity", True):
-            grouping = self._published = PublishedCredit(len(self.tasks), recipe.decay, grouping)
+        elif recipe.credit == "published" and grouping.reads_affinity:
+            affinity = PublishedCredit(decay=recipe.decay)
         return tg.TaskGroups(
             self.tasks,
             affinity=affinity,
@@ -212,8 +211,6 @@ class Trainer:
             losses = self._forward(batch, group)
             loss = group.loss(losses)
             copy = copy or _copy_losses(losses)
-            if self._published is not None:
-                self._published.observe(group, losses)
             self._clock.start()
             loss.backward()
             self._clock.lap("backward")

@@ -1,0 +1,104 @@
+"""Warnings of loops from which no affinity can be learned."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from taskgroup._arguments import listed
+from taskgroup.affinity.base import Losses
+from taskgroup.loop.rounds import Members, Plan
+
+__all__ = ["Misuse"]
+
+_LEFT_EARLY = 20  # consecutive batches, after which it is no accident
+_TRAINED = 20  # batches with a task, after which it counts as trained
+
+
+class Misuse:
+    """Warns of batches left early, of one forward for all groups, and of tasks that never meet.
+
+    Args:
+        tasks: the K task names.
+        learns: whether the partition follows from the affinity; otherwise tasks need not meet.
+    """
+
+    def __init__(self, tasks: tuple[str, ...], learns: bool) -> None:
+        self._tasks = tasks
+        self._meets = learns  # whether to look for tasks that never meet; until all have met
+        self._met = np.eye(len(tasks), dtype=bool)  # pairs that were labelled in the same batch
+        self._labelled = np.zeros(len(tasks), dtype=np.int64)  # batches
+        self._batches = 0
+        self._left_early = 0  # consecutive batches that were left before their last group
+        self._given: weakref.ref[Tensor] | None = None  # the first loss given to the last group
+        self._told_of_one_forward = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_given": None}  # a weak reference cannot be copied
+
+    def check_batch(self, present: Members) -> None:
+        """Look at the batches so far, and at the labelled tasks of the next one."""
+        self._given = None
+        if self._left_early == _LEFT_EARLY:
+            self._left_early += 1  # said once in a row
+            warnings.warn(
+                f"The last {_LEFT_EARLY} batches of several steps were left before their last "
+                "group, so some groups were never stepped on and little was observed. If your "
+                "trainer takes one step per batch, take the steps yourself (in Lightning: "
+                "self.automatic_optimization = False), or choose groups_per_batch=1 with "
+                "GradientAffinity.",
+                stacklevel=3,  # the line of the loop
+            )
+        if self._meets and (pairs := self._strangers(present)):
+            self._meets = False
+            warnings.warn(
+                f"These pairs of tasks have been trained in {_TRAINED} batches or more each, and "
+                f"never in the same one: {listed(pairs)}. Nothing is known of what they do to each "
+                "other, so they never share a group. To learn it, draw a mini-batch of every data "
+                "set in each step and pass all losses to group.loss() together; or choose the "
+                "groups yourself, with grouping=tg.Fixed([...]). The page 'Several data sets' of "
+                "the documentation has programs for both. This is said once.",
+                stacklevel=3,
+            )
+
+    def check_step(self, plan: Plan) -> None:
+        """Count a batch of several steps as left early until its last step begins."""
+        if plan.place == 0:
+            self._left_early += not plan.last
+        elif plan.last:
+            self._left_early = 0
+
+    def check_losses(self, losses: Losses) -> None:
+        """Look at the first losses that are given to a group."""
+        if self._told_of_one_forward:
+            return
+        first = losses if isinstance(losses, Tensor) else next(iter(losses.values()))
+        if not isinstance(first, Tensor):
+            return  # the loss of a task that this step does not need may be anything
+        if self._given is not None and self._given() is first and first.grad_fn is not None:
+            self._told_of_one_forward = True
+            warnings.warn(
+                "group.loss() was given the same losses as for the group before, so no forward "
+                "pass was run in between: move the forward pass into the loop over the groups. "
+                "Otherwise every step after the first follows gradients from before it, and no "
+                "affinity can be observed. This is said once.",
+                stacklevel=3,  # the call of group.loss
+            )
+        self._given = weakref.ref(first)
+
+    def _strangers(self, present: Members) -> list[str]:
+        """Count a batch; now and then, the pairs of trained tasks that have never met."""
+        at = list(present)
+        self._labelled[at] += 1
+        self._met[np.ix_(at, at)] = True
+        self._batches += 1
+        self._meets = not self._met.all()
+        if self._batches % _TRAINED:
+            return []
+        trained = self._labelled >= _TRAINED
+        strangers = np.argwhere(np.triu(~self._met & trained & trained[:, None]))
+        return [f"{self._tasks[i]} and {self._tasks[k]}" for i, k in strangers.tolist()]
