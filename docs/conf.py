@@ -57,7 +57,7 @@ TREES: dict[str, dict[str, list[str]]] = {
         "Training": ["training", "several-data-sets", "trainers", "report", "examples", "faq"],
         "Cost": ["cost", "kernels", "benchmarks"],
         "Results": ["Results <results/README>", "reproduce", "migration"],
-        "Reference": ["api/index", "changelog", "contributing"],
+        "Reference": ["api/index", "architecture", "changelog", "contributing"],
     },
     "api/index": {
         "": [
