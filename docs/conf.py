@@ -40,7 +40,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|os|pathlib|numpy|typing|nn|np|npt)\..*"),
     ("py:class", r"Tensor|ProcessGroup|Path"),
     # Ours, but not part of the reference.
-    ("py:class", r"(.*\.)?(Cell|Ranks|Score|Step|Transform|Variant)"),
+    ("py:class", r"(.*\.)?(Cell|Ranks|Result|Score|Step|Transform|Variant)"),
 ]
 
 autodoc_member_order = "bysource"
@@ -79,7 +79,8 @@ def complete(app: Sphinx, page: str, source: list[str]) -> None:
     """What a page of the site has besides the Markdown that repository browsers show."""
     root = Path(app.srcdir).parent
     if page in ELSEWHERE:
-        source[0] = (root / ELSEWHERE[page]).read_text("utf-8").replace("](../docs/", "](")
+        text = (root / ELSEWHERE[page]).read_text("utf-8")
+        source[0] = re.sub(r"\]\((\.\./)?docs/", "](", text)
         app.env.note_dependency(root / ELSEWHERE[page])
     for own, path in ELSEWHERE.items():
         source[0] = source[0].replace(f"](../{path}", f"]({own}.md")

@@ -38,8 +38,8 @@ def main() -> int:
     """Prints the report.
 
     Returns:
-        The exit status: 1 if something is broken, that is, installed but not working; else 0. What
-        is not installed is not broken; its row says how to install it.
+        The exit status, which is 1 if something is broken, that is, installed but not working, and
+        else 0. What is not installed is not broken; its row says how to install it.
     """
     broken: list[str] = []
     _print("Versions", _versions(broken))

@@ -19,15 +19,15 @@ __all__ = ["Affinity", "Losses"]
 class Affinity:
     """A moving average of the effect of every task on every other: the base of all affinities.
 
-    To define an affinity of your own, set :attr:`reads_steps` and define :meth:`observe`, or set
-    :attr:`every` and define :meth:`measure`. Either passes what it has observed to :meth:`update`.
+    To define an affinity of your own, set ``reads_steps`` and define :meth:`observe`, or set
+    ``every`` and define :meth:`measure`. Either passes what it has observed to :meth:`update`.
     :class:`TaskGroups` then makes these calls:
 
     - ``start(tasks)``, once.
-    - In a batch that observes, if :attr:`reads_steps`: ``observe`` in every step but the first,
+    - In a batch that observes, if ``reads_steps``: ``observe`` in every step but the first,
       with the losses before it and those before the step before it. Such a batch takes at least
       two steps.
-    - Every :attr:`every` rounds, unless that is None: ``draw`` at the beginning of a batch, and
+    - Every ``every`` rounds, unless that is None: ``draw`` at the beginning of a batch, and
       ``measure`` before the backward pass of its first step.
     - ``known()`` whenever the tasks are regrouped.
 
@@ -107,7 +107,7 @@ class Affinity:
     def observe(
         self, before: Tensor, after: Tensor, mask: Tensor, following: Tensor | None = None
     ) -> None:
-        """Take in the effect of one step. Called if :attr:`reads_steps`.
+        """Take in the effect of one step. Called if ``reads_steps``.
 
         Args:
             before: losses of all tasks before the step, ``[K]``; NaN for a task not measured.
@@ -124,7 +124,7 @@ class Affinity:
         average: Callable[[list[list[Tensor | None]], list[Tensor]], None] | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        """Take in the gradients of some tasks. Called if :attr:`every` is a number.
+        """Take in the gradients of some tasks. Called if ``every`` is a number.
 
         Args:
             losses: scalars with a graph, which must be kept, by the position of the task.
@@ -138,7 +138,7 @@ class Affinity:
     def draw(self, present: Sequence[int]) -> tuple[int, ...]:
         """The tasks to measure, out of the positions of the present ones, ascending; default all.
 
-        Called if :attr:`every` is a number.
+        Called if ``every`` is a number.
         """
         return tuple(present)
 

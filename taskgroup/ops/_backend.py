@@ -123,8 +123,8 @@ def backends() -> dict[str, str | None]:
     """Lists the backends, and why some are not available.
 
     Returns:
-        A dict in order of preference: the name of each backend, with ``None`` if the backend is
-        available and the reason if it is not.
+        A dict in order of preference, from the name of each backend to ``None`` if the backend is
+        available, or to the reason if it is not.
 
     Example:
         >>> import taskgroup

@@ -59,7 +59,7 @@ def write_report(
         notes: sentences to show on what was left out before.
 
     Returns:
-        The notes of the page: ``notes``, and what else was left out and why.
+        The notes of the page, which are ``notes`` and what else was left out and why.
 
     Raises:
         ValueError: if there is no run, or no run has finished its first batch.

@@ -37,7 +37,7 @@ def dense_model(
         width: Channels between the convolutions of a conv head.
 
     Returns:
-        A model that maps images [B, 3, H, W] to {task: [B, channels[task], H, W]}.
+        A model from images ``[B, 3, H, W]`` to ``{task: [B, channels[task], H, W]}``.
 
     Raises:
         ValueError: An unknown decoder, or an encoder without ``channels`` and ``patch``.
@@ -101,7 +101,7 @@ def vit(
         dropout: Probability of dropout.
 
     Returns:
-        A model that maps images [B, 3, H, W] to ``{task: [B, C, H, W]}``.
+        A model from images ``[B, 3, H, W]`` to ``{task: [B, C, H, W]}``.
 
     Raises:
         ValueError: An unknown task, or sizes that do not fit.

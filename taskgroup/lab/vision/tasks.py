@@ -54,7 +54,7 @@ class Task:
 
     @property
     def kind(self) -> Literal["classes", "binary", "values"]:
-        """What a label holds: class numbers, 0 and 1, or values for every channel."""
+        """Whether labels are class numbers, 0 and 1, or values for every channel."""
         if self.loss == "cross_entropy":
             return "classes"
         return "binary" if self.loss.endswith("bce") else "values"
