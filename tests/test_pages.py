@@ -180,6 +180,7 @@ def small_training():
 
 # Pages that need more than small_training(); test_page runs all other pages.
 RUN_ABOVE = (
+    "architecture.md",  # in test_architecture.py
     "cost.md",
     "reproduce.md",
     "several-data-sets.md",  # in test_several_data_sets.py
