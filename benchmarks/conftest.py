@@ -136,6 +136,14 @@ def _pytest_benchmark(request):
         benchmark.pedantic(record.first_side, rounds=ROUNDS_TO_SAVE)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def device(request):
     return torch.device(request.config.getoption("device"))

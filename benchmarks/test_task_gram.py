@@ -60,9 +60,7 @@ def test_task_gram(record, device, case, op):
         pytest.skip("with --full")
     n_elements = n_tasks * parameter_count(model)
     n_bytes = n_elements * dtype.itemsize
-    room = record.room()
-    if 2 * n_bytes > room:
-        pytest.skip(f"needs {2 * n_bytes / 1e9:.0f} GB, and {room / 1e9:.0f} GB are free")
+    room = record.room_for(2 * n_bytes)
     gradients = random_gradients(model, n_tasks, dtype, device)
     losses = torch.linspace(0.5, 1.5, n_tasks, device=device)
     ours = {}
