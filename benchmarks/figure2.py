@@ -35,12 +35,11 @@ Row = dict[str, str]
 def latest(path: Path) -> list[Row]:
     """The rows of a file: the last row of each method on each case."""
     with path.open(newline="") as file:
-        rows = {(*_case(row), _method(row)): row for row in csv.DictReader(file)}
+        rows = {
+            (row["data"], row["model"], row["dtype"], _method(row)): row
+            for row in csv.DictReader(file)
+        }
     return list(rows.values())
-
-
-def _case(row: Row) -> tuple[str, str, str]:
-    return row["data"], row["model"], row["dtype"]
 
 
 def _method(row: Row) -> str:

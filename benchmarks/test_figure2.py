@@ -383,13 +383,6 @@ class Run:
 
     def everything(self) -> None:
         """Run the smallest backbone, then the largest that fit into half of the time, then all."""
-        gc.freeze()  # or each collection would visit all imported modules, for a third of a second
-        try:
-            self._everything()
-        finally:
-            gc.unfreeze()
-
-    def _everything(self) -> None:
         smallest, *larger = self.scale.models
         cases = [Case(d, smallest, dtype) for dtype in self.scale.dtypes for d in DATA]
         to_come = {case: list(larger) for case in cases}
@@ -550,7 +543,11 @@ def test_every_method(
         " ".join(["pytest", *map(str, request.config.invocation_params.args)]),
     )
     say(f"\nfigure2: {record.machine(device)}, torch {torch.__version__}")
-    run.everything()
+    gc.freeze()  # or each collection would visit all imported modules, for a third of a second
+    try:
+        run.everything()
+    finally:
+        gc.unfreeze()
     if run.left_out:
         say(f"Not measured within {run.seconds:g} s: {'; '.join(run.left_out)}.")
     assert not run.failed, "\n".join(run.failed)

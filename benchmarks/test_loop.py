@@ -7,8 +7,6 @@ tests train real networks: a small one that is limited by kernel launches, and a
 hides the time of taskgroup.
 """
 
-import gzip
-import shutil
 import time
 import warnings
 from contextlib import contextmanager
@@ -235,14 +233,6 @@ def test_idle(record, device, request):
         f"GPU is idle for {idle_there * 1e6:.0f} µs"
     )
     if request.config.getoption("save"):
-        save(trace, results(device))
-
-
-def save(trace, folder):
-    """Save the trace, which ui.perfetto.dev shows in a browser."""
-    folder.mkdir(parents=True, exist_ok=True)
-    plain = folder / "trace.json"
-    trace.export_chrome_trace(str(plain))
-    with plain.open("rb") as source, gzip.open(folder / "trace.json.gz", "wb") as packed:
-        shutil.copyfileobj(source, packed)
-    plain.unlink()
+        folder = results(device)
+        folder.mkdir(parents=True, exist_ok=True)
+        trace.export_chrome_trace(str(folder / "trace.json.gz"))  # ui.perfetto.dev shows it

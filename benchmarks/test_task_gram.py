@@ -1,5 +1,7 @@
 """Gram matrices of gradients, compared with other ways to write them."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -71,7 +73,7 @@ def test_task_gram(record, device, case, op):
         matrix = torch.zeros(n_tasks, n_tasks, device=device)
         ours[backend] = on(backend, lambda: tg.task_gram(gradients))
         if op != OP:
-            update = updating(matrix, gradients, losses)
+            update = partial(tg.gram_affinity_update_, matrix, gradients, losses, DECAY)
             ours[f"task_gram, {backend}"] = ours[backend]
             ours[backend] = on(backend, update)
             expected = DECAY * gram.double() / losses
@@ -133,11 +135,6 @@ def test_task_gram(record, device, case, op):
             goals=goals,
             limit_goal=goal,
         )
-
-
-def updating(matrix, gradients, losses):
-    """A function that updates an affinity from gradients."""
-    return lambda: tg.gram_affinity_update_(matrix, gradients, losses, DECAY)
 
 
 def reason_or_update(gram, matrix, losses):
