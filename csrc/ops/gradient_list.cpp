@@ -100,7 +100,7 @@ Gradients read_gradients(const std::vector<Tensor>& gradients, const std::vector
     ++result.parameters.back().end;
   }
 
-  // The vector of shapes does not move any more, so pointers into it are safe from here on.
+  // The vector of shapes does not grow any more, so pointers into it are safe from here on.
   for (Parameter& parameter : result.parameters) {
     const int64_t* sizes = result.shapes.data() + offsets[parameter.begin];
     const int64_t* common = sizes + parameter.dim;
