@@ -53,17 +53,11 @@ EVERY = 10  # with one group per batch, one of ten batches is observed and takes
 Batch = Callable[[], None]
 
 
-class DataSet(NamedTuple):
-    """The tasks of a data set and the size of its images in the paper's runs."""
-
-    tasks: Mapping[str, Task]
-    size: tuple[int, int]
-
-
+# The tasks of each data set, and the height and width of its images in the paper's runs.
 DATA_SETS = {
-    "NYUD-v2": DataSet(NYUD, (448, 576)),
-    "PASCAL-Context": DataSet(PASCAL, (512, 512)),
-    "Taskonomy": DataSet(TASKONOMY, (256, 256)),
+    "NYUD-v2": (NYUD, (448, 576)),
+    "PASCAL-Context": (PASCAL, (512, 512)),
+    "Taskonomy": (TASKONOMY, (256, 256)),
 }
 DATA = ("PASCAL-Context", "Taskonomy")  # those of Figure 2
 # The work of a joint step relative to ViT-T, rounded up: docs/reproduce.md, "Time and memory".

@@ -120,7 +120,7 @@ GradientReader::GradientReader(const py::tuple& types) {
   const auto* api = capsule.get_pointer<DLExchangeApi>();
   while (api != nullptr && api->major != 1) api = api->previous;
   if (api == nullptr || api->tensor_from_object == nullptr) {
-    throw std::runtime_error("this torch offers no tensor_from_object of DLPack 1.");
+    throw std::runtime_error("this torch does not offer tensor_from_object of DLPack 1.");
   }
   api_ = api;
 }

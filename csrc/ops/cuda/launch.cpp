@@ -24,9 +24,9 @@ CurrentStream find_current_stream() {
 
 cudaStream_t current_stream(int32_t device) {
   static const CurrentStream get = find_current_stream();
-  STD_TORCH_CHECK(get != nullptr, "this torch has no CUDA: install one that has.");
+  STD_TORCH_CHECK(get != nullptr, "this torch was built without CUDA: install a torch with CUDA.");
   void* stream = nullptr;
-  STD_TORCH_CHECK(get(device, &stream) == 0, "torch does not tell the current CUDA stream.");
+  STD_TORCH_CHECK(get(device, &stream) == 0, "torch did not return the current CUDA stream.");
   return static_cast<cudaStream_t>(stream);
 }
 
