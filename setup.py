@@ -130,16 +130,8 @@ class CMakeBuild(build_ext):
         if not record.is_file() or record.read_text() != given:
             shutil.rmtree(build_dir)
             build_dir.mkdir()
-        self.cmake(
-            cmake,
-            "-S",
-            ROOT,
-            "-B",
-            build_dir,
-            "-G",
-            "Ninja",
-            *(f"-D{k}={v}" for k, v in options.items()),
-        )
+        definitions = [f"-D{name}={value}" for name, value in options.items()]
+        self.cmake(cmake, "-S", ROOT, "-B", build_dir, "-G", "Ninja", *definitions)
         record.write_text(given)
         jobs = os.environ.get("MAX_JOBS")
         self.cmake(cmake, "--build", build_dir, *(["--parallel", jobs] if jobs else []))

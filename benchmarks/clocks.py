@@ -36,6 +36,17 @@ def wall(function: Call, calls: int) -> Measured:
     return Measured((time.perf_counter() - start) / calls)
 
 
+def cuda_seconds(function: Call, calls: int) -> float:
+    """The seconds between an event before the calls and one after them, on the current stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
 class CudaClock:
     """Measures the times of the GPU and of the host separately, each as a mean over calls.
 
@@ -55,20 +66,10 @@ class CudaClock:
             self._calibrate()
         torch.cuda.synchronize()
         torch.cuda._sleep(int(wait * self._cycles_per_second))
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            function()
-        end.record()
-        end.synchronize()
-        return Measured(start.elapsed_time(end) * 1e-3 / calls, host)
+        return Measured(cuda_seconds(function, calls) / calls, host)
 
     def _calibrate(self) -> None:
         cycles = 10_000_000  # a few milliseconds
         torch.cuda._sleep(cycles)  # warm up: the clock of an idle GPU is slower
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        torch.cuda._sleep(cycles)
-        end.record()
-        end.synchronize()
-        self._cycles_per_second = cycles / (start.elapsed_time(end) * 1e-3)
+        seconds = cuda_seconds(lambda: torch.cuda._sleep(cycles), 1)
+        self._cycles_per_second = cycles / seconds

@@ -41,12 +41,8 @@ GPU = [
     *(Case("ViT-B", n_tasks, torch.bfloat16) for n_tasks in (11, 64)),
     *(Case("ViT-T", n_tasks, torch.float32) for n_tasks in (11, 64)),
 ]
-FULL = [
-    Case(model, n_tasks, dtype)
-    for model, n_tasks, dtype in itertools.product(
-        WIDTHS, (2, 5, 11, 16, 26, 64), (torch.float32, torch.bfloat16)
-    )
-]
+DTYPES = (torch.float32, torch.bfloat16)
+FULL = [Case(*case) for case in itertools.product(WIDTHS, (2, 5, 11, 16, 26, 64), DTYPES)]
 
 
 def pytest_addoption(parser):
@@ -74,10 +70,9 @@ def pytest_collection_modifyitems(config, items):
         first = {}
         for item in items:
             first.setdefault((item.path, item.originalname), item)
-        chosen = list(first.values())
-        small = [item for item in items if "case" in item.fixturenames]
-        config.hook.pytest_deselected(items=[i for i in items if i not in chosen + small])
-        items[:] = [item for item in items if item in chosen + small]
+        chosen = [i for i in items if i in first.values() or "case" in i.fixturenames]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
 
 
 @pytest.hookimpl(wrapper=True)
@@ -134,6 +129,14 @@ def _pytest_benchmark(request):
     yield
     if record.first_side is not None:
         benchmark.pedantic(record.first_side, rounds=ROUNDS_TO_SAVE)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -35,12 +35,11 @@ Row = dict[str, str]
 def latest(path: Path) -> list[Row]:
     """The rows of a file: the last row of each method on each case."""
     with path.open(newline="") as file:
-        rows = {(*_case(row), _method(row)): row for row in csv.DictReader(file)}
+        rows = {
+            (row["data"], row["model"], row["dtype"], _method(row)): row
+            for row in csv.DictReader(file)
+        }
     return list(rows.values())
-
-
-def _case(row: Row) -> tuple[str, str, str]:
-    return row["data"], row["model"], row["dtype"]
 
 
 def _method(row: Row) -> str:
@@ -51,7 +50,7 @@ def _size(model: str) -> int:
     return MODELS.index(model)
 
 
-def draw(rows: list[Row], path: Path) -> bool:
+def draw(rows: list[Row], path: Path) -> None:
     """Draw bars of time and memory relative to joint training, as in the paper's Figure 2.
 
     For each dtype it shows the backbone on which the most methods were measured; among equals, the
@@ -61,9 +60,6 @@ def draw(rows: list[Row], path: Path) -> bool:
     Args:
         rows: the rows of one set of tasks.
         path: the path of the PNG.
-
-    Returns:
-        Whether there was anything to draw.
     """
     shown: dict[str, dict[str, Row]] = {}
     models = {}
@@ -80,7 +76,7 @@ def draw(rows: list[Row], path: Path) -> bool:
             models[dtype] = max(known, key=lambda model: (len(known[model]), _size(model)))
             shown[dtype] = known[models[dtype]]
     if not shown:
-        return False
+        return
     first = next(iter(shown.values()))
     names = list(dict.fromkeys(name for of_dtype in shown.values() for name in of_dtype))
 
@@ -107,29 +103,26 @@ def draw(rows: list[Row], path: Path) -> bool:
     figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200, facecolor="white")
-    return True
 
 
 def _bars(axes: Axes, names: list[str], shown: dict[str, dict[str, Row]], column: str) -> None:
     thick = 0.8 / len(shown)
     longest = 1.0
     for k, (dtype, of_dtype) in enumerate(shown.items()):
-        for y, name in enumerate(names):
-            row = of_dtype.get(name)
-            if row is None:
-                continue
-            at = y + (k - (len(shown) - 1) / 2) * thick
-            value = float(row[column]) if row[column] else 0.0
-            longest = max(longest, value)
-            axes.barh(at, value, thick, color=COLOURS[dtype][_kind(name)])
-            axes.annotate(
-                f"{value:.2f}" if row[column] else row["reason"],
-                (value, at),
-                xytext=(2, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=6.5,
-            )
+        own = [name for name in names if name in of_dtype]
+        values = [float(of_dtype[name][column] or 0) for name in own]
+        longest = max(longest, *values)
+        bars = axes.barh(
+            [names.index(name) + (k - (len(shown) - 1) / 2) * thick for name in own],
+            values,
+            thick,
+            color=[COLOURS[dtype][_kind(name)] for name in own],
+        )
+        labels = [
+            f"{value:.2f}" if of_dtype[name][column] else of_dtype[name]["reason"]
+            for name, value in zip(own, values, strict=True)
+        ]
+        axes.bar_label(bars, labels, padding=2, fontsize=6.5)
     axes.axvline(1, color="#888888", linewidth=0.8, linestyle=":", zorder=3)
     axes.set_xlim(0, 1.22 * longest)
     axes.tick_params(axis="x", labelsize=8)

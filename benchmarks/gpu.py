@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import json
 import os
 import re
@@ -61,6 +60,7 @@ SUMMARY = re.compile(  # of pytest
 )
 DRY_RUN = ROOT / "build" / "dry-run"
 LAB = ("pydantic", "skimage", "torchmetrics", "transformers", "yaml")  # needed to read a recipe
+WHOLE_BATCHES = ("cost", "many_tasks", "paper_sizes")
 LIBRARIES = ROOT / "taskgroup"
 
 
@@ -96,17 +96,9 @@ def pytest(*arguments: str, parallel: int = 1) -> list[str]:
     Warnings are errors in the project's settings, but not here, because this machine may have other
     versions of the packages than the developers.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-rfEs",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-    ]
-    command += ["-o", "addopts=--import-mode=importlib", "-o", "filterwarnings=default"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rfEs", "--tb=short"]
+    command += ["-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
+    command += ["-o", "filterwarnings=default"]
     if parallel > 1 and find_spec("xdist"):
         command += ["-n", str(parallel)]
         if find_spec("pytest_timeout"):  # end a kernel that never returns, with its process
@@ -130,11 +122,9 @@ def steps(dry: bool) -> list[Step]:
     tests = {"TEST_GPU": "cpu"} if dry else {}
     options = ["--device", "cpu", "--tiny"] if dry else ["--device", "cuda"]
 
-    def test(
-        name: str, *files: str, seconds: float, parallel: int = 1, needs: tuple[str, ...] = ()
-    ) -> Step:
+    def test(name: str, *files: str, seconds: float, needs: tuple[str, ...] = ()) -> Step:
         paths = [f"tests/gpu/test_{file}.py" for file in files]
-        return Step(name, pytest(*paths, parallel=parallel), seconds, tests, needs)
+        return Step(name, pytest(*paths, parallel=side_by_side), seconds, tests, needs)
 
     def benchmark(
         name: str, *files: str, seconds: float, small: bool = True, needs: tuple[str, ...] = ()
@@ -148,32 +138,20 @@ def steps(dry: bool) -> list[Step]:
 
     return [
         Step("doctor", [sys.executable, "-m", "taskgroup"], 30),
-        test("correctness", "kernels", "doctor", seconds=110, parallel=side_by_side),
+        test("correctness", "kernels", "doctor", seconds=110),
         *(interpreter() if dry else []),
         benchmark("task_gram", "task_gram", seconds=75),
         benchmark("combine", "combine", seconds=70),
         benchmark("affinity_update_", "affinity_update", seconds=25),
         benchmark("host time", "host_time", seconds=20),
-        test("loop, tests", "loop", seconds=60, parallel=side_by_side),
+        test("loop, tests", "loop", seconds=60),
         benchmark("loop", "loop", seconds=60),
         benchmark("Figure 2", "figure2", seconds=120, needs=("transformers",)),
         *sanitizers(dry),
-        test("distributed", "distributed", seconds=45, parallel=side_by_side),
-        test(
-            "training runs",
-            "training",
-            seconds=45,
-            parallel=side_by_side,
-            needs=("pydantic", "yaml"),
-        ),
+        test("distributed", "distributed", seconds=45),
+        test("training runs", "training", seconds=45, needs=("pydantic", "yaml")),
         benchmark("methods", "methods", seconds=30),
-        benchmark(
-            "whole batches",
-            *("cost", "many_tasks", "paper_sizes"),
-            seconds=60,
-            small=False,
-            needs=LAB,
-        ),
+        benchmark("whole batches", *WHOLE_BATCHES, seconds=60, small=False, needs=LAB),
         benchmark("scaling", "scaling", seconds=30, small=False),
     ]
 
@@ -318,16 +296,14 @@ class Run:
         files = [path for path in self._results.rglob("*") if path.is_file()]
         files = [path for path in files if path.stat().st_mtime > self._start - 1]
         room = MOST_RESULTS
-        packed = io.BytesIO()
-        with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        new = self._out / "results.tar.gz.new"
+        with tarfile.open(new, mode="w:gz") as tar:
             for path in sorted(files, key=lambda path: path.stat().st_size):
                 room -= path.stat().st_size
                 if room < 0:
                     self.say(f"{path} is too large for results.tar.gz and stays where it is")
                     continue
                 tar.add(path, path.relative_to(self._results))
-        new = self._out / "results.tar.gz.new"
-        new.write_bytes(packed.getvalue())
         new.replace(self._out / "results.tar.gz")
 
     def summary(self) -> int:
@@ -393,22 +369,20 @@ def headlines(new: dict[str, list[dict[str, str]]]) -> list[str]:
         if name not in HEADLINES:
             lines.append(f"{name}: {len(new[name])} rows")
             continue
-        cases = {
-            (row["op"], row["K"], row["model"], row["dtype"], row["backend"]): row
-            for row in reversed(new[name])
-        }
-        for (op, n_tasks, model, dtype, backend), row in reversed(cases.items()):
+        cases: dict[tuple[str, ...], dict[str, str]] = {}
+        for row in new[name]:  # the rows of a case have different peers; ours are the same
+            case = tuple(row[column] for column in ("op", "K", "model", "dtype", "backend"))
+            cases.setdefault(case, row)
+        for (op, n_tasks, model, dtype, backend), row in cases.items():
             said = [f"{float(row['ours_median_us']):>9.1f} µs"]
             if row["host_us"]:
                 said.append(f"host {float(row['host_us']):.0f} µs")
-            if row["share_of_copy"]:
-                said.append(
-                    f"{float(row['share_of_copy']):.2f} of a copy at {row['copy_gb_s']} GB/s"
-                )
+            if share := row["share_of_copy"]:
+                said.append(f"{float(share):.2f} of a copy at {row['copy_gb_s']} GB/s")
             if row["launches"]:
                 said.append(f"{row['launches']} launched")
-            case = f"{op:<22} K = {n_tasks:<5} {model:<6} {dtype:<9} {backend:<7}"
-            lines.append(case + ", ".join(said))
+            head = f"{op:<22} K = {n_tasks:<5} {model:<6} {dtype:<9} {backend:<7}"
+            lines.append(head + ", ".join(said))
     return lines
 
 
@@ -417,16 +391,10 @@ HEADLINES = ("task_gram", "combine", "affinity_update")
 # Runs in its own process, so that this process takes no memory of the GPU.
 PROBE = """
 import json, torch
-if not torch.cuda.is_available():
-    try:
-        torch.cuda.init()
-    except Exception as error:
-        print(json.dumps({"problem": f"torch {torch.__version__} sees none: {error}"}))
-    raise SystemExit
-major, minor = torch.cuda.get_device_capability()
+torch.cuda.init()
 torch.ones(1, device="cuda").sum().item()
-print(json.dumps({"name": torch.cuda.get_device_name(), "torch": torch.__version__,
-                  "architecture": f"{major}{minor}"}))
+major, minor = torch.cuda.get_device_capability()
+print(json.dumps([torch.cuda.get_device_name(), torch.__version__, f"{major}{minor}"]))
 """
 
 
@@ -444,10 +412,7 @@ def find_gpu() -> GPU | str:
     if done.returncode or not said:
         error = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return f"make gpu needs a GPU, and torch cannot use one: {error}"
-    found = json.loads(said[-1])
-    if "problem" in found:
-        return f"make gpu needs a GPU: {found['problem']}"
-    return GPU(**found)
+    return GPU(*json.loads(said[-1]))
 
 
 def run_all(run: Run, gpu: GPU | None) -> int:

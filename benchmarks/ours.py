@@ -9,12 +9,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.clocks import Call
+from benchmarks.gradient_peers import Gradients
 from taskgroup import ops
 from tests.random_gradients import combination_error, gram_error
 
 TOLERANCE = 1e-6  # of |g_i| |g_j|
-
-Gradients = Sequence[Sequence[Tensor]]
 
 
 class WrongNumberError(AssertionError):

@@ -17,16 +17,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 import taskgroup as tg
-from benchmarks.clocks import Call, clock_of
+from benchmarks.clocks import Call, Measured, clock_of
 from benchmarks.limits import Rates
 
 if TYPE_CHECKING:
@@ -48,12 +50,12 @@ class Seconds(float):
     host: float | None  # on a GPU, the time until the call returned; the median
 
     @classmethod
-    def of(cls, rounds: list[float], host: list[float | None]) -> Seconds:
-        """From the seconds of all rounds."""
-        seconds = cls(min(rounds))
-        seconds.median, seconds.most = statistics.median(rounds), max(rounds)
-        known = [value for value in host if value is not None]
-        seconds.host = statistics.median(known) if known else None
+    def of(cls, rounds: list[Measured]) -> Seconds:
+        every = [once.seconds for once in rounds]
+        seconds = cls(min(every))
+        seconds.median, seconds.most = statistics.median(every), max(every)
+        host = [once.host for once in rounds if once.host is not None]
+        seconds.host = statistics.median(host) if host else None
         return seconds
 
 
@@ -137,64 +139,56 @@ class Record:
         free = _free_memory()
         return 0.85 * free if self.full else min(0.85 * free, DEFAULT_ROOM)
 
+    def room_for(self, n_bytes: float) -> float:
+        """The bytes that a benchmark may use; skips it if these are fewer than it needs."""
+        room = self.room()
+        if n_bytes > room:
+            pytest.skip(f"needs {n_bytes / 1e9:.0f} GB, and {room / 1e9:.0f} GB are free")
+        return room
+
     def least_seconds(self, sides: Mapping[str, Call | str]) -> dict[str, Seconds | str]:
         """Measure the least time of each side, with the same number of rounds for all sides.
 
         A string instead of a function is the reason why a side is not run; it is returned as it is.
         """
-        reasons = {name: reason for name, reason in sides.items() if isinstance(reason, str)}
-        calls = {name: call for name, call in sides.items() if not isinstance(call, str)}
-        found, failed = self._least_seconds(calls)
-        return {**reasons, **failed, **found}
-
-    def _least_seconds(
-        self, sides: Mapping[str, Call]
-    ) -> tuple[dict[str, Seconds], dict[str, str]]:
-        """The seconds of each side, and the reasons why a peer could not be run."""
-        ours = next(iter(sides))
-        self.first_side = sides[ours]
-        self._last_rounds = []
+        calls = {name: side for name, side in sides.items() if not isinstance(side, str)}
+        ours = next(iter(calls))
+        self.first_side = calls[ours]
+        found: dict[str, Seconds | str] = {**sides}  # reasons stay; calls are replaced
         first = {}
-        calls = {}
-        failed = {}
-        for name, function in sides.items():
+        for name, call in calls.items():
             try:
-                function()  # warm up: caches and buffers are made here
-                first[name] = self.clock(function, 1)
+                call()  # warm up: caches and buffers are made here
+                first[name] = self.clock(call, 1)
             except torch.OutOfMemoryError:
                 if name == ours:
                     raise
-                failed[name] = "out of memory"
+                found[name] = "out of memory"
                 torch.cuda.empty_cache()
-                continue
-            calls[name] = max(1, int(SHORTEST / first[name].seconds))
-        sides = {name: function for name, function in sides.items() if name not in failed}
+        repeats = {name: max(1, int(SHORTEST / once.seconds)) for name, once in first.items()}
         # The first call counts, unless calls are short, since one short call is mostly noise.
-        count_first = not any(count > 1 for count in calls.values())
-        found = {name: [first[name]] if count_first else [] for name in sides}
-        rounds = int(count_first)
-        spent = dict.fromkeys(sides, 0.0)
+        rounds = [first] if max(repeats.values()) == 1 else []
+        n_first = len(rounds)
+        spent = dict.fromkeys(first, 0.0)
         collects = gc.isenabled()
         gc.disable()
         try:
-            while rounds < max(self._rounds, 1) or sum(spent.values()) < self._seconds:
-                still = [name for name in sides if spent[name] < LONGEST[self.device.type]]
+            while len(rounds) < max(self._rounds, 1) or sum(spent.values()) < self._seconds:
+                still = [name for name in spent if spent[name] < LONGEST[self.device.type]]
                 if not still:
                     break
-                for name in still:
-                    once = self.clock(sides[name], calls[name])
-                    found[name].append(once)
-                    spent[name] += (once.seconds + (once.host or 0)) * calls[name]
-                self._last_rounds.append({name: found[name][-1].seconds for name in still})
-                rounds += 1
+                rounds.append({name: self.clock(calls[name], repeats[name]) for name in still})
+                for name, once in rounds[-1].items():
+                    spent[name] += (once.seconds + (once.host or 0)) * repeats[name]
         finally:
             if collects:
                 gc.enable()
-        seconds = {
-            name: Seconds.of([one.seconds for one in own], [one.host for one in own])
-            for name, own in found.items()
-        }
-        return seconds, failed
+        self._last_rounds = [
+            {name: once.seconds for name, once in own.items()} for own in rounds[n_first:]
+        ]
+        for name in first:
+            found[name] = Seconds.of([own[name] for own in rounds if name in own])
+        return found
 
     def share(self, ours: str, limit: Callable[[Mapping[str, float]], float]) -> float | None:
         """The limit over our time: the median over the rounds of the last comparison.
@@ -239,11 +233,7 @@ class Record:
             reason = theirs if isinstance(theirs, str) else None
             seconds = None if isinstance(theirs, str) else theirs
             row = Row(
-                version=tg.__version__,
-                commit=_commit(),
-                torch=torch.__version__,
-                device=self.device.type,
-                threads=torch.get_num_threads(),
+                **origin(self.device),
                 op=op,
                 K=n_tasks,
                 model=model,
@@ -364,12 +354,13 @@ def results(device: torch.device) -> Path:
 
 def machine(device: torch.device) -> str:
     """The model of the processor or GPU of the benchmark, as a file name."""
-    cuda = device.type == "cuda"
-    model = torch.cuda.get_device_name(device) if cuda else _cpu_model()
-    return re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
-def _cpu_model() -> str:
+def device_name(device: torch.device) -> str:
+    """The model of the processor or GPU, as it names itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return _proc("cpuinfo", "model name") or platform.processor() or platform.machine()
 
 
@@ -419,18 +410,25 @@ def _git(*arguments: str) -> str:
         return ""
 
 
-_known_commit: list[str] = []
+def origin(device: torch.device) -> dict[str, Any]:
+    """The columns that say where a row comes from."""
+    return {
+        "version": tg.__version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+    }
 
 
+@cache
 def _commit() -> str:
     """The commit, read once per run, so that results written meanwhile do not make it dirty.
 
     ``BENCHMARK_COMMIT`` sets it if the files were copied without their git history.
     """
-    if not _known_commit and (given := os.environ.get("BENCHMARK_COMMIT")):
-        _known_commit.append(given)
-    if not _known_commit:
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
-        commit = _git("rev-parse", "--short=12", "HEAD")
-        _known_commit.append(f"{commit}-dirty" if commit and changed else commit)
-    return _known_commit[0]
+    if given := os.environ.get("BENCHMARK_COMMIT"):
+        return given
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    return f"{commit}-dirty" if commit and changed else commit

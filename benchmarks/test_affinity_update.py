@@ -3,6 +3,8 @@
 Both are called from Python with the losses of a step on a group of four tasks.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -32,7 +34,9 @@ def test_affinity_update(record, device, n_tasks):
     ours = {}
     for backend in backends(device):
         matrix = torch.zeros(n_tasks, n_tasks, device=device)
-        ours[backend] = on(backend, updating(matrix, before, after, mask))
+        ours[backend] = on(
+            backend, partial(tg.affinity_update_, matrix, before, after, mask, DECAY)
+        )
         ours[backend]()
         check_affinity(f"affinity_update_ on {backend}", matrix, peer.affinity_map, 1e-7)
 
@@ -55,8 +59,3 @@ def test_affinity_update(record, device, n_tasks):
             launches=launches(call) if device.type == "cuda" else None,
             goals={PEER: GOAL[n_tasks]} if device.type == "cpu" and n_tasks in GOAL else None,
         )
-
-
-def updating(matrix, before, after, mask):
-    """A function that updates the matrix in place."""
-    return lambda: tg.affinity_update_(matrix, before, after, mask, DECAY)

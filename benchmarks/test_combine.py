@@ -4,7 +4,6 @@ Also the Gram matrix followed by the combination, which is what a method that us
 needs, compared with TorchJD's way from the Jacobian to the gradient.
 """
 
-import pytest
 import torch
 
 import taskgroup as tg
@@ -23,9 +22,7 @@ def test_combine(record, device, case):
     model, n_tasks, dtype = case
     count = parameter_count(model)
     n_bytes = n_tasks * count * dtype.itemsize
-    room = record.room()
-    if 2 * n_bytes > room:
-        pytest.skip(f"needs {2 * n_bytes / 1e9:.0f} GB, and {room / 1e9:.0f} GB are free")
+    room = record.room_for(2 * n_bytes)
     gradients = random_gradients(model, n_tasks, dtype, device)
     weights = torch.linspace(0.5, 1.5, n_tasks, device=device)
     out = [torch.empty_like(gradient) for gradient in gradients[0]]

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import taskgroup as tg
+from benchmarks.training import Training
 from taskgroup.lab.train.problem import make_problem
 from taskgroup.lab.train.recipe import read_recipe
 from taskgroup.lab.vision import TASKONOMY
@@ -67,46 +68,17 @@ def decoder(channels, out):
     )
 
 
-class Network:
-    """A network, a batch, and an optimizer."""
-
-    def __init__(self, heads, device):
-        torch.manual_seed(0)
-        recipe = read_recipe("motorcycle")
-        self.problem = make_problem(recipe)
-        model = self.problem.model(TASKS)
-        if heads == "decoders":
-            channels = model.encoder.channels
-            heads = {task: decoder(channels, TASKONOMY[task].channels) for task in TASKS}
-            model = tg.MultiTaskModel(model.encoder, heads)
-        self.model = model.to(device)
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
-        batch = next(self.problem.batches(8, 0))
-        self.batch = tree_map(lambda tensor: tensor.to(device), batch)
-        self.images = self.problem.inputs(self.batch)
-
-    def step(self, loss):
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-
-    def joint_step(self):
-        losses = self.problem.losses(self.model(self.images), self.batch)
-        self.step(torch.stack([*losses.values()]).sum())
-
-    def encoder_step(self):
-        self.step(self.model.encoder(self.images).mean())
-
-    def heads_forward(self, features):
-        with torch.no_grad():
-            outputs = {task: head(features) for task, head in self.model.heads.items()}
-            self.problem.losses(outputs, self.batch)
-
-    def group_steps(self, groups):
-        """One batch."""
-        for group in groups:
-            outputs = self.model(self.images, group=group)
-            self.step(group.loss(self.problem.losses(outputs, self.batch)))
+def training_of(heads, device):
+    torch.manual_seed(0)
+    problem = make_problem(read_recipe("motorcycle"))
+    model = problem.model(TASKS)
+    if heads == "decoders":
+        channels = model.encoder.channels
+        own = {task: decoder(channels, TASKONOMY[task].channels) for task in TASKS}
+        model = tg.MultiTaskModel(model.encoder, own)
+    batch = tree_map(lambda tensor: tensor.to(device), next(problem.batches(8, 0)))
+    losses_of = partial(problem.losses, batch=batch)
+    return Training(model.to(device), problem.inputs(batch), losses_of, lr=1e-5)
 
 
 def seconds_of(record, sides, cycles):
@@ -139,18 +111,12 @@ def now(device):
     return time.process_time()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("n_groups", [2, 4])
 @pytest.mark.parametrize("heads", ["demo's", "decoders"])
 def test_cost(record, device, heads, n_groups):
-    network = Network(heads, device)
+    training = training_of(heads, device)
+    model, images = training.model, training.inputs
     labels = torch.arange(len(TASKS)) % n_groups
     settings = {
         name: tg.TaskGroups(TASKS, warmup=0, grouping=lambda matrix: labels, **options)
@@ -159,12 +125,17 @@ def test_cost(record, device, heads, n_groups):
     for groups in settings.values():  # skip the first round, in which every task is alone
         groups.load_state_dict({**groups.state_dict(), "rounds": 1})
     with torch.no_grad():
-        features = network.model.encoder(network.images)
+        features = model.encoder(images)
+
+    @torch.no_grad()
+    def heads_forward():
+        training.losses_of({task: head(features) for task, head in model.heads.items()})
+
     sides = {
-        "encoder": network.encoder_step,
-        "heads": lambda: network.heads_forward(features),
-        "joint": network.joint_step,
-        **{name: partial(network.group_steps, groups) for name, groups in settings.items()},
+        "encoder": lambda: training.step(model.encoder(images).mean()),
+        "heads": heads_forward,
+        "joint": training.joint,
+        **{name: partial(training.batch, groups) for name, groups in settings.items()},
     }
     seconds = seconds_of(record, sides, cycles=12 if record.full else 3)
     joint = seconds["joint"]

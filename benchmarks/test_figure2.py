@@ -27,7 +27,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,11 +37,12 @@ from torch import Tensor, nn
 
 import taskgroup as tg
 from benchmarks import record
+from benchmarks.clocks import cuda_seconds, wall
 from taskgroup.lab.train.memory import peak_bytes
 from taskgroup.lab.vision.backbones import ViTFeatures, backbone
 from taskgroup.lab.vision.dense_losses import criterion
 from taskgroup.lab.vision.models import dense_model
-from taskgroup.lab.vision.tasks import PASCAL, TASKONOMY, Task
+from taskgroup.lab.vision.tasks import NYUD, PASCAL, TASKONOMY, Task
 from taskgroup.methods.gradient_space import GramMethod
 
 SECONDS = {"cuda": 110.0, "cpu": 30.0}
@@ -52,17 +53,13 @@ EVERY = 10  # with one group per batch, one of ten batches is observed and takes
 Batch = Callable[[], None]
 
 
-class DataSet(NamedTuple):
-    """The tasks of a data set and the size of its images in the paper's runs."""
-
-    tasks: Mapping[str, Task]
-    size: tuple[int, int]
-
-
-DATA = {
-    "PASCAL-Context": DataSet(PASCAL, (512, 512)),
-    "Taskonomy": DataSet(TASKONOMY, (256, 256)),
+# The tasks of each data set, and the height and width of its images in the paper's runs.
+DATA_SETS = {
+    "NYUD-v2": (NYUD, (448, 576)),
+    "PASCAL-Context": (PASCAL, (512, 512)),
+    "Taskonomy": (TASKONOMY, (256, 256)),
 }
+DATA = ("PASCAL-Context", "Taskonomy")  # those of Figure 2
 # The work of a joint step relative to ViT-T, rounded up: docs/reproduce.md, "Time and memory".
 WORK = {"tiny": 1, "vit-t": 1, "vit-s": 4, "vit-b": 14, "vit-l": 50}
 
@@ -106,7 +103,7 @@ class Training:
     """A network and a batch of random images and labels."""
 
     def __init__(self, case: Case, scale: Scale, device: torch.device) -> None:
-        self.tasks, size = DATA[case.data]
+        self.tasks, size = DATA_SETS[case.data]
         self.device = device
         self.size = scale.size or size
         self.dtype = case.dtype
@@ -138,6 +135,9 @@ class Training:
     def losses(self, group: tg.Group | None = None) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             outputs = self.model(self.images, group=group)
+        return self.criterion(outputs)
+
+    def criterion(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         outputs = {task: output.float() for task, output in outputs.items()}
         return criterion(outputs, self.labels, self.masks, self.tasks)
 
@@ -324,7 +324,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     seconds: list[float] = []
     while len(seconds) < max(scale.batches, setting.cycle) and not (seconds and left() < 0):
-        seconds.append(_cuda_seconds(batch) if cuda else _wall_seconds(batch))
+        seconds.append(cuda_seconds(batch, 1) if cuda else wall(batch, 1).seconds)
     if cuda:
         return Figures(seconds, torch.cuda.max_memory_allocated())
     # The CPU's allocator has no peak counter. The profiler's record of its allocations gives the
@@ -335,22 +335,6 @@ def measure(
     held += [*training.labels.values(), *training.masks.values()]
     above = peak_bytes(lambda: [batch() for _ in range(setting.cycle)], training.device)
     return Figures(seconds, sum(t.nbytes for t in held) + above)
-
-
-def _wall_seconds(batch: Batch) -> float:
-    start = time.perf_counter()
-    batch()
-    return time.perf_counter() - start
-
-
-def _cuda_seconds(batch: Batch) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    batch()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e-3
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -393,13 +377,6 @@ class Run:
 
     def everything(self) -> None:
         """Run the smallest backbone, then the largest that fit into half of the time, then all."""
-        gc.freeze()  # or each collection would visit all imported modules, for a third of a second
-        try:
-            self._everything()
-        finally:
-            gc.unfreeze()
-
-    def _everything(self) -> None:
         smallest, *larger = self.scale.models
         cases = [Case(d, smallest, dtype) for dtype in self.scale.dtypes for d in DATA]
         to_come = {case: list(larger) for case in cases}
@@ -485,19 +462,14 @@ class Run:
         joint: Figures | None,
         reason: str,
     ) -> None:
-        tasks, size = DATA[case.data]
+        tasks, size = DATA_SETS[case.data]
         height, width = self.scale.size or size
         ms = [1e3 * seconds for seconds in figures.seconds] if figures else []
+        mean = statistics.mean(ms) if ms else None
         peak = figures.peak if figures else None
         row = Row(
-            version=tg.__version__,
-            commit=record._commit(),
-            torch=torch.__version__,
-            device=self.device.type,
-            machine=torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else record._cpu_model(),
-            threads=torch.get_num_threads(),
+            **record.origin(self.device),
+            machine=record.device_name(self.device),
             data=case.data,
             K=len(tasks),
             model=case.model,
@@ -506,13 +478,11 @@ class Run:
             method=setting.name,
             M=setting.n_groups,
             batches=len(ms),
-            ms=statistics.mean(ms) if ms else None,
+            ms=mean,
             min_ms=min(ms, default=None),
             median_ms=statistics.median(ms) if ms else None,
             max_ms=max(ms, default=None),
-            relative=statistics.mean(ms) / (1e3 * statistics.mean(joint.seconds))
-            if ms and joint
-            else None,
+            relative=mean / (1e3 * statistics.mean(joint.seconds)) if mean and joint else None,
             peak_gb=None if peak is None else peak / 1e9,
             relative_peak=None if peak is None or joint is None else peak / joint.peak,
             reason=reason,
@@ -547,22 +517,14 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}".strip(": ")
 
 
-@pytest.fixture
-def say(request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
-    """Prints a line at once, even if pytest captures the output."""
-    manager = request.config.pluginmanager.getplugin("capturemanager")
-
-    def show(text: str) -> None:
-        with manager.global_and_fixture_disabled():
-            print(f"  {text}", flush=True)
-
-    return show
-
-
 @pytest.mark.timeout(0)  # it limits its own time
 def test_every_method(
-    request: pytest.FixtureRequest, device: torch.device, say: Callable[[str], None]
+    request: pytest.FixtureRequest, device: torch.device, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def say(text: str) -> None:
+        with capsys.disabled():
+            print(f"  {text}", flush=True)
+
     option = request.config.getoption
     ViTFeatures(8, patch=8, dim=16)  # import transformers before the time starts
     default = math.inf if option("full") else SECONDS[device.type]
@@ -575,7 +537,11 @@ def test_every_method(
         " ".join(["pytest", *map(str, request.config.invocation_params.args)]),
     )
     say(f"\nfigure2: {record.machine(device)}, torch {torch.__version__}")
-    run.everything()
+    gc.freeze()  # or each collection would visit all imported modules, for a third of a second
+    try:
+        run.everything()
+    finally:
+        gc.unfreeze()
     if run.left_out:
         say(f"Not measured within {run.seconds:g} s: {'; '.join(run.left_out)}.")
     assert not run.failed, "\n".join(run.failed)

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
-import torch
 from PIL import Image
 from skimage.data import stereo_motorcycle
 from skimage.morphology import thin
@@ -76,14 +75,7 @@ def decode(path: Path):
         return np.asarray(image)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
+@pytest.mark.usefixtures("one_thread")
 def test_loading(record, tree):
     name, root = tree
     kind, size = DATASETS[name], PAPER[name]

@@ -7,15 +7,11 @@ tests train real networks: a small one that is limited by kernel launches, and a
 hides the time of taskgroup.
 """
 
-import gzip
-import itertools
-import shutil
 import time
 import warnings
 from contextlib import contextmanager
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from sklearn.cluster import AffinityPropagation
@@ -24,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import taskgroup as tg
 from benchmarks.record import results
-from benchmarks.test_scaling import know
+from benchmarks.training import Training, learned_groups, planted_affinity, ready_losses
 from taskgroup.loop.host_copy import HostCopy
 
 TASKS = [f"task{k}" for k in range(11)]
@@ -38,59 +34,34 @@ BATCHES = {"cuda": 20, "cpu": 3}
 TRACED = 4  # batches in the trace; more would make it large
 
 
-def affinity_of_three_groups():
-    """An affinity, float32 [11, 11], that clusters into groups of 4, 4 and 3."""
-    labels = np.repeat([0, 1, 2], [4, 4, 3])
-    rng = np.random.default_rng(0)
-    matrix = np.where(labels[:, None] == labels, 0.5, -0.2) + 0.1 * rng.standard_normal((11, 11))
-    np.fill_diagonal(matrix, 1)
-    return torch.tensor(1e-3 * matrix, dtype=torch.float32)
-
-
-def learned_groups():
-    """TaskGroups that have learned three groups, regroup in every batch and find them again."""
-    groups = tg.TaskGroups(TASKS, warmup=0, affinity=tg.ProximalAffinity(decay=1e-12))
-    know(groups, affinity_of_three_groups())
-    return groups
-
-
-def batch_of(kind, device):
-    """A function that runs one batch with losses that exist already, and its TaskGroups."""
-    groups = learned_groups()
-    # Four different sets of losses, so that every step has an effect.
-    rng = np.random.default_rng(1)
-    stacked = [
-        torch.tensor(rng.uniform(0.5, 1.5, 11), dtype=torch.float32, device=device).requires_grad_()
-        for _ in range(4)
-    ]
-    losses = [
-        dict(zip(TASKS, values.unbind(), strict=True)) if kind == "dict" else values
-        for values in stacked
-    ]
-    forwards = itertools.cycle(losses)
+def batch_of(losses):
+    """TaskGroups with three learned groups, and a function that runs a batch on ready losses."""
+    groups = learned_groups(TASKS, clusters=3)
 
     def batch():
         for group in groups:
-            group.loss(next(forwards))
+            group.loss(next(losses))
 
     batch()
-    return batch, groups
+    return groups, batch
 
 
 def test_cost_of_a_batch(record, device):
-    batches = {kind: batch_of(kind, device) for kind in ("dict", "stacked")}
-    ratio = affinity_of_three_groups().double().numpy()
-    ratio = ratio / ratio.diagonal()
-    similarity = (ratio + ratio.T) / 2
+    batches = {
+        kind: batch_of(ready_losses(TASKS, device, stacked=kind == "stacked"))
+        for kind in ("dict", "stacked")
+    }
+    affinity = planted_affinity(len(TASKS), clusters=3)[0].double().numpy()
+    similarity = (affinity + affinity.T) / 2  # its diagonal is one already
     peer = AffinityPropagation(affinity="precomputed", convergence_iter=50, random_state=0)
-    sides = {kind: batch for kind, (batch, _) in batches.items()}
+    sides = {kind: batch for kind, (_, batch) in batches.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         least = record.least_seconds({**sides, PEER: lambda: peer.fit(similarity)})
-    for kind, (_, groups) in batches.items():
+    for kind, (groups, _) in batches.items():
         assert len(groups.partition) == 3
         op = f"batch of 3 groups, {kind} losses"
-        record.add(op, 11, least[kind], {PEER: least[PEER]}, goals={PEER: GOAL})
+        record.add(op, len(TASKS), least[kind], {PEER: least[PEER]}, goals={PEER: GOAL})
 
 
 class ViT(nn.Module):
@@ -115,58 +86,19 @@ class ViT(nn.Module):
         return self.norm(self.blocks(tokens)).mean(1)
 
 
-class Training:
-    """A network with 11 linear heads, of torch's own layers, and a batch for it."""
-
-    def __init__(self, model, device):
-        torch.manual_seed(0)
-        if model == "small":
-            self.name = "two linear layers"
-            encoder = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
-            self.inputs = torch.randn(64, 64, device=device)
-            width = 64
-        else:
-            self.name, settings, images = VITS[device.type]
-            encoder = ViT(*settings)
-            size, _, width, *_ = settings
-            self.inputs = torch.randn(images, 3, size, size, device=device)
-        heads = {task: nn.Linear(width, 1) for task in TASKS}
-        self.model = tg.MultiTaskModel(encoder, heads).to(device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-5)
-        self.groups = learned_groups()
-        self.inside = 0.0  # host seconds in model, losses, backward pass and optimizer
-        self.steps = 0
-
-    @contextmanager
-    def inside_of_a_step(self):
-        start = time.perf_counter()
-        yield
-        self.inside += time.perf_counter() - start
-
-    def ours(self):
-        for group in self.groups:
-            with self.inside_of_a_step():
-                losses = losses_of(self.model(self.inputs, group=group))
-                self.optimizer.zero_grad()
-            loss = group.loss(losses)
-            with self.inside_of_a_step():
-                loss.backward()
-                self.optimizer.step()
-            self.steps += 1
-
-    def by_hand(self):
-        """Step on the same groups in a fixed order, without observing anything."""
-        for members in self.groups.partition:
-            features = self.model.encoder(self.inputs)
-            detached = features.detach()
-            outputs = {task: self.model.heads[task](features) for task in members}
-            with torch.no_grad():
-                rest = [task for task in TASKS if task not in members]
-                outputs |= {task: self.model.heads[task](detached) for task in rest}
-            losses = losses_of(outputs)
-            self.optimizer.zero_grad()
-            torch.stack([losses[task] for task in members]).sum().backward()
-            self.optimizer.step()
+def training_of(model, device):
+    """Its name, a network with 11 linear heads of torch's own layers, and its groups."""
+    torch.manual_seed(0)
+    if model == "small":
+        name, shape, width = "two linear layers", (64, 64), 64
+        encoder = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    else:
+        name, settings, n_images = VITS[device.type]
+        size, _, width, *_ = settings
+        shape, encoder = (n_images, 3, size, size), ViT(*settings)
+    network = tg.MultiTaskModel(encoder, {task: nn.Linear(width, 1) for task in TASKS}).to(device)
+    training = Training(network, torch.randn(shape, device=device), losses_of, lr=1e-5)
+    return name, training, learned_groups(TASKS, clusters=3)
 
 
 def losses_of(outputs):
@@ -203,38 +135,33 @@ class Waits:
 
 @pytest.mark.parametrize("model", ["small", "ViT"])
 def test_host_time_of_a_step(record, device, model):
-    training = Training(model, device)
+    name, training, groups = training_of(model, device)
     batches = BATCHES[device.type]
-    training.ours()
-    assert len(training.groups.partition) == 3
-    training.by_hand()
+    training.batch(groups)
+    assert len(groups.partition) == 3
+    training.by_hand(groups.partition)
     synchronize(device)
     training.inside, training.steps = 0.0, 0
     with Waits().counted() as waits:
         start = time.perf_counter()
         for _ in range(batches):
-            training.ours()
+            training.batch(groups)
         host = time.perf_counter() - start
         synchronize(device)
         total = time.perf_counter() - start
+    inside, step = training.inside / training.steps, total / training.steps
+    added = (host - waits.seconds) / training.steps - inside
     start = time.perf_counter()
     for _ in range(batches):
-        training.by_hand()
+        training.by_hand(groups.partition)
     synchronize(device)
     by_hand = time.perf_counter() - start
 
-    added = (host - training.inside - waits.seconds) / training.steps
-    step = total / training.steps
-    record.add(
-        "host time added to a step",
-        11,
-        added,
-        {STEP: training.inside / training.steps},
-        model=training.name,
-    )
-    record.add("batch", 11, total / batches, {BY_HAND: by_hand / batches}, model=training.name)
+    record.add("host time added to a step", len(TASKS), added, {STEP: inside}, model=name)
+    peers = {BY_HAND: by_hand / batches}
+    record.add("batch", len(TASKS), total / batches, peers, model=name)
     record.remark(
-        f"{training.name}: taskgroup adds {added * 1e6:.0f} µs of host time to a step of "
+        f"{name}: taskgroup adds {added * 1e6:.0f} µs of host time to a step of "
         f"{step * 1e6:.0f} µs, {100 * added / step:.1f}%; in a batch the host waits for the GPU "
         f"for {waits.seconds / batches * 1e6:.0f} µs"
     )
@@ -270,11 +197,14 @@ def test_idle(record, device, request):
     """The GPU has something to do while the host waits for it."""
     assert idle([(1, 3), (2, 4), (6, 7)], 0, 10) == 1 + 2 + 3
     assert idle([(1, 3), (2, 4), (6, 7)], 2, 5) == 1
-    training = Training("ViT", device)
+    model, training, groups = training_of("ViT", device)
     activities = [ProfilerActivity.CPU]
     activities += [ProfilerActivity.CUDA] if device.type == "cuda" else []
     seconds = {}  # idle seconds per batch
-    for name, batch in ((BY_HAND, training.by_hand), ("ours", training.ours)):
+    for name, batch in (
+        (BY_HAND, lambda: training.by_hand(groups.partition)),
+        ("ours", lambda: training.batch(groups)),
+    ):
         batch()
         synchronize(device)
         with Waits().counted(), profile(activities=activities) as trace:
@@ -295,22 +225,14 @@ def test_idle(record, device, request):
         ("idle in a batch", seconds["ours"], BY_HAND, seconds[BY_HAND]),
         ("idle while the host waits", idle_there, "the wait in a batch", waits),
     ):
-        record.add(op, 11, max(ours, 1e-9), {peer: max(theirs, 1e-9)}, model=training.name)
+        record.add(op, len(TASKS), max(ours, 1e-9), {peer: max(theirs, 1e-9)}, model=model)
     record.remark(
-        f"{training.name}, under the profiler: in a batch of "
+        f"{model}, under the profiler: in a batch of "
         f"{(end - begin) * 1e-3 / TRACED:.0f} µs the GPU is idle for "
         f"{seconds['ours'] * 1e6:.0f} µs; the host waits for {waits * 1e6:.0f} µs, in which the "
         f"GPU is idle for {idle_there * 1e6:.0f} µs"
     )
     if request.config.getoption("save"):
-        save(trace, results(device))
-
-
-def save(trace, folder):
-    """Save the trace, which ui.perfetto.dev shows in a browser."""
-    folder.mkdir(parents=True, exist_ok=True)
-    plain = folder / "trace.json"
-    trace.export_chrome_trace(str(plain))
-    with plain.open("rb") as source, gzip.open(folder / "trace.json.gz", "wb") as packed:
-        shutil.copyfileobj(source, packed)
-    plain.unlink()
+        folder = results(device)
+        folder.mkdir(parents=True, exist_ok=True)
+        trace.export_chrome_trace(str(folder / "trace.json.gz"))  # ui.perfetto.dev shows it

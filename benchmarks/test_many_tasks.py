@@ -16,8 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 
 import taskgroup as tg
-from benchmarks.published import PublishedTaskAffinity
-from benchmarks.test_scaling import DECAY, know, planted_affinity
+from benchmarks.training import Training, learned_groups, published_tracking
 from taskgroup.lab.vision.backbones import ViTFeatures
 
 INSIDE = "without what is outside"
@@ -49,92 +48,36 @@ def now_on_gpu():
     return time.perf_counter()
 
 
-class Training:
-    """A model with K tasks and a batch; it counts the seconds of the steps."""
+def training_of(n_tasks, device, heads=dict):
+    """The model with K tasks and a batch; also the labels, by task."""
+    torch.manual_seed(0)
+    tasks = [f"task{k}" for k in range(n_tasks)]
+    model = tg.MultiTaskModel(Pooled(), heads({task: nn.Linear(256, 1) for task in tasks}))
+    images = torch.randn(8, 3, 64, 64, device=device)
+    stacked = torch.randn(n_tasks, 8, 1, device=device)
+    labels = dict(zip(tasks, stacked, strict=True))
 
-    def __init__(self, n_tasks, device, heads=dict):
-        torch.manual_seed(0)
-        self.tasks = [f"task{k}" for k in range(n_tasks)]
-        heads = heads({task: nn.Linear(256, 1) for task in self.tasks})
-        self.model = tg.MultiTaskModel(Pooled(), heads).to(device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
-        self.images = torch.randn(8, 3, 64, 64, device=device)
-        labels = torch.randn(n_tasks, 8, 1, device=device)
-        self.labels = dict(zip(self.tasks, labels, strict=True))
-        self.inside = 0.0  # seconds
-        self.now = now_on_gpu if self.images.is_cuda else time.perf_counter
+    def losses_of(outputs):
+        return {task: (out - labels[task]).square().mean() for task, out in outputs.items()}
 
-    def losses(self, group=None):
-        start = self.now()
-        outputs = self.model(self.images, group=group)
-        losses = {t: (out - self.labels[t]).square().mean() for t, out in outputs.items()}
-        self.inside += self.now() - start
-        return losses
-
-    def stacked_losses(self, group=None):
-        """The losses as one tensor, as one would write them for very many tasks."""
-        outputs = self.model(self.images, group=group)
-        labels = torch.stack([self.labels[task] for task in outputs])
-        return (torch.stack([*outputs.values()]) - labels).square().mean((1, 2))
-
-    def step(self, loss):
-        start = self.now()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.inside += self.now() - start
-
-    def joint(self):
-        self.step(torch.stack([*self.losses().values()]).sum())
+    now = now_on_gpu if images.is_cuda else time.perf_counter
+    return Training(model.to(device), images, losses_of, lr=1e-4, now=now), labels
 
 
-def learned_groups(tasks, **options):
-    """TaskGroups that have learned the planted clusters, after their first round."""
+def groups_of(tasks, **options):
+    """TaskGroups with the planted clusters, after their first round."""
     n_tasks = len(tasks)
-    affinity = tg.ProximalAffinity(decay=DECAY)
     options["regroup_every"] = REGROUP_EVERY[n_tasks]
-    groups = tg.TaskGroups(tasks, warmup=0, affinity=affinity, **options)
-    know(groups, planted_affinity(n_tasks, GROUPS[n_tasks])[0])
+    groups = learned_groups(tasks, GROUPS[n_tasks], **options)
     for group in groups:  # the next round starts with learned groups
         group.skip()
     assert GROUPS[n_tasks] <= len(groups.partition) <= 2 * GROUPS[n_tasks]
     return groups
 
 
-def ours(training, groups):
-    def batch():
-        for group in groups:
-            training.step(group.loss(training.losses(group)))
-
-    return batch
-
-
-def by_hand(training, groups):
-    """Only the steps on the current groups, without observing or learning anything."""
-    model = training.model
-    partition = groups.partition
-
-    def losses_of(members):
-        features = model.encoder(training.images)
-        detached = features.detach()
-        outputs = {task: model.heads[task](features) for task in members}
-        with torch.no_grad():
-            outputs |= {t: model.heads[t](detached) for t in training.tasks if t not in outputs}
-        return {t: (out - training.labels[t]).square().mean() for t, out in outputs.items()}
-
-    def batch():
-        for members in partition:
-            losses = losses_of(members)
-            training.step(sum(losses[task] for task in members))
-
-    return batch
-
-
-def published(training):
+def published(training, tasks):
     """The published loop, which runs every head with a graph in every step."""
-    tracking = PublishedTaskAffinity(training.tasks, {t: [t] for t in training.tasks}, DECAY)
-    n_tasks = len(training.tasks)
-    tracking.affinity_map.copy_(planted_affinity(n_tasks, GROUPS[n_tasks])[0])
+    tracking = published_tracking(tasks, GROUPS[len(tasks)])
 
     def batch():
         tracking.init_pre_loss()
@@ -159,11 +102,15 @@ def measure(training, batch, batches):
 
 @pytest.mark.parametrize("n_tasks", SIZES)
 def test_all_groups_in_a_batch(record, device, n_tasks):
-    training = Training(n_tasks, device)
-    groups = learned_groups(training.tasks)
-    sides = {"ours": ours(training, groups), BY_HAND: by_hand(training, groups)}
+    training, labels = training_of(n_tasks, device)
+    groups = groups_of([*labels])
+    partition = groups.partition
+    sides = {
+        "ours": lambda: training.batch(groups),
+        BY_HAND: lambda: training.by_hand(partition),
+    }
     if n_tasks < 1000 or record.full:
-        sides[PUBLISHED] = published(training)
+        sides[PUBLISHED] = published(training, [*labels])
     cycle = REGROUP_EVERY[n_tasks]  # batches; one of them begins with a regrouping
     cycles = {11: 20, 100: 2, 1000: 1}[n_tasks] * (3 if record.full else 1)
     found = {name: [] for name in sides}
@@ -176,13 +123,13 @@ def test_all_groups_in_a_batch(record, device, n_tasks):
     mean = {
         name: [*map(statistics.mean, zip(*times, strict=True))] for name, times in found.items()
     }
-    (total, outside), (by_hand_, _) = mean["ours"], mean[BY_HAND]
+    (total, outside), (by_hand, _) = mean["ours"], mean[BY_HAND]
     theirs, their_outside = mean.get(PUBLISHED, ("with --full",) * 2)
     record.add(
         ALL,
         n_tasks,
         total,
-        {INSIDE: total - outside, BY_HAND: by_hand_, PUBLISHED: theirs},
+        {INSIDE: total - outside, BY_HAND: by_hand, PUBLISHED: theirs},
         goals={INSIDE: GOALS[n_tasks]},
     )
     record.add(f"outside in a {ALL}", n_tasks, outside, {PUBLISHED: their_outside})
@@ -191,14 +138,13 @@ def test_all_groups_in_a_batch(record, device, n_tasks):
 @pytest.mark.parametrize("n_tasks", SIZES)
 def test_one_group_in_a_batch(record, device, n_tasks):
     """Measure whole rounds, so that the regrouping at their start counts for its share."""
-    training = Training(n_tasks, device)
-    groups = learned_groups(training.tasks, **ONE_GROUP)
-    batch = ours(training, groups)
+    training, labels = training_of(n_tasks, device)
+    groups = groups_of([*labels], **ONE_GROUP)
     round_ = len(groups.partition)
     rounds = {11: 40, 100: 4, 1000: 10}[n_tasks] * (3 if record.full else 1)
     for _ in range(round_):
-        batch()
-    total, outside = measure(training, batch, rounds * round_)
+        training.batch(groups)
+    total, outside = measure(training, lambda: training.batch(groups), rounds * round_)
     joint, _ = measure(training, training.joint, 20)
     record.add(
         ONE,
@@ -212,20 +158,28 @@ def test_one_group_in_a_batch(record, device, n_tasks):
 @pytest.mark.parametrize("n_tasks", SIZES)
 def test_heads_as_one_module(record, device, n_tasks):
     """A step on a group that observes all tasks, and a joint step; single and stacked losses."""
-    one_by_one, batched = (Training(n_tasks, device, heads) for heads in (dict, tg.BatchedHeads))
-    groups = learned_groups(one_by_one.tasks)
-    group = next(iter(groups))
-    members = [one_by_one.tasks.index(task) for task in group.tasks]
+    (one_by_one, labels), (batched, _) = (
+        training_of(n_tasks, device, heads) for heads in (dict, tg.BatchedHeads)
+    )
+    tasks = [*labels]
+    group = next(iter(groups_of(tasks)))
+    members = [tasks.index(task) for task in group.tasks]
+
+    def stacked_losses(training, group=None):
+        """The losses as one tensor, as one would write them for very many tasks."""
+        outputs = training.model(training.inputs, group=group)
+        targets = torch.stack([labels[task] for task in outputs])
+        return (torch.stack([*outputs.values()]) - targets).square().mean((1, 2))
 
     def step_on_a_group(training, stacked):
         if stacked:
-            training.step(training.stacked_losses(group)[members].sum())
+            training.step(stacked_losses(training, group)[members].sum())
         else:
             losses = training.losses(group)
             training.step(torch.stack([losses[task] for task in group.tasks]).sum())
 
     def joint_step(training, stacked):
-        training.step(training.stacked_losses().sum()) if stacked else training.joint()
+        training.step(stacked_losses(training).sum()) if stacked else training.joint()
 
     for name, step in (("step on a group, observed", step_on_a_group), ("joint step", joint_step)):
         least = record.least_seconds(

@@ -14,54 +14,29 @@ from functools import partial
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.test_figure2 import DATA_SETS, Case, Scale, Training
 from taskgroup.lab.train.memory import peak_bytes
-from taskgroup.lab.vision.backbones import backbone
-from taskgroup.lab.vision.dense_losses import criterion
-from taskgroup.lab.vision.models import dense_model
-from taskgroup.lab.vision.tasks import NYUD, PASCAL, TASKONOMY
 
-DATA = {
-    "NYUD-v2": (NYUD, (448, 576)),
-    "PASCAL-Context": (PASCAL, (512, 512)),
-    "Taskonomy": (TASKONOMY, (256, 256)),
-}
 ON_A_HOST = {"vit-t": 8, "vit-s": 4, "vit-b": 2, "vit-l": 1}
-FULL = [(data, vit) for vit in ("vit-t", "vit-s", "vit-b", "vit-l") for data in DATA]
+FULL = [(data, vit) for vit in ("vit-t", "vit-s", "vit-b", "vit-l") for data in DATA_SETS]
 
 
 def pytest_generate_tests(metafunc):
     full = metafunc.config.getoption("full")
-    metafunc.parametrize(("data", "vit"), FULL if full else FULL[: len(DATA)])
-
-
-def labels_of(tasks, n_images, size):
-    labels = {}
-    for name, task in tasks.items():
-        if task.kind == "values":
-            labels[name] = torch.rand(n_images, task.channels, *size)
-        else:
-            labels[name] = torch.zeros(n_images, 1, *size, dtype=torch.uint8)
-    return labels, {name: torch.ones(n_images, 1, *size, dtype=torch.bool) for name in tasks}
+    metafunc.parametrize(("data", "vit"), FULL if full else FULL[: len(DATA_SETS)])
 
 
 def test_step(record, device, data, vit):
-    tasks, size = DATA[data]
     n_images = 1
     if record.full:  # on the CPU, as many images as fit into memory
         n_images = 8 if device.type == "cuda" else ON_A_HOST[vit]
-    encoder = backbone(vit, size=size, weights="random", drop_path=0.15)
-    model = dense_model(encoder, {name: task.channels for name, task in tasks.items()}).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-5, fused=True)
-    images = torch.rand(n_images, 3, *size, device=device)
-    labels, masks = (
-        {name: tensor.to(device) for name, tensor in given.items()}
-        for given in labels_of(tasks, n_images, size)
-    )
+    training = Training(Case(data, vit, "float32"), Scale((vit,), n_images, 0, 0), device)
+    tasks, model = training.tasks, training.model
+    optimizer = training.optimizer()
 
     def forward(stepped):
-        features = model.encoder(images)
-        outputs = {name: model.heads[name](features) for name in stepped}
-        return criterion(outputs, labels, masks, tasks)
+        features = model.encoder(training.images)
+        return training.criterion({name: model.heads[name](features) for name in stepped})
 
     def step(stepped):
         losses = forward(stepped)
@@ -93,7 +68,7 @@ def test_step(record, device, data, vit):
         model=f"{data}, {vit}",
     )
     # Count on the meta device, since some attention kernels are not counted on the CPU.
-    nowhere, pixels = copy.deepcopy(model).to("meta"), images.to("meta")
+    nowhere, pixels = copy.deepcopy(model).to("meta"), training.images.to("meta")
     with FlopCounterMode(display=False) as flops:
         torch.stack([output.sum() for output in nowhere(pixels).values()]).sum().backward()
     record.remark(

@@ -6,67 +6,34 @@ tracking and the clustering of the published code on the same losses, without it
 loop. Memory is the peak of the process in that batch, minus its memory before it made the groups.
 """
 
-import itertools
 import multiprocessing
 import re
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
-import taskgroup as tg
-from benchmarks.published import PublishedTaskAffinity
+from benchmarks.training import learned_groups, planted_affinity, published_tracking, ready_losses
 
 SIZES = [5, 11, 26, 50, 100, 200, 1000]
 MOST_FOR_PEER = 200  # unless --full
 PEER = "published tracking and clustering"
-DECAY = 1e-12  # so small that the planted clusters do not change
-
-
-def planted_affinity(n_tasks, clusters=None):
-    """An affinity, float32 ``[K, K]``, with clusters (of four tasks by default), and the labels."""
-    labels = np.arange(n_tasks) % (clusters or max(2, n_tasks // 4))
-    rng = np.random.default_rng(0)
-    matrix = np.where(labels[:, None] == labels, 0.5, -0.2)
-    matrix = matrix + 0.05 * rng.standard_normal((n_tasks, n_tasks))
-    np.fill_diagonal(matrix, 1)
-    return torch.tensor(matrix, dtype=torch.float32), labels
-
-
-def know(groups, matrix):
-    """Load an affinity into the groups, with every entry marked as observed."""
-    observed = torch.ones(matrix.shape, dtype=torch.int32)
-    affinity = {"matrix": matrix, "observed": observed}
-    groups.load_state_dict({**groups.state_dict(), "affinity": affinity})
-
-
-def ready_losses(tasks, device):
-    """An endless iterator over the losses of four forward passes."""
-    rng = np.random.default_rng(1)
-    forwards = []
-    for _ in range(4):
-        values = torch.tensor(rng.uniform(0.5, 1.5, len(tasks)), dtype=torch.float32, device=device)
-        forwards.append(dict(zip(tasks, values.requires_grad_().unbind(), strict=True)))
-    return itertools.cycle(forwards)
 
 
 @pytest.mark.parametrize("n_tasks", SIZES)
 def test_scaling(record, device, n_tasks):
     tasks = [f"task{k}" for k in range(n_tasks)]
-    matrix, labels = planted_affinity(n_tasks)
-    groups = tg.TaskGroups(tasks, warmup=0, affinity=tg.ProximalAffinity(decay=DECAY))
-    know(groups, matrix)
+    _, labels = planted_affinity(n_tasks)
+    groups = learned_groups(tasks)
     our_losses = ready_losses(tasks, device)
 
     def ours():
         for group in groups:
             group.loss(next(our_losses))
 
-    peer = PublishedTaskAffinity(tasks, {task: [task] for task in tasks}, DECAY)
-    peer.affinity_map.copy_(matrix)
+    peer = published_tracking(tasks)
     their_losses = ready_losses(tasks, device)
 
     def published():
@@ -98,11 +65,10 @@ def peak_of_a_batch(n_tasks):
     """The peak memory of a batch in bytes, measured in a new process."""
     tasks = [f"task{k}" for k in range(n_tasks)]
     losses = ready_losses(tasks, torch.device("cpu"))
-    matrix, _ = planted_affinity(n_tasks)
+    planted_affinity(n_tasks)  # not part of the peak
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident("VmRSS")
-    groups = tg.TaskGroups(tasks, warmup=0, affinity=tg.ProximalAffinity(decay=DECAY))
-    know(groups, matrix)
+    groups = learned_groups(tasks)
     for _ in range(2):
         for group in groups:
             group.loss(next(losses))
@@ -121,4 +87,4 @@ def test_memory(record):
             f"Memory with {n_tasks} tasks: {peak / 1e6:.0f} MB at the peak of a batch, "
             f"{floats[-1]:.0f} K^2 floats."
         )
-    assert floats[1] < 1.25 * floats[0] < 25
+    assert floats[1] < min(1.25 * floats[0], 25)

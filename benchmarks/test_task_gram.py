@@ -1,5 +1,7 @@
 """Gram matrices of gradients, compared with other ways to write them."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -60,9 +62,7 @@ def test_task_gram(record, device, case, op):
         pytest.skip("with --full")
     n_elements = n_tasks * parameter_count(model)
     n_bytes = n_elements * dtype.itemsize
-    room = record.room()
-    if 2 * n_bytes > room:
-        pytest.skip(f"needs {2 * n_bytes / 1e9:.0f} GB, and {room / 1e9:.0f} GB are free")
+    room = record.room_for(2 * n_bytes)
     gradients = random_gradients(model, n_tasks, dtype, device)
     losses = torch.linspace(0.5, 1.5, n_tasks, device=device)
     ours = {}
@@ -73,7 +73,7 @@ def test_task_gram(record, device, case, op):
         matrix = torch.zeros(n_tasks, n_tasks, device=device)
         ours[backend] = on(backend, lambda: tg.task_gram(gradients))
         if op != OP:
-            update = updating(matrix, gradients, losses)
+            update = partial(tg.gram_affinity_update_, matrix, gradients, losses, DECAY)
             ours[f"task_gram, {backend}"] = ours[backend]
             ours[backend] = on(backend, update)
             expected = DECAY * gram.double() / losses
@@ -135,11 +135,6 @@ def test_task_gram(record, device, case, op):
             goals=goals,
             limit_goal=goal,
         )
-
-
-def updating(matrix, gradients, losses):
-    """A function that updates an affinity from gradients."""
-    return lambda: tg.gram_affinity_update_(matrix, gradients, losses, DECAY)
 
 
 def reason_or_update(gram, matrix, losses):

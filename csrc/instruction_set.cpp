@@ -19,7 +19,7 @@ const char* name_of(InstructionSet isa) {
 
 InstructionSet best_instruction_set() {
 #if defined(__x86_64__)
-  // These ask the operating system as well: it must save the wide registers.
+  // These builtins also check that the operating system saves the wide registers.
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     return __builtin_cpu_supports("avx512f") ? InstructionSet::kAvx512 : InstructionSet::kAvx2;
   }

@@ -4,8 +4,8 @@
 #include <limits>
 #include <numeric>
 
-// The messages are compiled once for each instruction set, which needs every part of them in one
-// function.
+// The message passing is compiled once for each instruction set. This works only if all of its code
+// is inlined into one function.
 #define TASKGROUP_INLINE inline __attribute__((always_inline))
 
 namespace taskgroup {
@@ -23,7 +23,7 @@ TASKGROUP_INLINE double min(double a, double b) { return a < b ? a : b; }
 struct Messages {
   int64_t K, width;
   std::vector<double> S, R, A;  // [K, width] similarities, responsibilities, availabilities
-  // [width] of each column k: sum over j of max(R[j, k], 0), but of R[k, k] itself.
+  // [width] For each column k, the sum of R[k, k] and of max(R[j, k], 0) over all j != k.
   std::vector<double> support;
 
   explicit Messages(int64_t K)
@@ -39,7 +39,7 @@ struct TopTwo {
   double first, second;
 };
 
-// sum[j] = a[j] + s[j] and its two largest entries (equal ones count apart).
+// Computes sum[j] = a[j] + s[j], and returns its two largest entries, which may be equal.
 TASKGROUP_INLINE TopTwo add_top_two(const double* a, const double* s, double* sum, int64_t width) {
   double first[kLanes], second[kLanes];
   std::fill_n(first, kLanes, kLowest);
@@ -98,8 +98,9 @@ TASKGROUP_INLINE void update_responsibilities(Messages& m, int64_t i, double dam
   next_support[i] = others + r[i];
 }
 
-// One iteration in one pass over memory. The availabilities of the end of the last iteration are
-// computed here, row by row, just before they are needed. In the first iteration they stay zero.
+// One iteration, in a single pass over memory. The availabilities that end the previous iteration
+// are computed here, row by row, just before they are needed. In the first iteration they stay
+// zero.
 TASKGROUP_INLINE void pass_messages(Messages& m, double damping, double* scratch,
                                     double* next_support) {
   std::fill_n(next_support, m.width, 0.0);
@@ -113,7 +114,7 @@ void pass_messages_portable(Messages& m, double damping, double* scratch, double
   pass_messages(m, damping, scratch, next_support);
 }
 
-// Without FMA, so that both round in the same way.
+// AVX2 without FMA, so that this version and the portable one round in the same way.
 #if defined(__x86_64__)
 __attribute__((target("avx2"))) void pass_messages_avx2(Messages& m, double damping,
                                                         double* scratch, double* next_support) {
@@ -123,8 +124,8 @@ __attribute__((target("avx2"))) void pass_messages_avx2(Messages& m, double damp
 constexpr auto pass_messages_avx2 = pass_messages_portable;
 #endif
 
-// Passes messages until the exemplars do not change any more. Returns the exemplars, or none if
-// there is no convergence.
+// Passes messages until the exemplars stop changing. Returns the exemplars, or an empty vector if
+// they do not converge.
 std::vector<int64_t> find_exemplars(Messages& m, double damping, int64_t max_iter,
                                     int64_t convergence_iter, InstructionSet isa) {
   const auto pass = isa >= InstructionSet::kAvx2 ? pass_messages_avx2 : pass_messages_portable;
@@ -214,7 +215,7 @@ std::optional<std::vector<int64_t>> affinity_propagation(
 
   std::vector<int64_t> labels(K, 0);
   if (K == 1 || all_equal(similarity, preferences, K)) {
-    // The messages would be equal for all tasks, so the preference decides.
+    // The messages would be the same for all tasks, so the preference decides.
     if (preferences[0] > similarity[K - 1]) std::iota(labels.begin(), labels.end(), 0);
     return labels;
   }
@@ -233,7 +234,7 @@ std::optional<std::vector<int64_t>> affinity_propagation(
   if (exemplars.empty()) return std::nullopt;
   exemplars = refine(m, std::move(exemplars));
 
-  // The refinement may have changed the order of the exemplars, which the labels follow.
+  // Labels follow the order of the exemplars, which the refinement may have changed.
   std::vector<int64_t> sorted = exemplars;
   std::sort(sorted.begin(), sorted.end());
   const std::vector<int64_t> cluster = assign(m, exemplars);

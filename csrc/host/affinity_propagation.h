@@ -8,12 +8,12 @@
 
 namespace taskgroup {
 
-// Affinity propagation (Frey and Dueck, Science 315, 2007) with the semantics of scikit-learn's:
-// same order of updates, same rounding, same convergence test, same refinement, same labels.
+// Affinity propagation (Frey and Dueck, Science 315, 2007), with the same order of updates,
+// rounding, convergence test, refinement and labels as in scikit-learn.
 //
-// Returns labels in 0..M-1, numbered in the order of the exemplars, or nothing if the exemplars did
-// not stay the same for `convergence_iter` iterations within `max_iter`. The result is the same on
-// every instruction set; the processor must have `isa`.
+// Returns labels in 0..M-1, numbered in the order of the exemplars. Returns nothing if there are no
+// `convergence_iter` consecutive iterations with the same exemplars within `max_iter`. The result
+// is the same for every instruction set. The processor must support `isa`.
 std::optional<std::vector<int64_t>> affinity_propagation(
     const double* similarity,  // [K, K] row-major, finite, K >= 1
     const double* preference,  // [K], or null for the median of `similarity`

@@ -1,7 +1,7 @@
 #pragma once
 
-// The part of the DLPack standard (dmlc/dlpack, version 1) that reads a tensor of another library:
-// the layout of its C structures, which does not change within a version.
+// The part of the DLPack standard (dmlc/dlpack, version 1) that is needed to read a tensor of
+// another library. The layout of these C structures does not change within a major version.
 
 #include <cstdint>
 
@@ -35,7 +35,8 @@ struct DLExchangeApi {
   void* allocate;
   void* managed_from_object;
   void* managed_to_object;
-  // Describes the tensor, which keeps the memory; waits for no stream. 0, or an exception is set.
+  // Describes a tensor without taking over its memory, and without waiting for a stream. Returns 0
+  // on success; otherwise a Python exception is set.
   int (*tensor_from_object)(void* object, DLTensor* tensor);
   void* current_stream;
 };

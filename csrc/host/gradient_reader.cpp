@@ -12,7 +12,7 @@ namespace {
 
 constexpr Py_ssize_t kMostTasks = 1024;
 
-// A copy of the items of a list or tuple, which later changes of the list do not affect.
+// A copy of the items of a list or tuple, so that later changes of the list have no effect.
 class Items {
  public:
   explicit Items(PyObject* sequence) {
@@ -61,7 +61,7 @@ int64_t count_elements(const DLTensor& tensor) {
 bool is_dense(const DLTensor& tensor) {
   int64_t expected = 1;
   int32_t d = tensor.ndim - 1;
-  for (; d >= 0; --d) {  // the usual order first
+  for (; d >= 0; --d) {  // try the usual order first
     if (tensor.shape[d] == 1) continue;
     if (tensor.strides[d] != expected) break;
     expected *= tensor.shape[d];
@@ -120,7 +120,7 @@ GradientReader::GradientReader(const py::tuple& types) {
   const auto* api = capsule.get_pointer<DLExchangeApi>();
   while (api != nullptr && api->major != 1) api = api->previous;
   if (api == nullptr || api->tensor_from_object == nullptr) {
-    throw std::runtime_error("this torch offers no tensor_from_object of DLPack 1.");
+    throw std::runtime_error("this torch does not offer tensor_from_object of DLPack 1.");
   }
   api_ = api;
 }
@@ -129,7 +129,7 @@ bool GradientReader::read_tensor(PyObject* object, DLTensor& tensor) const {
   auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   if (std::find(types_.begin(), types_.end(), type) == types_.end()) return false;
   if (api_->tensor_from_object(object, &tensor) != 0) {
-    PyErr_Clear();  // sparse, or on a device without memory
+    PyErr_Clear();  // a sparse tensor, or one on a device without memory
     return false;
   }
   const int64_t numel = count_elements(tensor);

@@ -23,10 +23,11 @@ class ReadGradients {
   // The first gradient of each parameter, or None.
   pybind11::list first() const;
 
-  // Leaves out the tasks without any gradient, and returns the other tasks, ascending.
+  // Removes the tasks without any gradient. Returns the remaining tasks in ascending order.
   std::vector<int64_t> keep_measured();
 
-  // Reads the tensors [T] that `combine` writes to. False if a tensor is not plain or does not fit.
+  // Reads the tensors [T] that `combine` writes to. Returns false if a tensor is not plain or does
+  // not match the gradients.
   bool read_outputs(const pybind11::object& outputs);
 
  private:
@@ -39,23 +40,25 @@ class ReadGradients {
   std::vector<pybind11::object> first_;    // [T]
 };
 
-// Reads [K][T] tensors or None, in a tenth of the time that it takes to pass them to an op.
+// Reads a nested list [K][T] of tensors or None. This takes a tenth of the time that passing the
+// tensors to an op takes.
 class GradientReader {
  public:
   // types: the plain tensor types. The first one defines how a tensor is read.
   explicit GradientReader(const pybind11::tuple& types);
 
-  // Null unless every tensor is of one of the types, dense and in memory, and agrees with the
-  // others on its parameter in shape, layout, dtype and device. A tensor of one element is also
-  // checked for torch's mark that its number is to be negated. Larger ones are not, which takes too
-  // long: they have gaps, unless as_strided() or torch's private _neg_view() made them.
+  // Returns null unless every tensor has one of the types, is dense, and has the same shape,
+  // layout, dtype and device as the others on its parameter. The reader also rejects a tensor of
+  // one element that torch has marked as negated. Larger tensors are not checked, because that
+  // takes too long. A negated one has gaps and is rejected for that reason, unless it was made by
+  // as_strided() or by torch's private _neg_view().
   std::unique_ptr<ReadGradients> read(const pybind11::object& gradients) const;
 
  private:
   friend class ReadGradients;
   bool read_tensor(PyObject* object, DLTensor& tensor) const;
 
-  // Classes of torch and a method of theirs: they are never freed.
+  // Classes of torch and one of their methods, which are never freed.
   std::vector<PyObject*> types_;
   PyObject* is_neg_;
   const DLExchangeApi* api_;

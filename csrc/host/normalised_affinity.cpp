@@ -30,7 +30,8 @@ NormalisedAffinity normalise(const scalar_t* affinity, int64_t K) {
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t k = 0; k < n; ++k) x[i * n + k] = entry(known[i], known[k]) / own[k];
   }
-  // In tiles, so that rows and columns stay in the cache until all of their entries are used.
+  // Compute it in tiles, so that rows and columns stay in the cache until they are no longer
+  // needed.
   for (int64_t i0 = 0; i0 < n; i0 += kTile) {
     for (int64_t k0 = 0; k0 <= i0; k0 += kTile) {
       for (int64_t i = i0; i < std::min(i0 + kTile, n); ++i) {

@@ -6,12 +6,13 @@
 namespace taskgroup {
 
 struct NormalisedAffinity {
-  std::vector<int64_t> known;      // [n], ascending: the tasks k with A[k, k] > 0
-  std::vector<double> similarity;  // [n, n] over these: (A[i, k] / A[k, k] + A[k, i] / A[i, i]) / 2
+  std::vector<int64_t> known;  // [n], ascending: the tasks k with A[k, k] > 0
+  std::vector<double>
+      similarity;  // [n, n] over `known`: (A[i, k] / A[k, k] + A[k, i] / A[i, i]) / 2
 };
 
-// Makes an affinity comparable between tasks, and symmetric. Entries that are not finite count as
-// 0.
+// Makes an affinity comparable between tasks and symmetric. Entries that are not finite count as
+// zero.
 template <typename scalar_t>
 NormalisedAffinity normalise(const scalar_t* affinity,  // [K, K] row-major
                              int64_t K);

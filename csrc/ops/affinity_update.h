@@ -10,7 +10,8 @@ namespace taskgroup {
 // Checks the tensors that both updates of an affinity matrix write to. Returns K.
 //
 //   matrix    [K, K] float32, contiguous
-//   observed  [K, K] int32, contiguous, in separate memory: the observations of each entry
+//   observed  [K, K] int32, contiguous, in separate memory: the number of observations of each
+//   entry
 int64_t check_affinity(const torch::stable::Tensor& matrix,
                        const std::optional<torch::stable::Tensor>& observed);
 

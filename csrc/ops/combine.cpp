@@ -32,7 +32,7 @@ Gradients check_combine(const std::vector<Tensor>& gradients, const std::vector<
                         dtype_of(out[t]) == parameter.dtype && out[t].dim() == parameter.dim &&
                         std::equal(sizes.begin(), sizes.end(), parameter.sizes),
                     "out must have the shape, dtype and device of the gradients: entry ", t,
-                    " has not.");
+                    " differs.");
     const auto strides = out[t].strides();
     parameter.strided |= !same_strides(parameter.sizes, strides.data(),
                                        read.all[parameter.begin].strides, parameter.dim);

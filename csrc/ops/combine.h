@@ -9,7 +9,7 @@
 
 namespace taskgroup {
 
-// One per backend: csrc/ops/<backend>/combine_kernel.
+// The signature of the op. Each backend implements it in csrc/ops/<backend>/combine_kernel.
 //
 //   gradients, slots  see gradient_list.h
 //   weights           [K] float32 or float64, contiguous, on the device of the gradients

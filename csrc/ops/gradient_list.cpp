@@ -89,7 +89,7 @@ Gradients read_gradients(const std::vector<Tensor>& gradients, const std::vector
       STD_TORCH_CHECK(
           dtype == result.parameters.back().dtype && dim == result.parameters.back().dim &&
               std::equal(sizes.begin(), sizes.end(), first.begin()),
-          "gradients must have one shape and dtype per parameter: entry ", i, " has not.");
+          "gradients must have one shape and dtype per parameter: entry ", i, " differs.");
     }
     offsets.push_back(static_cast<int64_t>(result.shapes.size()));
     result.shapes.insert(result.shapes.end(), sizes.begin(), sizes.end());
@@ -100,7 +100,7 @@ Gradients read_gradients(const std::vector<Tensor>& gradients, const std::vector
     ++result.parameters.back().end;
   }
 
-  // The vector of shapes does not move any more, so pointers into it are safe from here on.
+  // The vector of shapes does not grow any more, so pointers into it are safe from here on.
   for (Parameter& parameter : result.parameters) {
     const int64_t* sizes = result.shapes.data() + offsets[parameter.begin];
     const int64_t* common = sizes + parameter.dim;

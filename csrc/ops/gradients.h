@@ -23,8 +23,8 @@ struct Gradient {
 struct Parameter {
   int64_t numel;
   Dtype dtype;
-  // False: every gradient holds its numel elements without gaps and in one common order, so that
-  // the element at offset x is the same element in all of them. True: use their strides.
+  // If false, all gradients hold their elements without gaps and in the same order, so that the
+  // same offset is the same element in all of them. If true, kernels must use the strides.
   bool strided;
   int32_t dim;
   const int64_t* sizes;  // [dim]

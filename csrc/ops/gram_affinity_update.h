@@ -10,7 +10,8 @@
 
 namespace taskgroup {
 
-// One per backend: csrc/ops/<backend>/gram_affinity_update_kernel.
+// The signature of the op. Each backend implements it in
+// csrc/ops/<backend>/gram_affinity_update_kernel.
 //
 //   matrix            [K, K] float32, contiguous; updated in place
 //   gradients, slots  of the measured tasks, numbered 0..n-1; see gradient_list.h

@@ -7,9 +7,9 @@
 
 namespace taskgroup {
 
-// Gradients that the host library has read from plain tensors, none of them strided. An op gets the
-// address of this object as a number: passing a list of tensors to an op takes longer than most
-// ops.
+// Gradients that the host library has read from plain tensors; none of them is strided. An op gets
+// the address of this object as a number, because passing a list of tensors to an op takes longer
+// than most ops.
 struct PlainGradients {
   Gradients gradients;
   std::vector<void*> outputs;  // the outputs of combine, one for each parameter

@@ -7,7 +7,7 @@
 
 namespace taskgroup {
 
-// One per backend: csrc/ops/<backend>/task_gram_kernel.
+// The signature of the op. Each backend implements it in csrc/ops/<backend>/task_gram_kernel.
 //
 //   gradients, slots  see gradient_list.h
 //   n_tasks           K, 1 to 1024

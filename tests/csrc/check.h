@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-// Ends the test with the place and the condition that does not hold.
+// Ends the test and prints the file, the line and the condition that failed.
 #define CHECK(condition)                                                                 \
   do {                                                                                   \
     if (!(condition)) {                                                                  \
@@ -13,7 +13,7 @@
     }                                                                                    \
   } while (false)
 
-// Within `tolerance`, or not finite in the same way.
+// True if both are within `tolerance` of each other, or are the same infinity, or both NaN.
 inline bool close(double a, double b, double tolerance) {
   if (std::isnan(a) || std::isnan(b)) return std::isnan(a) && std::isnan(b);
   return a == b || std::fabs(a - b) <= tolerance;

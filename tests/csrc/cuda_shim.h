@@ -1,8 +1,8 @@
 #pragma once
 
-// Runs CUDA kernels on the host: one std::thread per CUDA thread, one block after the other. What
-// the hardware does is here in its simplest form, so that what is tested is the kernels' own logic,
-// and the thread sanitizer sees a missing barrier as a data race.
+// Runs CUDA kernels on the host, with one std::thread per CUDA thread and one block after the
+// other. The functions of the hardware are implemented in the simplest way, so that the tests
+// exercise the logic of the kernels. The thread sanitizer reports a missing barrier as a data race.
 
 #include <linux/futex.h>
 #include <sched.h>
@@ -30,8 +30,8 @@ using std::isnan;
 
 namespace shim {
 
-// Waits for all threads of a block or warp. On the kernel's futex: a condition variable takes four
-// times as long, and this is what the tests spend their time on.
+// Waits for all threads of a block or warp. It uses Linux's futex, because the tests spend most of
+// their time here, and a condition variable takes four times as long.
 class Barrier {
  public:
   explicit Barrier(unsigned threads) : threads_(threads) {}
@@ -54,8 +54,8 @@ class Barrier {
   std::atomic<uint32_t> waiting_{0}, turn_{0};
 };
 
-// Threads that show each other their values. Two sets of slots in turn: who is late still reads the
-// old ones while others write the next.
+// Threads that exchange values. They alternate between two sets of slots, because a slow thread may
+// still read the old values while others write the next ones.
 struct Team {
   explicit Team(int threads) : barrier(threads), slots{std::vector<Slot>(threads), {}} {
     slots[1].resize(threads);
@@ -88,7 +88,7 @@ const Team::Slot* exchange(Team* team, int& turn, int place, const T& value) {
   return slots.data();
 }
 
-// What each lane of the warp shows: T.
+// The values of type T that the lanes of a warp have exchanged.
 template <typename T>
 struct Shown {
   const Team::Slot* slots;
@@ -104,7 +104,7 @@ Shown<T> show_warp(const T& value) {
   return {exchange(warp, turn_of_warp, thread.x % 32, value)};
 }
 
-// Calls kernel(shared) in every thread of every block; shared memory starts as NaN.
+// Calls kernel(shared) in every thread of every block. Shared memory is filled with NaN first.
 template <typename Kernel>
 void launch(Index blocks, int threads, size_t shared_bytes, const Kernel& kernel) {
   threads_of_block = {static_cast<unsigned>(threads), 1, 1};
@@ -224,7 +224,7 @@ inline uint16_t narrow_half(float value) {
   if (std::isnan(value)) return 0x7fff;
   if (magnitude >= 65520.0f) return sign | 0x7c00;
   int exponent = magnitude < 0x1p-14f ? -14 : std::ilogb(magnitude);
-  // In units of the last place; a carry goes into the exponent by itself.
+  // Work in units of the last place. A carry changes the exponent correctly.
   const auto units = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
   return static_cast<uint16_t>(sign | (((exponent + 14) << 10) + units));
 }
@@ -247,7 +247,7 @@ inline float widen_bfloat16(uint16_t bits) {
   return value;
 }
 
-// As the PTX manual lays out m16n8k16; sums in float64, rounded once.
+// Uses the layout of m16n8k16 in the PTX manual. Sums are computed in float64 and rounded once.
 template <typename Widen>
 void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Widen& widen) {
   struct Fragments {
@@ -280,10 +280,10 @@ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   mma(d, a, b, widen_half);
 }
 
-// An mbarrier as a word: from below, the bytes still expected, the arrivals that are missing in
-// this phase, the arrivals of every phase, and the parity of the phase. A copy is done when it is
-// asked for, as early as can be: whoever still reads what was there, or reads without waiting, is
-// seen by the thread sanitizer.
+// An mbarrier is one word. From the lowest bits, it holds the bytes that are still expected, the
+// arrivals that are still missing in this phase, the arrivals of every phase, and the parity of the
+// phase. A copy is done immediately when it is requested. So the thread sanitizer detects a thread
+// that still reads the old data, or that reads the new data without waiting.
 constexpr bool kHasBulkCopies = true;
 
 constexpr uint64_t kBytes = (1ull << 32) - 1, kArrival = 1ull << 32, kArrivals = 0xffull << 32;
@@ -292,7 +292,7 @@ inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   __atomic_store_n(barrier, arrivals * (kArrival | kArrival << 8), __ATOMIC_RELEASE);
 }
 
-// change(word) in one step; a phase that is complete by it gives way to the next.
+// Applies change(word) atomically, and starts the next phase if this one is now complete.
 template <typename Change>
 void mbarrier_change(uint64_t* barrier, const Change& change) {
   uint64_t word = __atomic_load_n(barrier, __ATOMIC_ACQUIRE), next;
@@ -322,7 +322,7 @@ inline void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barr
   if (bytes % 16 != 0) std::abort();
   std::memcpy(to, from, bytes);
   mbarrier_change(barrier, [=](uint64_t word) {
-    if ((word & kBytes) < bytes) std::abort();  // more than is expected
+    if ((word & kBytes) < bytes) std::abort();  // more bytes than expected
     return word - bytes;
   });
 }

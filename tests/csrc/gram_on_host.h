@@ -1,6 +1,6 @@
 #pragma once
 
-// The two passes of a Gram matrix, on the host.
+// Runs the two passes of the kernels that compute a Gram matrix on the host.
 
 #include <functional>
 #include <vector>
@@ -36,7 +36,7 @@ std::vector<double> gram_on_host(const Gradients& gradients, Dtype dtype, const 
   const int64_t K = gradients.n_tasks;
   std::vector<GramTable> tables = gram_tables(gradients, dtype, G::kTile, 2, 4);
   const int64_t segments = number_segments(tables, 0);
-  last_partial().assign(segments * K * (K + 1) / 2, 1e300);  // all are to be overwritten
+  last_partial().assign(segments * K * (K + 1) / 2, 1e300);  // every sum must be overwritten
   for (const GramTable& table : tables) pass(table, last_partial().data());
   std::vector<double> matrix(K * K, NAN);
   finish_on_host(last_partial(), K, GramMatrix<double>{matrix.data(), K});
@@ -74,7 +74,8 @@ Pass mma_on_host(int first, int other) {
   };
 }
 
-// Against sums in float64, relative to |g_i| |g_j|; where they are not finite, exactly so.
+// Compares with sums in float64, relative to |g_i| |g_j|. Where these are not finite, the result
+// must be the same infinity, or NaN.
 inline void check_gram(const RandomGradients& random,
                        const std::function<std::vector<double>(const Gradients&)>& run,
                        double tolerance = 1e-6) {

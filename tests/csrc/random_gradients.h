@@ -11,7 +11,7 @@
 
 namespace taskgroup {
 
-// K gradients on each of T parameters, in memory of their own, beside what they are in float64.
+// K gradients on each of T parameters, each in its own memory, and their values in float64.
 struct RandomGradients {
   struct Shape {
     int64_t numel;
@@ -19,7 +19,8 @@ struct RandomGradients {
   };
   using Of = std::function<int64_t(int64_t k, int64_t t)>;
 
-  // missing(k, t) != 0: there is none; offset(k, t): elements between an aligned address and it.
+  // A gradient is missing if missing(k, t) != 0. It starts offset(k, t) elements after an aligned
+  // address.
   RandomGradients(int64_t K, const std::vector<Shape>& shapes, const Of& missing, const Of& offset,
                   unsigned seed = 0)
       : values(K) {
@@ -32,7 +33,8 @@ struct RandomGradients {
       for (int64_t k = 0; k < K; ++k) {
         values[k].emplace_back();
         if (missing(k, t)) continue;
-        // Exactly as long as needed behind, so that the address sanitizer sees the first byte over.
+        // The memory ends with the last element, so that the address sanitizer detects a read past
+        // it.
         const int64_t bytes = (offset(k, t) + numel) * size_of(dtype);
         void* whole = nullptr;
         if (posix_memalign(&whole, 16, bytes + 1) != 0) std::abort();
@@ -47,7 +49,7 @@ struct RandomGradients {
     }
   }
 
-  // Writes a value as the dtype and returns what it has become.
+  // Writes a value in the dtype and returns the rounded value.
   static double set(void* data, Dtype dtype, int64_t x, double value) {
     switch (dtype) {
       case Dtype::kDouble:
@@ -61,7 +63,7 @@ struct RandomGradients {
     }
   }
 
-  // Element x of gradient k on parameter t becomes `value`, which must be there.
+  // Sets element x of gradient k on parameter t to `value`. The gradient must not be missing.
   void put(int64_t k, int64_t t, int64_t x, double value) {
     const Parameter& parameter = gradients.parameters[t];
     for (int64_t i = parameter.begin; i < parameter.end; ++i) {
@@ -71,7 +73,8 @@ struct RandomGradients {
   }
 
   Gradients gradients;
-  std::vector<std::vector<std::vector<double>>> values;  // [K][T][numel]; empty: missing
+  std::vector<std::vector<std::vector<double>>>
+      values;  // [K][T][numel]; empty if the gradient is missing
   std::vector<std::unique_ptr<unsigned char, void (*)(void*)>> memory;
 };
 

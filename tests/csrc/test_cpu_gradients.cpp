@@ -7,7 +7,7 @@
 #include "ops/cpu/gram.h"
 #include "random_gradients.h"
 
-// gram() and combine() on every instruction set that this processor has, against plain sums.
+// Compares gram() and combine(), for every instruction set of this processor, with plain sums.
 
 using namespace taskgroup;
 
@@ -27,7 +27,7 @@ std::vector<double> matrix(const Gradients& gradients, const GradientLoops& loop
   const int64_t K = gradients.n_tasks;
   std::vector<double> result(K * K, NAN);
   gram(gradients, loops, parallel_for, [&](int64_t i, int64_t j, double product) {
-    CHECK(i <= j && std::isnan(result[i * K + j]));  // every pair once
+    CHECK(i <= j && std::isnan(result[i * K + j]));  // each pair is reported once
     result[i * K + j] = result[j * K + i] = product;
   });
   return result;
@@ -130,7 +130,8 @@ void test_strides(const GradientLoops& loops) {
   }
 }
 
-// One and the same number everywhere, the worst case for rounding: it always goes one way.
+// All elements are equal. This is the worst case, because every sum is rounded in the same
+// direction.
 void test_accuracy_bound(const GradientLoops& loops) {
   for (const float value : {0.1f, 1.0f / 3, 0.7f, 1.1f}) {
     const std::vector<float> same(100003, value);
@@ -152,7 +153,7 @@ void test_not_finite(const GradientLoops& loops) {
   CHECK(std::isnan(result[2]) && std::isnan(result[5]) && std::isnan(result[8]));
 }
 
-// Bit by bit what the plain functions do, for all numbers of two bytes.
+// The results are bitwise those of the plain functions, for all numbers of two bytes.
 template <typename T, typename Widen, typename Combine>
 void test_conversions(Widen widen_all, Combine combine_all) {
   constexpr int64_t kAll = 1 << 16;
@@ -167,7 +168,7 @@ void test_conversions(Widen widen_all, Combine combine_all) {
   };
   widen_all(bits.data(), kAll - 3, wide.data());  // a tail
   for (int64_t x = 0; x < kAll - 3; ++x) CHECK(same(wide[x], number(bits[x])));
-  // Products that round down, up, to even, to subnormal numbers, to zero and to infinity.
+  // These products round down, up, to even, to subnormal numbers, to zero and to infinity.
   for (const float weight : {1.0f, 0.5f, 1.0009765625f, 1.00390625f, 3.7f, 0x1p-9f, 1e-7f, 77.0f}) {
     const uint16_t* rows[] = {bits.data()};
     combine_all(rows, &weight, 1, kAll, back.data());
@@ -204,7 +205,7 @@ void test(const GradientLoops& loops) {
 }  // namespace
 
 int main() {
-  int64_t lanes = 4;  // of 16 bytes; each instruction set has twice as many as the last
+  int64_t lanes = 4;  // in 16 bytes; each instruction set has twice as many as the one before
   for (const InstructionSet isa : kInstructionSets) {
     if (isa > best_instruction_set()) continue;
     CHECK(gradient_loops(isa).lanes == lanes && gradient_loops(isa).double_lanes == lanes / 2);

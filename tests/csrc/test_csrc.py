@@ -1,4 +1,4 @@
-"""The kernels' own tests in C++, and what the compiler makes of the CUDA kernels. No GPU needed."""
+"""Runs the C++ tests of the kernels, and checks the compiled CUDA kernels. Needs no GPU."""
 
 import json
 import os
@@ -44,19 +44,19 @@ def tool(name):
     "sanitizer", ["address,undefined", pytest.param("thread", marks=pytest.mark.full)]
 )
 def test_cpp(sanitizer):
-    # Kept between runs, so that only what changed is compiled again.
+    # The folder is kept between runs, so that only changed files are compiled again.
     directory = ROOT / "build" / "csrc-tests" / sanitizer.replace(",", "-")
     cmake = tool("cmake")
     run(cmake, "-S", HERE, "-B", directory, "-G", "Ninja", f"-DSANITIZE={sanitizer}")
     run(cmake, "--build", directory, "--parallel", os.environ.get("MAX_JOBS", "2"))
     told = run(tool("ctest"), "--test-dir", directory, "--verbose", "--timeout", 120)
-    # Two tests run on every instruction set that this processor has: none may be left out.
+    # Two tests must run on every instruction set of this processor.
     ran = sorted(re.findall(r"ran on (\w+)", told))
     assert ran == sorted(instruction_sets() * 2)
 
 
 class Kernel(NamedTuple):
-    """What the compiler makes of a kernel."""
+    """A compiled kernel: the resources that it uses, and its code."""
 
     registers: int
     spilled_bytes: int
@@ -66,7 +66,7 @@ class Kernel(NamedTuple):
 
 
 def compile_kernels(nvcc, architecture, directory):
-    """Every kernel, by its name without namespaces."""
+    """Compile the kernels; returns them by their names without namespaces."""
     kernels = {}
     includes = [
         f"-I{ROOT / 'csrc'}",
@@ -99,7 +99,7 @@ def compile_kernels(nvcc, architecture, directory):
 
 
 def split_by(pattern, text):
-    """What follows each match of the pattern, by the match's group."""
+    """The text after each match of a pattern, up to the next match, by the group of the match."""
     parts = re.split(pattern, text)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -110,7 +110,7 @@ def nvcc():
         "/usr/local/cuda/bin/nvcc"
     )
     if found is None:
-        pytest.skip("there is no nvcc: what it makes of the CUDA kernels cannot be looked at")
+        pytest.skip("there is no nvcc, so the compiled CUDA kernels cannot be checked")
     return found
 
 
@@ -122,7 +122,7 @@ def compiled(request, nvcc, tmp_path_factory):
 
 @pytest.mark.full
 def test_cuda_budget(nvcc, compiled):
-    """Registers and shared memory of each kernel: no more, and no fewer, than is written down."""
+    """Each kernel uses exactly the registers and the shared memory that the budget allows."""
     architecture, kernels = compiled
     for name, kernel in kernels.items():
         assert kernel.spilled_bytes == 0, f"{name} spills {kernel.spilled_bytes} bytes"
@@ -130,12 +130,12 @@ def test_cuda_budget(nvcc, compiled):
     written = json.loads(BUDGET.read_text())
     (version,) = re.findall(r"release (\d+\.\d+)", run(nvcc, "--version"))
     if version != written["nvcc"]:
-        return  # another compiler uses other numbers
+        return  # other compilers use other numbers of registers
     budget = written[architecture]
     told = []
     for name in sorted(budget.keys() | kernels.keys()):
         if name not in kernels:
-            told.append(f"{name} is no more: delete it")
+            told.append(f"{name} no longer exists: delete it")
             continue
         kernel = kernels[name]
         used = {"registers": kernel.registers, "shared bytes": kernel.shared_bytes}
@@ -144,12 +144,12 @@ def test_cuda_budget(nvcc, compiled):
             if number > allowed:
                 told.append(f"{name} uses {number} {what}, {allowed} are allowed")
             elif number < allowed:
-                told.append(f"{name} uses {number} {what} only: lower the {allowed}")
+                told.append(f"{name} uses only {number} {what}: lower the {allowed}")
     assert not told, f"{BUDGET.name}, {architecture}:\n" + "\n".join(told)
 
 
 def most_at_once(sass, load, words):
-    """How many loads of so many registers are on their way before one is waited for, or a jump."""
+    """The most loads, of this many registers, that are in flight before a wait or a jump."""
     most, waited_for, count = 0, set(), 0
     for instruction in sass:
         operands = [int(n) for n in re.findall(r"\bR(\d+)\b", instruction)]
@@ -165,7 +165,7 @@ def most_at_once(sass, load, words):
 
 @pytest.mark.full
 def test_the_hot_loops(compiled):
-    """Wide accesses, many on their way at once, nothing converted that need not be."""
+    """The loops use wide loads, keep many in flight, and convert nothing without need."""
     architecture, kernels = compiled
     hopper = architecture == "sm_90"
     for name, kernel in kernels.items():
@@ -174,7 +174,7 @@ def test_the_hot_loops(compiled):
         bulk = name.startswith("gram_fma_float") and hopper
         assert any("UBLKCP" in i for i in kernel.sass) == bulk, name
         if name.startswith("combine"):
-            # The rows of a group at once, and one store; the weights were converted before.
+            # The rows of a group are loaded together and stored once, without converting weights.
             assert most_at_once(kernel.sass, r"LDG\.E\S*\.128", 4) >= 3, name
             (store,) = [n for n, i in enumerate(kernel.sass) if "STG.E.128" in i]
             loads = [n for n, i in enumerate(kernel.sass) if re.search(r"LDG\.E\S*\.128", i)]
@@ -187,11 +187,11 @@ def test_the_hot_loops(compiled):
             products = [n for n, i in enumerate(kernel.sass) if "HMMA" in i]
             loop = kernel.sass[products[0] : products[-1]]
             assert not [i for i in loop if re.search(r"\b(BRA|CALL|F2F|LDL|STL)\b", i)], name
-            if dtype != "float":  # 16-bit numbers go to the tensor cores as they lie in memory
+            if dtype != "float":  # tensor cores take 16-bit numbers as they are in memory
                 assert not [i for i in loop if re.search(r"F2FP|HADD2|F2F|PRMT", i)], name
         elif bulk:
             tasks = int(name.rstrip(">").partition("<")[2])
-            # With 16 tasks one register is taken by the address of the last.
+            # With 16 tasks the last load reuses a register that holds its address.
             assert most_at_once(kernel.sass, r"LDS\.128", 4) >= min(tasks, 15), name
         elif name.startswith("gram_finish"):
             assert most_at_once(kernel.sass, r"LDG\.E\.64", 2) >= 15, name

@@ -6,7 +6,7 @@
 
 namespace taskgroup {
 
-// Updates the matrix and the counts, by the rules one by one.
+// Updates the matrix and the counts by applying the rules one by one.
 template <typename scalar_t>
 void update(std::vector<float>& matrix, std::vector<int32_t>& observed,
             const std::vector<scalar_t>& before, const std::vector<scalar_t>& after,
@@ -67,7 +67,7 @@ void test(int64_t K, int threads, int kind) {
       affinity_update_block(got.data(), before.data(), after.data(), mask.get(), K, 0.25,
                             static_cast<double*>(ratio), counted ? observed.data() : nullptr);
     });
-    CHECK(got == right);  // to the bit
+    CHECK(got == right);  // bitwise
   }
   CHECK(observed == counts);
 }

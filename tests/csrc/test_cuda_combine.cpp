@@ -21,7 +21,7 @@ int run(const Gradients& gradients, Dtype dtype, const std::vector<void*>& outpu
   return launches;
 }
 
-// in_place: the output is the gradient of the last task that has one.
+// With in_place, the output is the gradient of the last task that has one.
 void test(RandomGradients random, bool wide, bool in_place, int64_t out_offset, int launches) {
   const Gradients& gradients = random.gradients;
   const int64_t K = gradients.n_tasks;
@@ -55,7 +55,7 @@ void test(RandomGradients random, bool wide, bool in_place, int64_t out_offset, 
         sum += term;
         size += std::fabs(term);
       }
-      double result = 0, unit = 0;  // the rounding of the dtype
+      double result = 0, unit = 0;  // what the kernel computed, and the rounding unit of its dtype
       switch (parameter.dtype) {
         case Dtype::kFloat:
           result = static_cast<float*>(outputs[t])[x];
@@ -94,18 +94,18 @@ int main() {
     }
     test({3, shapes, some, none}, false, false, 1, 1);
   }
-  // All types at once.
+  // All types in one call.
   test({3,
         {{70, Dtype::kFloat}, {9, Dtype::kHalf}, {30, Dtype::kDouble}, {8, Dtype::kBFloat16}},
         some,
         none},
        false, false, 0, 4);
-  // More than a table holds: of parameters, and of rows.
+  // More parameters, and more rows, than a table holds.
   test({2, std::vector<RandomGradients::Shape>(300, {3, Dtype::kFloat}), some, none}, false, false,
        0, 2);
   test({1024, std::vector<RandomGradients::Shape>(5, {33, Dtype::kFloat}), none, none}, true, true,
        0, 3);
-  // NaN, and infinity times zero.
+  // NaN, and the product of infinity and zero.
   RandomGradients bad(3, {{40, Dtype::kFloat}}, none, none);
   bad.put(1, 0, 5, NAN);
   bad.put(2, 0, 7, INFINITY);

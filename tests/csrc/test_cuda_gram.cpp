@@ -11,7 +11,7 @@ namespace {
 const auto odd = [](int64_t k, int64_t t) { return (k + t) % 3; };
 const auto some = [](int64_t k, int64_t t) -> int64_t { return (k * 5 + t) % 4 == 1; };
 
-// The sizes of parameters: empty, less than a tile, whole tiles, several and a tail.
+// The sizes of the parameters: none, less than a tile, whole tiles, several tiles and a rest.
 std::vector<RandomGradients::Shape> shapes(Dtype dtype, int64_t tile) {
   return {{0, dtype}, {5, dtype}, {2 * tile, dtype}, {1, dtype}, {5 * tile + 7, dtype}};
 }
@@ -49,7 +49,7 @@ void test_not_finite_fma() {
   });
 }
 
-// A task that has no gradient on a parameter adds nothing there, to infinity neither.
+// A task without a gradient on a parameter adds nothing there, even if others are infinite.
 void test_missing_beside_infinity() {
   using G = GramFma<float, 4, true, 32>;
   using D = GramFma<double, 8, false, 32>;
@@ -57,8 +57,8 @@ void test_missing_beside_infinity() {
   for (const double bad : {static_cast<double>(INFINITY), static_cast<double>(NAN)}) {
     RandomGradients random(3, {{40, Dtype::kFloat}, {2 * G::kTile + 3, Dtype::kFloat}}, first,
                            none);
-    random.put(1, 1, 5, bad);             // in the ring
-    random.put(2, 1, 2 * G::kTile, bad);  // behind it
+    random.put(1, 1, 5, bad);             // copied through the ring
+    random.put(2, 1, 2 * G::kTile, bad);  // past the tiles of the ring
     for (const int stages : {0, 2}) {
       check_gram(random, [&](const Gradients& gradients) {
         return gram_on_host<G>(
@@ -83,7 +83,8 @@ void test_double(int K) {
   check_gram({K, shapes(Dtype::kDouble, G::kTile), none, none}, run);
 }
 
-// More parameters than a table holds: several launches, and segments that end in between.
+// More parameters than a table holds, so that there are several launches, each with a last segment
+// that is not full.
 void test_overflow() {
   using G = GramFma<float, 2, true, 32>;
   RandomGradients random(2, std::vector<RandomGradients::Shape>(300, {3, Dtype::kFloat}), some,

@@ -7,7 +7,7 @@ using namespace taskgroup;
 
 namespace {
 
-// The first parameter alone is aligned.
+// Only the first parameter is aligned.
 const auto odd = [](int64_t k, int64_t t) { return t == 0 ? 0 : (k + t) % 3; };
 const auto some = [](int64_t k, int64_t t) -> int64_t { return (k * 5 + t) % 4 == 1; };
 
@@ -45,7 +45,7 @@ void test_long() {
              });
 }
 
-// More than 64 tasks, as the launcher does it.
+// More than 64 tasks, divided as the launcher divides them.
 template <typename T>
 void test_blocks(int K) {
   const auto pass = [=](const GramTable& table, double* partial) {
@@ -68,14 +68,14 @@ void test_not_finite() {
   for (const double bad : {static_cast<double>(NAN), static_cast<double>(INFINITY)}) {
     RandomGradients random(3, {{70, kDtype<T>}}, none, none);
     for (int k = 0; k < 3; ++k) {
-      for (int x = 0; x < 70; ++x) random.put(k, 0, x, k + 1);  // no infinity less infinity
+      for (int x = 0; x < 70; ++x) random.put(k, 0, x, k + 1);  // avoids infinity minus infinity
     }
     random.put(1, 0, 66, bad);
     check_gram(random, run<T, 16>);
   }
 }
 
-// A task that has no gradient on a parameter adds nothing there, to infinity neither.
+// A task without a gradient on a parameter adds nothing there, even if others are infinite.
 template <typename T>
 void test_missing_beside_infinity() {
   const auto first = [](int64_t k, int64_t t) -> int64_t { return k == 0 && t == 1; };
@@ -84,7 +84,7 @@ void test_missing_beside_infinity() {
   check_gram(random, run<T, 16>);
 }
 
-// Next to the largest float: rounded to bfloat16 it is infinity.
+// Numbers close to the largest float, which round to infinity as bfloat16.
 void test_largest() {
   RandomGradients random(2, {{20, Dtype::kFloat}}, none, none);
   for (int x = 0; x < 20; ++x) {
@@ -96,7 +96,7 @@ void test_largest() {
   CHECK(close(gram[1] / 3.4e18, 1, 1e-6));
 }
 
-// Sums of one and the same number, where rounding always goes one way.
+// All elements are equal, so that every sum is rounded in the same direction.
 void test_equal_numbers() {
   for (const double value : {0.1, 1.0 / 3, 0.7, 1.1}) {
     RandomGradients random(2, {{192, Dtype::kFloat}}, none, none);

@@ -7,8 +7,9 @@
 #include "host/affinity_propagation.h"
 #include "host/normalised_affinity.h"
 
-// Clustering on every instruction set that this processor has, against matrices whose clusters can
-// be seen and against the messages as the paper writes them, one by one; and what clustering reads.
+// Tests the clustering, for every instruction set of this processor, on matrices with obvious
+// clusters and against the messages as written in the paper. Also tests the matrix that is
+// clustered.
 
 using namespace taskgroup;
 
@@ -40,7 +41,7 @@ Labels cluster(const Problem& p, InstructionSet isa, const Matrix& noise) {
                               p.K, p.damping, p.max_iter, p.convergence_iter, isa);
 }
 
-// Frey and Dueck's formulas, each message by itself; sums in the order of the tasks.
+// Frey and Dueck's formulas, message by message, with sums in the order of the tasks.
 Labels message_by_message(const Problem& p, const Matrix& noise) {
   const int64_t K = p.K;
   std::vector<double> sorted = p.similarity;
@@ -119,13 +120,14 @@ void test_by_eye(InstructionSet isa) {
   };
   using Found = std::vector<int64_t>;
   CHECK(labels(1, {3.0}, {}) == Found{0});
-  // All alike: alone if they would rather be, else together.
+  // All tasks are alike: they stay alone or form one cluster, depending on the preference.
   CHECK(labels(3, Matrix(9, 1.0), {2, 2, 2}) == (Found{0, 1, 2}));
   CHECK(labels(3, Matrix(9, 1.0), {}) == (Found{0, 0, 0}));
-  // Tasks 0 and 1 agree, 2 does not.
+  // Tasks 0 and 1 are similar, and task 2 is not similar to them.
   const Matrix three = {1.0, 0.8, -0.3, 0.7, 1.0, -0.4, -0.3, -0.4, 1.0};
   CHECK(labels(3, three, {0, 0, 0}) == (Found{0, 0, 1}));
-  // Clusters i % 3, near 1 inside and near 0 between them, over several vectors and a tail.
+  // The clusters are i % 3, with similarities near 1 within and near 0 between them. A row takes
+  // several vectors and a rest.
   for (const int64_t K : {9, 16, 37}) {
     std::mt19937 random(1);
     Matrix similarity = normal(random, K);
@@ -155,7 +157,7 @@ void test_messages() {
         p.damping = 0.8;
         p.max_iter = 40;
         p.convergence_iter = 15;
-        for (double& s : p.similarity) s = std::round(s);  // ties
+        for (double& s : p.similarity) s = std::round(s);  // makes ties
       }
       const Matrix noise = normal(random, K);
       const Labels expected = message_by_message(p, noise);
@@ -171,7 +173,7 @@ void test_messages() {
 
 template <typename T>
 void test_normalise() {
-  // Task 1 is not known, and neither are entries that are not finite.
+  // Task 1 is not known. Entries that are not finite count as zero.
   const T affinity[] = {2, 9, 1, 9, 0, 9, T(kInfinity), 9, 4};
   const NormalisedAffinity found = normalise(affinity, 3);
   CHECK(found.known == (std::vector<int64_t>{0, 2}));
@@ -179,7 +181,7 @@ void test_normalise() {
   const T unknown[] = {T(NAN), 1, 1, -1};
   CHECK(normalise(unknown, 2).known.empty() && normalise(unknown, 2).similarity.empty());
 
-  constexpr int64_t K = 70;  // over tiles
+  constexpr int64_t K = 70;  // more than one tile
   std::mt19937 random(3);
   std::vector<T> large;
   for (const double x : normal(random, K)) large.push_back(static_cast<T>(x));

@@ -44,7 +44,7 @@ void test_choice() {
   }
 }
 
-// Of the process: read once, at the first call that is answered.
+// The process reads the variable once, at the first call that succeeds.
 void test_environment() {
   setenv("TASKGROUP_CPU_ISA", "avx1024", 1);
   CHECK(refusal(instruction_set).find("TASKGROUP_CPU_ISA=avx1024 ") == 0);

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kLeastPart = 16384;  // the fewest elements that are worth a thread
 constexpr int64_t kMostParts = 4096;
 
-// Combines gradients that are raw_t in memory and are summed in T.
+// Combines gradients that are stored as raw_t and summed as T.
 template <typename raw_t, typename T>
 class Combiner {
  public:
@@ -37,7 +37,7 @@ class Combiner {
       run(whole, static_cast<raw_t*>(output.data) + begin);
       begin += whole;
     }
-    // Other strides, and the last few elements, go through a buffer.
+    // Gradients with other strides, and the last few elements, are copied to a buffer.
     for (; begin < end; begin += kChunk) {
       const int64_t n = std::min(kChunk, end - begin);
       buffer_.resize((count + 1) * kChunk);
@@ -47,7 +47,7 @@ class Combiner {
         copy_elements(parameter, gradients_.all[parameter.begin + r], begin, n, row);
         rows_[r] = row;
       }
-      run((n + lanes_ - 1) / lanes_ * lanes_, result);  // elements past n are never used
+      run((n + lanes_ - 1) / lanes_ * lanes_, result);  // elements past n are not used
       write(parameter, output, begin, n, result);
     }
   }

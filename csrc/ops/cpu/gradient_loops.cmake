@@ -1,5 +1,6 @@
-# The loops over gradients: one file per instruction set, picked at run time. They are compared with
-# a float64 reference to a tolerance, so products and sums may be fused.
+# The loops over gradients are compiled once for each instruction set, and one of them is chosen at
+# run time. Tests compare them with a float64 reference up to a tolerance, so products and sums may be
+# fused.
 set(LOOPS ${CMAKE_CURRENT_LIST_DIR}/gradient_loops)
 if(NOT LOOPS_OPTIMIZE)
   set(LOOPS_OPTIMIZE -O3)  # whatever the rest is built with

@@ -4,11 +4,12 @@
 
 #include "instruction_set.h"
 
-// The innermost loops over gradients, once per instruction set. The set is chosen at run time.
+// The innermost loops over gradients, compiled once for each instruction set. The set is chosen at
+// run time.
 
 namespace taskgroup {
 
-// Rows of two blocks of tasks: n elements of each gradient, and which task of its block each is.
+// The gradients of a block of tasks, n elements each, and the index of each task in its block.
 template <typename T>
 struct GramRows {
   const T* const* data;  // [count] pointers to n elements
@@ -17,18 +18,19 @@ struct GramRows {
 };
 
 struct GradientLoops {
-  int64_t lanes;         // floats in a vector; the n of what follows are multiples of it
+  int64_t lanes;         // floats in a vector; n is a multiple of it in gram_* and combine_*
   int64_t double_lanes;  // doubles in a vector
 
-  // sums[(i * ld + j) * double_lanes + lane] += products of row i of `a` with row j of `b`; where
-  // `b` is null, of `a` with itself, i <= j. At most kChain products of a lane are summed in
-  // float32 before they go to the float64 sums; prefetch asks for the elements n further on.
+  // sums[(i * ld + j) * double_lanes + lane] += products of row i of `a` with row j of `b`. If `b`
+  // is null, the products are those of the rows i <= j of `a`. Each lane sums at most kChain
+  // products in float32 before it adds them to the float64 sums. `prefetch` also fetches the
+  // elements that follow the n elements.
   void (*gram_float)(const GramRows<float>& a, const GramRows<float>* b, int64_t n, double* sums,
                      int64_t ld, bool prefetch);
   void (*gram_double)(const GramRows<double>& a, const GramRows<double>* b, int64_t n, double* sums,
                       int64_t ld, bool prefetch);
 
-  // out[x] = sum_i weights[i] * rows[i][x], in this order of i; out may be one of the rows.
+  // out[x] = sum_i weights[i] * rows[i][x], added in the order of i. `out` may be one of the rows.
   void (*combine_float)(const float* const* rows, const float* weights, int32_t count, int64_t n,
                         float* out);
   void (*combine_double)(const double* const* rows, const double* weights, int32_t count, int64_t n,
@@ -38,16 +40,17 @@ struct GradientLoops {
   void (*combine_half)(const uint16_t* const* rows, const float* weights, int32_t count, int64_t n,
                        uint16_t* out);
 
-  // For any n.
+  // These take any n.
   void (*widen_bfloat16)(const uint16_t* from, int64_t n, float* to);
   void (*widen_half)(const uint16_t* from, int64_t n, float* to);
 };
 
-// The number of products of a lane after which the sums go to float64. It bounds the rounding error
-// for every input: kChain / 2 * 2^-24 relative to |g_i| |g_j|.
+// The number of products that a lane sums in float32 before it adds them to float64. It bounds the
+// rounding error for every input by kChain / 2 * 2^-24 |g_i| |g_j|.
 constexpr int64_t kChain = 32;
 
-// The loops of an instruction set that this processor has; by default those of instruction_set().
+// The loops for an instruction set, which this processor must have. The default is
+// instruction_set().
 const GradientLoops& gradient_loops();
 const GradientLoops& gradient_loops(InstructionSet isa);
 

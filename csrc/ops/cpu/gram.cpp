@@ -11,8 +11,8 @@ namespace taskgroup {
 
 namespace {
 
-constexpr int64_t kBlock = 64;  // tasks of a block: its sums and a chunk of it fit the L2 cache
-constexpr int64_t kLeastPart = 32768;  // elements, worth a thread
+constexpr int64_t kBlock = 64;  // tasks in a block, whose sums and one chunk fit into the L2 cache
+constexpr int64_t kLeastPart = 32768;  // the fewest elements that are worth a thread
 constexpr int64_t kMostParts = 256;    // bounds the memory of the partial sums
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -21,7 +21,7 @@ int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step;
 template <typename T>
 struct Rows {
   std::vector<int64_t> gradients;  // positions in Gradients::all
-  std::vector<int32_t> places;     // of the tasks in their block
+  std::vector<int32_t> places;     // index of each task in its block
   std::vector<const T*> data;
 
   void select(const Gradients& all, const Parameter& parameter, int64_t first_task) {
@@ -52,7 +52,7 @@ class BlockGram {
         a_(a),
         b_(b),
         ld_(ld),
-        // Few rows take longer chunks, so that a chunk is worth its setting up.
+        // With few rows the chunks are longer, so that the work of setting up a chunk pays off.
         chunk_(std::max(Parts::kStep, 8192 / ld / Parts::kStep * Parts::kStep)),
         sums_(sums),
         raw_(chunk_) {}
@@ -72,7 +72,8 @@ class BlockGram {
         run(whole, end - x > whole);
         x += whole;
       } else {
-        // Of other types or strides, or the last few: through a buffer, zeros behind.
+        // Gradients of another type, other strides, and the last few elements are copied to a
+        // buffer, padded with zeros.
         const int64_t padded = round_up(n, lanes);
         T* end_of_left = copy_rows(parameter, left_, x, n, padded, 0);
         if (a_ != b_) copy_rows(parameter, right_, x, n, padded, end_of_left - buffer_.data());
@@ -89,7 +90,7 @@ class BlockGram {
     }
   }
 
-  // Behind the first `used` elements of the buffer; returns its new end.
+  // Copies the rows to the buffer, after its first `used` elements. Returns the new end.
   T* copy_rows(const Parameter& parameter, Rows<T>& rows, int64_t x, int64_t n, int64_t padded,
                int64_t used) {
     if (buffer_.empty()) buffer_.resize(2 * ld_ * chunk_);
@@ -103,7 +104,7 @@ class BlockGram {
     return to;
   }
 
-  // As the type that is computed in.
+  // Copies elements and converts them to T.
   void copy(const Parameter& parameter, const Gradient& gradient, int64_t x, int64_t n, T* to) {
     if constexpr (std::is_same_v<T, float>) {
       if (parameter.dtype != Dtype::kFloat) {

@@ -7,7 +7,7 @@
 namespace taskgroup {
 namespace {
 
-// "avx512", "avx2" or "portable": the instruction set of the loops over gradients.
+// The instruction set of the loops over gradients: "avx512", "avx2" or "portable".
 std::string cpu_instruction_set() { return name_of(instruction_set()); }
 
 }  // namespace

@@ -8,8 +8,9 @@
 
 namespace taskgroup {
 
-// All parameters in a row, cut into parts of one size. The size depends on the sizes of the
-// parameters alone, so sums part by part do not depend on the number of threads.
+// The elements of all parameters, one parameter after the other, cut into parts of equal size. That
+// size depends only on the sizes of the parameters, so sums that are computed part by part do not
+// depend on the number of threads.
 class Parts {
  public:
   static constexpr int64_t kStep = 512;  // elements; parts are multiples of it

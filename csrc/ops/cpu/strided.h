@@ -9,7 +9,7 @@
 namespace taskgroup {
 
 // Calls run(offset, stride, count) for runs of evenly spaced elements of a tensor with these sizes
-// and strides. The runs cover n elements, from element `begin` on in the order of the indices.
+// and strides. The runs cover n elements in the order of the indices, starting at element `begin`.
 template <typename Run>
 void for_each_run(const int64_t* sizes, const int64_t* strides, int32_t dim, int64_t begin,
                   int64_t n, const Run& run) {
@@ -38,7 +38,7 @@ void for_each_run(const int64_t* sizes, const int64_t* strides, int32_t dim, int
   }
 }
 
-// Copies n elements, from element `begin` on in the order of the indices.
+// Copies n elements in the order of the indices, starting at element `begin`.
 template <typename raw_t>
 void copy_elements(const Parameter& parameter, const Gradient& gradient, int64_t begin, int64_t n,
                    raw_t* to) {

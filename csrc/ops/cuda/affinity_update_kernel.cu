@@ -15,7 +15,8 @@ using torch::stable::Tensor;
 namespace {
 
 constexpr int64_t kMostBlocks = 128;  // about as many as an H100 has multiprocessors
-constexpr int64_t kMostTasks = 6144;  // 48 KB of ratios, the shared memory that every block has
+constexpr int64_t kMostTasks =
+    6144;  // their ratios take 48 KB, which is the shared memory of a block on every GPU
 
 template <typename scalar_t>
 __global__ void affinity_update(float* matrix, const scalar_t* before, const scalar_t* after,

@@ -19,8 +19,8 @@ __device__ inline double observe_inside(double ri, double rk, bool same_task) {
   return product < 0.0 ? -(ri < rk ? rk : ri) : NAN;
 }
 
-// The blocks, of any number of threads, share the rows; every block computes all ratios. `ratio` is
-// [K] in shared memory.
+// The rows are divided among the blocks, and every block computes all ratios. A block may have any
+// number of threads. `ratio` is [K] in shared memory.
 template <typename scalar_t>
 __device__ void affinity_update_block(float* matrix,           // [K, K]
                                       const scalar_t* before,  // [K]

@@ -28,13 +28,13 @@ struct CombineTable {
 static_assert(sizeof(CombineTable) <= 32764, "the parameters of a kernel");
 
 template <typename T, int kThreads>
-constexpr int64_t kCombineChunk = kThreads * 4 * kPerVector<T>;  // elements of a block
+constexpr int64_t kCombineChunk = kThreads * 4 * kPerVector<T>;  // elements per block
 
-constexpr int kMostTasks = 1024;  // rows of a parameter
-constexpr int kRowsAtOnce = 4;    // loads in flight for each thread
+constexpr int kMostTasks = 1024;  // rows per parameter
+constexpr int kRowsAtOnce = 4;    // loads in flight per thread
 
-// Every element is read from all rows before it is written, so the output may be one of the rows.
-// shared: [kMostTasks] wide_t<T>, the weights of the rows.
+// Reads an element from all rows before it writes the element, so the output may be one of the
+// rows. `shared` has room for the weights of the rows, wide_t<T> [kMostTasks].
 template <typename T, int kThreads>
 __device__ void combine_block(const CombineTable& table, void* shared) {
   using wide = wide_t<T>;
@@ -49,7 +49,7 @@ __device__ void combine_block(const CombineTable& table, void* shared) {
   const int64_t end =
       begin + (left < kCombineChunk<T, kThreads> ? left : kCombineChunk<T, kThreads>);
 
-  // In the dtype of the sums, once for all elements.
+  // Convert the weights to the dtype of the sums once, not for every element.
   auto* weights = static_cast<wide*>(shared);
   for (int r = threadIdx.x; r < rows; r += kThreads) {
     const int task = table.task[first_row + r];
@@ -79,7 +79,7 @@ __device__ void combine_block(const CombineTable& table, void* shared) {
 #pragma unroll
         for (int i = 0; i < kRowsAtOnce; ++i) add(r + i, some[i]);
       }
-      // The last rows, at once as well.
+      // Load the remaining rows together as well.
 #pragma unroll
       for (int i = 0; i < kRowsAtOnce - 1; ++i) {
         if (r + i < rows) some[i] = stream_words(row(r + i) + x, true);
@@ -103,7 +103,8 @@ __device__ void combine_block(const CombineTable& table, void* shared) {
   }
 }
 
-// Calls launch(table, blocks) until every parameter of type T has been in a table. outputs is [T].
+// Puts all parameters of type T into tables and calls launch(table, blocks) with each table. There
+// is one output for each of the T parameters.
 template <typename T, int kThreads, typename Launch>
 void for_each_combine_table(const Gradients& gradients, Dtype dtype,
                             const std::vector<void*>& outputs, const void* weights,

@@ -10,7 +10,7 @@
 namespace taskgroup {
 
 // Replaces the gradients of each `strided` parameter by contiguous copies, which the result owns.
-// It may be freed as soon as the kernels that read the copies are on their stream.
+// The result may be freed as soon as the kernels that read the copies are queued on their stream.
 inline std::vector<torch::stable::Tensor> make_contiguous(
     Gradients& gradients, const std::vector<torch::stable::Tensor>& list) {
   std::vector<torch::stable::Tensor> copies;

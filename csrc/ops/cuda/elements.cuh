@@ -57,7 +57,7 @@ __device__ inline BFloat16 narrow<BFloat16>(float value) {
 }
 
 template <typename T>
-constexpr int kPerVector = 16 / sizeof(T);  // elements of 16 bytes
+constexpr int kPerVector = 16 / sizeof(T);  // elements in 16 bytes
 
 template <typename T>
 struct alignas(16) Vector {
@@ -77,7 +77,7 @@ __device__ inline void store_vector(T* to, Vector<T> vector) {
 
 inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-// The first i of the ascending ends[0..n-1] with ends[i] > at.
+// The smallest i with ends[i] > at; ends[0..n-1] is ascending.
 __device__ inline int find(const int64_t* ends, int n, int64_t at) {
   int low = 0, high = n - 1;
   while (low < high) {

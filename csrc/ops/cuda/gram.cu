@@ -11,13 +11,14 @@ namespace taskgroup {
 
 namespace {
 
-constexpr int kFmaTasks = 16;  // up to this many float32 gradients do not use tensor cores
-constexpr int kWarps = 4;      // of a block that uses them
-// Eight warps can have 255 registers each: seven warps sum and, if the GPU has bulk copies, one
-// fills their ring.
+constexpr int kFmaTasks =
+    16;                    // with at most this many tasks float32 gradients do not use tensor cores
+constexpr int kWarps = 4;  // of a block that uses tensor cores
+// With eight warps each thread can have 255 registers. Seven warps sum. If the GPU has bulk copies,
+// the eighth fills the ring from which they read.
 constexpr int kSummingThreads = 7 * 32, kFillingThreads = kHasBulkCopies ? 32 : 0;
 constexpr int kFinishingThreads = 512;
-constexpr int64_t kLeastTiles = 8;  // of a segment
+constexpr int64_t kLeastTiles = 8;  // per segment
 constexpr int64_t kMostSegments = 1024;
 constexpr int64_t kMostPartials = 1 << 22;  // doubles: 32 MB
 
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kFinishingThreads)
   gram_finish_block<kFinishingThreads>(partial, segments, K, result, sums);
 }
 
-// A block may use this many bytes of shared memory.
+// The bytes of shared memory that a block may use.
 int shared_limit() {
   int device = 0, bytes = 0;
   cudaGetDevice(&device);
@@ -76,7 +77,7 @@ int shared_limit() {
   return bytes;
 }
 
-// Whether this GPU supports it, and the code of the kernel that was built for the GPU uses it.
+// Whether this GPU has bulk copies and the kernel code that runs on it was built to use them.
 template <typename Kernel>
 bool has_bulk_copies(Kernel kernel) {
   int device = 0, major = 0;
@@ -86,7 +87,7 @@ bool has_bulk_copies(Kernel kernel) {
   return major >= 9 && cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90;
 }
 
-// The blocks of one segment run side by side, so that they find each other's reads in the cache.
+// The blocks of one segment run at the same time, so that they share their reads through the cache.
 template <typename Kernel, typename... Arguments>
 void launch(Kernel kernel, const GramTable& table, int64_t blocks, int threads, size_t shared_bytes,
             int carve_out, cudaStream_t stream, double* partial, Arguments... arguments) {
@@ -105,18 +106,18 @@ void launch_fma(const GramTable& table, double* partial, cudaStream_t stream) {
   if (has_bulk_copies(kernel)) {
     const auto most = static_cast<int>((shared_limit() - G::kBarrierBytes) / G::kStageBytes);
     stages = std::min(most, kMostStages);
-    threads += 32;  // by the device's, not the host's, kFillingThreads
+    threads += 32;  // in host code kFillingThreads does not depend on the GPU
   }
-  // The copy engine does not read through the L1 cache.
+  // The copy engine bypasses the L1 cache.
   const int carve_out = stages > 0 ? cudaSharedmemCarveoutMaxShared : cudaSharedmemCarveoutDefault;
   launch(kernel, table, 1, threads, G::shared_bytes(stages), carve_out, stream, partial, stages);
 }
 
-// The share of a multiprocessor's memory that is shared memory, in per cent: as much as the blocks
-// that fit need. The rest is the L1 cache, which serves their loads.
+// The percentage of a multiprocessor's on-chip memory that serves as shared memory: just enough for
+// all blocks that fit. The rest is the L1 cache, through which the blocks load.
 template <typename G>
 int carve_out() {
-  constexpr size_t kOfSystem = 1024;  // bytes of each block
+  constexpr size_t kOfSystem = 1024;  // bytes that CUDA reserves per block
   int device = 0, bytes = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);

@@ -9,25 +9,25 @@ struct CUstream_st;
 
 namespace taskgroup {
 
-// What the inner products are used for. Either the matrix itself:
+// The inner products have one of two uses. Either they are written to a matrix:
 template <typename T>
 struct GramMatrix {
   T* matrix;  // [K, K]
   int64_t K;
 };
 
-// Or the update of an affinity matrix:
+// Or they update an affinity matrix:
 struct GramAffinity {
-  float* matrix;  // [K, K], K of all tasks
+  float* matrix;  // [K, K], where K counts all tasks
   int64_t K;
   const void* losses;  // [K] double if wide_losses, else float
   bool wide_losses;
   double decay, lr;
-  int32_t* observed;     // [K, K] or null: the observations of each entry
+  int32_t* observed;     // [K, K] or null: the number of observations of each entry
   uint16_t tasks[1024];  // row and column of each measured task
 };
 
-// Launches all kernels on the stream: one or several that read the gradients, and one that adds the
+// Launches all kernels on the stream: one or more that read the gradients, and one that adds the
 // partial sums and writes the result. No gradient may be `strided`. allocate(n) returns n doubles
 // of scratch memory.
 using Allocate = std::function<double*(int64_t n)>;

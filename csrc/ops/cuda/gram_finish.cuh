@@ -27,8 +27,8 @@ __device__ inline void store(const GramAffinity& to, int64_t i, int64_t j, doubl
   if (i != j) observe(to, to.tasks[j], to.tasks[i], product);
 }
 
-// Row blockIdx.y, columns from 32 blockIdx.x on. Every lane sums one column, and the warps share
-// the segments.
+// Computes 32 entries of row blockIdx.y, starting at column 32 * blockIdx.x. Each lane sums one
+// column, and the segments are divided among the warps.
 template <int kThreads, typename Result>
 __device__ void gram_finish_block(const double* partial, int64_t segments, int64_t K,
                                   const Result& result, void* shared) {
@@ -41,7 +41,7 @@ __device__ void gram_finish_block(const double* partial, int64_t segments, int64
   if (mine) {
     const int64_t pairs = K * (K + 1) / 2;
     const double* at = partial + pair_index(i, j, K);
-    constexpr int kAtOnce = 16;  // loads in flight; added one after the other, in order
+    constexpr int kAtOnce = 16;  // loads in flight; they are added in order
     const double* from = at + warp * pairs;
     const int64_t step = kWarps * pairs;
 #pragma unroll 1

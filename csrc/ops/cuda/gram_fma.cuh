@@ -1,14 +1,14 @@
 #pragma once
 
-// Inner products of few tasks: every thread keeps all sums of its elements in registers.
+// Inner products of few tasks. Every thread keeps the sums of its own elements in registers.
 
 #include "ops/cuda/gram_table.cuh"
 
 namespace taskgroup {
 
-// The number of products that a thread adds in T before the sums go to float64. With the five
-// additions of the warp that follow, this bounds the rounding error for every input: 13 * 2^-24 of
-// the sum of the absolute products.
+// The number of products that a thread adds in T before the sums are converted to float64. Together
+// with the five additions over the warp that follow, it bounds the rounding error for every input
+// by 13 * 2^-24 times the sum of the absolute products.
 constexpr int kFmaChain = 16;
 
 constexpr int kMostStages = 4;
@@ -16,8 +16,9 @@ constexpr int kMostStages = 4;
 // The number of values left after `steps` halvings.
 constexpr int halved(int n, int steps) { return steps == 0 ? n : halved((n + 1) / 2, steps - 1); }
 
-// Adds n values over the lanes of a warp; every lane keeps its share of them, v[0..halved(n, 5)-1].
-// In each step two lanes split their values, which takes n shuffles in all, not 5n.
+// Adds n values over the lanes of a warp. Afterwards every lane holds its share of the n sums in
+// v[0..halved(n, 5)-1]. In each step two lanes split their values, so that about n shuffles are
+// needed instead of 5n.
 template <int n, int kMask = 16, typename T>
 __device__ inline void add_over_warp(T* v, int lane) {
   constexpr int h = (n + 1) / 2;
@@ -30,7 +31,7 @@ __device__ inline void add_over_warp(T* v, int lane) {
   if constexpr (kMask > 1) add_over_warp<h, kMask / 2>(v, lane);
 }
 
-// Which of n values the share of a lane is.
+// The range of the n values that a lane's share holds.
 struct Share {
   int begin, count;
 };
@@ -50,7 +51,8 @@ __device__ inline Share share_of_lane(int n, int lane) {
   return share;
 }
 
-// The sums of R tasks from `first` on with one another (kTriangle), or with R from `other` on.
+// The inner products of R tasks, starting at `first`, with each other (kTriangle) or with the R
+// tasks that start at `other`.
 template <typename T_, int R_, bool kTriangle_, int kThreads_>
 struct GramFma {
   using T = T_;
@@ -61,7 +63,7 @@ struct GramFma {
   static constexpr int kTile = kThreads * kPerVector<T>;  // elements
   static constexpr int kTilesOfChain = kFmaChain / kPerVector<T>;
 
-  static constexpr size_t kBarrierBytes = 128;  // of the barriers, and what is in the stages
+  static constexpr size_t kBarrierBytes = 128;  // the barriers, and which rows each stage holds
   static constexpr size_t kStageBytes = R * kTile * sizeof(T);
   static constexpr size_t shared_bytes(int stages) {
     const size_t sums = kWarps * kSums * sizeof(double), ring = stages * kStageBytes;
@@ -69,9 +71,9 @@ struct GramFma {
   }
 };
 
-// A ring of stages in shared memory. One warp lets the copy engine fill them with whole aligned
-// tiles, and the other warps read them. `full` completes when the rows of a stage have arrived,
-// `empty` when all warps have read them.
+// A ring of stages in shared memory. One warp tells the copy engine to fill the stages with whole,
+// aligned tiles, and the other warps read them. The barrier `full` completes when all rows of a
+// stage have arrived, and `empty` completes when all warps have read them.
 template <typename G>
 class Ring {
  public:
@@ -105,9 +107,9 @@ class Ring {
   int stages_;
 };
 
-// Adds the products of the tasks that have a gradient here. A task without one adds nothing: its
-// zeros times infinity would add NaN.
-// absent: a bit for each left task, and above them for each right one.
+// Adds the products of the tasks that have a gradient on this parameter. The others are left out,
+// because the product of their zeros with infinity would be NaN. The lowest bits of `absent` mark
+// left tasks without a gradient, and the next higher bits mark right tasks.
 template <typename G>
 __device__ inline void add_present(typename G::T* sum,                  // [kSums]
                                    const Vector<typename G::T>* left,   // [R]
@@ -129,7 +131,7 @@ __device__ inline bool in_ring(const GramTable& table, const TileWalk& at) {
   return table.aligned[at.p] && at.x + G::kTile <= table.numel[at.p];
 }
 
-// One warp sends the tiles of a segment through the ring: lane r requests row r.
+// One warp copies the tiles of a segment into the ring. Lane r requests row r.
 template <typename G>
 __device__ void fill_ring(const GramTable& table, int first, int64_t begin, int64_t end,
                           Ring<G> ring, int stages) {
@@ -165,9 +167,9 @@ __device__ void fill_ring(const GramTable& table, int first, int64_t begin, int6
   }
 }
 
-// Sums one segment. With kBulk, one more warp after the kThreads others fills the ring: the
-// registers of the others are full of sums, and too few blocks fit to hide the latency of plain
-// loads.
+// Sums one segment. With kBulk, one more warp after the first kThreads threads fills the ring.
+// Plain loads would be slow: the sums need so many registers that too few warps fit on a
+// multiprocessor to hide the latency.
 template <typename G, bool kBulk>
 __device__ void gram_fma_block(const GramTable& table, int first, int other, double* partial,
                                void* shared, int stages) {
@@ -210,7 +212,8 @@ __device__ void gram_fma_block(const GramTable& table, int first, int other, dou
   TileWalk at(table, begin, G::kTile);
   for (int64_t tile = begin; tile < end && !fills; ++tile) {
     Vector<T> a[R], b[G::kTriangle ? 1 : R];
-    // A bit for each task that there is, but not on this parameter: of a, and above them of b.
+    // A bit for each task without a gradient on this parameter. The lowest bits are those of `a`,
+    // the next ones those of `b`. Tasks past the last one have no bit.
     uint32_t absent = 0;
     if (kBulk && in_ring<G>(table, at)) {
       mbarrier_wait(ring.full + ring.stage, ring.parity);
@@ -248,10 +251,10 @@ __device__ void gram_fma_block(const GramTable& table, int first, int other, dou
     }
     bool added = false;
     if (absent != 0) {
-      T probe = 0;  // NaN if any number is not finite
+      T probe = 0;  // NaN if one of the numbers is not finite
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        if (absent >> r & 1) a[r] = {};  // the ring still holds an older tile
+        if (absent >> r & 1) a[r] = {};  // its row in the ring is from an older tile
 #pragma unroll
         for (int e = 0; e < kPerVector<T>; ++e) {
           probe += T(0) * a[r].at[e];
@@ -292,7 +295,7 @@ __device__ void gram_fma_block(const GramTable& table, int first, int other, dou
   }
   if (tiles_of_chain > 0) flush();
 
-  // [kWarps, kSums], where the ring was
+  // [kWarps, kSums], in the memory of the ring
   auto* sums = reinterpret_cast<double*>(static_cast<unsigned char*>(shared) + G::kBarrierBytes);
   if (kBulk) __syncthreads();
   const Share share = share_of_lane(G::kSums, lane);

@@ -2,33 +2,35 @@
 
 // Inner products of up to 64 tasks on the tensor cores.
 //
-// The order of the terms of an inner product does not matter, so every lane takes columns as they
-// are in memory: with g = lane / 4 and t = lane % 4 a lane takes 16 bytes of row g of every group
-// of 8 rows, from column t of such pieces on. What it then holds of groups 2i and 2i+1 is its
-// fragment of the i-th left operand [16, 16], and what it holds of group j its fragment of the j-th
-// right operand [16, 8]: the same registers, and no shared memory on the way.
+// The order of the terms of an inner product does not matter, so each lane loads columns in the
+// order of memory. Let g = lane / 4 and t = lane % 4. From every group of 8 rows, a lane loads the
+// t-th piece of 16 bytes of row g. Its registers for groups 2i and 2i+1 are then its fragment of
+// the i-th left operand [16, 16], and its registers for group j are its fragment of the j-th right
+// operand [16, 8]. Both operands use the same registers, and nothing passes through shared memory.
 
 #include "ops/cuda/gram_table.cuh"
 
 namespace taskgroup {
 
-// The words of a lane for a group of 8 rows and 16 columns, as a sum of kParts terms.
+// The words that a lane holds of a group of 8 rows and 16 columns. Each number is the sum of kParts
+// terms.
 template <typename T>
 struct Fragment {
   static constexpr int kParts = 1, kProducts = 1;
   uint32_t word[1][2];
 };
 
-// A float is the sum of three bfloat16, exactly. Of the nine products of two such sums the six
-// largest are taken; the others are below 2^-25 of the whole. With two terms, three products, a
-// gradient of equal numbers would be wrong by 8e-6.
+// A float is exactly the sum of three bfloat16 numbers. The product of two such sums has nine
+// terms. The six largest are computed; the other three are below 2^-25 of the product. With two
+// bfloat16 numbers per float and three terms, the error for a gradient of equal numbers would be
+// 8e-6.
 template <>
 struct Fragment<float> {
   static constexpr int kParts = 3, kProducts = 6;
   uint32_t word[3][2];
 };
 
-// Left and right part of each product, the small ones first.
+// The indices of the left and the right term of a product. Small products are added first.
 struct Product {
   int left, right;
 };
@@ -44,7 +46,7 @@ __device__ constexpr Product product_of_parts(int n) {
                                   : Product{0, 0};
 }
 
-// Of step s of the kPerVector<T> / 4 in 16 bytes.
+// The fragment for step s. The 16 bytes of a lane hold kPerVector<T> / 4 steps.
 template <typename T>
 __device__ inline Fragment<T> fragment(const Words& v, int s) {
   Fragment<T> f;
@@ -77,28 +79,31 @@ __device__ inline void mma(Half, float (&d)[4], const uint32_t (&a)[4], const ui
   mma_half(d, a, b);
 }
 
-// The sums of 8 kLeft tasks with one another (kTriangle, kLeft == kRight), or with 8 kRight others.
+// The inner products of 8 kLeft tasks with each other (kTriangle, kLeft == kRight), or with 8
+// kRight other tasks.
 template <typename T_, int kLeft_, int kRight_, bool kTriangle_, int kWarps_>
 struct GramMma {
   using T = T_;
-  static constexpr int kLeft = kLeft_, kRight = kRight_, kWarps = kWarps_;  // kLeft even
+  static constexpr int kLeft = kLeft_, kRight = kRight_, kWarps = kWarps_;  // kLeft is even
   static constexpr bool kTriangle = kTriangle_;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kLeftTiles = kLeft / 2;
-  // Tiles of 16 x 8; of a triangle those that hold an entry on or above the diagonal.
+  // The number of 16 x 8 tiles. A triangle has only the tiles with entries on or above the
+  // diagonal.
   static constexpr int kTiles =
       kTriangle ? kLeftTiles * (kRight - kLeftTiles + 1) : kLeftTiles * kRight;
-  static constexpr int kSums = 4 * kTiles;          // of a lane
+  static constexpr int kSums = 4 * kTiles;          // per lane
   static constexpr int kUnit = 256 / sizeof(T);     // columns after which sums go to float64
-  static constexpr int kTile = kWarps * kUnit;      // a unit for each warp
-  static constexpr int kWidth = 4 * kPerVector<T>;  // columns of 16 bytes of each lane
-  // What is loaded at once: of few rows more columns, so that enough is on its way.
+  static constexpr int kTile = kWarps * kUnit;      // one unit per warp
+  static constexpr int kWidth = 4 * kPerVector<T>;  // columns in one load of a warp
+  // How much is loaded at once. With few rows more columns are loaded, to keep enough loads in
+  // flight.
   static constexpr int kRows = kTriangle ? kLeft : kLeft + kRight;
-  static constexpr int kLoads = kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1;  // of a row
+  static constexpr int kLoads = kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1;  // per row
   static constexpr int kPiece = kLoads * kWidth, kPieces = kUnit / kPiece;
-  // Tiles side by side, so that the products of one need not wait for those of another.
+  // The number of tiles that are computed together, so that consecutive products are independent.
   static constexpr int kBeside = Fragment<T>::kProducts > 1 ? 4 : 2;
-  // Blocks of a multiprocessor: as many as the registers that the sums need leave room for.
+  // The number of blocks per multiprocessor; the registers for the sums limit it.
   static constexpr int kBlocks = kRows <= 2 ? 4 : kSums <= 32 ? 3 : 2;
   static constexpr size_t kSumBytes = kWarps * kSums * 32 * sizeof(double);
   static constexpr size_t kSharedBytes = kSumBytes + kWarps * 8 * kRows * sizeof(T*);
@@ -107,7 +112,7 @@ struct GramMma {
   static __device__ constexpr int first_right(int i) { return kTriangle ? 2 * i : 0; }
 };
 
-// Row and column of sum s of a lane.
+// The row and the column of a lane's s-th sum.
 struct Place {
   int row, column;
 };
@@ -123,9 +128,10 @@ __device__ inline Place place_of_sum(int s, int lane) {
   return {16 * i + lane / 4 + s % 4 / 2 * 8, 8 * j + lane % 4 * 2 + s % 2};
 }
 
-// Computes a unit again with plain multiply-adds. Splitting infinity gives infinity minus infinity,
-// numbers close to the largest float round to infinity, and the zeros of a missing gradient times
-// infinity give NaN.
+// Computes a unit again with ordinary multiply-adds, because its sums are not finite. The tensor
+// cores give a wrong NaN or infinity in three cases: splitting infinity computes infinity minus
+// infinity, numbers close to the largest float round to infinity as bfloat16, and the zeros of a
+// missing gradient are multiplied by infinity.
 template <typename G>
 __device__ __noinline__ void gram_mma_plain_unit(const GramTable& table, int first, int other,
                                                  int tile, double* own) {
@@ -146,7 +152,8 @@ __device__ __noinline__ void gram_mma_plain_unit(const GramTable& table, int fir
   }
 }
 
-// The columns that one warp reads at once, one after the other in a segment: pieces of its units.
+// Iterates over the pieces that a warp reads in a segment. A piece is a group of columns that is
+// loaded at once; kPieces of them make a unit.
 template <typename G>
 class PieceWalk {
  public:
@@ -160,7 +167,7 @@ class PieceWalk {
   __device__ int p() const { return at_.p; }
   __device__ int64_t unit() const { return at_.x + threadIdx.x / 32 * G::kUnit; }  // first column
 
-  // True at the end of a unit, until it moves on to the next unit.
+  // True once all pieces of the unit are loaded, until move_on() goes to the next unit.
   __device__ bool ends_unit() const { return piece == G::kPieces; }
 
   __device__ void move_on() {
@@ -169,8 +176,8 @@ class PieceWalk {
     skip();
   }
 
-  int piece = 0;              // of the unit
-  bool new_parameter = true;  // another than when this was last set to false
+  int piece = 0;              // index in the unit
+  bool new_parameter = true;  // the parameter has changed since this was set to false
 
  private:
   __device__ void step() {
@@ -179,18 +186,19 @@ class PieceWalk {
     new_parameter |= at_.p != p;
   }
 
-  // Past the tiles that end before this warp's unit.
+  // Skips the tiles in which this warp's unit is past the end of the parameter.
   __device__ void skip() {
     while (tile_ < tiles_ && unit() >= table_.numel[at_.p]) step();
   }
 
   TileWalk at_;
   const GramTable& table_;
-  int tile_ = 0;  // of the segment
+  int tile_ = 0;  // index in the segment
   const int tiles_;
 };
 
-// One segment of the tasks from `first` on (kTriangle: other == first).
+// Computes one segment. The left tasks start at `first` and the right tasks at `other`, which is
+// the same with kTriangle.
 template <typename G>
 __device__ void gram_mma_block(const GramTable& table, int first, int other, double* partial,
                                void* shared) {
@@ -198,9 +206,10 @@ __device__ void gram_mma_block(const GramTable& table, int first, int other, dou
   using F = Fragment<T>;
   auto* sums = static_cast<double*>(shared);  // [kWarps, kSums, 32]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  double* own = sums + warp * G::kSums * 32;  // of this warp; a lane touches its column alone
+  double* own = sums + warp * G::kSums * 32;  // of this warp; a lane uses only its own column
   for (int s = 0; s < G::kSums; ++s) own[s * 32 + lane] = 0;
-  // The rows of this warp, of one parameter: in registers they would take the place of sums.
+  // This warp's pointers to the rows of one parameter. In registers they would leave too little
+  // room for the sums.
   auto* rows = reinterpret_cast<const T**>(static_cast<unsigned char*>(shared) + G::kSumBytes) +
                warp * 8 * G::kRows;
 
@@ -250,8 +259,9 @@ __device__ void gram_mma_block(const GramTable& table, int first, int other, dou
   PieceWalk<G> next(table, begin, end);
   bool more;
 #pragma unroll 1
-  do {  // at first with zeros
-    // All of the piece becomes fragments at once, and the next one is on its way meanwhile.
+  do {  // the first iteration adds zeros
+    // Convert the whole piece first. This frees its registers, so that the next piece can be loaded
+    // during the products.
     F fragments[G::kLoads][kPerVector<T> / 4][G::kRows];
 #pragma unroll
     for (int l = 0; l < G::kLoads; ++l) {
@@ -292,8 +302,8 @@ __device__ void gram_mma_block(const GramTable& table, int first, int other, dou
                 if (j + m < G::kRight) mma(T{}, d[m], a, right[j + m].word[parts.right]);
               }
             }
-            // Tensor cores cut off rather than round: every 16 products start from zero, and it is
-            // the float32 unit that adds them up.
+            // Tensor cores truncate instead of rounding. So each operation starts from zero and
+            // sums only 16 products, and the float32 units, which round, add the results.
 #pragma unroll
             for (int m = 0; m < G::kBeside; ++m) {
               if (j + m >= G::kRight) continue;
@@ -305,7 +315,7 @@ __device__ void gram_mma_block(const GramTable& table, int first, int other, dou
       }
     }
     if (ends_unit) {
-      float probe = 0;  // NaN if any sum is not finite
+      float probe = 0;  // NaN if one of the sums is not finite
 #pragma unroll
       for (int s = 0; s < G::kSums; ++s) probe += 0.0f * sum[s];
       if (__any_sync(~0u, !(probe == 0.0f))) {
@@ -331,19 +341,20 @@ __device__ void gram_mma_block(const GramTable& table, int first, int other, dou
   }
 }
 
-// For more than 64 tasks: blocks of 64 with themselves, and the halves of each block with the
-// halves of all later blocks.
+// More than 64 tasks are split into blocks of 64. One kernel computes the products within each
+// block. Another computes the products between blocks, for each pair of halves of two different
+// blocks.
 constexpr int kMmaBlock = 64;
 constexpr int kMmaHalf = kMmaBlock / 2;
 
 // The y-th pair of halves.
 struct Halves {
-  int first, other;  // tasks
+  int first, other;  // the first task of each half
 };
 
 __device__ inline Halves halves(int y) {
   const int quarter = y % 4;
-  int a = y / 4, b = 1;  // blocks
+  int a = y / 4, b = 1;  // a pair of blocks, a < b
   while (a >= b) a -= b++;
   return {a * kMmaBlock + quarter / 2 * kMmaHalf, b * kMmaBlock + quarter % 2 * kMmaHalf};
 }

@@ -8,9 +8,10 @@
 
 namespace taskgroup {
 
-// Parameters of one dtype, passed to a launch by value. They are cut into tiles, and the tiles of
-// all parameters are put in a row. An equal number of consecutive tiles makes a segment, the work
-// of one block. Tiles and segments depend on the sizes alone, so the sums do not depend on the GPU.
+// Parameters of one dtype, passed to a launch by value. They are cut into tiles, which are numbered
+// consecutively over all parameters. A segment is a fixed number of consecutive tiles; it is the
+// work of one block. Tiles and segments depend only on the sizes, so the sums are the same on every
+// GPU.
 struct GramTable {
   static constexpr int kMostParameters = 256;
   static constexpr int kMostRows = 3400;
@@ -18,11 +19,11 @@ struct GramTable {
   int64_t numel[kMostParameters];
   int64_t end_tile[kMostParameters];  // one past the last tile of each
   bool aligned[kMostParameters];      // all its pointers, to 16 bytes
-  const void* row[kMostRows];         // [parameters, K]; null: the task does not reach it
+  const void* row[kMostRows];         // [parameters, K]; null if a task has no gradient
   int32_t parameters;
   int32_t K;
   int64_t tiles_per_segment;
-  int64_t first_segment, segments;  // the segments of this launch among those of all launches
+  int64_t first_segment, segments;  // this launch's range of the segments of all launches
 
   // The gradient of task k on parameter p, or null.
   template <typename T>
@@ -38,7 +39,7 @@ __device__ inline int64_t pair_index(int64_t i, int64_t j, int64_t K) {
   return i * K - i * (i - 1) / 2 + j - i;
 }
 
-// One tile after the other.
+// Iterates over tiles.
 class TileWalk {
  public:
   __device__ TileWalk(const GramTable& table, int64_t tile, int64_t tile_size) : table_(table) {
@@ -57,7 +58,7 @@ class TileWalk {
   }
 
   int p;      // the parameter
-  int64_t x;  // the first element of the tile in it
+  int64_t x;  // the first element of the tile, within the parameter
 
  private:
   const GramTable& table_;
@@ -108,7 +109,7 @@ inline int64_t number_segments(std::vector<GramTable>& tables, int64_t first) {
   return first;
 }
 
-// The elements of a vector that starts at element x of n, at any address; zeros past the end.
+// Loads the elements x, x+1, ... of n, from any address. Elements past the end are zero.
 template <typename T, typename Index>
 __device__ inline Vector<T> load_ragged(const T* data, Index x, Index n) {
   Vector<T> some = {};

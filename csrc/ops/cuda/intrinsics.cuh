@@ -1,7 +1,7 @@
 #pragma once
 
-// Small functions for everything that is specific to CUDA, so that the kernels also compile as
-// plain C++: tests/csrc/cuda_shim.h defines the same functions for the host.
+// Small functions that wrap everything specific to CUDA. tests/csrc/cuda_shim.h defines the same
+// functions for the host, so that the kernels also compile as plain C++.
 
 #include <cstdint>
 
@@ -11,7 +11,7 @@
 
 namespace taskgroup {
 
-// The arithmetic of CUDA, without fusing multiplication and addition.
+// CUDA arithmetic that does not fuse multiplication and addition.
 __device__ inline double multiply(double a, double b) { return __dmul_rn(a, b); }
 __device__ inline double add(double a, double b) { return __dadd_rn(a, b); }
 
@@ -25,8 +25,9 @@ __device__ inline Words load_words(const void* from) {
   return {{v.x, v.y, v.z, v.w}};
 }
 
-// 16 aligned bytes of global memory that are read once, without a branch; zeros if not `there`.
-// kNeighbours: also fetches the other 240 bytes around them to the L2 cache, for reads that follow.
+// Loads 16 aligned bytes of global memory that are used only once. Returns zeros if `there` is
+// false. It does not branch. With kNeighbours the 256 bytes around them are also fetched into the
+// L2 cache for later reads.
 template <bool kNeighbours = false>
 __device__ inline Words stream_words(const void* from, bool there) {
   Words words = {};
@@ -54,7 +55,7 @@ __device__ inline Words stream_words(const void* from, bool there) {
   return words;
 }
 
-// A number in global memory, without a branch; zero if `there` is false.
+// Loads a number from global memory without a branch. Returns zero if `there` is false.
 __device__ inline double load_double(const double* from, bool there) {
   double number = 0;
   asm volatile(
@@ -100,10 +101,13 @@ __device__ inline uint32_t narrow_bfloat16_pair(float low, float high) {
   return pair;
 }
 
-// d [16, 8] += a [16, 16] b [16, 8] of a warp. With g = lane / 4 and t = lane % 4 a lane holds two
-// neighbours in each word, the first in the lower half: of a, columns 2t and 2t+1 of rows g and
-// g+8, then columns 2t+8 and 2t+9 of both; of b, rows 2t and 2t+1 of column g, then rows 2t+8 and
-// 2t+9; of d, columns 2t and 2t+1 of row g, then of row g+8.
+// d [16, 8] += a [16, 16] b [16, 8], computed by a warp. Each word holds two adjacent elements, the
+// first one in the lower half. With g = lane / 4 and t = lane % 4, a lane holds these elements, in
+// this order:
+//
+//   a  columns 2t and 2t+1 of row g, then of row g+8; columns 2t+8 and 2t+9 of row g, then of g+8
+//   b  rows 2t and 2t+1 of column g, then rows 2t+8 and 2t+9 of it
+//   d  columns 2t and 2t+1 of row g, then of row g+8
 __device__ inline void mma_bfloat16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
@@ -119,8 +123,8 @@ __device__ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uin
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// The copy engine copies whole rows: one thread requests it, and an mbarrier in shared memory tells
-// all threads when the rows have arrived.
+// The copy engine copies whole rows. One thread requests a copy, and an mbarrier in shared memory
+// tells all threads when the rows have arrived.
 
 constexpr bool kHasBulkCopies = true;
 
@@ -128,9 +132,9 @@ __device__ inline uint32_t shared_address(const void* in_shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(in_shared));
 }
 
-// A phase is complete after this many arrivals and once the bytes that they expect have arrived.
-// The barrier is then ready for the copy engine, and after a __syncthreads() for the threads of the
-// block.
+// Initialises a barrier. A phase is complete after this many arrivals, when all bytes that they
+// expect have arrived too. The copy engine can use the barrier at once, and the other threads of
+// the block can use it after a __syncthreads().
 __device__ inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals)
@@ -138,13 +142,14 @@ __device__ inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Orders the reads and writes of this thread before those that follow the wait for this phase.
+// Arrives at a barrier. The reads and writes of this thread before it take effect before those of
+// other threads after they have waited for this phase.
 __device__ inline void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
 
-// An arrival that expects bytes.
+// Arrives at a barrier, and tells it to expect this many bytes.
 __device__ inline void mbarrier_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),

@@ -8,9 +8,9 @@ namespace {
 
 using CurrentStream = int32_t (*)(int32_t device, void** stream);
 
-// Looked up at run time, since a torch without CUDA, which this library loads on as well, does not
-// export it. Python loads torch's libraries for itself alone: only that one is sure to be found by
-// its name.
+// The function is looked up at run time, because this library also runs on a torch without CUDA,
+// which does not export it. Python may load torch's libraries without making their symbols global;
+// libtorch_cuda is then opened by its name.
 CurrentStream find_current_stream() {
   const char* name = "aoti_torch_get_current_cuda_stream";
   void* found = dlsym(RTLD_DEFAULT, name);
@@ -24,9 +24,9 @@ CurrentStream find_current_stream() {
 
 cudaStream_t current_stream(int32_t device) {
   static const CurrentStream get = find_current_stream();
-  STD_TORCH_CHECK(get != nullptr, "this torch has no CUDA: install one that has.");
+  STD_TORCH_CHECK(get != nullptr, "this torch was built without CUDA: install a torch with CUDA.");
   void* stream = nullptr;
-  STD_TORCH_CHECK(get(device, &stream) == 0, "torch does not tell the current CUDA stream.");
+  STD_TORCH_CHECK(get(device, &stream) == 0, "torch did not return the current CUDA stream.");
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -34,7 +34,7 @@ cudaStream_t current_stream(int32_t device) {
 
 Launch::Launch(const torch::stable::Tensor& tensor)
     : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {
-  // The same for the CUDA runtime in this library, which is not that of torch.
+  // Set the device of the CUDA runtime in this library too, which is not the runtime of torch.
   cudaSetDevice(tensor.get_device_index());
 }
 

@@ -13,7 +13,7 @@ class Launch {
 
   cudaStream_t stream() const { return stream_; }
 
-  // Raises an error if a kernel that was launched since then could not start.
+  // Raises an error if a kernel that was launched during this lifetime could not start.
   void check(const char* op) const;
 
  private:
