@@ -65,10 +65,10 @@ def peak_of_a_batch(n_tasks):
     """The peak memory of a batch in bytes, measured in a new process."""
     tasks = [f"task{k}" for k in range(n_tasks)]
     losses = ready_losses(tasks, torch.device("cpu"))
-    planted_affinity(n_tasks)  # not part of the peak
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    planted_affinity(n_tasks)
     before = resident("VmRSS")
     groups = learned_groups(tasks)
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak: loading the affinity copies it
     for _ in range(2):
         for group in groups:
             group.loss(next(losses))
@@ -87,4 +87,4 @@ def test_memory(record):
             f"Memory with {n_tasks} tasks: {peak / 1e6:.0f} MB at the peak of a batch, "
             f"{floats[-1]:.0f} K^2 floats."
         )
-    assert floats[1] < min(1.25 * floats[0], 25)
+    assert floats[1] < 1.25 * floats[0] < 25
