@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def lookahead_affinity(
         tensor([[ 0.7500, -0.2500],
                 [-0.2500,  0.7500]])
     """
-    optimizer = _checked_optimizer(optimizer)
+    optimizer = _unwrapped(optimizer)
     moving = _moving(shared, optimizer)
     kept = _Kept(optimizer, moving)
     random_states = [RandomState(device) for device in {p.device: None for p in moving}]
@@ -113,7 +114,7 @@ def _stacked(losses: dict[Any, Tensor]) -> Tensor:
     return torch.stack(list(losses.values())).double()
 
 
-def _checked_optimizer(optimizer: Any) -> Optimizer:
+def _unwrapped(optimizer: Any) -> Optimizer:
     """The optimizer itself, without the wrappers of a trainer."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
@@ -197,16 +198,12 @@ class _Kept:
 
 
 def _restorer(value: Any, seen: set[int], stands_in: bool = True) -> Callable[[], Any]:
-    """A function that restores the value to what it is now, and returns it.
+    """A function that restores an optimizer, or a part of one, to what it is now, and returns it.
 
     Tensors, generators, lists, dicts and optimizers stay the same objects, since others may refer
-    to them.
-
-    Args:
-        value: an optimizer, or a part of one.
-        seen: the ids of the objects that are restored elsewhere.
-        stands_in: whether objects of other types are replaced by a copy, as in the state of an
-            optimizer. Otherwise they are not touched: an attribute may be the model.
+    to them. Objects of other types are replaced by a copy if ``stands_in``, as in the state of an
+    optimizer; otherwise they are not touched, since an attribute may be the model. Objects whose
+    ids are in ``seen`` are restored elsewhere.
     """
     if id(value) in seen or value is None or isinstance(value, str | int | float | complex):
         return lambda: value
@@ -236,20 +233,9 @@ def _restorer(value: Any, seen: set[int], stands_in: bool = True) -> Callable[[]
         return refill
     if isinstance(value, Tensor):
         seen.add(id(value))
-        kept = value.detach().clone()
-
-        def rewrite() -> Tensor:
-            value.copy_(kept)
-            return value
-
-        return rewrite
+        return partial(value.copy_, value.detach().clone())
     if isinstance(value, torch.Generator):
-        state = value.get_state()
-
-        def rewind() -> torch.Generator:
-            return value.set_state(state)
-
-        return rewind
+        return partial(value.set_state, value.get_state())
     if stands_in and not callable(value):
         copied = copy.deepcopy(value)
         return lambda: copy.deepcopy(copied)

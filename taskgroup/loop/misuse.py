@@ -1,7 +1,8 @@
-"""Warnings of loops from which no affinity can be learned."""
+"""Loops from which no affinity can be learned: warnings, and one error."""
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from typing import Any
@@ -13,7 +14,7 @@ from taskgroup._arguments import listed
 from taskgroup.affinity.base import Losses
 from taskgroup.loop.rounds import Members, Plan
 
-__all__ = ["Misuse"]
+__all__ = ["Misuse", "refuse_accumulation"]
 
 _LEFT_EARLY = 20  # consecutive batches, after which it is no accident
 _TRAINED = 20  # batches with a task, after which it counts as trained
@@ -102,3 +103,24 @@ class Misuse:
         trained = self._labelled >= _TRAINED
         strangers = np.argwhere(np.triu(~self._met & trained & trained[:, None]))
         return [f"{self._tasks[i]} and {self._tasks[k]}" for i, k in strangers.tolist()]
+
+
+def refuse_accumulation() -> None:
+    """Raise if Accelerate accumulates gradients, which would mix the groups.
+
+    Accelerate counts batches, or calls of ``accumulate()``, and knows nothing of groups: between
+    two steps it would add up the gradients of several groups. Hugging Face's Trainer uses it.
+    """
+    accelerate = sys.modules.get("accelerate.state")  # only where the loop has imported it
+    if accelerate is None:
+        return
+    state = accelerate.GradientState()
+    if state.num_steps > 1 or not state.sync_gradients:
+        raise RuntimeError(
+            "Accelerate (or an earlier Accelerator of this process) is set to "
+            "gradient_accumulation_steps above 1, which would mix the groups: leave it at 1 "
+            "(accelerator.gradient_accumulation_steps = 1), and in each of the n micro-batches of "
+            "a group call accelerator.backward(group.loss(losses, share=1/n)), then "
+            "optimizer.step() once. In Hugging Face's Trainer this is not possible: use larger "
+            "batches."
+        )

@@ -11,7 +11,7 @@ from torch import Tensor
 Gradients: TypeAlias = Sequence[Sequence[Tensor | None]]  # [K] tasks of [T] parameters
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-MOST_TASKS = 1024
+MOST_TASKS = 1024  # that the ops take in one call
 
 
 class GradientList(NamedTuple):

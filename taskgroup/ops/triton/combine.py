@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from taskgroup.ops._gradient_list import GradientList, check
 from taskgroup.ops.triton._tables import (
     TRITON_DTYPES,
     on_device_of,
@@ -119,8 +118,3 @@ def combine(gradients: list[Tensor], slots: list[int], weights: Tensor, out: lis
             )
         for target, buffer in late:
             target.copy_(buffer)
-
-
-@combine.register_fake
-def _(gradients: list[Tensor], slots: list[int], weights: Tensor, out: list[Tensor]) -> None:
-    check(GradientList(gradients, slots, len(weights)))
