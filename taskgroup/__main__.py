@@ -140,12 +140,7 @@ def _gpus() -> list[torch.device]:
 
 
 def covers(compiled: list[int], major: int, minor: int) -> bool:
-    """Whether the CUDA kernels run on a GPU.
-
-    Args:
-        compiled (list of int): The architectures that the kernels were compiled for: 80, 90, ...
-        major (int): The major number of the GPU's compute capability.
-        minor (int): The minor number.
+    """Whether kernels compiled for these architectures run on a GPU of this compute capability.
 
     Example:
         >>> covers([80, 90], 8, 6), covers([80, 90], 7, 5), covers([80, 90], 12, 0)

@@ -35,15 +35,10 @@ def backward_passes(
     *,
     retain_graph: bool = False,
 ) -> list[list[Tensor | None]]:
-    """Take the gradient of each loss from ``.grad``, and put the old ``.grad`` back.
+    """Take the gradients of K losses on T parameters from ``.grad``, and put the old one back.
 
-    FSDP puts the gradients of sharded parameters there. Call it within :func:`hooks_held`.
-
-    Args:
-        losses: K scalars.
-        params: T parameters.
-        others: more parameters that the losses reach; their ``.grad`` is put back as well.
-        retain_graph: keep the graph for a later backward pass.
+    FSDP puts the gradients of sharded parameters there. Call it within :func:`hooks_held`. The
+    ``.grad`` of ``others``, more parameters that the losses reach, is put back as well.
 
     Returns:
         ``[K][T]``, the tensors that autograd has made; None if a task does not reach a parameter.
@@ -69,13 +64,9 @@ def hooks_held(
 ) -> Iterator[Callable[[], None]]:
     """Suspend hooks of ``register_post_accumulate_grad_hook`` while gradients are incomplete.
 
-    An optimizer in such a hook would otherwise step on the gradient of every single task.
-
-    Args:
-        losses: scalars with a graph. If a parameter has such hooks, those of all leaves of the
-            graph are suspended; finding the leaves takes time.
-        params: the parameters whose hooks are suspended.
-        search: search the graph in any case.
+    An optimizer in such a hook would otherwise step on the gradient of every single task. If one of
+    the parameters has such hooks, or with ``search``, those of all leaves of the graph of the
+    losses are suspended; finding the leaves takes time.
 
     Yields:
         A function that runs the hooks, once for each tensor that got a gradient within the block.

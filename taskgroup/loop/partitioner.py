@@ -43,12 +43,8 @@ class Partitioner:
     def partition(self, known: Callable[[], Tensor]) -> list[Members] | None:
         """The new partition, or None if the grouping found none.
 
-        Args:
-            known: gives the affinity ``[K, K]`` on the host, NaN where nothing was observed. Called
-                only if the grouping reads the affinity, because it may wait for a GPU.
-
-        Raises:
-            ValueError: if the grouping does not return labels.
+        ``known`` gives the affinity ``[K, K]`` on the host, NaN where nothing was observed. It is
+        called only if the grouping reads the affinity, because it may wait for a GPU.
         """
         n = self._n_tasks
         if self.learns:

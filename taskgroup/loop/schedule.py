@@ -16,7 +16,7 @@ from taskgroup.grouping.propagation import AffinityPropagation
 from taskgroup.loop.batch import Batch
 from taskgroup.loop.checks import check_part, check_state, checked_present, checked_tasks
 from taskgroup.loop.group import Group
-from taskgroup.loop.losses import LossReader
+from taskgroup.loop.loss_reader import LossReader
 from taskgroup.loop.misuse import Misuse, refuse_accumulation
 from taskgroup.loop.observer import Observer
 from taskgroup.loop.partitioner import Partitioner

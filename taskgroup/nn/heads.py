@@ -109,10 +109,8 @@ def twin(
 ) -> nn.Module:
     """Copy a module with other tensors in place of its parameters; the copy shares the rest.
 
-    Args:
-        module: the module, which is not changed.
-        tensors: the tensor that replaces each parameter, by the parameter's id.
-        made: the copies of parts of the module that exist already, by the part's id.
+    ``tensors`` holds the tensor that replaces each parameter, by the parameter's id; ``made`` the
+    copies of parts of the module that exist already, by the part's id.
     """
     made = {} if made is None else made
     if id(module) in made:
@@ -147,11 +145,7 @@ def detached(features: Any) -> Any:
 
 
 def without_graph(tasks: Collection[str]) -> AbstractContextManager[None]:
-    """Like ``torch.no_grad()``, but an error of a head that takes a derivative says what to do.
-
-    Args:
-        tasks: the tasks whose heads run.
-    """
+    """Like ``torch.no_grad()``, but an error of a head that takes a derivative says what to do."""
     return torch.no_grad() if torch.compiler.is_compiling() else _explained_no_grad(tasks)
 
 

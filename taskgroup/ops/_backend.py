@@ -194,15 +194,10 @@ def requested() -> str | None:
 
 
 def preferred(device: str, implemented: Collection[str]) -> str:
-    """Returns the name of the backend that runs an op for arguments on a device.
+    """Returns the name of the backend that runs an op for arguments on a type of device.
 
-    Args:
-        device: Type of the device that holds the arguments, such as ``"cpu"``.
-        implemented: The backends that the op has; ``reference`` is one of them.
-
-    Raises:
-        ValueError: If the environment asks for a backend that does not exist.
-        RuntimeError: If the requested backend cannot run here, or the one that would run is broken.
+    ``implemented`` are the backends that the op has; ``reference`` is one of them. Raises an error
+    if the requested backend does not exist or cannot run here, or the one that would run is broken.
     """
     if _requested is not None:
         _check_available(_requested)
@@ -226,10 +221,5 @@ def preferred(device: str, implemented: Collection[str]) -> str:
 
 
 def choose(device: str, **implementations: Callable[P, T]) -> Callable[P, T]:
-    """Chooses the implementation of an op for arguments on a device, as :func:`preferred` does.
-
-    Args:
-        device: Type of the device that holds the arguments.
-        **implementations: The op's implementations by backend.
-    """
+    """Chooses the implementation of an op for arguments on a device, as :func:`preferred` does."""
     return implementations[preferred(device, implementations)]

@@ -55,11 +55,7 @@ def put_shards_back(model: nn.Module) -> None:
 
 
 def local_like(gradient: Tensor | None, like: Tensor) -> Tensor | None:
-    """The part of a gradient on this rank, once it is distributed as ``like``.
-
-    Raises:
-        ValueError: if only one of the two is a DTensor.
-    """
+    """The part of a gradient on this rank, once it is distributed as ``like``."""
     if gradient is None:
         return None
     if is_sharded(gradient) != is_sharded(like):
@@ -88,9 +84,7 @@ def wrapped(local: Tensor, like: Tensor) -> Tensor:
 def gram_over_ranks(gradients: Gradients, gram: Callable[[Gradients], Tensor]) -> Tensor:
     """The Gram matrix of gradients of which some are DTensors; the same on every rank.
 
-    Args:
-        gradients: ``[K][T]`` tensors or None.
-        gram: a function that computes the Gram matrix of local gradients.
+    ``gram`` computes that of local gradients.
     """
     # Parameters that are distributed in the same way share one all-reduce.
     spread: dict[Any, list[list[Tensor | None]]] = {}
