@@ -41,11 +41,6 @@ class Observer:
 
     A copy of this object is between two batches, with no numbers on their way to the host.
 
-    Args:
-        reader: reads the losses.
-        affinity: learns from them.
-        ranks: the ranks that they are averaged over.
-
     Attributes:
         batch: the open batch; None between two batches.
     """

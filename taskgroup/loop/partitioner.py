@@ -18,10 +18,6 @@ __all__ = ["Partitioner"]
 class Partitioner:
     """Asks a grouping for the partition. The grouping need not define anything but the call.
 
-    Args:
-        grouping: from the affinity ``[K, K]`` to labels ``[K]``.
-        tasks: the K task names.
-
     Attributes:
         grouping: the grouping.
         learns: whether the partition follows from the affinity. It does not for a single task, nor

@@ -23,16 +23,7 @@ CURE = "give MultiTaskModel the heads in a plain dict."
 
 
 class TaskHeads(nn.Module, Mapping[str, nn.Module]):
-    """A mapping from task to head that is a module; task names may hold dots.
-
-    Args:
-        heads: ``{task: module}``.
-
-    Raises:
-        ValueError: if there are no heads, or two names differ only in ``.`` and ``/``.
-        TypeError: if ``heads`` is not a mapping, a task name is not a string or a head is not a
-            module.
-    """
+    """A mapping from task to head that is a module; task names may hold dots."""
 
     __eq__ = object.__eq__  # by identity, as other modules; Mapping compares contents
     __hash__ = object.__hash__

@@ -14,8 +14,7 @@ import platform
 from collections.abc import Callable, Collection
 from importlib.machinery import PathFinder
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -28,7 +27,7 @@ _PACKAGE = __name__.split(".")[0]
 class _Native(NamedTuple):
     """The compiled libraries of the package."""
 
-    host: ModuleType | None = None
+    host: Any = None  # the module of what runs on the host
     problem: str | None = None  # the reason why they are not loaded
     broken: bool = False  # they were built, but do not load
 

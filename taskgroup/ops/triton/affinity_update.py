@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from taskgroup.ops.triton._tables import as_float64, bits, on_device_of
+from taskgroup.ops.triton._addresses import as_float64, bits, on_device_of
 
 _TILE = 4096  # entries of the matrix that a program updates; up to 64 tasks take one program
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from taskgroup.ops.triton._tables import (
+from taskgroup.ops.triton._addresses import (
     TRITON_DTYPES,
     on_device_of,
     parameter_of,
@@ -59,7 +59,7 @@ def _weighted_sum(
 
 @triton.jit(do_not_specialize=["n_parameters", "n_tasks"])
 def combine_kernel(
-    table_ptr,  # int64: see _tables.table
+    table_ptr,  # int64: see _addresses.table
     weights_ptr,  # float32 or float64 [K]
     n_parameters,
     n_tasks,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from taskgroup.ops.triton._tables import as_float64, bits, on_device_of, upload
+from taskgroup.ops.triton._addresses import as_float64, bits, on_device_of, upload
 from taskgroup.ops.triton.task_gram import partials, parts_at_once, plan, sum_of_partials
 
 

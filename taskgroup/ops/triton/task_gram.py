@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from taskgroup.ops._gradient_list import GradientList, check, gram_dtype
-from taskgroup.ops.triton._tables import (
+from taskgroup.ops.triton._addresses import (
     TRITON_DTYPES,
     Parameter,
     Table,
@@ -63,7 +63,7 @@ def _products(
 
 @triton.jit(do_not_specialize=["n_parameters", "n_tasks", "n_blocks", "blocks_per_part", "part_0"])
 def gram_partials_kernel(
-    table_ptr,  # int64: see _tables.table
+    table_ptr,  # int64: see _addresses.table
     partials_ptr,  # float64 [parts, pairs, BK, BK]
     n_parameters,
     n_tasks,
