@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from taskgroup._losses import Losses, check_graph, losses_by_task
 from taskgroup._random_state import RandomState
+from taskgroup.gradients.per_task import task_gradients
 
 __all__ = ["lookahead_affinity"]
 
@@ -91,10 +92,10 @@ def lookahead_affinity(
             names = tuple(losses)
             task = names[len(rows)]
             check_graph({task: losses[task]}, "no step can be taken on it")
-            gradients = torch.autograd.grad(losses[task], moving, allow_unused=True)
+            (gradients,) = task_gradients([losses[task]], moving)
             kept.clear_gradients()
             for parameter, gradient in zip(moving, gradients, strict=True):
-                parameter.grad = None if gradient is None else _of_its_own(gradient, parameter)
+                parameter.grad = None if gradient is None else gradient.clone()  # may be shared
             _step(optimizer)
             kept.restore_parameters(besides=moving)  # weight decay may move others
             with torch.no_grad():
@@ -152,20 +153,13 @@ def _moving(shared: nn.Module | Iterable[Tensor], optimizer: Optimizer) -> list[
                 f"{type(parameter).__name__} in it."
             )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    moving = [parameter for parameter in found if parameter.requires_grad]
+    moving = list(dict.fromkeys(parameter for parameter in found if parameter.requires_grad))
     if not any(id(parameter) in held for parameter in moving):
         raise ValueError(
             "The optimizer holds none of the shared parameters: pass the one that trains the "
             "encoder, and the encoder's parameters as shared."
         )
     return moving
-
-
-def _of_its_own(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """A copy with the strides of the parameter, as backward() makes it."""
-    if gradient.layout is not torch.strided:
-        return gradient.clone()
-    return torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
 
 
 class _Kept:

@@ -95,7 +95,8 @@ def _reference(gradients: GradientList) -> Tensor:
     return reference_gram(gradients).to(gram_dtype(gradients.flat))
 
 
-def _fake(gradients: list[Tensor], slots: list[int], n_tasks: int) -> Tensor:
+def fake(gradients: list[Tensor], slots: list[int], n_tasks: int) -> Tensor:
+    """The result of the op on tensors without data; checks its arguments."""
     check(GradientList(gradients, slots, n_tasks))
     return gradients[0].new_empty(n_tasks, n_tasks, dtype=gram_dtype(gradients))
 
@@ -108,4 +109,4 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 if _backend.native.host is not None:
-    torch.library.register_fake("taskgroup::task_gram", _fake)
+    torch.library.register_fake("taskgroup::task_gram", fake)

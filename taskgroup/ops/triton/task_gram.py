@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from taskgroup.ops._gradient_list import GradientList, check, gram_dtype
+from taskgroup.ops._gradient_list import gram_dtype
+from taskgroup.ops.task_gram import fake
 from taskgroup.ops.triton._addresses import (
     TRITON_DTYPES,
     Parameter,
@@ -301,7 +302,4 @@ def task_gram(gradients: list[Tensor], slots: list[int], n_tasks: int) -> Tensor
     return matrix
 
 
-@task_gram.register_fake
-def _(gradients: list[Tensor], slots: list[int], n_tasks: int) -> Tensor:
-    check(GradientList(gradients, slots, n_tasks))
-    return gradients[0].new_empty(n_tasks, n_tasks, dtype=gram_dtype(gradients))
+task_gram.register_fake(fake)
