@@ -95,7 +95,7 @@ class GradientAffinity(Affinity):
                 raise ValueError(f"sample must be at most {MOST_TASKS}, got {sample}.")
 
     def start(self, tasks: tuple[str, ...]) -> None:
-        """Begin with zeros for these tasks."""
+        """Set the affinity of these tasks to zero."""
         if self._sample is None and len(tasks) > MOST_TASKS:
             raise ValueError(
                 f"GradientAffinity measures at most {MOST_TASKS} tasks at a time, and there "

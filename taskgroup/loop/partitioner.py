@@ -68,6 +68,6 @@ class Partitioner:
         return self.grouping.state_dict() if hasattr(self.grouping, "state_dict") else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
+        """Load the state that :meth:`state_dict` returned."""
         if hasattr(self.grouping, "load_state_dict"):
             self.grouping.load_state_dict(state)

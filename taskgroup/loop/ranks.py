@@ -222,8 +222,8 @@ _KINDS = ("alike", "count", "mean")
 _BATCHES = 2**20  # after which their number begins again, so that sums of squares are exact
 _HEADER = len(_KINDS) + 2
 _LOOP_ALIKE = (
-    "Loop over the same TaskGroups on every rank: call iter() or batch() equally often, load a "
-    "checkpoint on all ranks or on none, and so skip a group or leave a batch early."
+    "Loop over the same TaskGroups on every rank: call iter() or batch() equally often; load a "
+    "checkpoint, skip a group or leave a batch early on all ranks or on none."
 )
 _EVEN = (
     "Give every rank as many batches: take a DistributedSampler, with drop_last=True in it and in "

@@ -141,7 +141,7 @@ class Rounds:
         self.partition = partition or self.partition
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`load` needs to go on exactly."""
+        """Everything that an exact resume needs."""
         return {
             "partition": [list(members) for members in self.partition],
             "queue": [list(members) for members in self.queue],
@@ -150,7 +150,7 @@ class Rounds:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state` gave; if it does not fit, raise before anything changes."""
+        """Load what :meth:`state` returned; if it does not fit, raise before anything changes."""
         partition = [tuple(members) for members in state["partition"]]
         queue = [tuple(members) for members in state["queue"]]
         if tuple(sorted(sum(partition, ()))) != self._everyone or not all(partition):
