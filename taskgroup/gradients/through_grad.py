@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from taskgroup._graph import graph_leaves
 from taskgroup.gradients.vectorised import explained
 
 
@@ -74,8 +74,7 @@ def hooks_held(
     """
     leaves = [parameter for parameter in params if _hooks(parameter)]
     if leaves or search:
-        found = (n.variable for n in graph_nodes(losses) if type(n).__name__ == "AccumulateGrad")
-        leaves += [leaf for leaf in found if _hooks(leaf)]
+        leaves += [leaf for leaf in graph_leaves(losses) if _hooks(leaf)]
     # Emptied in place, since the handles that remove hooks refer to the dictionary.
     live = {leaf: _hooks(leaf) for leaf in leaves}
     held = {leaf: dict(hooks) for leaf, hooks in live.items()}
@@ -100,15 +99,3 @@ def hooks_held(
 def _hooks(tensor: Tensor) -> dict[Any, Callable[[Tensor], Any]]:
     # FSDP reads the same attribute (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py).
     return getattr(tensor, "_post_accumulate_grad_hooks", None) or {}
-
-
-def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """All nodes of the graph behind the tensors, each once."""
-    waiting: list[Any] = [torch.autograd.graph.get_gradient_edge(t).node for t in tensors]
-    seen = set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting.extend(child for child, _ in node.next_functions)
-            yield node
