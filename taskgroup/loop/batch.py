@@ -21,7 +21,7 @@ ZERO_LOSS = (
 
 
 class Batch:
-    """One batch: its labelled tasks, on this rank and on the others.
+    """The labelled tasks of one batch, on this rank and on the others.
 
     Args:
         number: the number of the batch, the same on every rank.

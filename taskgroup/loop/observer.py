@@ -1,4 +1,4 @@
-"""From the losses of the steps to the affinity and to the host, without stopping the GPU."""
+"""Passes the losses of the steps to the affinity and to the host, without stopping the GPU."""
 
 from __future__ import annotations
 

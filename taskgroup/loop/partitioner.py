@@ -1,4 +1,4 @@
-"""From the affinity to the partition: what is asked of a grouping, and checks of its answer."""
+"""Asks a grouping for the partition, and checks its answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Partitioner"]
 
 
 class Partitioner:
-    """Asks a grouping for the partition. The grouping need not define anything but the call.
+    """Asks a grouping for the partition; the grouping need not define anything but the call.
 
     Attributes:
         grouping: the grouping.

@@ -234,9 +234,9 @@ _EVEN = (
 class _Joins:
     """Notices ``DistributedDataParallel.join()``, for data that end earlier on some ranks.
 
-    A rank without data then repeats the exchanges of DDP, but no others. One of them would meet an
-    exchange of this class, of another size: gloo aborts the process, NCCL may hang or add up
-    numbers that do not belong together.
+    A rank without data then repeats the exchanges of DDP, but no others. They would be matched with
+    exchanges of :class:`Ranks`, which have another size: gloo aborts the process, and NCCL may hang
+    or add up numbers that do not belong together.
     """
 
     def __init__(self) -> None:
@@ -255,7 +255,7 @@ class _Joins:
             settings = joinable._join_config
             if not settings.enable or any(settings is left for left in self._left):
                 continue
-            # They stay when the context is left; the context itself does not.
+            # The settings remain after the context is left; the context itself does not.
             from torch.distributed.algorithms.join import Join
 
             if any(joinable in context._joinables for context in _alive(Join)):

@@ -55,18 +55,12 @@ class TaskHeads(nn.Module, Mapping[str, nn.Module]):
     def forward(
         self, features: Any, group: Step | None = None, graph_for_all: bool = False
     ) -> dict[str, Any]:
-        """Run the heads.
+        """Run the heads that a step needs, or all of them, on the output of the encoder.
 
-        Args:
-            features: the output of the encoder, any nesting of tensors.
-            group: the step this forward is for. The heads of ``group.graph`` run with a graph, the
-                other observed heads without one on detached features, and the rest not at all.
-                None runs all heads with a graph.
-            graph_for_all: run the other observed heads with a graph as well, but with frozen
-                parameters, so that derivatives of their outputs can be taken.
-
-        Returns:
-            ``{task: output}``.
+        The heads of ``group.graph`` run with a graph, the other observed heads without one on
+        detached features, and the rest not at all. With ``graph_for_all``, the other observed heads
+        run with a graph as well, but with frozen parameters, so that derivatives of their outputs
+        can be taken.
         """
         if group is None:
             return self.run(self, features)

@@ -20,14 +20,10 @@ Heads = Mapping[str, nn.Module | Tensor | Iterable[Tensor]] | nn.ModuleDict
 def parameters_of_tasks(
     heads: Heads, tasks: tuple[str, ...], optimizers: Sequence[Optimizer], given: bool
 ) -> tuple[list[tuple[Tensor, int]], list[SharedRows]]:
-    """Find the parameters of each task.
+    """Find the parameters of each task in these optimizers.
 
-    Args:
-        heads: the modules, parameters, or rows of parameters of each task.
-        tasks: the K task names.
-        optimizers: the optimizers of these parameters.
-        given: True if the user has named the heads. Otherwise they are those of the model, and some
-            may be in other optimizers.
+    With ``given``, the user has named the heads. Otherwise they are those of the model, and some
+    may be in other optimizers.
 
     Returns:
         The parameters that belong to one task, each with the position of the task, and the
