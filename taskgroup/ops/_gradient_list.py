@@ -134,3 +134,9 @@ def reference_gram(gradients: GradientList) -> Tensor:
         gram.index_put_((index[:, None], index[None, :]), rows @ rows.t(), accumulate=True)
         begin = end
     return gram.triu() + gram.triu(1).t()  # a matrix product may not be symmetric bitwise
+
+
+def fake_gram(gradients: list[Tensor], slots: list[int], n_tasks: int) -> Tensor:
+    """The Gram matrix of tensors without data; checks the arguments."""
+    check(GradientList(gradients, slots, n_tasks))
+    return gradients[0].new_empty(n_tasks, n_tasks, dtype=gram_dtype(gradients))

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from taskgroup.ops._gradient_list import gram_dtype
-from taskgroup.ops.task_gram import fake
+from taskgroup.ops._gradient_list import fake_gram, gram_dtype
 from taskgroup.ops.triton._addresses import (
     TRITON_DTYPES,
     Parameter,
@@ -302,4 +301,4 @@ def task_gram(gradients: list[Tensor], slots: list[int], n_tasks: int) -> Tensor
     return matrix
 
 
-task_gram.register_fake(fake)
+task_gram.register_fake(fake_gram)
