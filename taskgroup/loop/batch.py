@@ -77,6 +77,6 @@ class Batch:
             else:
                 continue
             raise ValueError(
-                f"The loss of task {task!r} {wrong}. The task has a label on another rank, and all "
-                f"ranks take the same steps. {ZERO_LOSS}"
+                f"The loss of task {task!r} {wrong}: without a label on this rank, it has one on "
+                f"another, and all ranks take the same steps. {ZERO_LOSS}"
             )
