@@ -11,9 +11,10 @@ import platform
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any
 
 import numpy
 import torch
@@ -140,12 +141,7 @@ def _gpus() -> list[torch.device]:
 
 
 def covers(compiled: list[int], major: int, minor: int) -> bool:
-    """Whether the CUDA kernels run on a GPU.
-
-    Args:
-        compiled (list of int): The architectures that the kernels were compiled for: 80, 90, ...
-        major (int): The major number of the GPU's compute capability.
-        minor (int): The minor number.
+    """Whether kernels compiled for these architectures run on a GPU of this compute capability.
 
     Example:
         >>> covers([80, 90], 8, 6), covers([80, 90], 7, 5), covers([80, 90], 12, 0)
@@ -188,32 +184,17 @@ def _backends(broken: list[str]) -> list[tuple[str, str]]:
     return rows
 
 
-class _Op(NamedTuple):
-    """An op, and a small call of it."""
-
-    implementations: Collection[str]  # its backends
-    call: Callable[[], object]
-
-
-def _small_calls(device: torch.device) -> dict[str, _Op]:
+def _small_calls(device: torch.device) -> list[tuple[ModuleType, str, tuple[Any, ...]]]:
+    """A small call of each op: its module, its name and its arguments."""
     matrix, ones = torch.zeros(2, 2, device=device), torch.ones(2, device=device)
     gradients = [[ones], [ones]]
-    return {
-        "affinity_propagation": _Op(
-            affinity_propagation.IMPLEMENTATIONS,
-            lambda: affinity_propagation.affinity_propagation(matrix),
-        ),
-        "affinity_update_": _Op(
-            affinity_update.IMPLEMENTATIONS,
-            lambda: affinity_update.affinity_update_(matrix, ones, ones, ones.bool(), 0.5),
-        ),
-        "combine": _Op(combine.IMPLEMENTATIONS, lambda: combine.combine(gradients, [0.5, 0.5])),
-        "gram_affinity_update_": _Op(
-            gram_affinity_update.IMPLEMENTATIONS,
-            lambda: gram_affinity_update.gram_affinity_update_(matrix, gradients, ones, 0.5),
-        ),
-        "task_gram": _Op(task_gram.IMPLEMENTATIONS, lambda: task_gram.task_gram(gradients)),
-    }
+    return [
+        (affinity_propagation, "affinity_propagation", (matrix,)),
+        (affinity_update, "affinity_update_", (matrix, ones, ones, ones.bool(), 0.5)),
+        (combine, "combine", (gradients, [0.5, 0.5])),
+        (gram_affinity_update, "gram_affinity_update_", (matrix, gradients, ones, 0.5)),
+        (task_gram, "task_gram", (gradients,)),
+    ]
 
 
 def _ops(broken: list[str]) -> list[tuple[str, str]]:
@@ -226,12 +207,12 @@ def _ops(broken: list[str]) -> list[tuple[str, str]]:
     if not devices:
         return [("", f"not run: {requested} needs a GPU, and there is none")]
     failures: dict[str, list[str]] = {}
-    calls = {device: _small_calls(device) for device in devices}
-    for name, (implementations, _) in calls[devices[0]].items():
+    for calls in zip(*map(_small_calls, devices), strict=True):
         where = []
-        for device in devices:
+        for device, (module, name, arguments) in zip(devices, calls, strict=True):
+            implementations = module.IMPLEMENTATIONS
             try:
-                calls[device][name].call()
+                getattr(module, name)(*arguments)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
             except Exception as error:  # of any kind: the report names it

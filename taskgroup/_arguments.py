@@ -11,15 +11,7 @@ __all__ = ["described", "listed", "whole_number"]
 
 
 def whole_number(name: str, value: object, at_least: int) -> int:
-    """The argument as a plain int.
-
-    Args:
-        name: name of the argument, for the message.
-        value: an integer of Python, NumPy or torch; not a bool.
-        at_least: the smallest number allowed.
-
-    Raises:
-        ValueError: if it is not an integer, or too small.
+    """The argument, an integer of Python, NumPy or torch, as a plain int.
 
     Example:
         >>> import numpy as np

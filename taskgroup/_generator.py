@@ -15,9 +15,6 @@ class HostGenerator(torch.Generator):
     A plain ``torch.Generator`` is pickled as a tensor in shared memory, which a spawned process
     cannot open; this one is pickled as bytes.
 
-    Args:
-        seed: the seed.
-
     Example:
         >>> import copy
         >>> generator = HostGenerator(seed=7)

@@ -125,10 +125,7 @@ def check_graph(
 ) -> None:
     """Raise ValueError if a scalar in ``{task: scalar}`` has no graph.
 
-    Args:
-        losses: the losses that need one.
-        so: what cannot be done without the graph.
-        cure: what to do about it.
+    The error says what cannot be done ``so``, and the ``cure``.
     """
     for task, loss in losses.items():
         if not loss.requires_grad:

@@ -143,7 +143,7 @@ class Affinity:
         return tuple(present)
 
     def update(self, values: Tensor) -> None:
-        """Move the average towards an observation, without waiting for its device.
+        """Update the average with an observation, without waiting for its device.
 
         Args:
             values: ``[K, K]``; an entry that is NaN was not observed and stays as it was.
@@ -155,7 +155,7 @@ class Affinity:
         self._observed += seen
 
     def start(self, tasks: tuple[str, ...]) -> None:
-        """Begin with zeros for these tasks.
+        """Set the affinity of these tasks to zero.
 
         Raises:
             RuntimeError: if another :class:`TaskGroups` uses this object already.
@@ -181,11 +181,11 @@ class Affinity:
         return {"matrix": self._matrix, "observed": self._observed}
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies on the CPU of all that :meth:`load_state_dict` needs to go on exactly."""
+        """Return copies on the CPU of everything that an exact resume needs."""
         return {name: tensor.to("cpu", copy=True) for name, tensor in self.tensors().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave.
+        """Load the state that :meth:`state_dict` returned.
 
         Raises:
             ValueError: if ``state`` is of another kind of affinity, or of another number of tasks.

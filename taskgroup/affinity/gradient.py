@@ -12,14 +12,11 @@ from taskgroup._generator import HostGenerator
 from taskgroup.affinity.base import Affinity
 from taskgroup.gradients.per_task import task_gradients
 from taskgroup.gradients.through_grad import gradients_through_grad
+from taskgroup.ops._gradient_list import MOST_TASKS
 from taskgroup.ops._sharded import any_sharded, put_shards_back
 from taskgroup.ops.gram_affinity_update import gram_affinity_update_
 
 __all__ = ["GradientAffinity"]
-
-
-# The most tasks that task_gram takes in one call.
-_MOST_MEASURED = 1024
 
 
 class GradientAffinity(Affinity):
@@ -94,14 +91,14 @@ class GradientAffinity(Affinity):
         self._sample = None
         if sample is not None:
             self._sample = whole_number("sample", sample, at_least=2)
-            if self._sample > _MOST_MEASURED:
-                raise ValueError(f"sample must be at most {_MOST_MEASURED}, got {sample}.")
+            if self._sample > MOST_TASKS:
+                raise ValueError(f"sample must be at most {MOST_TASKS}, got {sample}.")
 
     def start(self, tasks: tuple[str, ...]) -> None:
-        """Begin with zeros for these tasks."""
-        if self._sample is None and len(tasks) > _MOST_MEASURED:
+        """Set the affinity of these tasks to zero."""
+        if self._sample is None and len(tasks) > MOST_TASKS:
             raise ValueError(
-                f"GradientAffinity measures at most {_MOST_MEASURED} tasks at a time, and there "
+                f"GradientAffinity measures at most {MOST_TASKS} tasks at a time, and there "
                 f"are {len(tasks)}: pass sample=, the number of tasks to measure at a time, such "
                 "as GradientAffinity(shared, sample=8)."
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from taskgroup._losses import Losses, check_graph, losses_by_task
 from taskgroup._random_state import RandomState
+from taskgroup.gradients.per_task import task_gradients
 
 __all__ = ["lookahead_affinity"]
 
@@ -64,7 +66,7 @@ def lookahead_affinity(
         tensor([[ 0.7500, -0.2500],
                 [-0.2500,  0.7500]])
     """
-    optimizer = _checked_optimizer(optimizer)
+    optimizer = _unwrapped(optimizer)
     moving = _moving(shared, optimizer)
     kept = _Kept(optimizer, moving)
     random_states = [RandomState(device) for device in {p.device: None for p in moving}]
@@ -90,10 +92,10 @@ def lookahead_affinity(
             names = tuple(losses)
             task = names[len(rows)]
             check_graph({task: losses[task]}, "no step can be taken on it")
-            gradients = torch.autograd.grad(losses[task], moving, allow_unused=True)
+            (gradients,) = task_gradients([losses[task]], moving)
             kept.clear_gradients()
             for parameter, gradient in zip(moving, gradients, strict=True):
-                parameter.grad = None if gradient is None else _of_its_own(gradient, parameter)
+                parameter.grad = None if gradient is None else gradient.clone()  # may be shared
             _step(optimizer)
             kept.restore_parameters(besides=moving)  # weight decay may move others
             with torch.no_grad():
@@ -113,7 +115,7 @@ def _stacked(losses: dict[Any, Tensor]) -> Tensor:
     return torch.stack(list(losses.values())).double()
 
 
-def _checked_optimizer(optimizer: Any) -> Optimizer:
+def _unwrapped(optimizer: Any) -> Optimizer:
     """The optimizer itself, without the wrappers of a trainer."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
@@ -151,20 +153,13 @@ def _moving(shared: nn.Module | Iterable[Tensor], optimizer: Optimizer) -> list[
                 f"{type(parameter).__name__} in it."
             )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    moving = [parameter for parameter in found if parameter.requires_grad]
+    moving = list(dict.fromkeys(parameter for parameter in found if parameter.requires_grad))
     if not any(id(parameter) in held for parameter in moving):
         raise ValueError(
             "The optimizer holds none of the shared parameters: pass the one that trains the "
             "encoder, and the encoder's parameters as shared."
         )
     return moving
-
-
-def _of_its_own(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """A copy with the strides of the parameter, as backward() makes it."""
-    if gradient.layout is not torch.strided:
-        return gradient.clone()
-    return torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
 
 
 class _Kept:
@@ -197,16 +192,12 @@ class _Kept:
 
 
 def _restorer(value: Any, seen: set[int], stands_in: bool = True) -> Callable[[], Any]:
-    """A function that restores the value to what it is now, and returns it.
+    """A function that restores an optimizer, or a part of one, to what it is now, and returns it.
 
     Tensors, generators, lists, dicts and optimizers stay the same objects, since others may refer
-    to them.
-
-    Args:
-        value: an optimizer, or a part of one.
-        seen: the ids of the objects that are restored elsewhere.
-        stands_in: whether objects of other types are replaced by a copy, as in the state of an
-            optimizer. Otherwise they are not touched: an attribute may be the model.
+    to them. Objects of other types are replaced by a copy if ``stands_in``, as in the state of an
+    optimizer; otherwise they are not touched, since an attribute may be the model. Objects whose
+    ids are in ``seen`` are restored elsewhere.
     """
     if id(value) in seen or value is None or isinstance(value, str | int | float | complex):
         return lambda: value
@@ -236,20 +227,9 @@ def _restorer(value: Any, seen: set[int], stands_in: bool = True) -> Callable[[]
         return refill
     if isinstance(value, Tensor):
         seen.add(id(value))
-        kept = value.detach().clone()
-
-        def rewrite() -> Tensor:
-            value.copy_(kept)
-            return value
-
-        return rewrite
+        return partial(value.copy_, value.detach().clone())
     if isinstance(value, torch.Generator):
-        state = value.get_state()
-
-        def rewind() -> torch.Generator:
-            return value.set_state(state)
-
-        return rewind
+        return partial(value.set_state, value.get_state())
     if stands_in and not callable(value):
         copied = copy.deepcopy(value)
         return lambda: copy.deepcopy(copied)

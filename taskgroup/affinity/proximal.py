@@ -53,13 +53,6 @@ class ProximalAffinity(Affinity):
     def observe(
         self, before: Tensor, after: Tensor, mask: Tensor, following: Tensor | None = None
     ) -> None:
-        """Take in the effect of one step.
-
-        Args:
-            before: losses of all tasks before the step, ``[K]``; NaN for a task not measured.
-            after: the same after the step, ``[K]``.
-            mask: bool ``[K]``, True for the tasks of the group that was stepped on.
-            following: not used.
-        """
+        """Take in the effect of one step; see :meth:`Affinity.observe`."""
         self.to(after.device)
         update_checked_(self._matrix, before, after, mask, self.decay, self._observed)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taskgroup._graph import graph_nodes
 from taskgroup._losses import Losses
 from taskgroup.gradients.per_task import scalars_with_graph
-from taskgroup.gradients.through_grad import graph_nodes
 from taskgroup.gradients.vectorised import (
     check_batched,
     check_vanishing,

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from taskgroup._graph import graph_leaves
 from taskgroup.gradients.vectorised import explained
 
 
@@ -35,15 +35,10 @@ def backward_passes(
     *,
     retain_graph: bool = False,
 ) -> list[list[Tensor | None]]:
-    """Take the gradient of each loss from ``.grad``, and put the old ``.grad`` back.
+    """Take the gradients of K losses on T parameters from ``.grad``, and put the old one back.
 
-    FSDP puts the gradients of sharded parameters there. Call it within :func:`hooks_held`.
-
-    Args:
-        losses: K scalars.
-        params: T parameters.
-        others: more parameters that the losses reach; their ``.grad`` is put back as well.
-        retain_graph: keep the graph for a later backward pass.
+    FSDP puts the gradients of sharded parameters there. Call it within :func:`hooks_held`. The
+    ``.grad`` of ``others``, more parameters that the losses reach, is put back as well.
 
     Returns:
         ``[K][T]``, the tensors that autograd has made; None if a task does not reach a parameter.
@@ -69,13 +64,9 @@ def hooks_held(
 ) -> Iterator[Callable[[], None]]:
     """Suspend hooks of ``register_post_accumulate_grad_hook`` while gradients are incomplete.
 
-    An optimizer in such a hook would otherwise step on the gradient of every single task.
-
-    Args:
-        losses: scalars with a graph. If a parameter has such hooks, those of all leaves of the
-            graph are suspended; finding the leaves takes time.
-        params: the parameters whose hooks are suspended.
-        search: search the graph in any case.
+    An optimizer in such a hook would otherwise step on the gradient of every single task. If one of
+    the parameters has such hooks, or with ``search``, those of all leaves of the graph of the
+    losses are suspended; finding the leaves takes time.
 
     Yields:
         A function that runs the hooks, once for each tensor that got a gradient within the block.
@@ -83,8 +74,7 @@ def hooks_held(
     """
     leaves = [parameter for parameter in params if _hooks(parameter)]
     if leaves or search:
-        found = (n.variable for n in graph_nodes(losses) if type(n).__name__ == "AccumulateGrad")
-        leaves += [leaf for leaf in found if _hooks(leaf)]
+        leaves += [leaf for leaf in graph_leaves(losses) if _hooks(leaf)]
     # Emptied in place, since the handles that remove hooks refer to the dictionary.
     live = {leaf: _hooks(leaf) for leaf in leaves}
     held = {leaf: dict(hooks) for leaf, hooks in live.items()}
@@ -109,15 +99,3 @@ def hooks_held(
 def _hooks(tensor: Tensor) -> dict[Any, Callable[[Tensor], Any]]:
     # FSDP reads the same attribute (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py).
     return getattr(tensor, "_post_accumulate_grad_hooks", None) or {}
-
-
-def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """All nodes of the graph behind the tensors, each once."""
-    waiting: list[Any] = [torch.autograd.graph.get_gradient_edge(t).node for t in tensors]
-    seen = set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting.extend(child for child, _ in node.next_functions)
-            yield node

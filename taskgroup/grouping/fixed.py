@@ -55,9 +55,8 @@ class Fixed(Grouping):
     reads_affinity = False
 
     def __init__(self, partition: Iterable[Iterable[str]]) -> None:
-        self._partition: list[tuple[str, ...]] = []
-        seen: set[str] = set()
-        for members in partition:
+        self._group_of: dict[str, int] = {}
+        for label, members in enumerate(partition):
             if isinstance(members, str):
                 raise TypeError(
                     f"Fixed takes groups of task names, got the string {members!r} as a group; "
@@ -67,24 +66,21 @@ class Fixed(Grouping):
             if not group:
                 raise ValueError("Fixed got an empty group; leave it out.")
             for task in group:
-                if task in seen:
+                if task in self._group_of:
                     raise ValueError(f"Fixed got task {task!r} twice; put it in one group.")
-                seen.add(task)
-            self._partition.append(group)
+                self._group_of[task] = label
 
     def start(self, tasks: tuple[str, ...]) -> None:
         """Check the partition against the tasks."""
-        given = {task for group in self._partition for task in group}
         for task in tasks:
-            if task not in given:
+            if task not in self._group_of:
                 raise ValueError(f"Fixed has no group for task {task!r}; put it in one.")
-        if unknown := given - set(tasks):
+        if unknown := self._group_of.keys() - set(tasks):
             raise ValueError(
                 f"Fixed has unknown tasks {sorted(unknown, key=repr)}; the tasks are "
                 f"{listed(tasks)}."
             )
-        group_of = {task: label for label, group in enumerate(self._partition) for task in group}
-        self._labels = [group_of[task] for task in tasks]
+        self._labels = [self._group_of[task] for task in tasks]
 
     def __call__(self, matrix: Tensor) -> Tensor:
         """Return the label of each task: the position of its group in the partition."""

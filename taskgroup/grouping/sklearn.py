@@ -38,7 +38,8 @@ class _ScikitLearn(Clustering):
             labels = self._fit(similarity)
         return np.unique(labels, return_inverse=True)[1]
 
-    def _fit(self, similarity: Floats) -> npt.NDArray[Any]:
+    def _fit(self, similarity: Floats) -> Any:
+        """Return labels of the tasks, numbered in any way."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -69,12 +70,10 @@ class KMeans(_ScikitLearn):
         tensor([1, 2])
     """
 
-    def _fit(self, similarity: Floats) -> npt.NDArray[Any]:
+    def _fit(self, similarity: Floats) -> Any:
         from sklearn.cluster import KMeans as Model
 
-        model = Model(self.m, n_init=10, random_state=self.seed)
-        labels: npt.NDArray[Any] = model.fit_predict(similarity)
-        return labels
+        return Model(self.m, n_init=10, random_state=self.seed).fit_predict(similarity)
 
 
 class Spectral(_ScikitLearn):
@@ -103,11 +102,8 @@ class Spectral(_ScikitLearn):
         tensor([1, 2])
     """
 
-    def _fit(self, similarity: Floats) -> npt.NDArray[Any]:
-        from sklearn.cluster import SpectralClustering
+    def _fit(self, similarity: Floats) -> Any:
+        from sklearn.cluster import SpectralClustering as Model
 
-        model = SpectralClustering(
-            self.m, affinity="precomputed", n_init=10, random_state=self.seed
-        )
-        labels: npt.NDArray[Any] = model.fit_predict((similarity.clip(-1, 1) + 1) / 2)
-        return labels
+        model = Model(self.m, affinity="precomputed", n_init=10, random_state=self.seed)
+        return model.fit_predict((similarity.clip(-1, 1) + 1) / 2)

@@ -8,15 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taskgroup.loop.losses import ZERO_LOSS
 from taskgroup.loop.ranks import Ranks
 from taskgroup.loop.rounds import Members, Plan
 
-__all__ = ["Batch"]
+__all__ = ["ZERO_LOSS", "Batch"]
+
+# What to do about a task that only other ranks have labels of.
+ZERO_LOSS = (
+    "Pass a zero that depends on the output: output.sum() * 0, or a masked mean, "
+    "(error * mask).sum() / mask.sum().clamp(min=1)."
+)
 
 
 class Batch:
-    """One batch: its labelled tasks, on this rank and on the others.
+    """The labelled tasks of one batch, on this rank and on the others.
 
     Args:
         number: the number of the batch, the same on every rank.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from taskgroup._arguments import listed
 from taskgroup.affinity.base import Losses
 from taskgroup.loop.batch import Batch
-from taskgroup.loop.losses import LossReader
+from taskgroup.loop.loss_reader import LossReader
 from taskgroup.loop.misuse import Misuse
 from taskgroup.loop.observer import Observer
 from taskgroup.loop.rounds import Plan, union

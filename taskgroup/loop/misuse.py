@@ -1,7 +1,9 @@
-"""Warnings of loops from which no affinity can be learned."""
+"""Loops from which no affinity can be learned: warnings, and one error."""
 
 from __future__ import annotations
 
+import math
+import sys
 import warnings
 import weakref
 from typing import Any
@@ -11,11 +13,13 @@ from torch import Tensor
 
 from taskgroup._arguments import listed
 from taskgroup.affinity.base import Losses
+from taskgroup.loop.batch import ZERO_LOSS
 from taskgroup.loop.rounds import Members, Plan
 
-__all__ = ["Misuse"]
+__all__ = ["LossWatch", "Misuse", "refuse_accumulation"]
 
 _LEFT_EARLY = 20  # consecutive batches, after which it is no accident
+_STILL = 20  # steps in a row that change no loss, before a warning
 _TRAINED = 20  # batches with a task, after which it counts as trained
 
 
@@ -102,3 +106,79 @@ class Misuse:
         trained = self._labelled >= _TRAINED
         strangers = np.argwhere(np.triu(~self._met & trained & trained[:, None]))
         return [f"{self._tasks[i]} and {self._tasks[k]}" for i, k in strangers.tolist()]
+
+
+class LossWatch:
+    """Warns of losses that no affinity can be measured from, once per task."""
+
+    def __init__(self, tasks: tuple[str, ...]) -> None:
+        self._tasks = tasks
+        self._warned: set[int] = set()
+        self._last: list[float] = []
+        self._still = 0  # consecutive steps that changed no loss
+
+    def look(
+        self,
+        values: list[float],
+        members: Members,
+        absent: frozenset[int] = frozenset(),
+        follows: bool = False,
+    ) -> None:
+        """Warn of the first NaN, infinite, zero or negative loss of each task in ``members``.
+
+        Also warn, once, if many steps in a row change no loss: ``follows`` tells that a step was
+        taken since the last losses, which were of the same tasks. The tasks in ``absent`` have no
+        label on this rank, so their losses are zero.
+        """
+        if follows and self._still <= _STILL:
+            self._still = self._still + 1 if values == self._last else 0
+            if self._still == _STILL:
+                self._still += 1  # to warn once
+                warnings.warn(
+                    f"The last {_STILL} steps changed no loss, so no affinity can be "
+                    "observed. Run the forward pass inside the loop over the groups, call "
+                    "optimizer.step() for every group, and check that the optimizer holds the "
+                    "parameters of the model and that its learning rate is above zero. This "
+                    "warning is shown once.",
+                    stacklevel=5,  # the loop's call of group.loss
+                )
+        self._last = values
+        if values and min(values) > 0.0 and sum(values) < math.inf:  # false if one is NaN
+            return
+        for k, value in zip(members, values, strict=True):
+            if 0.0 < value < math.inf or k in self._warned or (k in absent and value == 0.0):
+                continue
+            self._warned.add(k)
+            if k in absent:
+                meaning = f"on a rank where it has no label. {ZERO_LOSS}"
+            else:
+                meaning = (
+                    "its affinity is measured only from finite, positive losses. Check its data "
+                    "and loss, or add a constant to the loss."
+                )
+            warnings.warn(
+                f"The loss of task {self._tasks[k]!r} is {value}: {meaning} This warning is shown "
+                "once per task.",
+                stacklevel=5,  # the loop's call of group.loss
+            )
+
+
+def refuse_accumulation() -> None:
+    """Raise if Accelerate accumulates gradients, which would mix the groups.
+
+    Accelerate counts batches, or calls of ``accumulate()``, and knows nothing of groups: between
+    two steps it would add up the gradients of several groups. Hugging Face's Trainer uses it.
+    """
+    accelerate = sys.modules.get("accelerate.state")  # only where the loop has imported it
+    if accelerate is None:
+        return
+    state = accelerate.GradientState()
+    if state.num_steps > 1 or not state.sync_gradients:
+        raise RuntimeError(
+            "Accelerate (or an earlier Accelerator of this process) is set to "
+            "gradient_accumulation_steps above 1, which would mix the groups: leave it at 1 "
+            "(accelerator.gradient_accumulation_steps = 1), and in each of the n micro-batches of "
+            "a group call accelerator.backward(group.loss(losses, share=1/n)), then "
+            "optimizer.step() once. In Hugging Face's Trainer this is not possible: use larger "
+            "batches."
+        )

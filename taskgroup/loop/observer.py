@@ -1,4 +1,4 @@
-"""From the losses of the steps to the affinity and to the host, without stopping the GPU."""
+"""Passes the losses of the steps to the affinity and to the host, without stopping the GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from taskgroup._random_state import RandomState
 from taskgroup.affinity.base import Affinity, Losses
 from taskgroup.loop.batch import Batch
 from taskgroup.loop.host_copy import HostCopy
-from taskgroup.loop.losses import LossReader, LossWatch, send_like
+from taskgroup.loop.loss_reader import LossReader, send_like
+from taskgroup.loop.misuse import LossWatch
 from taskgroup.loop.ranks import Ranks
 from taskgroup.loop.rounds import Plan
 from taskgroup.nn.model import MultiTaskModel
@@ -39,11 +40,6 @@ class Observer:
     after the last forward pass of a batch, and read once they have arrived.
 
     A copy of this object is between two batches, with no numbers on their way to the host.
-
-    Args:
-        reader: reads the losses.
-        affinity: learns from them.
-        ranks: the ranks that they are averaged over.
 
     Attributes:
         batch: the open batch; None between two batches.
@@ -105,12 +101,9 @@ class Observer:
     def about_to_step(self, prepared: int) -> tuple[frozenset[int] | None, Heads | None, int]:
         """What an :class:`Attachment` asks before each step of an optimizer.
 
-        Args:
-            prepared: the number that this method gave at the step before.
-
-        Returns:
-            The members of the group whose step is about to be taken and the heads of its model,
-            both None for a step of other losses after the loop; and a number for the next call.
+        The answer is the members of the group whose step is about to be taken and the heads of its
+        model, both None for a step of other losses after the loop; and a number, which is
+        ``prepared`` in the next call.
         """
         if self._stepping is None:
             return None, None, prepared

@@ -1,4 +1,4 @@
-"""From the affinity to the partition: what is asked of a grouping, and checks of its answer."""
+"""Asks a grouping for the partition, and checks its answer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ __all__ = ["Partitioner"]
 
 
 class Partitioner:
-    """Asks a grouping for the partition. The grouping need not define anything but the call.
-
-    Args:
-        grouping: from the affinity ``[K, K]`` to labels ``[K]``.
-        tasks: the K task names.
+    """Asks a grouping for the partition; the grouping need not define anything but the call.
 
     Attributes:
         grouping: the grouping.
@@ -43,12 +39,8 @@ class Partitioner:
     def partition(self, known: Callable[[], Tensor]) -> list[Members] | None:
         """The new partition, or None if the grouping found none.
 
-        Args:
-            known: gives the affinity ``[K, K]`` on the host, NaN where nothing was observed. Called
-                only if the grouping reads the affinity, because it may wait for a GPU.
-
-        Raises:
-            ValueError: if the grouping does not return labels.
+        ``known`` gives the affinity ``[K, K]`` on the host, NaN where nothing was observed. It is
+        called only if the grouping reads the affinity, because it may wait for a GPU.
         """
         n = self._n_tasks
         if self.learns:
@@ -76,6 +68,6 @@ class Partitioner:
         return self.grouping.state_dict() if hasattr(self.grouping, "state_dict") else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
+        """Load the state that :meth:`state_dict` returned."""
         if hasattr(self.grouping, "load_state_dict"):
             self.grouping.load_state_dict(state)

@@ -50,8 +50,7 @@ class Ranks:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         other = Ranks(self._process_group)  # a process group cannot be copied
-        other.number, other._joined, other._length = self.number, self._joined, self._length
-        other._joins = self._joins
+        vars(other).update(vars(self), _alike=False)
         return other
 
     def __reduce__(self) -> tuple[type[Ranks], tuple[None]]:
@@ -81,11 +80,7 @@ class Ranks:
         self._alike = False
 
     def join(self) -> None:
-        """Find the other ranks.
-
-        Raises:
-            RuntimeError: if this process is not in the process group.
-        """
+        """Find the other ranks."""
         self.number, self._joined = 1, dist.is_available() and dist.is_initialized()
         if not self._joined:
             return
@@ -100,12 +95,7 @@ class Ranks:
     def check_alike(self, parts: Mapping[str, object], n_tasks: int) -> None:
         """Raise, on every rank, if the ranks differ in any part. Waits for the other ranks.
 
-        Args:
-            parts: all that decisions depend on, by name; the same names on every rank.
-            n_tasks: the number of tasks.
-
-        Raises:
-            RuntimeError: naming what differs; or inside ``DistributedDataParallel.join()``.
+        The parts are all that decisions depend on, by name; the same names on every rank.
         """
         assert len(parts) == _PARTS
         self._joins.find()
@@ -130,26 +120,18 @@ class Ranks:
         self._length = max(2 * n_tasks, 2 * _PARTS)
 
     def count(self, labelled: Sequence[bool], batch: int) -> list[int]:
-        """The number of ranks on which each task is labelled. Waits for the other ranks.
+        """The number of ranks on which each of the K tasks is labelled. Waits for the other ranks.
 
-        Args:
-            labelled: for each of the K tasks, whether it is labelled here.
-            batch: the number of the batch.
+        ``labelled`` says which tasks are labelled on this rank.
         """
         found = self._sum(torch.tensor(labelled, dtype=torch.bool, device="cpu"), "count", batch)
         return [round(count) for count in found[: len(labelled)].tolist()]
 
     def mean(self, losses: Tensor, mask: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """The mean of the losses over the ranks, bitwise the same on each; one all-reduce.
+        """The mean of the losses ``[K]`` over the ranks, bitwise the same on each; one all-reduce.
 
-        Args:
-            losses: ``[K]``, without a graph.
-            mask: bool ``[K]``, True for the tasks of the group at hand.
-            batch: the number of the batch.
-
-        Returns:
-            The mean, ``[K]``, NaN for a task that is NaN on any rank; and the votes that
-            :meth:`check_votes` takes.
+        It is NaN for a task that is NaN on any rank. The second result are the votes for the group,
+        from the ``mask`` of each rank, that :meth:`check_votes` takes.
         """
         n_tasks = len(losses)
         values = torch.cat([losses.double(), mask.double()])
@@ -157,15 +139,7 @@ class Ranks:
         return (found[:n_tasks] / self.number).to(losses.dtype), found[n_tasks:]
 
     def check_votes(self, votes: list[float], tasks: tuple[str, ...]) -> None:
-        """Raise, on every rank, if the ranks did not step on the same group.
-
-        Args:
-            votes: as returned by :meth:`mean`.
-            tasks: the tasks of the group on this rank.
-
-        Raises:
-            RuntimeError: naming the tasks.
-        """
+        """Raise, on every rank, if the ranks did not step on the same group; here on ``tasks``."""
         self._check_place(votes[-_HEADER:])
         if not {0, self.number}.issuperset(votes[:-_HEADER]):
             raise RuntimeError(
@@ -221,9 +195,8 @@ class Ranks:
     def _all_reduce(self, values: Tensor) -> None:
         """Sum over the ranks, in place.
 
-        Raises:
-            RuntimeError: if another rank does not take part and the backend notices it, or inside
-                ``join()``, where other ranks need not take part.
+        Raise if another rank does not take part and the backend notices it, or inside ``join()``,
+        where other ranks need not take part.
         """
         self._joins.refuse()
         try:
@@ -249,8 +222,8 @@ _KINDS = ("alike", "count", "mean")
 _BATCHES = 2**20  # after which their number begins again, so that sums of squares are exact
 _HEADER = len(_KINDS) + 2
 _LOOP_ALIKE = (
-    "Loop over the same TaskGroups on every rank: call iter() or batch() equally often, load a "
-    "checkpoint on all ranks or on none, and so skip a group or leave a batch early."
+    "Loop over the same TaskGroups on every rank: call iter() or batch() equally often; load a "
+    "checkpoint, skip a group or leave a batch early on all ranks or on none."
 )
 _EVEN = (
     "Give every rank as many batches: take a DistributedSampler, with drop_last=True in it and in "
@@ -261,9 +234,9 @@ _EVEN = (
 class _Joins:
     """Notices ``DistributedDataParallel.join()``, for data that end earlier on some ranks.
 
-    A rank without data then repeats the exchanges of DDP, but no others. One of them would meet an
-    exchange of this class, of another size: gloo aborts the process, NCCL may hang or add up
-    numbers that do not belong together.
+    A rank without data then repeats the exchanges of DDP, but no others. They would be matched with
+    exchanges of :class:`Ranks`, which have another size: gloo aborts the process, and NCCL may hang
+    or add up numbers that do not belong together.
     """
 
     def __init__(self) -> None:
@@ -277,16 +250,12 @@ class _Joins:
         self._joinables.update(_alive(Joinable))
 
     def refuse(self) -> None:
-        """Raise inside ``join()``.
-
-        Raises:
-            RuntimeError: saying what to do instead.
-        """
+        """Raise inside ``join()``."""
         for joinable in self._joinables:
             settings = joinable._join_config
             if not settings.enable or any(settings is left for left in self._left):
                 continue
-            # They stay when the context is left; the context itself does not.
+            # The settings remain after the context is left; the context itself does not.
             from torch.distributed.algorithms.join import Join
 
             if any(joinable in context._joinables for context in _alive(Join)):

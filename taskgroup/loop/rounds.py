@@ -112,12 +112,10 @@ class Rounds:
         self._waited = np.full(n_tasks, self._observe_every - 1, dtype=np.int64)
 
     def plan(self, present: Members, regroup: Callable[[], list[Members] | None]) -> list[Plan]:
-        """The steps of one batch, at least one.
+        """The steps of one batch, at least one, cut down to the labelled tasks ``present``.
 
-        Args:
-            present: the labelled tasks, at least one; the groups are cut down to them.
-            regroup: called when the partition is to be renewed. Returns the new partition, or None
-                to keep the old one.
+        ``regroup`` is called when the partition is to be renewed. It returns the new partition, or
+        None to keep the old one.
         """
         affinity, begun = self._affinity, self.begun
         # A task that is present alone has nothing to be compared with.
@@ -143,7 +141,7 @@ class Rounds:
         self.partition = partition or self.partition
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`load` needs to go on exactly."""
+        """Everything that an exact resume needs."""
         return {
             "partition": [list(members) for members in self.partition],
             "queue": [list(members) for members in self.queue],
@@ -152,11 +150,7 @@ class Rounds:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state` gave.
-
-        Raises:
-            ValueError: if the state does not fit the number of tasks. Nothing has changed then.
-        """
+        """Load what :meth:`state` returned; if it does not fit, raise before anything changes."""
         partition = [tuple(members) for members in state["partition"]]
         queue = [tuple(members) for members in state["queue"]]
         if tuple(sorted(sum(partition, ()))) != self._everyone or not all(partition):

@@ -16,13 +16,13 @@ from taskgroup.grouping.propagation import AffinityPropagation
 from taskgroup.loop.batch import Batch
 from taskgroup.loop.checks import check_part, check_state, checked_present, checked_tasks
 from taskgroup.loop.group import Group
-from taskgroup.loop.losses import LossReader
-from taskgroup.loop.misuse import Misuse
+from taskgroup.loop.loss_reader import LossReader
+from taskgroup.loop.misuse import Misuse, refuse_accumulation
 from taskgroup.loop.observer import Observer
 from taskgroup.loop.partitioner import Partitioner
 from taskgroup.loop.ranks import Ranks, settings_of
 from taskgroup.loop.rounds import Members, Rounds
-from taskgroup.loop.trainers import in_signal_handler, refuse_accumulation
+from taskgroup.loop.signals import in_signal_handler
 from taskgroup.nn.outside import Attachment, Heads, Outside, unwrapped
 
 if TYPE_CHECKING:

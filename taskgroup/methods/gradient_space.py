@@ -73,9 +73,7 @@ class GradientMethod(JointMethod):
     def _merge(self, gradients: Gradients, scale: float | None) -> Tensor:
         """Write the combination to :func:`targets` of the gradients; return the weights ``[K]``.
 
-        Args:
-            gradients: ``[K][T]``, dense and real.
-            scale: the scale that they are multiplied by; None without a scaler.
+        The gradients ``[K][T]`` are dense, real, and multiplied by ``scale``; None for no scaler.
         """
         raise NotImplementedError
 

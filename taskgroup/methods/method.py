@@ -178,11 +178,7 @@ def values_of(scalars: Sequence[Tensor]) -> Tensor:
 
 
 def enabled(scaler: GradScaler | None) -> GradScaler | None:
-    """The scaler, or None if it is disabled.
-
-    Raises:
-        TypeError: if ``scaler`` is not a ``GradScaler``.
-    """
+    """The scaler, or None if it is disabled."""
     if scaler is None:
         return None
     if not isinstance(scaler, GradScaler):

@@ -91,10 +91,7 @@ class BatchedHeads(TaskHeads):
     def run(self, tasks: Collection[str], features: Any, frozen: bool = False) -> dict[str, Any]:
         """Run the heads of ``tasks``, and return their outputs in the order of ``tasks``.
 
-        Args:
-            tasks: the tasks whose heads run.
-            features: the output of the encoder.
-            frozen: detach the parameters, so that they get no gradient.
+        With ``frozen``, the parameters are detached, so that they get no gradient.
         """
         run_all = self._run_all
         if torch.compiler.is_compiling():
@@ -158,13 +155,11 @@ _Dtypes = list[torch.dtype]  # one for each tensor in the output of a head
 class _Sorted:
     """The heads sorted by kind, with a record of their state that shows later edits.
 
+    Making one raises an error if a head cannot run as one with others.
+
     Attributes:
         kinds: for each kind of several heads, their tasks. The other heads run one by one.
         dtypes: the dtypes of the outputs of a single head, by kind and setting.
-
-    Raises:
-        ValueError: if a head cannot run as one with others.
-        RuntimeError: if a head is sharded by itself.
     """
 
     def __init__(self, heads: TaskHeads) -> None:
@@ -304,14 +299,9 @@ def _as_one(
     *,
     frozen: bool = False,
 ) -> _Run:
-    """Run heads of one kind as one.
+    """Run heads of one kind as one: ``head`` with the parameters ``own`` of each head that runs.
 
-    Args:
-        head: one head of the kind.
-        own: the parameters of each head that runs.
-        features: the input of all heads.
-        dtypes: the dtypes to convert the tensors in the output to; None leaves them as they are.
-        frozen: detach the parameters.
+    The tensors in the output are converted to ``dtypes``; None leaves them as they are.
     """
     ids = [id(parameter) for module in head.modules() for parameter in module.parameters(False)]
     stacks = [torch.stack(same) for same in zip(*own, strict=True)]
@@ -348,17 +338,8 @@ def _as_one(
 def _compare(tasks: list[str], first: nn.Module, last: nn.Module, features: Any) -> _Dtypes:
     """Compare two heads of a kind that run one by one with the same heads run as one.
 
-    Args:
-        tasks: the tasks of the kind.
-        first: one head of the kind.
-        last: another head of the kind.
-        features: the input of both.
-
-    Returns:
-        The dtypes of the tensors in the output of a single head.
-
-    Raises:
-        RuntimeError: if the heads cannot run as one, or their outputs differ.
+    Raise if they cannot run as one, or if their outputs differ; otherwise return the dtypes of the
+    tensors in the output of a single head.
     """
     seen = [_Seen(first), _Seen(last)]
     alone = [first(features), last(features)]

@@ -30,12 +30,8 @@ def compile_in_place(
 ) -> None:
     """Compile a module in place; the calls of the module then run the compiled forward.
 
-    Args:
-        module: the module to compile.
-        codes: the code object that calls each kind of module. Modules that share this dict share
-            the graphs of their kind.
-        *args: positional arguments of ``torch.compile``.
-        **kwargs: keyword arguments of ``torch.compile``.
+    ``codes`` holds the code object that calls each kind of module. Modules that share this dict
+    share the graphs of their kind. The other arguments are those of ``torch.compile``.
     """
 
     def forward(*inputs: Any, **named: Any) -> Any:

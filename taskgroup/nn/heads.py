@@ -23,16 +23,7 @@ CURE = "give MultiTaskModel the heads in a plain dict."
 
 
 class TaskHeads(nn.Module, Mapping[str, nn.Module]):
-    """A mapping from task to head that is a module; task names may hold dots.
-
-    Args:
-        heads: ``{task: module}``.
-
-    Raises:
-        ValueError: if there are no heads, or two names differ only in ``.`` and ``/``.
-        TypeError: if ``heads`` is not a mapping, a task name is not a string or a head is not a
-            module.
-    """
+    """A mapping from task to head that is a module; task names may hold dots."""
 
     __eq__ = object.__eq__  # by identity, as other modules; Mapping compares contents
     __hash__ = object.__hash__
@@ -64,18 +55,12 @@ class TaskHeads(nn.Module, Mapping[str, nn.Module]):
     def forward(
         self, features: Any, group: Step | None = None, graph_for_all: bool = False
     ) -> dict[str, Any]:
-        """Run the heads.
+        """Run the heads that a step needs, or all of them, on the output of the encoder.
 
-        Args:
-            features: the output of the encoder, any nesting of tensors.
-            group: the step this forward is for. The heads of ``group.graph`` run with a graph, the
-                other observed heads without one on detached features, and the rest not at all.
-                None runs all heads with a graph.
-            graph_for_all: run the other observed heads with a graph as well, but with frozen
-                parameters, so that derivatives of their outputs can be taken.
-
-        Returns:
-            ``{task: output}``.
+        The heads of ``group.graph`` run with a graph, the other observed heads without one on
+        detached features, and the rest not at all. With ``graph_for_all``, the other observed heads
+        run with a graph as well, but with frozen parameters, so that derivatives of their outputs
+        can be taken.
         """
         if group is None:
             return self.run(self, features)
@@ -109,10 +94,8 @@ def twin(
 ) -> nn.Module:
     """Copy a module with other tensors in place of its parameters; the copy shares the rest.
 
-    Args:
-        module: the module, which is not changed.
-        tensors: the tensor that replaces each parameter, by the parameter's id.
-        made: the copies of parts of the module that exist already, by the part's id.
+    ``tensors`` holds the tensor that replaces each parameter, by the parameter's id; ``made`` the
+    copies of parts of the module that exist already, by the part's id.
     """
     made = {} if made is None else made
     if id(module) in made:
@@ -147,11 +130,7 @@ def detached(features: Any) -> Any:
 
 
 def without_graph(tasks: Collection[str]) -> AbstractContextManager[None]:
-    """Like ``torch.no_grad()``, but an error of a head that takes a derivative says what to do.
-
-    Args:
-        tasks: the tasks whose heads run.
-    """
+    """Like ``torch.no_grad()``, but an error of a head that takes a derivative says what to do."""
     return torch.no_grad() if torch.compiler.is_compiling() else _explained_no_grad(tasks)
 
 

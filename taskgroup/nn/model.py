@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from taskgroup._arguments import listed
+from taskgroup._graph import graph_leaves
 from taskgroup.nn.batched import BatchedHeads
 from taskgroup.nn.compiled import compile_in_place
 from taskgroup.nn.heads import TaskHeads
@@ -131,21 +132,7 @@ def _is_derived(inputs: object, features: object) -> bool:
     leaves = [leaf for leaf in tree_leaves(features) if isinstance(leaf, Tensor) and leaf.is_leaf]
     given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     learned = [tensor for tensor in (*leaves, *given) if tensor.requires_grad]
-    if any(tensor.is_leaf and not isinstance(tensor, nn.Parameter) for tensor in learned):
-        return True
-    todo: list[Any] = [tensor.grad_fn for tensor in learned]
-    seen: set[Any] = {None}
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "torch::autograd::AccumulateGrad" and not isinstance(
-            node.variable, nn.Parameter
-        ):
-            return True
-        todo += [following for following, _ in node.next_functions]
-    return False
+    return any(not isinstance(leaf, nn.Parameter) for leaf in graph_leaves(learned))
 
 
 def _check_that_ddp_finds_unused_parameters() -> None:

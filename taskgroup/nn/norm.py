@@ -66,7 +66,8 @@ def _redirected(module: nn.Module, group: Step) -> Iterator[None]:
     layers = [
         layer
         for layer in _layers_of(module)
-        if layer.training and layer.track_running_stats and not _is_redirected(layer)
+        # A context around this one may have redirected the layer.
+        if layer.training and layer.track_running_stats and _OVERRIDDEN[0] not in vars(layer)
     ]
     if not layers or group.runs_first(module):
         yield
@@ -117,10 +118,6 @@ class _Kept:
 
 _OVERRIDDEN = ("__getstate__", "_save_to_state_dict")
 _NAMES = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def _is_redirected(layer: _NormBase) -> bool:
-    return "__getstate__" in vars(layer)
 
 
 def _layers_of(module: nn.Module) -> WeakSet[_NormBase]:

@@ -50,11 +50,7 @@ class Attachment:
             steps.remove()
 
     def look_at(self, heads: Heads | None) -> None:
-        """Use the heads of the model that ran, unless the user has named the heads.
-
-        Raises:
-            RuntimeError: if there are no heads.
-        """
+        """Use the heads of the model that ran, unless the user has named the heads."""
         if not self._given and heads is not None and heads is not self._heads:
             self._settle_on(heads)
         if self._heads is None:
@@ -154,14 +150,9 @@ class _Steps:
 
 
 def unwrapped(optimizer: object) -> list[Optimizer]:
-    """Find the optimizers that take the steps, inside the wrappers of trainers.
+    """The optimizers that take the steps, in an optimizer, a trainer's wrapper or a list of these.
 
-    Args:
-        optimizer: an optimizer, a wrapper of one, or a list of these.
-
-    Raises:
-        TypeError: if there is no optimizer in it.
-        ValueError: if it is an optimizer that cannot leave single heads out of a step.
+    Raise for an optimizer that cannot leave single heads out of a step.
     """
     if isinstance(optimizer, list | tuple) and optimizer:
         return [one for wrapped in optimizer for one in unwrapped(wrapped)]

@@ -32,15 +32,10 @@ class SharedRows:
         self._kept: tuple[Tensor, Tensor, dict[str, Tensor]] | None = None
 
     def leave_out(self, inside: frozenset[int], optimizer: Optimizer, hold: bool) -> bool:
-        """Keep the elements of tasks outside the group out of the step.
+        """Keep the elements of tasks outside the group out of the step; True if they must return.
 
-        Args:
-            inside: the positions of the tasks of the group.
-            optimizer: the optimizer that takes the step.
-            hold: keep the values as well as the gradients out of the step.
-
-        Returns:
-            True if :meth:`restore` must follow after the step.
+        With ``hold``, their values are kept out as well as their gradients. They return with
+        :meth:`restore`, after the step.
         """
         parameter = self.parameter
         if not parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""What a module needs to know of the step that it runs for, and what it reports to it."""
+"""The step that a module runs for: what the module asks it, and what it reports to it."""
 
 from __future__ import annotations
 

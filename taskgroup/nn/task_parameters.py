@@ -20,14 +20,10 @@ Heads = Mapping[str, nn.Module | Tensor | Iterable[Tensor]] | nn.ModuleDict
 def parameters_of_tasks(
     heads: Heads, tasks: tuple[str, ...], optimizers: Sequence[Optimizer], given: bool
 ) -> tuple[list[tuple[Tensor, int]], list[SharedRows]]:
-    """Find the parameters of the tasks.
+    """Find the parameters of each task in these optimizers.
 
-    Args:
-        heads: the modules, parameters, or rows of parameters of each task.
-        tasks: the K task names.
-        optimizers: the optimizers of these parameters.
-        given: True if the user has named the heads. Otherwise they are those of the model, and some
-            may be in other optimizers.
+    With ``given``, the user has named the heads. Otherwise they are those of the model, and some
+    may be in other optimizers.
 
     Returns:
         The parameters that belong to one task, each with the position of the task, and the
@@ -82,8 +78,7 @@ def _owner(
 ) -> Tensor:
     """The position of the task that each element belongs to; -1 for elements of no task.
 
-    Raises:
-        ValueError: if an element belongs to two tasks.
+    Raise if an element belongs to two tasks.
     """
     owner = torch.full((parameter.numel(),), -1, dtype=torch.int64, device="cpu")
     for k, elements in own.items():
@@ -123,29 +118,18 @@ def _named(head: nn.Module | Tensor | Iterable[Tensor], task: str) -> list[tuple
         return [(f"the parameter {name!r}", own) for name, own in head.named_parameters()]
     if isinstance(head, Tensor):
         return [("a parameter", head)]
+    wanted = f"The head of task {task!r} must be a module or parameters, got"
     if not isinstance(head, Iterable) or isinstance(head, str):
-        raise ValueError(
-            f"The head of task {task!r} must be a module or parameters, got a "
-            f"{type(head).__name__}."
-        )
-    found = []
-    for parameter in head:
+        raise ValueError(f"{wanted} a {type(head).__name__}.")
+    found = list(head)
+    for parameter in found:
         if not isinstance(parameter, Tensor):
-            raise ValueError(
-                f"The head of task {task!r} must be a module or parameters, got "
-                f"{type(parameter).__name__} in it."
-            )
-        found.append(("a parameter", parameter))
-    return found
+            raise ValueError(f"{wanted} {type(parameter).__name__} in it.")
+    return [("a parameter", parameter) for parameter in found]
 
 
 def _check_heads(heads: object, tasks: tuple[str, ...]) -> None:
-    """Raise unless ``heads`` is a mapping that names every task once.
-
-    Raises:
-        TypeError: if it is not a mapping.
-        ValueError: if a task is missing or unknown.
-    """
+    """Raise unless ``heads`` is a mapping that names every task once."""
     if not isinstance(heads, Mapping | nn.ModuleDict):
         raise TypeError(
             "heads takes {task: module or parameters}, with tasks named by strings, got a "

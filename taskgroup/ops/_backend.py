@@ -14,8 +14,7 @@ import platform
 from collections.abc import Callable, Collection
 from importlib.machinery import PathFinder
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -28,7 +27,7 @@ _PACKAGE = __name__.split(".")[0]
 class _Native(NamedTuple):
     """The compiled libraries of the package."""
 
-    host: ModuleType | None = None
+    host: Any = None  # the module of what runs on the host
     problem: str | None = None  # the reason why they are not loaded
     broken: bool = False  # they were built, but do not load
 
@@ -194,15 +193,10 @@ def requested() -> str | None:
 
 
 def preferred(device: str, implemented: Collection[str]) -> str:
-    """Returns the name of the backend that runs an op for arguments on a device.
+    """Returns the name of the backend that runs an op for arguments on a type of device.
 
-    Args:
-        device: Type of the device that holds the arguments, such as ``"cpu"``.
-        implemented: The backends that the op has; ``reference`` is one of them.
-
-    Raises:
-        ValueError: If the environment asks for a backend that does not exist.
-        RuntimeError: If the requested backend cannot run here, or the one that would run is broken.
+    ``implemented`` are the backends that the op has; ``reference`` is one of them. Raises an error
+    if the requested backend does not exist or cannot run here, or the one that would run is broken.
     """
     if _requested is not None:
         _check_available(_requested)
@@ -226,10 +220,5 @@ def preferred(device: str, implemented: Collection[str]) -> str:
 
 
 def choose(device: str, **implementations: Callable[P, T]) -> Callable[P, T]:
-    """Chooses the implementation of an op for arguments on a device, as :func:`preferred` does.
-
-    Args:
-        device: Type of the device that holds the arguments.
-        **implementations: The op's implementations by backend.
-    """
+    """Chooses the implementation of an op for arguments on a device, as :func:`preferred` does."""
     return implementations[preferred(device, implementations)]

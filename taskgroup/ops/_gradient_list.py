@@ -11,7 +11,7 @@ from torch import Tensor
 Gradients: TypeAlias = Sequence[Sequence[Tensor | None]]  # [K] tasks of [T] parameters
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-MOST_TASKS = 1024
+MOST_TASKS = 1024  # that the ops take in one call
 
 
 class GradientList(NamedTuple):
@@ -34,12 +34,7 @@ class GradientList(NamedTuple):
 
 
 def flatten(gradients: Gradients) -> GradientList:
-    """Returns the gradients in one flat list, parameter by parameter.
-
-    Raises:
-        ValueError: if there are no tasks or more than 1024, or the tasks have different numbers of
-            gradients or none at all.
-    """
+    """Returns the gradients in one flat list, parameter by parameter."""
     n_tasks = len(gradients)
     check_number_of_tasks(n_tasks)
     n_parameters = len(gradients[0])
@@ -65,11 +60,7 @@ def flatten(gradients: Gradients) -> GradientList:
 
 
 def check_number_of_tasks(n_tasks: int) -> None:
-    """Checks that the ops take the gradients of this number of tasks.
-
-    Raises:
-        ValueError: if they do not; the message says how many they take.
-    """
+    """Raises a ValueError unless the ops take the gradients of this number of tasks."""
     if not 1 <= n_tasks <= MOST_TASKS:
         raise ValueError(
             f"gradients must hold one list per task, 1 to {MOST_TASKS} of them, got {n_tasks}."
@@ -77,12 +68,7 @@ def check_number_of_tasks(n_tasks: int) -> None:
 
 
 def check(gradients: GradientList) -> None:
-    """Checks that the ops take these gradients.
-
-    Raises:
-        ValueError: for the first gradient that they do not take; the message names the task and the
-            tensor.
-    """
+    """Raises a ValueError that names the first gradient that the ops do not take."""
     first_of: dict[int, tuple[int, Tensor]] = {}  # by parameter, its first task and gradient
     for task, t, gradient in zip(
         gradients.tasks(), gradients.parameters(), gradients.flat, strict=True
@@ -148,3 +134,9 @@ def reference_gram(gradients: GradientList) -> Tensor:
         gram.index_put_((index[:, None], index[None, :]), rows @ rows.t(), accumulate=True)
         begin = end
     return gram.triu() + gram.triu(1).t()  # a matrix product may not be symmetric bitwise
+
+
+def fake_gram(gradients: list[Tensor], slots: list[int], n_tasks: int) -> Tensor:
+    """The Gram matrix of tensors without data; checks the arguments."""
+    check(GradientList(gradients, slots, n_tasks))
+    return gradients[0].new_empty(n_tasks, n_tasks, dtype=gram_dtype(gradients))

@@ -70,11 +70,7 @@ _reader = _make_reader()
 
 
 def read_plain(gradients: Gradients) -> ReadGradients | None:
-    """Reads the gradients for the native backends; None if they must pass through torch.
-
-    Args:
-        gradients: ``[K][T]`` tensors or None.
-    """
+    """Reads the gradients for the native backends; None if they must pass through torch."""
     if _reader is None or torch.compiler.is_compiling() or _is_intercepted():
         return None
     read = _reader.read(gradients)

@@ -55,11 +55,7 @@ def put_shards_back(model: nn.Module) -> None:
 
 
 def local_like(gradient: Tensor | None, like: Tensor) -> Tensor | None:
-    """The part of a gradient on this rank, once it is distributed as ``like``.
-
-    Raises:
-        ValueError: if only one of the two is a DTensor.
-    """
+    """The part of a gradient on this rank, once it is distributed as ``like``."""
     if gradient is None:
         return None
     if is_sharded(gradient) != is_sharded(like):
@@ -88,10 +84,10 @@ def wrapped(local: Tensor, like: Tensor) -> Tensor:
 def gram_over_ranks(gradients: Gradients, gram: Callable[[Gradients], Tensor]) -> Tensor:
     """The Gram matrix of gradients of which some are DTensors; the same on every rank.
 
-    Args:
-        gradients: ``[K][T]`` tensors or None.
-        gram: a function that computes the Gram matrix of local gradients.
+    ``gram`` computes that of local gradients.
     """
+    from torch.distributed.tensor import Replicate
+
     # Parameters that are distributed in the same way share one all-reduce.
     spread: dict[Any, list[list[Tensor | None]]] = {}
     for column in zip(*gradients, strict=True):
@@ -100,7 +96,8 @@ def gram_over_ranks(gradients: Gradients, gram: Callable[[Gradients], Tensor]) -
             continue
         key = None
         if is_sharded(first):
-            first = _without_partial(first)
+            settled = [Replicate() if p.is_partial() else p for p in first.placements]
+            first = first.redistribute(first.device_mesh, settled)
             sharded = tuple(dim for dim, p in enumerate(first.placements) if not p.is_replicate())
             key = (first.device_mesh, sharded)
         spread.setdefault(key, []).append([local_like(own, first) for own in column])
@@ -108,22 +105,11 @@ def gram_over_ranks(gradients: Gradients, gram: Callable[[Gradients], Tensor]) -
     for key, columns in spread.items():
         part = gram(list(zip(*columns, strict=True)))
         if key is not None:
-            part = _added_up(part, *key)
+            mesh, sharded = key
+            wide = part.double()
+            for dim in sharded:
+                torch.distributed.all_reduce(wide, group=mesh.get_group(dim))
+            part = wide.to(part.dtype)
         total = part if total is None else total + part
     assert total is not None
     return total
-
-
-def _without_partial(gradient: DTensor) -> DTensor:
-    """The same gradient with all pending sums over ranks carried out."""
-    from torch.distributed.tensor import Replicate
-
-    settled = [Replicate() if p.is_partial() else p for p in gradient.placements]
-    return gradient.redistribute(gradient.device_mesh, settled)
-
-
-def _added_up(part: Tensor, mesh: Any, dims: tuple[int, ...]) -> Tensor:
-    wide = part.double()
-    for dim in dims:
-        torch.distributed.all_reduce(wide, group=mesh.get_group(dim))
-    return wide.to(part.dtype)

@@ -126,10 +126,8 @@ def _noise(n_tasks: int) -> Floats:
     return np.random.RandomState(0).standard_normal((n_tasks, n_tasks))
 
 
-def _native(*arguments: Any) -> Labels | None:
-    host: Any = _backend.native.host
-    labels: Labels | None = host.affinity_propagation(*arguments)
-    return labels
+def _native(*arguments: Any) -> Any:
+    return _backend.native.host.affinity_propagation(*arguments)
 
 
 def _reference(

@@ -218,16 +218,9 @@ def _reference(
         observed.add_(moves)
 
 
-def _fake(*arguments: Any) -> None:
-    """The op returns nothing, so there is nothing to do."""
-
-
 IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
     "cpp": _native,
     "cuda": _native,
     "triton": _triton,
     "reference": _reference,
 }
-
-if _backend.native.host is not None:
-    torch.library.register_fake("taskgroup::affinity_update_", _fake)

@@ -77,11 +77,9 @@ def combine(
     return _with_zeros(result, first)
 
 
-def _outputs(
-    first: list[Tensor | None], out: Sequence[Tensor | None] | None
-) -> list[Tensor | None]:
+def _outputs(first: list[Tensor | None], out: list[Tensor | None] | None) -> list[Tensor | None]:
     if out is not None:
-        return list(out)
+        return out
     return [None if gradient is None else torch.empty_like(gradient) for gradient in first]
 
 
@@ -118,12 +116,12 @@ def _combine_shards(
     gradients: Gradients,
     weights: Tensor | Sequence[float],
     first: list[Tensor | None],
-    out: Sequence[Tensor | None] | None,
+    out: list[Tensor | None] | None,
 ) -> list[Tensor | None]:
     """:func:`combine` for DTensors: combines the parts on this rank."""
     if out is not None:
-        _check_out(list(out), first)
-    like = first if out is None else list(out)
+        _check_out(out, first)
+    like = first if out is None else out
     local = [
         [None if to is None else local_like(g, to) for g, to in zip(own, like, strict=True)]
         for own in gradients
@@ -131,7 +129,7 @@ def _combine_shards(
     into = None if out is None else [None if to is None else local_like(to, to) for to in out]
     result = combine(local, weights, into)
     if out is not None:
-        return list(out)
+        return out
     return [
         wrapped(own, to) if own is not None and to is not None and is_sharded(to) else own
         for own, to in zip(result, like, strict=True)

@@ -36,8 +36,7 @@ def normalised_affinity(affinity: npt.NDArray[Any]) -> tuple[Integers, Floats]:
 
 
 def _native(affinity: npt.NDArray[Any]) -> tuple[Integers, Floats]:
-    host: Any = _backend.native.host
-    found: tuple[Integers, Floats] = host.normalised_affinity(affinity)
+    found: tuple[Integers, Floats] = _backend.native.host.normalised_affinity(affinity)
     return found
 
 

@@ -12,6 +12,7 @@ from taskgroup.ops._gradient_list import (
     GradientList,
     Gradients,
     check,
+    fake_gram,
     flatten,
     gram_dtype,
     reference_gram,
@@ -95,11 +96,6 @@ def _reference(gradients: GradientList) -> Tensor:
     return reference_gram(gradients).to(gram_dtype(gradients.flat))
 
 
-def _fake(gradients: list[Tensor], slots: list[int], n_tasks: int) -> Tensor:
-    check(GradientList(gradients, slots, n_tasks))
-    return gradients[0].new_empty(n_tasks, n_tasks, dtype=gram_dtype(gradients))
-
-
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "cpp": _native,
     "cuda": _native,
@@ -108,4 +104,4 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 if _backend.native.host is not None:
-    torch.library.register_fake("taskgroup::task_gram", _fake)
+    torch.library.register_fake("taskgroup::task_gram", fake_gram)

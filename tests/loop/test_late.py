@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import taskgroup as tg
-from taskgroup.loop import losses, observer
+from taskgroup.loop import loss_reader, observer
 from tests.nn.test_outside import TASKS
 from tests.planted import Planted
 from tests.ranks import on_ranks
@@ -29,7 +29,7 @@ class LateCopy:
 @pytest.fixture
 def late(monkeypatch):
     monkeypatch.setattr(observer, "HostCopy", LateCopy)
-    monkeypatch.setattr(losses, "waits_for", lambda device: True)
+    monkeypatch.setattr(loss_reader, "waits_for", lambda device: True)
 
 
 def decisions(**settings):
@@ -109,7 +109,7 @@ def test_bad_losses_are_told_a_batch_late(late, monkeypatch):
 
 def drift(rank):
     observer.HostCopy = LateCopy
-    losses.waits_for = lambda device: True
+    loss_reader.waits_for = lambda device: True
     groups = tg.TaskGroups(TASKS)
     x = torch.ones(3, requires_grad=True)
     for group in groups:

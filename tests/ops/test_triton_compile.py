@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from taskgroup.ops.triton import affinity_update, combine, gram_affinity_update, task_gram
-from taskgroup.ops.triton._tables import TRITON_DTYPES
+from taskgroup.ops.triton._addresses import TRITON_DTYPES
 from tests.random_gradients import DTYPES
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from taskgroup.ops.triton._tables import as_float64, bits, on_device_of
+from taskgroup.ops.triton._addresses import as_float64, bits, on_device_of
 
 _TILE = 4096  # entries of the matrix that a program updates; up to 64 tasks take one program
 
@@ -108,8 +106,3 @@ def settings(n_tasks: int) -> tuple[int, int, int]:
     block = max(16, triton.next_power_of_2(n_tasks))
     rows = max(1, min(block, _TILE // block))
     return rows, block, 4 if block <= 32 else 8
-
-
-@affinity_update_.register_fake
-def _(*arguments: Any) -> None:
-    """The op returns nothing, so there is nothing to do."""

@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from taskgroup.ops._gradient_list import GradientList, check
-from taskgroup.ops.triton._tables import (
+from taskgroup.ops.triton._addresses import (
     TRITON_DTYPES,
     on_device_of,
     parameter_of,
@@ -60,7 +59,7 @@ def _weighted_sum(
 
 @triton.jit(do_not_specialize=["n_parameters", "n_tasks"])
 def combine_kernel(
-    table_ptr,  # int64: see _tables.table
+    table_ptr,  # int64: see _addresses.table
     weights_ptr,  # float32 or float64 [K]
     n_parameters,
     n_tasks,
@@ -119,8 +118,3 @@ def combine(gradients: list[Tensor], slots: list[int], weights: Tensor, out: lis
             )
         for target, buffer in late:
             target.copy_(buffer)
-
-
-@combine.register_fake
-def _(gradients: list[Tensor], slots: list[int], weights: Tensor, out: list[Tensor]) -> None:
-    check(GradientList(gradients, slots, len(weights)))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from taskgroup.ops._gradient_list import GradientList, check
-from taskgroup.ops.triton._tables import as_float64, bits, on_device_of, upload
+from taskgroup.ops.triton._addresses import as_float64, bits, on_device_of, upload
 from taskgroup.ops.triton.task_gram import partials, parts_at_once, plan, sum_of_partials
 
 
@@ -106,10 +103,3 @@ def gram_affinity_update_(
             num_warps=4,
             enable_fp_fusion=False,  # rounds as the reference does
         )
-
-
-@gram_affinity_update_.register_fake
-def _(
-    matrix: Tensor, gradients: list[Tensor], slots: list[int], tasks: list[int], *rest: Any
-) -> None:
-    check(GradientList(gradients, slots, len(tasks)))

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from taskgroup.ops._gradient_list import GradientList, check, gram_dtype
-from taskgroup.ops.triton._tables import (
+from taskgroup.ops._gradient_list import fake_gram, gram_dtype
+from taskgroup.ops.triton._addresses import (
     TRITON_DTYPES,
     Parameter,
     Table,
@@ -63,7 +63,7 @@ def _products(
 
 @triton.jit(do_not_specialize=["n_parameters", "n_tasks", "n_blocks", "blocks_per_part", "part_0"])
 def gram_partials_kernel(
-    table_ptr,  # int64: see _tables.table
+    table_ptr,  # int64: see _addresses.table
     partials_ptr,  # float64 [parts, pairs, BK, BK]
     n_parameters,
     n_tasks,
@@ -301,7 +301,4 @@ def task_gram(gradients: list[Tensor], slots: list[int], n_tasks: int) -> Tensor
     return matrix
 
 
-@task_gram.register_fake
-def _(gradients: list[Tensor], slots: list[int], n_tasks: int) -> Tensor:
-    check(GradientList(gradients, slots, n_tasks))
-    return gradients[0].new_empty(n_tasks, n_tasks, dtype=gram_dtype(gradients))
+task_gram.register_fake(fake_gram)

@@ -7,7 +7,6 @@ checks are made before anything changes, and none of them synchronises with a GP
 from __future__ import annotations
 
 import math
-import warnings
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +19,7 @@ from taskgroup._losses import Losses, check_graph, check_losses, check_one_devic
 from taskgroup.loop.host_copy import waits_for
 from taskgroup.loop.rounds import Members
 
-__all__ = ["ZERO_LOSS", "LossReader", "LossWatch", "send_like"]
-
-
-# What to do about a task that only other ranks have labels of.
-ZERO_LOSS = (
-    "Pass a zero that depends on the output: output.sum() * 0, or a masked mean, "
-    "(error * mask).sum() / mask.sum().clamp(min=1)."
-)
-
-_STILL = 20  # steps in a row that change no loss, before a warning
+__all__ = ["LossReader", "send_like"]
 
 # More than the groups that recur in a run, such as those of 1000 single tasks.
 _GROUPS_KEPT = 4096
@@ -51,10 +41,6 @@ class LossReader:
         tasks: the K task names.
         weights: the weights of the losses, ``{task: weight}`` or one per task; None is 1 for each.
         reduction: ``"sum"`` or ``"mean"`` over the losses of a group.
-
-    Raises:
-        ValueError: if a weight is unknown, missing, negative or infinite, or ``reduction`` is
-            neither of the two.
     """
 
     def __init__(
@@ -123,11 +109,6 @@ class LossReader:
         Returns:
             The weighted sum (or mean) over ``members``, a scalar with a graph, and a copy of the
             losses of ``needed`` without a graph. Both are float32 or float64.
-
-        Raises:
-            ValueError: if a loss is unknown, missing, not a scalar, on another device or, for a
-                member, without a graph.
-            TypeError: if ``losses`` is neither a mapping nor a tensor.
         """
         if isinstance(losses, Tensor):
             own, measured = self._read_stacked(losses, members, needed)
@@ -147,8 +128,7 @@ class LossReader:
     def with_graph(self, losses: Losses, members: Members, needed: Members) -> list[Tensor]:
         """The losses of ``members`` one by one, with their graph, of losses that :meth:`read` took.
 
-        Raises:
-            ValueError: if a loss has no graph.
+        Raise if one has no graph.
         """
         if isinstance(losses, Tensor):
             stacked = len(losses) == len(self.tasks)
@@ -240,65 +220,6 @@ class LossReader:
             raise ValueError(
                 f"The losses are on {device}, those before were on {self.device}; keep all losses "
                 "on one device."
-            )
-
-
-class LossWatch:
-    """Warns of losses that no affinity can be measured from, once per task."""
-
-    def __init__(self, tasks: tuple[str, ...]) -> None:
-        self._tasks = tasks
-        self._warned: set[int] = set()
-        self._last: list[float] = []
-        self._still = 0  # consecutive steps that changed no loss
-
-    def look(
-        self,
-        values: list[float],
-        members: Members,
-        absent: frozenset[int] = frozenset(),
-        follows: bool = False,
-    ) -> None:
-        """Warn of the first NaN, infinite, zero or negative loss of each task.
-
-        Also warn, once, if many steps in a row change no loss.
-
-        Args:
-            values: the losses.
-            members: the tasks of the losses.
-            absent: the tasks without a label on this rank, whose losses are zero.
-            follows: whether a step was taken since the last losses, which were of the same tasks.
-        """
-        if follows and self._still <= _STILL:
-            self._still = self._still + 1 if values == self._last else 0
-            if self._still == _STILL:
-                self._still += 1  # to warn once
-                warnings.warn(
-                    f"The last {_STILL} steps changed no loss, so no affinity can be "
-                    "observed. Run the forward pass inside the loop over the groups, call "
-                    "optimizer.step() for every group, and check that the optimizer holds the "
-                    "parameters of the model and that its learning rate is above zero. This "
-                    "warning is shown once.",
-                    stacklevel=5,  # the loop's call of group.loss
-                )
-        self._last = values
-        if values and min(values) > 0.0 and sum(values) < math.inf:  # false if one is NaN
-            return
-        for k, value in zip(members, values, strict=True):
-            if 0.0 < value < math.inf or k in self._warned or (k in absent and value == 0.0):
-                continue
-            self._warned.add(k)
-            if k in absent:
-                meaning = f"on a rank where it has no label. {ZERO_LOSS}"
-            else:
-                meaning = (
-                    "its affinity is measured only from finite, positive losses. Check its data "
-                    "and loss, or add a constant to the loss."
-                )
-            warnings.warn(
-                f"The loss of task {self._tasks[k]!r} is {value}: {meaning} This warning is shown "
-                "once per task.",
-                stacklevel=5,  # the loop's call of group.loss
             )
 
 
