@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 import taskgroup as tg
+from taskgroup.lab.recipe import read_recipe
 from taskgroup.lab.report.live import Display
+from taskgroup.lab.report.matplotlib_figures import draw_run
 from taskgroup.lab.report.page import write_report
 from taskgroup.lab.report.run_data import load_run_data
 from taskgroup.lab.report.tables import groups_line
-from taskgroup.lab.train.recipe import read_recipe
 from taskgroup.lab.train.run import Run
 from taskgroup.lab.vision import TASKONOMY
 
@@ -27,7 +28,9 @@ console = Console()
 def train(name, **settings):
     run = Run(read_recipe("motorcycle", settings), OUT / name)
     with Display(name, TITLES, console) as display:
-        return run.train(display.update)
+        summary = run.train(display.update)
+    draw_run(run)
+    return summary
 
 
 def main():

@@ -13,8 +13,8 @@ from taskgroup.lab.compare import comparison_report as report
 from taskgroup.lab.compare.intervals import Estimate
 from taskgroup.lab.compare.presets import PRESETS, preset
 from taskgroup.lab.compare.results import BUDGETS, Row, Table
-from taskgroup.lab.train.problem import make_problem
-from taskgroup.lab.train.recipe import read_recipe
+from taskgroup.lab.problem import make_problem
+from taskgroup.lab.recipe import read_recipe
 
 SPLITS = ("train", "validation", "held_out")
 

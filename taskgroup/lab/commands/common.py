@@ -9,7 +9,7 @@ import rich
 import typer
 
 if TYPE_CHECKING:
-    from taskgroup.lab.train.recipe import Recipe
+    from taskgroup.lab.recipe import Recipe
 
 __all__ = [
     "Backbone",
@@ -73,7 +73,7 @@ def given(**options: object) -> dict[str, object]:
 
 def settings(recipe: str, changes: list[str] | None, **options: object) -> Recipe:
     """A recipe, overridden by ``--set`` and by the other options that were given a value."""
-    from taskgroup.lab.train.recipe import parse_changes, read_recipe
+    from taskgroup.lab.recipe import parse_changes, read_recipe
 
     return read_recipe(recipe, {**parse_changes(changes or []), **given(**options)})
 

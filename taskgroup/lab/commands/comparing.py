@@ -67,7 +67,7 @@ def compare(
     from taskgroup.lab.compare.presets import JOINT, variants_by_name
     from taskgroup.lab.compare.presets import preset as variants_of
     from taskgroup.lab.compare.progress import ComparisonDisplay
-    from taskgroup.lab.train.problem import make_problem
+    from taskgroup.lab.problem import make_problem
     from taskgroup.lab.train.trainer import task_names
 
     options = {"batches": batches, "root": data, "backbone": backbone, "size": size}

@@ -57,9 +57,10 @@ def train(
             "--data, if the data moved, --baseline, and --set for settings that do not change the "
             "training."
         )
+    from taskgroup.lab.recipe import parse_changes
     from taskgroup.lab.report.live import Display
+    from taskgroup.lab.report.matplotlib_figures import draw_run
     from taskgroup.lab.report.tables import summary_table
-    from taskgroup.lab.train.recipe import parse_changes
     from taskgroup.lab.train.run import Interrupted, Run
 
     if resume is not None:
@@ -76,6 +77,7 @@ def train(
     except Interrupted as stopped:
         common.say(str(stopped))
         raise typer.Exit(130) from None
+    draw_run(run)
     console.print(summary_table(summary, titles))
     common.say(f"Pictures and numbers are in {run.out}")
     common.say(f"For a page to open in a browser: taskgroup report {shlex.quote(str(run.out))}")
@@ -105,9 +107,9 @@ def evaluate(
     """Evaluate the last checkpoint of each run, whether the run is finished or not."""
     import yaml
 
+    from taskgroup.lab.recipe import parse_changes
     from taskgroup.lab.report.tables import evaluation_table
     from taskgroup.lab.train.evaluation import delta_m, load_trained, read_baseline
-    from taskgroup.lab.train.recipe import parse_changes
 
     changes = parse_changes(set_ or []) | common.given(root=data)
     against: dict[Path, dict[str, float]] = {}

@@ -12,10 +12,10 @@ import numpy as np
 from taskgroup.lab.compare.cell import Cell, Result, open_folder
 from taskgroup.lab.compare.intervals import Correlation, Floats, spearman
 from taskgroup.lab.compare.workers import Listener, Workers
+from taskgroup.lab.problem import Problem, make_problem
+from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.report.affinities import relative
 from taskgroup.lab.train.lock import hold
-from taskgroup.lab.train.problem import Problem, make_problem
-from taskgroup.lab.train.recipe import Recipe
 from taskgroup.lab.train.trainer import find_device, task_names
 
 __all__ = ["AFFINITIES", "AffinityGain", "Gains"]

@@ -13,9 +13,9 @@ from typing import Any, TypedDict
 import torch
 import yaml
 
+from taskgroup.lab.recipe import Recipe, read_recipe
 from taskgroup.lab.train.lock import hold, is_empty
 from taskgroup.lab.train.memory import peak_bytes
-from taskgroup.lab.train.recipe import Recipe, read_recipe
 from taskgroup.lab.train.run_files import write_text
 from taskgroup.lab.train.trainer import Trainer
 

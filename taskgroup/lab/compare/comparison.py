@@ -21,9 +21,9 @@ from taskgroup.lab.compare.results import (
     median,
 )
 from taskgroup.lab.compare.workers import Listener, Workers
+from taskgroup.lab.problem import make_problem
+from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.lock import hold
-from taskgroup.lab.train.problem import make_problem
-from taskgroup.lab.train.recipe import Recipe
 from taskgroup.lab.train.run_files import write_text
 from taskgroup.lab.train.trainer import Trainer, find_device, task_names
 

@@ -7,8 +7,8 @@ import time
 import warnings
 from collections.abc import Mapping
 
+from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.clock import Clock
-from taskgroup.lab.train.recipe import Recipe
 from taskgroup.lab.train.trainer import Trainer
 
 __all__ = ["step_seconds"]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import taskgroup as tg
-from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.recipe import Recipe
 
 __all__ = ["JOINT", "PRESETS", "REFERENCE", "Variant", "preset", "variants_by_name"]
 

@@ -11,9 +11,9 @@ from typing import Any
 from taskgroup.lab.compare.cell import Result
 from taskgroup.lab.compare.intervals import Estimate, estimate, noise_floor
 from taskgroup.lab.compare.presets import Variant
+from taskgroup.lab.problem import Problem
+from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.evaluation import delta_m
-from taskgroup.lab.train.problem import Problem
-from taskgroup.lab.train.recipe import Recipe
 
 __all__ = ["BUDGETS", "Row", "Runs", "Table", "delta_of", "make_row", "mean", "median"]
 

@@ -15,7 +15,7 @@ import torch
 
 from taskgroup.lab.compare.cell import Cell, Result, train_cell
 from taskgroup.lab.compare.cost import step_seconds
-from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.recipe import Recipe
 
 __all__ = ["Listener", "Workers"]
 

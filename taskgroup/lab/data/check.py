@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from taskgroup.lab.data import DATASETS, Taskonomy
-from taskgroup.lab.data.processes import in_processes
+from taskgroup.lab.processes import in_processes
 
 __all__ = ["Checked", "check", "recognise"]
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from taskgroup.lab.data.files import BadSampleError, read_rgb
 from taskgroup.lab.data.plausibility import doubt, doubt_of_image
-from taskgroup.lab.data.samples import Samples
+from taskgroup.lab.vision.samples import Samples
 from taskgroup.lab.vision.tasks import Task
 from taskgroup.lab.words import listed
 

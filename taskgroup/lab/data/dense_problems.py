@@ -30,14 +30,14 @@ from taskgroup.lab.data import (
 from taskgroup.lab.data.dense_dataset import Transform
 from taskgroup.lab.data.files import read_photo
 from taskgroup.lab.data.motorcycle import Motorcycle
-from taskgroup.lab.data.samples import Samples
-from taskgroup.lab.train.problem import Problem
-from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.problem import Problem
+from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.vision import predictions
 from taskgroup.lab.vision.backbones import ViTFeatures, backbone, save_config
 from taskgroup.lab.vision.dense_losses import criterion
 from taskgroup.lab.vision.metrics import evaluate
 from taskgroup.lab.vision.models import dense_model
+from taskgroup.lab.vision.samples import Samples
 
 __all__ = ["BenchmarkProblem", "DenseProblem", "MotorcycleProblem"]
 
@@ -126,7 +126,7 @@ class DenseProblem(Problem):
 
 
 class MotorcycleProblem(DenseProblem):
-    """Crops of the photograph, :class:`~taskgroup.lab.vision.Motorcycle`; all metrics are errors.
+    """Crops of the embedded photograph; all metrics are errors.
 
     Args:
         settings: the recipe of the run.

@@ -40,8 +40,8 @@ from torch import Tensor
 
 import taskgroup as tg
 from taskgroup.lab.data.physical_labels import Bools, Camera, Floats, physical_labels
-from taskgroup.lab.data.samples import Samples
 from taskgroup.lab.data.taskonomy_encoding import encode, normalise
+from taskgroup.lab.vision.samples import Samples
 from taskgroup.lab.vision.tasks import TASKONOMY
 
 __all__ = [

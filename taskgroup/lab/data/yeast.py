@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc
 
 import taskgroup as tg
-from taskgroup.lab.train.problem import Problem
-from taskgroup.lab.train.recipe import NetworkSettings
+from taskgroup.lab.problem import Problem
+from taskgroup.lab.recipe import NetworkSettings
 
 try:
     from river.datasets import Yeast as Records

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.evaluation import load_summary, read_settings
-from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.train.run_files import Line, read_lines
 
-__all__ = ["Finished", "Recorded", "RunData", "load_run_data", "load_runs", "read_lines"]
-
-Line = dict[str, Any]  # of a JSON file
+__all__ = ["Finished", "Recorded", "RunData", "load_run_data", "load_runs"]
 
 
 class Recorded(NamedTuple):
@@ -167,27 +165,6 @@ def _load(run: Path) -> RunData:
         ),
         finished=None if summary is None else _finished(summary),
     )
-
-
-def read_lines(path: Path) -> Iterator[Line]:
-    """The lines of a JSON file, without an incomplete last one; none if there is no file.
-
-    Raises:
-        ValueError: if another line cannot be read.
-    """
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield json.loads(line)
-            except ValueError:
-                raise ValueError(
-                    f"{path} cannot be read at line {number}. Leave the run out, or continue it "
-                    "with --resume, which drops the line."
-                ) from None
 
 
 def _task_order(run: Path, first: Line | None) -> tuple[str, ...]:

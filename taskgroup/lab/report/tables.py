@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text  # for names that users choose: a str would be read as markup
 
 from taskgroup.lab.data.check import Checked
-from taskgroup.lab.train.problem import Problem
+from taskgroup.lab.problem import Problem
 
 __all__ = ["check_table", "count_groups", "evaluation_table", "groups_line", "summary_table"]
 

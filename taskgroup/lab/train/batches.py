@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from taskgroup.lab.train.problem import Batch, Problem
-from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.problem import Batch, Problem
+from taskgroup.lab.recipe import Recipe
 
 __all__ = ["Batches"]
 

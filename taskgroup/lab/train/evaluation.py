@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import yaml
 
 import taskgroup as tg
-from taskgroup.lab.train.problem import Problem, make_problem
-from taskgroup.lab.train.recipe import CHANGEABLE, Recipe, read_recipe
+from taskgroup.lab.problem import Problem, make_problem
+from taskgroup.lab.recipe import CHANGEABLE, Recipe, read_recipe
 from taskgroup.lab.train.trainer import find_device, make_model, task_names
 from taskgroup.lab.words import listed
 
@@ -84,7 +84,7 @@ def read_settings(run: Path, changes: Mapping[str, Any] | None = None) -> Recipe
     Args:
         run: its folder.
         changes: ``{key: value}``, other values for some settings of
-            :data:`~taskgroup.lab.train.recipe.CHANGEABLE`.
+            :data:`~taskgroup.lab.recipe.CHANGEABLE`.
 
     Raises:
         ValueError: if the folder is not a run, its settings cannot be read, or a change would

@@ -15,8 +15,8 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 import taskgroup as tg
-from taskgroup.lab.report import matplotlib_figures
-from taskgroup.lab.report.run_data import load_run_data, read_lines
+from taskgroup.lab.problem import make_problem
+from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.clock import LateCopy
 from taskgroup.lab.train.evaluation import (
     CHECKPOINT_VERSION,
@@ -27,19 +27,18 @@ from taskgroup.lab.train.evaluation import (
     without_source,
 )
 from taskgroup.lab.train.lock import Hold, hold, is_empty
-from taskgroup.lab.train.problem import make_problem
-from taskgroup.lab.train.recipe import Recipe
 from taskgroup.lab.train.run_files import (
     RECORDS,
     append_line,
     append_matrix,
     cut_records,
+    read_lines,
     write_text,
 )
 from taskgroup.lab.train.trainer import MODEL_SECTIONS, Progress, Trainer, task_names
 from taskgroup.lab.words import listed
 
-__all__ = ["Interrupted", "Run", "load_metrics"]
+__all__ = ["Interrupted", "Run"]
 
 _EVENTS_EVERY = 10  # batches; TensorBoard thins out finer curves anyway
 _RECORDS = 400  # most records of affinity and seconds in a run: a picture shows no more
@@ -55,10 +54,10 @@ class Run:
     The folder holds ``config.yaml``, the settings; ``metrics.jsonl``, a line per batch;
     ``affinity.jsonl`` and ``seconds.jsonl``, the affinity and the time so far, up to 400 times a
     run; ``conflicts.jsonl`` and ``evaluations.jsonl``, if the recipe asks for them;
-    ``checkpoint.pt``; TensorBoard events; and, at the end, ``summary.json`` and pictures. The first
-    checkpoint is written before the first batch. A run that was stopped, even by SIGKILL, resumes
-    exactly from its last checkpoint. No other process can write to the folder until the training
-    has ended.
+    ``checkpoint.pt``; TensorBoard events; and, at the end, ``summary.json``. The command line adds
+    pictures. The first checkpoint is written before the first batch. A run that was stopped, even
+    by SIGKILL, resumes exactly from its last checkpoint. No other process can write to the folder
+    until the training has ended.
 
     Args:
         recipe: the settings.
@@ -93,7 +92,7 @@ class Run:
         Args:
             out: the folder.
             changes: ``{key: value}``, other values for some settings of
-                :data:`~taskgroup.lab.train.recipe.CHANGEABLE`.
+                :data:`~taskgroup.lab.recipe.CHANGEABLE`.
 
         Raises:
             ValueError: if there is no run, its checkpoint is lost or cannot be read, or another
@@ -168,7 +167,7 @@ class Run:
         return self.trainer.batch
 
     def train(self, listen: Callable[[Progress], None] = lambda progress: None) -> dict[str, Any]:
-        """Train to the end, then evaluate, draw and write the summary.
+        """Train to the end, then evaluate and write the summary.
 
         Args:
             listen: called after every batch.
@@ -276,13 +275,13 @@ class Run:
         delta = None
         if self._baseline is not None:
             delta = delta_m(metrics, self._baseline, problem)
-        history = load_metrics(self.out)
+        lines = read_lines(self.out / "metrics.jsonl")
         inside = sum(trainer.seconds[section] for section in MODEL_SECTIONS)
         summary = {
             "data": self.recipe.data,
             "method": self.recipe.method,
             "batches": trainer.batch,
-            "steps": sum(len(line["groups"]) for line in history),
+            "steps": sum(len(line["groups"]) for line in lines),
             "metric": {task: problem.metrics[task] for task in metrics},
             "lower_is_better": {task: problem.lower_is_better[task] for task in metrics},
             "metrics": metrics,
@@ -296,10 +295,6 @@ class Run:
             "peak_bytes": peak_bytes,
         }
         write_text(self.out / "summary.json", json.dumps(summary, indent=2))
-        titles = {task: problem.titles[task] for task in trainer.tasks}
-        affinity = trainer.affinity().cpu().double().numpy()
-        matplotlib_figures.run_figures(load_run_data(self.out), affinity, titles, self.out)
-        problem.draw(trainer.model, self.out)
         return summary
 
     def save(self) -> None:
@@ -324,15 +319,6 @@ def _check_empty(out: Path) -> None:
             f"{out} exists and is not empty; name another folder with --out, or resume the run in "
             f"it with --resume {out}."
         )
-
-
-def load_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``, without a last line that was cut short.
-
-    Raises:
-        ValueError: if another line cannot be read.
-    """
-    return list(read_lines(Path(run) / "metrics.jsonl"))
 
 
 class _Stop:

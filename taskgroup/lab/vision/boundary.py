@@ -21,7 +21,7 @@ from skimage.morphology import thin
 from torch import Tensor
 from torchmetrics import Metric
 
-from taskgroup.lab.data.processes import in_processes
+from taskgroup.lab.processes import in_processes
 
 __all__ = ["OdsF", "match"]
 

@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from taskgroup.lab.data.samples import Samples
+from taskgroup.lab.vision.samples import Samples
 from taskgroup.lab.vision.tasks import Task
 
 __all__ = ["colour", "draw", "draw_panel", "predict"]
