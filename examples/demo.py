@@ -46,9 +46,9 @@ def main():
     selective = train("selective", baseline=str(OUT / "joint"), head_lr_times="K")
     joint_long = train("joint-as-many-steps", method="joint", batches=selective["steps"])
     runs = {
-        "joint,\nas many batches": joint,
+        "joint,\nequal batches": joint,
         "selective": selective,
-        "joint,\nas many steps": joint_long,
+        "joint,\nequal steps": joint_long,
     }
 
     table = Table(title="\nHeld-out error of each task (lower is better)", title_justify="left")

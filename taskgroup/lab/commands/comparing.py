@@ -68,6 +68,7 @@ def compare(
     from taskgroup.lab.compare.presets import preset as variants_of
     from taskgroup.lab.compare.progress import ComparisonDisplay
     from taskgroup.lab.problem import make_problem
+    from taskgroup.lab.train.run_files import write_text
     from taskgroup.lab.train.trainer import task_names
 
     options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
@@ -96,7 +97,7 @@ def compare(
         table = comparison.run(display.update, jobs)
     for shown in report.tables(table):
         console.print(shown)
-    common.write(comparison.out / f"{preset}.md", report.markdown(table, _command()))
+    write_text(comparison.out / f"{preset}.md", report.markdown(table, _command()))
     report.write_csv(table, comparison.out / f"{preset}.csv")
     report.delta_m_plot(table, comparison.out / f"{preset}.png")
     common.say(f"Tables and picture ({preset}.md, .csv and .png) are in {comparison.out}")
@@ -124,6 +125,7 @@ def affinity_gain(
     from taskgroup.lab.compare import affinity_gain_report as report
     from taskgroup.lab.compare.affinity_gain import AFFINITIES, AffinityGain
     from taskgroup.lab.compare.progress import ComparisonDisplay
+    from taskgroup.lab.train.run_files import write_text
 
     options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
     measured = AffinityGain(
@@ -136,7 +138,7 @@ def affinity_gain(
         gains = measured.run(display.update, jobs)
     for shown in report.tables(gains):
         console.print(shown)
-    common.write(measured.out / "gains.md", report.markdown(gains, _command()))
+    write_text(measured.out / "gains.md", report.markdown(gains, _command()))
     report.write_csv(gains, measured.out / "gains.csv")
     report.affinity_gain_plot(gains, measured.out / "gains.png")
     common.say(f"Tables and picture (gains.md, .csv and .png) are in {measured.out}")

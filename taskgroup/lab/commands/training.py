@@ -10,6 +10,7 @@ from typing import Annotated
 import rich
 import typer
 
+import taskgroup as tg
 from taskgroup.lab.commands import common
 
 __all__ = ["evaluate", "predict", "train"]
@@ -21,7 +22,8 @@ def train(
     recipe: common.RecipeName = _DEFAULT,
     set_: common.Changes = None,
     method: Annotated[
-        str | None, typer.Option(help="Training method: selective, joint, uw, nash-mtl, ...")
+        str | None,
+        typer.Option(help=f"Training method: selective, joint, {', '.join(tg.methods.METHODS)}."),
     ] = None,
     grouping: Annotated[
         str | None,
@@ -110,6 +112,7 @@ def evaluate(
     from taskgroup.lab.recipe import parse_changes
     from taskgroup.lab.report.tables import evaluation_table
     from taskgroup.lab.train.evaluation import delta_m, load_trained, read_baseline
+    from taskgroup.lab.train.run_files import write_text
 
     changes = parse_changes(set_ or []) | common.given(root=data)
     against: dict[Path, dict[str, float]] = {}
@@ -142,7 +145,7 @@ def evaluate(
         title = f"{run}, {trained.batch} batches, {split}"
         rich.get_console().print(evaluation_table(title, metrics, problem, baseline, delta))
         if save is not None:
-            common.write(save, yaml.safe_dump(saved, sort_keys=False))
+            write_text(save, yaml.safe_dump(saved, sort_keys=False))
     if save is not None:
         common.say(f"The metrics are in {save}")
 

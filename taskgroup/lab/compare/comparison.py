@@ -129,11 +129,11 @@ class Comparison:
         """
         with hold(self.out), Workers(self._folder, jobs, self.device) as workers:
             single = [self._single(task, seed) for seed in self._seeds for task in self.tasks]
-            workers.run("as many batches", single + self._by("batches"), listen)
+            workers.run(BUDGETS["batches"], single + self._by("batches"), listen)
             self._single_metrics = None
             self._measure_costs(workers)
             if "time" in self.budgets:
-                workers.run("as much time", self._by("time"), listen)
+                workers.run(BUDGETS["time"], self._by("time"), listen)
             if "tuned" in self.budgets:
                 tuning = [
                     self._cell(variant, seed, "time", rate)
@@ -142,7 +142,7 @@ class Comparison:
                     for rate in self.rates
                 ]
                 workers.run("choosing rates", tuning, listen)
-                workers.run("best rates", self._by("tuned"), listen)
+                workers.run(BUDGETS["tuned"], self._by("tuned"), listen)
         return self.read(workers.failed)
 
     @property

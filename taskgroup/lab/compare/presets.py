@@ -67,7 +67,7 @@ def _joint(name: str, title: str, **settings: Any) -> Variant:
 _GD = _joint(JOINT, _TITLES[JOINT])
 _SELECTIVE = _selective(REFERENCE, "Selective")
 _CHEAP = _selective(
-    "selective-cheap", "Selective, a group a batch", groups_per_batch=1, observe_every=10
+    "selective-cheap", "Selective, one group per batch", groups_per_batch=1, observe_every=10
 )
 
 
@@ -138,7 +138,7 @@ def _warmup(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
 def _cheap(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     return [
         _selective("observe-10", "Observed every 10", observe_every=10),
-        _selective("one-a-batch", "A group a batch", groups_per_batch=1),
+        _selective("one-a-batch", "One group per batch", groups_per_batch=1),
         _CHEAP,
     ]
 

@@ -24,9 +24,9 @@ Key = tuple[str, str]  # budget and split
 #: What every method gets the same amount of: the batches of the recipe; the time that the selective
 #: run takes for these batches; the same time, with the best learning rate. And their titles.
 BUDGETS = {
-    "batches": "as many batches",
-    "time": "as much time",
-    "tuned": "as much time, best rate",
+    "batches": "equal batches",
+    "time": "equal time",
+    "tuned": "best rate",
 }
 
 
