@@ -92,15 +92,10 @@ class AffinityGain:
         self._folder = open_folder(self.out, recipe)
 
     def run(self, listen: Listener = lambda *_: None, jobs: int | None = None) -> Gains:
-        """Run what is missing, and compare.
-
-        Args:
-            listen: called after every run.
-            jobs: number of worker processes; None is one per core, or one on a GPU.
+        """Run what is missing, and compare; arguments and errors as of ``Comparison.run``.
 
         Raises:
-            RuntimeError: if runs failed, or a worker process died; finished runs are kept.
-            ValueError: if another process runs in the folder.
+            RuntimeError: also if a run failed; finished runs are kept.
         """
         pairs = itertools.combinations(self.tasks, 2)
         trained = [self._joint(task) for task in self.tasks] + [self._joint(*p) for p in pairs]

@@ -290,11 +290,7 @@ class Comparison:
         return delta_of(result, split, self.single, self.problem)
 
     def read(self, failed: Sequence[str] = ()) -> Table:
-        """Read the results of the finished runs.
-
-        Args:
-            failed: the errors of the runs that failed.
-        """
+        """Read the results of the finished runs; ``failed`` are the errors of the others."""
         self._single_metrics = None
         runs = {
             variant.name: {budget: self._runs(variant, budget) for budget in self.budgets}

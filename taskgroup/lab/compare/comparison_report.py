@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from rich.console import RenderableType
 from rich.text import Text
 
-from taskgroup.lab.compare.formats import counted, markdown_table, save_csv, terminal_table
+from taskgroup.lab.compare.formats import markdown_table, save_csv, terminal_table
 from taskgroup.lab.compare.intervals import Estimate
 from taskgroup.lab.compare.results import BUDGETS, Row, Table
 from taskgroup.lab.report.colours import HARMS, SERVES
 from taskgroup.lab.report.matplotlib_figures import open_axes, save
+from taskgroup.lab.words import counted
 
 __all__ = ["delta_m_plot", "markdown", "tables", "write_csv"]
 

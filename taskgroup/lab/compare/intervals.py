@@ -19,13 +19,7 @@ _RESAMPLES = 1000
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds.
-
-    Attributes:
-        mean: the mean; NaN without values.
-        half: half the width of its 95% interval; NaN for fewer than two values.
-        n: the number of values.
-    """
+    """A mean over n seeds, and half the width of its 95% interval; NaN where there are too few."""
 
     mean: float
     half: float
@@ -33,13 +27,7 @@ class Estimate(NamedTuple):
 
 
 class Correlation(NamedTuple):
-    """Spearman's rank correlation.
-
-    Attributes:
-        value: the correlation.
-        low: the lower end of its 95% interval.
-        high: the upper end.
-    """
+    """Spearman's rank correlation, and both ends of its 95% interval."""
 
     value: float
     low: float

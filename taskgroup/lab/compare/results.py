@@ -134,15 +134,9 @@ def make_row(
     delta_of: Callable[[Result, str], float],
     **known: Any,
 ) -> Row:
-    """What the runs of a variant say.
+    """What the runs of a variant say, compared with those of its joint training; both by budget.
 
-    Args:
-        variant: the variant.
-        runs: ``{budget: its runs}``.
-        joint: the same of the joint training that it is measured against.
-        splits: of the data.
-        delta_of: Δm of a run on a split.
-        **known: the other attributes of :class:`Row`.
+    ``known`` are the attributes of :class:`Row` that the caller has measured.
     """
     delta, gain, floor, metrics, diverged = {}, {}, {}, {}, {}
     for budget, by_seed in runs.items():

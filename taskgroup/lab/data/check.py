@@ -13,14 +13,10 @@ __all__ = ["Checked", "check", "recognise"]
 
 
 class Checked(NamedTuple):
-    """The result of checking a split.
+    """The result of checking a split: counts of samples, and one sentence for each problem.
 
-    Attributes:
-        split: the name of the split.
-        listed: number of samples that the data set lists.
-        published: number of samples in the public release; None where it depends on the release.
-        whole: number of listed samples that can be read.
-        problems: one sentence for each problem.
+    The data set lists ``listed`` samples, of which ``whole`` can be read; the public release has
+    ``published``, or None where it depends on the release.
     """
 
     split: str

@@ -54,12 +54,9 @@ __all__ = [
 
 
 class Photo(NamedTuple):
-    """One image with its depth.
+    """One image [H, W, 3], uint8 RGB, its camera and its depth.
 
-    Attributes:
-        image: [H, W, 3], uint8 RGB.
-        depth: [H, W], z-buffer depth in metres, NaN where missing.
-        camera: the camera of this image.
+    The depth is [H, W], z-buffer depth in metres, NaN where missing.
     """
 
     image: NDArray[np.uint8]
@@ -303,9 +300,8 @@ class Motorcycle:
 class _Maps(NamedTuple):
     """A view in two tensors, so that a crop is two slices.
 
-    Attributes:
-        values: [19, H, W], float32: image, then the labels in the order of TASKONOMY.
-        valid: [11, H, W], bool.
+    ``values`` are [19, H, W], float32: the image, then the labels in the order of TASKONOMY;
+    ``valid`` is [11, H, W], bool.
     """
 
     values: Tensor

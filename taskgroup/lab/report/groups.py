@@ -54,10 +54,7 @@ def learned(run: RunData) -> Groups:
 
 
 def share(groups: Groups) -> Floats:
-    """The share of the batches in which two tasks were in the same group, ``[K, K]``.
-
-    Args:
-        groups: ``[N, K]``, the group of each task, counted from 0.
+    """The share of the batches in which two tasks were in the same group: [N, K] to [K, K].
 
     Example:
         >>> share(np.array([[0, 0, 1], [0, 1, 1]], np.int16))
@@ -75,11 +72,7 @@ def share(groups: Groups) -> Floats:
 
 
 def average_share(runs: Sequence[RunData]) -> Floats:
-    """The mean of :func:`share` after the warm-up, in the task order of the first run.
-
-    Args:
-        runs: on the same tasks, each with a batch after its warm-up.
-    """
+    """The mean of :func:`share` after the warm-up, in the task order of the first run."""
     tasks = runs[0].tasks
     orders = [[run.tasks.index(task) for task in tasks] for run in runs]
     shares = [share(learned(run)[:, order]) for run, order in zip(runs, orders, strict=True)]

@@ -74,8 +74,7 @@ def figures(
 def time_per_batch(runs: Sequence[RunData], path: PathLike) -> tuple[bool, list[str]]:
     """Draw bars of the time per batch, divided into sections; the paper's Figure 2.
 
-    Returns:
-        Whether there was anything to draw, and sentences on what was left out.
+    Returns whether there was anything to draw, and sentences on what was left out.
     """
     bars, notes = seconds_per_batch(runs)
     if not bars:

@@ -299,8 +299,7 @@ def number_of_groups(runs: Sequence[Shown]) -> list[Card]:
 def losses(runs: Sequence[Shown]) -> tuple[str, list[Card], bool]:
     """A figure for each task with a line for each run; of many tasks, a map for each run.
 
-    Returns:
-        A text on what the figures show, the figures, and whether their lines are runs.
+    Returns a text on what the figures show, the figures, and whether their lines are runs.
     """
     if len(_tasks(runs)) > _FEW:
         words = (

@@ -90,10 +90,7 @@ class RunData:
 
 
 def load_runs(runs: Iterable[str | Path]) -> tuple[list[RunData], list[str]]:
-    """Read several runs, and say why some of them cannot be read.
-
-    Returns:
-        The runs, and a sentence on each that is left out.
+    """Read several runs; also returns a sentence on each that cannot be read and is left out.
 
     Raises:
         ValueError: if none can be read.

@@ -32,14 +32,7 @@ CHECKPOINT_VERSION = 3
 
 
 class Trained(NamedTuple):
-    """A network that a run has trained so far.
-
-    Attributes:
-        recipe: the settings of the run.
-        problem: the data set.
-        model: the network, in evaluation mode.
-        batch: how many batches it was trained on.
-    """
+    """A network in evaluation mode, and how many batches a run has trained it so far."""
 
     recipe: Recipe
     problem: Problem
@@ -50,9 +43,7 @@ class Trained(NamedTuple):
 def load_trained(run: str | Path, changes: Mapping[str, Any] | None = None) -> Trained:
     """The network of a run's last checkpoint; the run may still be training.
 
-    Args:
-        run: its folder.
-        changes: ``{key: value}``, settings to override, such as where the data is now.
+    ``changes`` override settings, such as where the data is now.
 
     Raises:
         ValueError: if there is no run, or no checkpoint that can be read.
@@ -79,12 +70,7 @@ def without_source(recipe: Recipe, run: Path) -> Recipe:
 
 
 def read_settings(run: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """The settings of a run.
-
-    Args:
-        run: its folder.
-        changes: ``{key: value}``, other values for some settings of
-            :data:`~taskgroup.lab.recipe.CHANGEABLE`.
+    """The settings of a run, with other values for some of ``recipe.CHANGEABLE``.
 
     Raises:
         ValueError: if the folder is not a run, its settings cannot be read, or a change would
@@ -139,12 +125,10 @@ def load_summary(run: str | Path) -> dict[str, Any]:
 
 
 def read_baseline(path: str | Path, tasks: list[str]) -> dict[str, float]:
-    """Read what Δm is computed against, ``{task: metric}``.
+    """Read what Δm is computed against, ``{task: metric}``, for the tasks that need it.
 
-    Args:
-        path: a finished run, or a YAML file of ``task: metric``, as
-            ``taskgroup evaluate RUN... --save FILE`` writes it from single-task runs.
-        tasks: the tasks whose metrics are needed.
+    The path is a finished run, or a YAML file of ``task: metric``, as
+    ``taskgroup evaluate RUN... --save FILE`` writes it from single-task runs.
 
     Raises:
         ValueError: if it cannot be read, lacks a task, or has a metric that nothing can be divided

@@ -73,10 +73,9 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 def cut_records(run: Path, batch: int) -> dict[str, int]:
-    """Drop the lines on batches after one, and lines that were cut short.
+    """Drop lines on batches after one, and lines that were cut short.
 
-    Returns:
-        ``{file: batch of its last line}``, 0 for a file without lines.
+    Returns ``{file: batch of its last line}``, 0 for a file without lines.
     """
     return {name: _cut(run / name, batch) for name in RECORDS}
 

@@ -92,12 +92,9 @@ def match(predicted: Bools, label: Bools, distance: float) -> int:
 
 
 class _Image(NamedTuple):
-    """The maps of an image that are counted.
+    """The maps of an image that are counted, all [H, W].
 
-    Attributes:
-        reached: [H, W], uint8: the number of thresholds that the probability reaches.
-        label: [H, W], bool.
-        known: [H, W], bool.
+    ``reached`` is the number of thresholds that the probability reaches.
     """
 
     reached: NDArray[np.uint8]

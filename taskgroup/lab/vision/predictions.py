@@ -53,15 +53,10 @@ def colour(task: Task, values: Tensor, known: Tensor, low: float, high: float) -
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, tasks: Mapping[str, Task]) -> dict[str, Tensor]:
-    """Predict labels for images: {task: [N, C, H, W]}, on the CPU.
+    """Predict labels for images [N, 3, H, W]: {task: [N, C, H, W]}, on the CPU.
 
     Outputs become class numbers, probabilities, normals of unit length, or stay as they are. The
     model predicts in evaluation mode.
-
-    Args:
-        model: maps images to {task: [N, C, H, W]}.
-        images: [N, 3, H, W].
-        tasks: {task: :class:`Task`}.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     training = model.training
@@ -83,15 +78,7 @@ def predict(model: nn.Module, images: Tensor, tasks: Mapping[str, Task]) -> dict
 def draw(
     model: nn.Module, samples: Samples, rgb: Tensor, tasks: Mapping[str, Task], path: Path
 ) -> None:
-    """Draw input, target and prediction of some samples, as a PNG.
-
-    Args:
-        model: the model that predicts.
-        samples: the samples.
-        rgb: their images [N, 3, H, W] in [0, 1].
-        tasks: {task: :class:`Task`}.
-        path: the path of the PNG.
-    """
+    """Draw some samples, their targets and predictions as a PNG; ``rgb`` is in [0, 1]."""
     targets, outputs = {}, {}
     for name, output in predict(model, samples.images, tasks).items():
         label, known = samples.labels[name], samples.masks[name]
@@ -107,12 +94,7 @@ def draw_panel(
 ) -> None:
     """Draw an image without labels and all predictions for it, as a PNG.
 
-    Args:
-        model: the model that predicts.
-        image: [3, H, W], normalised for the model.
-        rgb: the same image in [0, 1].
-        tasks: {task: :class:`Task`}.
-        path: the path of the PNG.
+    The image [3, H, W] is given twice: normalised for the model, and as ``rgb`` in [0, 1].
     """
     pictures = {}
     for name, output in predict(model, image[None], tasks).items():
