@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 import taskgroup as tg
+from taskgroup.lab.commands.tables import groups_line
 from taskgroup.lab.recipe import read_recipe
 from taskgroup.lab.report.live import Display
 from taskgroup.lab.report.matplotlib_figures import draw_run
 from taskgroup.lab.report.page import write_report
 from taskgroup.lab.report.run_data import load_run_data
-from taskgroup.lab.report.tables import groups_line
 from taskgroup.lab.train.run import Run
 from taskgroup.lab.vision import TASKONOMY
 

@@ -43,11 +43,11 @@ CHANGEABLE = (
 
 #: The data sets that ship with the package: the module in ``taskgroup.lab.data`` and the class.
 PROBLEMS = {
-    "motorcycle": "dense_problems:MotorcycleProblem",
+    "motorcycle": "image_problems:MotorcycleProblem",
     "yeast": "yeast:Yeast",
-    "nyud-v2": "dense_problems:BenchmarkProblem",
-    "pascal-context": "dense_problems:BenchmarkProblem",
-    "taskonomy": "dense_problems:BenchmarkProblem",
+    "nyud-v2": "image_problems:BenchmarkProblem",
+    "pascal-context": "image_problems:BenchmarkProblem",
+    "taskonomy": "image_problems:BenchmarkProblem",
 }
 
 _SHIPPED = Path(__file__).parent / "recipes"

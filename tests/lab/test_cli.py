@@ -72,7 +72,7 @@ def finished(tmp_path_factory):
 def _no_pictures(monkeypatch):
     """They take nine tenths of a small run; `finished`, made before this, has them."""
     monkeypatch.setattr(matplotlib_figures, "_draw_groups", lambda *_: None)
-    monkeypatch.setattr(predictions, "_draw_samples", lambda *_: None)
+    monkeypatch.setattr(predictions, "draw", lambda *_: None)
 
 
 def test_run_leaves_what_it_promises(finished):

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from taskgroup.lab.compare.cell import Cell
-from taskgroup.lab.compare.progress import ComparisonDisplay
+from taskgroup.lab.compare.comparison_display import ComparisonDisplay
 from taskgroup.lab.recipe import read_recipe
 from taskgroup.lab.report.live import Display
 from taskgroup.lab.train.trainer import Progress

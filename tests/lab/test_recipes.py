@@ -35,7 +35,7 @@ def no_pictures(monkeypatch):
 
 def draw_nothing(monkeypatch):
     monkeypatch.setattr(matplotlib_figures, "_draw_groups", lambda *_: None)
-    monkeypatch.setattr(predictions, "_draw_samples", lambda *_: None)
+    monkeypatch.setattr(predictions, "draw", lambda *_: None)
 
 
 def invoke(*arguments):

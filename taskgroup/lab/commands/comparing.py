@@ -64,9 +64,9 @@ def compare(
     """Compare methods over seeds, at equal batches and equal time; run it again to continue."""
     from taskgroup.lab.compare import comparison_report as report
     from taskgroup.lab.compare.comparison import Comparison
+    from taskgroup.lab.compare.comparison_display import ComparisonDisplay
     from taskgroup.lab.compare.presets import JOINT, variants_by_name
     from taskgroup.lab.compare.presets import preset as variants_of
-    from taskgroup.lab.compare.progress import ComparisonDisplay
     from taskgroup.lab.problem import make_problem
     from taskgroup.lab.train.run_files import write_text
     from taskgroup.lab.train.trainer import task_names
@@ -124,7 +124,7 @@ def affinity_gain(
     """Train every pair of tasks, and test whether affinities predict what the tasks gain."""
     from taskgroup.lab.compare import affinity_gain_report as report
     from taskgroup.lab.compare.affinity_gain import AFFINITIES, AffinityGain
-    from taskgroup.lab.compare.progress import ComparisonDisplay
+    from taskgroup.lab.compare.comparison_display import ComparisonDisplay
     from taskgroup.lab.train.run_files import write_text
 
     options = {"batches": batches, "root": data, "backbone": backbone, "size": size}

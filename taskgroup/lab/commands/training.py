@@ -59,10 +59,10 @@ def train(
             "--data, if the data moved, --baseline, and --set for settings that do not change the "
             "training."
         )
+    from taskgroup.lab.commands.tables import summary_table
     from taskgroup.lab.recipe import parse_changes
     from taskgroup.lab.report.live import Display
     from taskgroup.lab.report.matplotlib_figures import draw_run
-    from taskgroup.lab.report.tables import summary_table
     from taskgroup.lab.train.run import Interrupted, Run
 
     if resume is not None:
@@ -109,8 +109,8 @@ def evaluate(
     """Evaluate the last checkpoint of each run, whether the run is finished or not."""
     import yaml
 
+    from taskgroup.lab.commands.tables import evaluation_table
     from taskgroup.lab.recipe import parse_changes
-    from taskgroup.lab.report.tables import evaluation_table
     from taskgroup.lab.train.evaluation import delta_m, load_trained, read_baseline
     from taskgroup.lab.train.run_files import write_text
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taskgroup.lab.recipe import Recipe
-from taskgroup.lab.train.evaluation import load_summary, read_settings
+from taskgroup.lab.train.evaluation import Summary, load_summary, read_settings
 from taskgroup.lab.train.run_files import Line, read_lines
 
 __all__ = ["Finished", "Recorded", "RunData", "load_run_data", "load_runs"]
@@ -189,7 +189,7 @@ def _warmup(recipe: Recipe, n_tasks: int, batches: Sequence[int], steps: Sequenc
     return max([recipe.warmup, *batches[-1:]])
 
 
-def _seconds(run: Path, summary: Line | None) -> dict[str, float] | None:
+def _seconds(run: Path, summary: Summary | None) -> dict[str, float] | None:
     """Mean seconds per batch by section, over all batches so far; None before any are recorded."""
     if summary is not None:
         batches, seconds = summary["batches"], summary.get("seconds", {})
@@ -218,7 +218,7 @@ def _float32(values: Sequence[Any], shape: tuple[int, ...]) -> NDArray[np.float3
         return np.array(values, np.float32).reshape(len(values), *shape)
 
 
-def _finished(summary: Line) -> Finished:
+def _finished(summary: Summary) -> Finished:
     lower, names = summary.get("lower_is_better", {}), summary.get("metric", {})
     arrows = {task: "↓" if lower[task] else "↑" for task in names}
     return Finished(

@@ -6,9 +6,10 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 import taskgroup as tg
 from taskgroup.lab.problem import Problem, make_problem
@@ -18,6 +19,7 @@ from taskgroup.lab.words import listed
 
 __all__ = [
     "CHECKPOINT_VERSION",
+    "Summary",
     "Trained",
     "delta_m",
     "load_summary",
@@ -29,6 +31,26 @@ __all__ = [
 ]
 
 CHECKPOINT_VERSION = 3
+
+
+class Summary(TypedDict):
+    """What ``summary.json`` of a finished run holds."""
+
+    data: str
+    method: str
+    batches: int
+    steps: int
+    metric: dict[str, str]  # {task: name of its metric}
+    lower_is_better: dict[str, bool]
+    metrics: dict[str, float]  # on held-out data
+    delta_m: float | None  # percent
+    baseline: str | None
+    partition: list[list[str]]
+    unconverged: int
+    seconds_per_batch: float
+    share_outside_model: float
+    seconds: dict[str, float]  # {section: seconds} in all
+    peak_bytes: int | None  # on a GPU
 
 
 class Trained(NamedTuple):
@@ -108,7 +130,7 @@ def read_checkpoint(run: Path) -> dict[str, Any]:
     return state
 
 
-def load_summary(run: str | Path) -> dict[str, Any]:
+def load_summary(run: str | Path) -> Summary:
     """``summary.json`` of a finished run.
 
     Raises:
@@ -118,7 +140,7 @@ def load_summary(run: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{run} has no summary.json: it is not a run, or not finished.")
     try:
-        summary: dict[str, Any] = json.loads(path.read_text())
+        summary: Summary = json.loads(path.read_text())
     except ValueError:
         raise ValueError(f"{path} cannot be read; delete it, and resume the run.") from None
     return summary
@@ -139,16 +161,12 @@ def read_baseline(path: str | Path, tasks: list[str]) -> dict[str, float]:
         found = load_summary(path)["metrics"]
     else:
         try:
-            found = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):
-            found = None
-        if not isinstance(found, dict) or not all(
-            isinstance(value, int | float) and not isinstance(value, bool)
-            for value in found.values()
-        ):
+            lines = yaml.safe_load(path.read_text())
+            found = TypeAdapter(dict[str, float]).validate_python(lines, strict=True)
+        except (yaml.YAMLError, UnicodeDecodeError, ValidationError):
             raise ValueError(
                 f"{path} must hold lines 'task: metric', where every metric is a number."
-            )
+            ) from None
     if lacking := [task for task in tasks if task not in found]:
         raise ValueError(
             f"The baseline {path} has no metric of {listed(lacking)}; it has {listed(found)}."

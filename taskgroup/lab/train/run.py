@@ -20,6 +20,7 @@ from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.clock import LateCopy
 from taskgroup.lab.train.evaluation import (
     CHECKPOINT_VERSION,
+    Summary,
     delta_m,
     read_baseline,
     read_checkpoint,
@@ -166,7 +167,7 @@ class Run:
         """Batches done."""
         return self.trainer.batch
 
-    def train(self, listen: Callable[[Progress], None] = lambda progress: None) -> dict[str, Any]:
+    def train(self, listen: Callable[[Progress], None] = lambda progress: None) -> Summary:
         """Train to the end, then evaluate and write the summary.
 
         Args:
@@ -185,7 +186,7 @@ class Run:
         self._hold = None
         return summary
 
-    def _train(self, listen: Callable[[Progress], None]) -> dict[str, Any]:
+    def _train(self, listen: Callable[[Progress], None]) -> Summary:
         trainer = self.trainer
         with (
             _stop_signals() as stop,
@@ -268,7 +269,7 @@ class Run:
         for task, value in metrics.items():
             board.add_scalar(f"held_out/{task}", value, self.batch)
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self) -> Summary:
         trainer, problem, groups = self.trainer, self.trainer.problem, self.trainer.groups
         peak_bytes = trainer.peak_bytes
         metrics = trainer.evaluate("held_out")
@@ -277,7 +278,7 @@ class Run:
             delta = delta_m(metrics, self._baseline, problem)
         lines = read_lines(self.out / "metrics.jsonl")
         inside = sum(trainer.seconds[section] for section in MODEL_SECTIONS)
-        summary = {
+        summary: Summary = {
             "data": self.recipe.data,
             "method": self.recipe.method,
             "batches": trainer.batch,

@@ -79,14 +79,25 @@ def draw(
     model: nn.Module, samples: Samples, rgb: Tensor, tasks: Mapping[str, Task], path: Path
 ) -> None:
     """Draw some samples, their targets and predictions as a PNG; ``rgb`` is in [0, 1]."""
-    targets, outputs = {}, {}
-    for name, output in predict(model, samples.images, tasks).items():
+    outputs = predict(model, samples.images, tasks)
+    n_samples, columns = len(rgb), len(outputs) + 1
+    aspect = rgb.shape[2] / rgb.shape[3]
+    figure = Figure(figsize=(1.15 * columns, 2.3 * aspect * n_samples + 0.35), layout=_tight())
+    grid = _empty_grid(figure, 2 * n_samples, columns)
+    for n in range(n_samples):
+        grid[2 * n][0].imshow(rgb[n].movedim(0, -1).numpy())
+        grid[2 * n][0].set_ylabel("target", fontsize=8)
+        grid[2 * n + 1][0].set_ylabel("prediction", fontsize=8)
+    grid[0][0].set_title("input", fontsize=8)
+    for column, (name, output) in enumerate(outputs.items(), start=1):
         label, known = samples.labels[name], samples.masks[name]
         low, high = _range(label, known)
-        targets[name] = colour(tasks[name], label, known, low, high)
-        outputs[name] = colour(tasks[name], output, known, low, high)
-    titles = {name: tasks[name].title for name in outputs}
-    _draw_samples(rgb.movedim(1, -1), targets, outputs, titles, path)
+        for row, values in enumerate((label, output)):
+            pictures = colour(tasks[name], values, known, low, high)
+            for n in range(n_samples):
+                grid[2 * n + row][column].imshow(pictures[n].numpy())
+        grid[0][column].set_title(tasks[name].title.replace(" ", "\n", 1), fontsize=8)
+    figure.savefig(path, dpi=_DPI)
 
 
 def draw_panel(
@@ -96,48 +107,14 @@ def draw_panel(
 
     The image [3, H, W] is given twice: normalised for the model, and as ``rgb`` in [0, 1].
     """
-    pictures = {}
+    pictures = {"input": rgb.movedim(0, -1)}
     for name, output in predict(model, image[None], tasks).items():
         known = torch.ones_like(output[:, :1], dtype=torch.bool)
-        pictures[name] = colour(tasks[name], output, known, *_range(output, known))[0]
-    titles = {name: tasks[name].title for name in pictures}
-    _draw_side_by_side(rgb.movedim(0, -1), pictures, titles, path)
-
-
-def _draw_samples(
-    images: Tensor,
-    targets: Mapping[str, Tensor],
-    outputs: Mapping[str, Tensor],
-    titles: Mapping[str, str],
-    path: Path,
-) -> None:
-    """Two rows for each image: target and prediction of each task; all [N, H, W, 3] in [0, 1]."""
-    n_samples, columns = len(images), len(titles) + 1
-    aspect = images.shape[1] / images.shape[2]
-    figure = Figure(figsize=(1.15 * columns, 2.3 * aspect * n_samples + 0.35), layout=_tight())
-    grid = _empty_grid(figure, 2 * n_samples, columns)
-    for n in range(n_samples):
-        target_row, output_row = grid[2 * n], grid[2 * n + 1]
-        target_row[0].imshow(images[n].numpy())
-        target_row[0].set_ylabel("target", fontsize=8)
-        output_row[0].set_ylabel("prediction", fontsize=8)
-        for column, task in enumerate(titles, start=1):
-            target_row[column].imshow(targets[task][n].numpy())
-            output_row[column].imshow(outputs[task][n].numpy())
-    grid[0][0].set_title("input", fontsize=8)
-    for column, title in enumerate(titles.values(), start=1):
-        grid[0][column].set_title(title.replace(" ", "\n", 1), fontsize=8)
-    figure.savefig(path, dpi=_DPI)
-
-
-def _draw_side_by_side(
-    image: Tensor, outputs: Mapping[str, Tensor], titles: Mapping[str, str], path: Path
-) -> None:
-    """An image and what is predicted for it, [H, W, 3] in [0, 1], four in a row."""
-    pictures = {"input": image, **{title: outputs[task] for task, title in titles.items()}}
+        limits = _range(output, known)
+        pictures[tasks[name].title] = colour(tasks[name], output, known, *limits)[0]
     columns = min(4, len(pictures))
     rows = -(-len(pictures) // columns)
-    height = 2.6 * image.shape[0] / image.shape[1] + 0.25
+    height = 2.6 * rgb.shape[1] / rgb.shape[2] + 0.25
     figure = Figure(figsize=(2.6 * columns, height * rows), layout=_tight())
     places = _empty_grid(figure, rows, columns).flat
     for axes, (title, picture) in zip(places, pictures.items(), strict=False):

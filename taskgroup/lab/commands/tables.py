@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text  # for names that users choose: a str would be read as markup
 
 from taskgroup.lab.data.check import Checked
 from taskgroup.lab.problem import Problem
+from taskgroup.lab.train.evaluation import Summary
 from taskgroup.lab.words import counted
 
 __all__ = ["check_table", "evaluation_table", "groups_line", "summary_table"]
 
 
-def summary_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
+def summary_table(summary: Summary, titles: Mapping[str, str]) -> Table:
     """The held-out metrics of ``summary.json``, and other figures of the run below them."""
     table = Table(title=f"{summary['method']}, {summary['batches']} batches", title_justify="left")
     table.add_column("On held-out data (↑ higher is better, ↓ lower)")
