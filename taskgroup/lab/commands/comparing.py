@@ -17,8 +17,7 @@ from taskgroup.lab.commands import common
 __all__ = ["affinity_gain", "compare"]
 
 Jobs = Annotated[
-    int | None,
-    typer.Option(help="Number of processes.", show_default="one per core; 1 on a GPU"),
+    int | None, typer.Option(help="Number of processes.", show_default="one per core; 1 on a GPU")
 ]
 Out = Annotated[
     Path | None,

@@ -34,8 +34,7 @@ def train(
     ] = None,
     batches: common.Batches = None,
     seed: Annotated[
-        int | None,
-        typer.Option(help="Seed of the weights, the crops and the order of the groups."),
+        int | None, typer.Option(help="Seed of the weights, the crops and the order of the groups.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Folder of the run; it must be new or empty.")
@@ -88,8 +87,7 @@ def train(
 def evaluate(
     runs: common.RunFolders,
     split: Annotated[
-        str,
-        typer.Option(help="held_out, validation, or train (some of its images)."),
+        str, typer.Option(help="held_out, validation, or train (some of its images).")
     ] = "held_out",
     data: common.Data = None,
     set_: Annotated[

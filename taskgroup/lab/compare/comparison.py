@@ -11,15 +11,7 @@ import yaml
 
 from taskgroup.lab.compare.cell import Cell, Result, open_folder
 from taskgroup.lab.compare.presets import JOINT, REFERENCE, Variant
-from taskgroup.lab.compare.results import (
-    BUDGETS,
-    Runs,
-    Table,
-    delta_of,
-    make_row,
-    mean,
-    median,
-)
+from taskgroup.lab.compare.results import BUDGETS, Runs, Table, delta_of, make_row, mean, median
 from taskgroup.lab.compare.workers import Listener, Workers
 from taskgroup.lab.problem import make_problem
 from taskgroup.lab.recipe import Recipe

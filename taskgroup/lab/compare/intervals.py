@@ -69,14 +69,10 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def spearman(first: Floats, second: Floats) -> Correlation:
-    """Rank correlation between the entries of two matrices off their diagonals.
+    """Rank correlation between the entries of two matrices [K, K] off their diagonals.
 
-    The interval is a bootstrap over the tasks, because entries of one row or column are not
-    independent. Every call gives the same interval.
-
-    Args:
-        first: ``[K, K]``; entries that are not finite are left out.
-        second: ``[K, K]``, likewise.
+    Entries that are not finite are left out. The interval is a bootstrap over the tasks, because
+    entries of one row or column are not independent. Every call gives the same interval.
 
     Example:
         >>> a = np.arange(16.0).reshape(4, 4)

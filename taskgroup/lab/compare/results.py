@@ -23,11 +23,7 @@ Key = tuple[str, str]  # budget and split
 
 #: What every method gets the same amount of: the batches of the recipe; the time that the selective
 #: run takes for these batches; the same time, with the best learning rate. And their titles.
-BUDGETS = {
-    "batches": "equal batches",
-    "time": "equal time",
-    "tuned": "best rate",
-}
+BUDGETS = {"batches": "equal batches", "time": "equal time", "tuned": "best rate"}
 
 
 @dataclasses.dataclass(frozen=True)

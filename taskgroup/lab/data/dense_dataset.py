@@ -262,10 +262,7 @@ class DenseDataset(Dataset[Samples]):
         return label.reshape(*shape, -1), known
 
     def __getitem__(self, index: int | tuple[int, int]) -> Samples:
-        """Read a sample, without the dimension B.
-
-        Args:
-            index: the index of the sample, or the index and the seed of the transform.
+        """Read a sample, given by its index, or by its index and the seed of the transform.
 
         Raises:
             BadSampleError: if a file is not what it should be; with ``bad="skip"`` the error is

@@ -107,9 +107,7 @@ def collate(samples: Sequence[Samples | BadSampleError]) -> tuple[Samples | None
 
 
 def _load(
-    dataset: DenseDataset,
-    batches: Iterable[Pairs],
-    workers: int,
+    dataset: DenseDataset, batches: Iterable[Pairs], workers: int
 ) -> Iterator[Samples | None]:
     # Workers return the messages of bad samples: an error that is raised in a worker would have the
     # worker's traceback in its message.

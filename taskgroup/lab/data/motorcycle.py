@@ -44,13 +44,7 @@ from taskgroup.lab.data.taskonomy_encoding import encode, normalise
 from taskgroup.lab.vision.samples import Samples
 from taskgroup.lab.vision.tasks import TASKONOMY
 
-__all__ = [
-    "Motorcycle",
-    "Photo",
-    "View",
-    "photos",
-    "views",
-]
+__all__ = ["Motorcycle", "Photo", "View", "photos", "views"]
 
 
 class Photo(NamedTuple):

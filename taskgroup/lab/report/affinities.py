@@ -36,12 +36,10 @@ Pair = tuple[str, str]
 class Course(NamedTuple):
     """The affinity between two tasks over time, for runs that differ only in the seed.
 
-    Attributes:
-        label: the decay, and the settings that distinguish it from other courses.
-        runs: for each run, batches ``[N]`` and entries of the matrix ``[N, 2]``: the effect of the
-            first task on the second, and of the second on the first.
-        batches: those that the mean covers, which end where the shortest run ends.
-        mean: over the runs, ``[len(batches), 2]``.
+    The label says the decay, and the settings that distinguish it from other courses. Each run has
+    batches [N] and entries of the matrix [N, 2]: the effect of the first task on the second, and of
+    the second on the first. ``mean`` [P, 2] is over the runs, for ``batches`` [P], which end where
+    the shortest run ends.
     """
 
     label: str

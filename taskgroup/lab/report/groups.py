@@ -106,12 +106,7 @@ def group_colours(groups: Groups) -> Groups:
 
     Groups are matched with colours so that as many tasks as possible keep their last colour
     (scipy's assignment). A group that matches no colour takes the one unused for the longest time.
-
-    Args:
-        groups: ``[N, K]``, the group of each task, counted from 0.
-
-    Returns:
-        ``[N, K]``, counted from 0; -1 for a task that is alone in its group.
+    Groups and colours are [N, K], counted from 0; a task that is alone in its group gets -1.
 
     Example:
         >>> group_colours(np.array([[0, 0, 1, 1, 2], [1, 1, 0, 0, 1], [0, 1, 0, 1, 1]]))

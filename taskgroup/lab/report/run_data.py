@@ -156,9 +156,7 @@ def _load(run: Path) -> RunData:
         affinity=_recorded(run / "affinity.jsonl", square, lambda line: line["matrix"]),
         conflicts=_recorded(run / "conflicts.jsonl", square, lambda line: line["matrix"]),
         evaluations=_recorded(
-            run / "evaluations.jsonl",
-            (len(tasks),),
-            lambda line: _in_order(line["metrics"], tasks),
+            run / "evaluations.jsonl", (len(tasks),), lambda line: _in_order(line["metrics"], tasks)
         ),
         finished=None if summary is None else _finished(summary),
     )

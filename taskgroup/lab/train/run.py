@@ -88,12 +88,7 @@ class Run:
 
     @classmethod
     def resume(cls, out: str | Path, changes: Mapping[str, Any] | None = None) -> Run:
-        """Resume a run from its last checkpoint.
-
-        Args:
-            out: the folder.
-            changes: ``{key: value}``, other values for some settings of
-                :data:`~taskgroup.lab.recipe.CHANGEABLE`.
+        """Resume a run from its last checkpoint, with other values for some of ``CHANGEABLE``.
 
         Raises:
             ValueError: if there is no run, its checkpoint is lost or cannot be read, or another

@@ -281,9 +281,7 @@ class Trainer:
         batch = next(self.batches)
         inputs = self.problem.inputs(batch)
         return tg.lookahead_affinity(
-            lambda: self._losses(self.model(inputs), batch),
-            self.optimizer,
-            self.model.encoder,
+            lambda: self._losses(self.model(inputs), batch), self.optimizer, self.model.encoder
         )
 
     def evaluate(self, split: str, quick: bool = False) -> dict[str, float]:

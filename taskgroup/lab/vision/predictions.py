@@ -23,20 +23,11 @@ _DPI = 150
 
 
 def colour(task: Task, values: Tensor, known: Tensor, low: float, high: float) -> Tensor:
-    """Convert the values of a task to RGB.
+    """Convert the values [N, C, H, W] of a task to RGB, [N, H, W, 3] in [0, 1].
 
-    Every class has a colour. A probability and a single channel become grey levels, two channels
-    red and green, and three channels red, green and blue.
-
-    Args:
-        task: the task of the values.
-        values: [N, C, H, W]; class numbers or the probabilities of a binary task have C = 1.
-        known: [N, 1, H, W], bool; unknown pixels become grey.
-        low: the value that becomes black; not used for classes and probabilities.
-        high: the value that becomes white.
-
-    Returns:
-        [N, H, W, 3] in [0, 1].
+    Every class has a colour. A probability and a single channel become grey levels from ``low`` to
+    ``high`` (0 to 1 for a probability), two channels red and green, and three channels red, green
+    and blue. Pixels that are not ``known``, [N, 1, H, W], become grey.
     """
     if task.kind == "classes":
         picture = _palette(task.channels)[values[:, 0].long().clamp(0, task.channels - 1)]
