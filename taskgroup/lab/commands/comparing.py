@@ -30,7 +30,11 @@ Out = Annotated[
 def compare(
     recipe: common.RecipeName = "motorcycle-small",
     preset: Annotated[
-        str, typer.Option(help="What to compare: methods, or an ablation such as grouping.")
+        str,
+        typer.Option(
+            help="What to compare: methods, or an ablation: grouping, heads, preference, decay, "
+            "batch-size, warmup, cheap, three-tasks."
+        ),
     ] = "methods",
     methods: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Only these methods of the preset.")

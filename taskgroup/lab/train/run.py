@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -188,7 +189,7 @@ class Run:
             (self.out / "metrics.jsonl").open("a", buffering=1) as metrics,
             SummaryWriter(str(self.out), purge_step=trainer.batch or None) as board,
         ):
-            while trainer.batch < self.recipe.batches and not stop.asked:
+            while trainer.batch < self.recipe.batches and not stop.is_set():
                 if self._evaluates_now() and self._evaluated < trainer.batch:
                     self._record_evaluation(board)
                     continue  # a signal may have asked to stop
@@ -214,7 +215,7 @@ class Run:
                 listen(progress)
                 # Also before an evaluation, which may take long and be stopped.
                 every = trainer.batch % self.recipe.checkpoint_every == 0
-                saves = stop.asked or every or self._evaluates_now()
+                saves = stop.is_set() or every or self._evaluates_now()
                 if saves or trainer.batch == self.recipe.batches:
                     trainer.wait()  # the work that the GPU has left counts as training
                 self._seconds += time.perf_counter() - started
@@ -225,7 +226,7 @@ class Run:
                     self.save()
             if self._saved != trainer.batch:
                 self.save()
-            if stop.asked:
+            if stop.is_set():
                 raise Interrupted(
                     f"Stopped after batch {trainer.batch} of {self.recipe.batches}; to continue: "
                     f"taskgroup train --resume {self.out}"
@@ -317,18 +318,14 @@ def _check_empty(out: Path) -> None:
         )
 
 
-class _Stop:
-    asked = False
-
-
 @contextmanager
-def _stop_signals() -> Iterator[_Stop]:
+def _stop_signals() -> Iterator[threading.Event]:
     """Let the first SIGINT or SIGTERM set a flag; the second has its usual effect."""
-    stop = _Stop()
+    stop = threading.Event()
     previous: dict[int, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
-        stop.asked = True
+        stop.set()
         signal.signal(number, previous[number])
 
     for number in (signal.SIGINT, signal.SIGTERM):
