@@ -88,7 +88,7 @@ def fault_of_normals(path: Path, vectors: NDArray[np.float32], how: str) -> str 
 
 
 def doubt(path: Path, task: Task, label: NDArray[Any], known: NDArray[np.bool_]) -> str | None:
-    """Find what is unlikely about a decoded label [H, W, C], known where ``known`` [H, W] is."""
+    """Find what is unlikely about a decoded label [H, W, C], where ``known`` [H, W] is true."""
     if not known.any():
         return f"{path} tells nothing: all of its pixels are unknown."
     if task.kind == "values" and (label == label[0, 0]).all():
