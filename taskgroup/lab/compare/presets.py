@@ -64,7 +64,7 @@ def _joint(name: str, title: str, **settings: Any) -> Variant:
 _GD = _joint(JOINT, _TITLES[JOINT])
 _SELECTIVE = _selective(REFERENCE, "Selective")
 _CHEAP = _selective(
-    "selective-cheap", "Selective, one group per batch", groups_per_batch=1, observe_every=10
+    "selective-cheap", "Selective, 1 group per batch", groups_per_batch=1, observe_every=10
 )
 
 
