@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_map
 
 import taskgroup as tg
 from benchmarks.training import Training
-from taskgroup.lab.train.problem import make_problem
-from taskgroup.lab.train.recipe import read_recipe
+from taskgroup.lab.problem import make_problem
+from taskgroup.lab.recipe import read_recipe
 from taskgroup.lab.vision import TASKONOMY
 
 EVERY = 5  # batches; settings that do not observe every batch observe every fifth

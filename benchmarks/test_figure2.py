@@ -258,7 +258,10 @@ def settings() -> list[Setting]:
         # The setting that docs/cost.md recommends if a step per group costs too much.
         *(
             Setting(
-                "one group a batch", m, selective(m, groups_per_batch=1, observe_every=EVERY), EVERY
+                "one group per batch",
+                m,
+                selective(m, groups_per_batch=1, observe_every=EVERY),
+                EVERY,
             )
             for m in GROUPS
         ),

@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 import taskgroup as tg
+from taskgroup.lab.commands.tables import groups_line
+from taskgroup.lab.recipe import read_recipe
 from taskgroup.lab.report.live import Display
+from taskgroup.lab.report.matplotlib_figures import draw_run
 from taskgroup.lab.report.page import write_report
 from taskgroup.lab.report.run_data import load_run_data
-from taskgroup.lab.report.tables import groups_line
-from taskgroup.lab.train.recipe import read_recipe
 from taskgroup.lab.train.run import Run
 from taskgroup.lab.vision import TASKONOMY
 
@@ -27,7 +28,9 @@ console = Console()
 def train(name, **settings):
     run = Run(read_recipe("motorcycle", settings), OUT / name)
     with Display(name, TITLES, console) as display:
-        return run.train(display.update)
+        summary = run.train(display.update)
+    draw_run(run)
+    return summary
 
 
 def main():
@@ -43,9 +46,9 @@ def main():
     selective = train("selective", baseline=str(OUT / "joint"), head_lr_times="K")
     joint_long = train("joint-as-many-steps", method="joint", batches=selective["steps"])
     runs = {
-        "joint,\nas many batches": joint,
+        "joint,\nequal batches": joint,
         "selective": selective,
-        "joint,\nas many steps": joint_long,
+        "joint,\nequal steps": joint_long,
     }
 
     table = Table(title="\nHeld-out error of each task (lower is better)", title_justify="left")

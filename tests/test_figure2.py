@@ -73,7 +73,7 @@ def test_selective_updates_step_on_every_task_once_a_batch(training, n_groups):
 
 @pytest.mark.parametrize("n_groups", benchmark.GROUPS)
 def test_one_group_a_batch_and_a_second_one_where_it_is_observed(training, n_groups):
-    one_group = setting("one group a batch", n_groups)
+    one_group = setting("one group per batch", n_groups)
     found = groups_of(training, one_group, one_group.cycle)
     assert sorted(map(len, found)) == [1] * (one_group.cycle - 1) + [2]
     assert len({group for groups in found for group in groups}) == n_groups

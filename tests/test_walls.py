@@ -17,6 +17,11 @@ STANDS_ON = {  # what each part of the core may import of the others
     "methods": {"ops", "gradients"},
     "loop": {"ops", "gradients", "grouping", "affinity", "nn"},
 }
+# The parts of the lab, from the bottom to the top: each may import those that come before it.
+LAB = (
+    *("words", "processes", "recipe", "problem", "vision", "data", "train", "report", "compare"),
+    *("commands", "cli"),
+)
 
 
 def imports():
@@ -67,6 +72,16 @@ def test_the_parts_of_the_core_stand_on_each_other_one_way(name):
         if part(module) == name:
             others = {part(other) for other in named} - {None, name}
             assert others <= STANDS_ON[name], f"{module} imports {others - STANDS_ON[name]}"
+
+
+@pytest.mark.parametrize("name", LAB)
+def test_the_parts_of_the_lab_stand_on_each_other_one_way(name):
+    of_lab = {m: m.split(".")[2] for m in IMPORTS if m.startswith("taskgroup.lab.")}
+    assert set(of_lab.values()) == set(LAB)
+    below = LAB[: 1 + LAB.index(name)]
+    for module in (module for module, of in of_lab.items() if of == name):
+        above = {m for m in IMPORTS[module] if m in of_lab and of_lab[m] not in below}
+        assert not above, f"{module} imports {above}"
 
 
 def test_no_imports_in_a_circle():

@@ -12,11 +12,11 @@ pytest.importorskip("yaml", reason="recipes need PyYAML, which is not installed"
 pytest.importorskip("pydantic", reason="recipes need pydantic, which is not installed")
 
 from taskgroup.lab.compare.cost import step_seconds
-from taskgroup.lab.data.samples import Samples
+from taskgroup.lab.recipe import read_recipe
 from taskgroup.lab.train import trainer as of_trainer
-from taskgroup.lab.train.recipe import read_recipe
 from taskgroup.lab.train.trainer import Trainer
 from taskgroup.lab.vision.dense_losses import criterion
+from taskgroup.lab.vision.samples import Samples
 from taskgroup.lab.vision.tasks import TASKONOMY
 from tests.gpu.device import GPU, needs_cuda
 from tests.gpu.test_loop import no_waiting

@@ -4,7 +4,7 @@ from concurrent.futures import Executor, Future
 
 import pytest
 
-from taskgroup.lab.train.recipe import read_recipe
+from taskgroup.lab.recipe import read_recipe
 
 # Of the extra [compare]; river needs Python 3.11.
 pytest.importorskip("river")

@@ -18,11 +18,8 @@ from typer.testing import CliRunner
 import taskgroup as tg
 from taskgroup import checkpoint
 from taskgroup.lab.cli import app
-from taskgroup.lab.report import matplotlib_figures
-from taskgroup.lab.report.run_data import load_run_data
-from taskgroup.lab.train.evaluation import load_trained
-from taskgroup.lab.train.lock import LOCK
-from taskgroup.lab.train.recipe import (
+from taskgroup.lab.data.motorcycle import Motorcycle
+from taskgroup.lab.recipe import (
     DataSettings,
     GroupSettings,
     NetworkSettings,
@@ -30,9 +27,14 @@ from taskgroup.lab.train.recipe import (
     Recipe,
     read_recipe,
 )
-from taskgroup.lab.train.run import Interrupted, Run, load_metrics
+from taskgroup.lab.report import matplotlib_figures
+from taskgroup.lab.report.run_data import load_run_data
+from taskgroup.lab.train.evaluation import load_trained
+from taskgroup.lab.train.lock import LOCK
+from taskgroup.lab.train.run import Interrupted, Run
 from taskgroup.lab.train.trainer import Trainer
-from taskgroup.lab.vision import TASKONOMY, Motorcycle, criterion, predictions, vit
+from taskgroup.lab.vision import TASKONOMY, criterion, predictions, vit
+from tests.lab.written_runs import load_metrics
 from tests.processes import PROCESSES
 
 SMALL = {
@@ -61,14 +63,16 @@ def invoke(*arguments):
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "finished"
     run = Run(small(), out)
-    return run, run.train()
+    summary = run.train()
+    matplotlib_figures.draw_run(run)
+    return run, summary
 
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
     """They take nine tenths of a small run; `finished`, made before this, has them."""
-    monkeypatch.setattr(matplotlib_figures, "run_figures", lambda *_: None)
-    monkeypatch.setattr(predictions, "_draw_samples", lambda *_: None)
+    monkeypatch.setattr(matplotlib_figures, "_draw_groups", lambda *_: None)
+    monkeypatch.setattr(predictions, "draw", lambda *_: None)
 
 
 def test_run_leaves_what_it_promises(finished):

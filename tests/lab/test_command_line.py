@@ -38,7 +38,7 @@ def test_compare_leaves_tables_and_a_picture(tmp_path, trained):
     assert (out / "cheap.png").read_bytes().startswith(b"\x89PNG")
     assert "# yeast: 3 tasks, 4 batches of 8, 2 seeds" in (out / "cheap.md").read_text("utf-8")
     assert re.search(r"Selective +\d\.\d\dx", result.output)
-    assert f"{out}: as many batches, run 10 of 10" in result.output
+    assert f"{out}: equal batches, run 10 of 10" in result.output
     assert "Best rate" not in result.output
     trained.clear()
     # A preset more, in the same folder.

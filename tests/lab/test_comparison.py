@@ -13,8 +13,8 @@ from taskgroup.lab.compare.comparison import Comparison
 from taskgroup.lab.compare.intervals import Estimate
 from taskgroup.lab.compare.presets import PRESETS, Variant, preset, variants_by_name
 from taskgroup.lab.compare.results import Row
-from taskgroup.lab.train.problem import make_problem
-from taskgroup.lab.train.recipe import Recipe, read_recipe
+from taskgroup.lab.problem import make_problem
+from taskgroup.lab.recipe import Recipe, read_recipe
 from taskgroup.lab.train.trainer import Trainer, task_names
 from tests.lab.small import InThisProcess, yeast
 

@@ -13,8 +13,8 @@ from taskgroup.lab.compare import comparison_report as report
 from taskgroup.lab.compare.intervals import Estimate
 from taskgroup.lab.compare.presets import PRESETS, preset
 from taskgroup.lab.compare.results import BUDGETS, Row, Table
-from taskgroup.lab.train.problem import make_problem
-from taskgroup.lab.train.recipe import read_recipe
+from taskgroup.lab.problem import make_problem
+from taskgroup.lab.recipe import read_recipe
 
 SPLITS = ("train", "validation", "held_out")
 
@@ -129,7 +129,7 @@ def test_notes_name_what_was_left_out_and_what_was_tried():
     text = report.markdown(fabricated(variants()), "taskgroup compare yeast")
     assert "```\ntaskgroup compare yeast\n```" in text
     assert "- DTP is left out: it needs a score" in text
-    assert "Best rate: of 3," in text
+    assert "Best rate: equal time, at the one of 3 learning rates with the best" in text
     assert "two sets of 5 joint runs differ by up to 1.2 by chance" in text
     assert "as take the time of Selective." in text
 

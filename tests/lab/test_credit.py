@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import taskgroup as tg
-from taskgroup.lab.compare.credit import PublishedCredit
+from taskgroup.lab.train.credit import PublishedCredit
 
 
 @pytest.mark.parametrize("settings", [{}, {"groups_per_batch": 1}], ids=str)

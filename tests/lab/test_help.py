@@ -7,7 +7,10 @@ import pytest
 from rich.markup import escape
 from typer.testing import CliRunner
 
+import taskgroup as tg
 from taskgroup.lab.cli import app
+from taskgroup.lab.compare.presets import PRESETS
+from taskgroup.lab.recipe import recipe_names
 
 
 def pages(app, path=()):
@@ -47,6 +50,20 @@ def test_no_word_is_lost(path, columns):
     text = shown(app, path, columns)
     for written in PAGES[path]:
         assert " ".join(written.split()) in text
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("train", recipe_names()),
+        ("train", ["selective", "joint", *tg.methods.METHODS]),
+        ("compare", PRESETS),
+    ],
+    ids=["recipes", "methods", "presets"],
+)
+def test_names_to_choose_from_are_listed(command, names):
+    words = re.findall(r"[\w-]+", shown(app, [command], 120))
+    assert not set(names) - set(words)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=" ".join)

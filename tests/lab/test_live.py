@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from taskgroup.lab.compare.cell import Cell
-from taskgroup.lab.compare.progress import ComparisonDisplay
+from taskgroup.lab.compare.comparison_display import ComparisonDisplay
+from taskgroup.lab.recipe import read_recipe
 from taskgroup.lab.report.live import Display
-from taskgroup.lab.train.recipe import read_recipe
 from taskgroup.lab.train.trainer import Progress
 
 
@@ -32,10 +32,10 @@ def test_a_run_in_a_terminal(terminal):
 def test_a_comparison_in_a_terminal(terminal):
     recipe = read_recipe("yeast")
     with ComparisonDisplay("runs/[two]", {"uw": "UW"}, terminal, lambda _: 3.0) as display:
-        display.update("as many batches", 1, 10, Cell("uw", recipe), {"diverged": None})
-        display.update("as much time", 1, 4, Cell("single", recipe), {"diverged": None})
-        display.update("as much time", 2, 4, Cell("uw", recipe), {"diverged": 3})
-        display.update("as much time", 3, 4, Cell("uw", recipe), {"diverged": None})
+        display.update("equal batches", 1, 10, Cell("uw", recipe), {"diverged": None})
+        display.update("equal time", 1, 4, Cell("single", recipe), {"diverged": None})
+        display.update("equal time", 2, 4, Cell("uw", recipe), {"diverged": 3})
+        display.update("equal time", 3, 4, Cell("uw", recipe), {"diverged": None})
     text = terminal.file.getvalue()
     assert "3/4 runs" in text
     assert "Single-task" in text

@@ -14,11 +14,11 @@ from taskgroup.lab.report.page import write_report
 from taskgroup.lab.report.run_data import load_run_data
 from taskgroup.lab.train import trainer as of_trainer
 from taskgroup.lab.train.clock import Clock
-from taskgroup.lab.train.run import Run, load_metrics
+from taskgroup.lab.train.run import Run
 from taskgroup.lab.train.trainer import Trainer, find_device
 from tests.fake_gpu import FakeGPU
 from tests.lab.small import InThisProcess, yeast
-from tests.lab.written_runs import write_run
+from tests.lab.written_runs import load_metrics, write_run
 
 WAYS = {
     "selective": {},

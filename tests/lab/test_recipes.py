@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 from taskgroup.lab.cli import app
 from taskgroup.lab.data import DATASETS
+from taskgroup.lab.recipe import read_recipe
 from taskgroup.lab.report import matplotlib_figures
 from taskgroup.lab.train.evaluation import load_summary, load_trained
-from taskgroup.lab.train.recipe import read_recipe
-from taskgroup.lab.train.run import Interrupted, Run, load_metrics
+from taskgroup.lab.train.run import Interrupted, Run
 from taskgroup.lab.train.trainer import Trainer
 from taskgroup.lab.vision import predictions
+from tests.lab.written_runs import load_metrics
 
 SMALL = ["--backbone", "tiny", "--size", "32x48"]
 SETTINGS = {
@@ -33,8 +34,8 @@ def no_pictures(monkeypatch):
 
 
 def draw_nothing(monkeypatch):
-    monkeypatch.setattr(matplotlib_figures, "run_figures", lambda *_: None)
-    monkeypatch.setattr(predictions, "_draw_samples", lambda *_: None)
+    monkeypatch.setattr(matplotlib_figures, "_draw_groups", lambda *_: None)
+    monkeypatch.setattr(predictions, "draw", lambda *_: None)
 
 
 def invoke(*arguments):

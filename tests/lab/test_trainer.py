@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import taskgroup as tg
-from taskgroup.lab.train.recipe import read_recipe
+from taskgroup.lab.recipe import read_recipe
 from taskgroup.lab.train.trainer import Trainer
 from tests.lab.small import yeast
 

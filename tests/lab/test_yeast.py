@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from taskgroup.lab.data.yeast import _SPLITS, Yeast, _tables
-from taskgroup.lab.train.problem import make_problem
+from taskgroup.lab.problem import make_problem
 from tests.lab.small import yeast
 
 

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import yaml
 
+from taskgroup.lab.train.run_files import read_lines
+
 
 def write_run(
     folder,
@@ -55,3 +57,8 @@ def write_run(
 
 def put(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+
+
+def load_metrics(run):
+    """The lines of a run's ``metrics.jsonl``."""
+    return list(read_lines(run / "metrics.jsonl"))

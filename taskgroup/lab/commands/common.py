@@ -9,7 +9,7 @@ import rich
 import typer
 
 if TYPE_CHECKING:
-    from taskgroup.lab.train.recipe import Recipe
+    from taskgroup.lab.recipe import Recipe
 
 __all__ = [
     "Backbone",
@@ -24,7 +24,6 @@ __all__ = [
     "say",
     "settings",
     "split",
-    "write",
 ]
 
 
@@ -33,8 +32,10 @@ def _absolute(folder: str | None) -> str | None:
     return None if folder is None else str(Path(folder).absolute())
 
 
+# Read here, since importing taskgroup.lab.recipe would make --help slow.
+_RECIPES = sorted(file.stem for file in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 RecipeName = Annotated[
-    str, typer.Argument(help="Name of a recipe that ships with taskgroup, or path of a YAML file.")
+    str, typer.Argument(help=f"Recipe: {', '.join(_RECIPES)}; or the path of a YAML file.")
 ]
 RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")]
 Batches = Annotated[int | None, typer.Option(help="Number of batches of a run.")]
@@ -62,7 +63,11 @@ Baseline = Annotated[
 ]
 Changes = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the recipe."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a setting of the recipe; the config.yaml of a run lists all settings.",
+    ),
 ]
 
 
@@ -73,7 +78,7 @@ def given(**options: object) -> dict[str, object]:
 
 def settings(recipe: str, changes: list[str] | None, **options: object) -> Recipe:
     """A recipe, overridden by ``--set`` and by the other options that were given a value."""
-    from taskgroup.lab.train.recipe import parse_changes, read_recipe
+    from taskgroup.lab.recipe import parse_changes, read_recipe
 
     return read_recipe(recipe, {**parse_changes(changes or []), **given(**options)})
 
@@ -86,10 +91,3 @@ def split(text: str) -> list[str]:
 def say(text: str) -> None:
     """Print a sentence as it is: not wrapped, so that paths in it can be copied."""
     rich.get_console().print(text, soft_wrap=True, markup=False, highlight=False)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all: the one it replaces may be the result of hours."""
-    import taskgroup as tg
-
-    tg.checkpoint.write_atomically(path, lambda file: file.write(text.encode()))

@@ -17,8 +17,7 @@ from taskgroup.lab.commands import common
 __all__ = ["affinity_gain", "compare"]
 
 Jobs = Annotated[
-    int | None,
-    typer.Option(help="Number of processes.", show_default="one per core; 1 on a GPU"),
+    int | None, typer.Option(help="Number of processes.", show_default="one per core; 1 on a GPU")
 ]
 Out = Annotated[
     Path | None,
@@ -31,7 +30,11 @@ Out = Annotated[
 def compare(
     recipe: common.RecipeName = "motorcycle-small",
     preset: Annotated[
-        str, typer.Option(help="What to compare: methods, or an ablation such as grouping.")
+        str,
+        typer.Option(
+            help="What to compare: methods, or an ablation: grouping, heads, preference, decay, "
+            "batch-size, warmup, cheap, three-tasks."
+        ),
     ] = "methods",
     methods: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Only these methods of the preset.")
@@ -64,10 +67,11 @@ def compare(
     """Compare methods over seeds, at equal batches and equal time; run it again to continue."""
     from taskgroup.lab.compare import comparison_report as report
     from taskgroup.lab.compare.comparison import Comparison
+    from taskgroup.lab.compare.comparison_display import ComparisonDisplay
     from taskgroup.lab.compare.presets import JOINT, variants_by_name
     from taskgroup.lab.compare.presets import preset as variants_of
-    from taskgroup.lab.compare.progress import ComparisonDisplay
-    from taskgroup.lab.train.problem import make_problem
+    from taskgroup.lab.problem import make_problem
+    from taskgroup.lab.train.run_files import write_text
     from taskgroup.lab.train.trainer import task_names
 
     options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
@@ -96,7 +100,7 @@ def compare(
         table = comparison.run(display.update, jobs)
     for shown in report.tables(table):
         console.print(shown)
-    common.write(comparison.out / f"{preset}.md", report.markdown(table, _command()))
+    write_text(comparison.out / f"{preset}.md", report.markdown(table, _command()))
     report.write_csv(table, comparison.out / f"{preset}.csv")
     report.delta_m_plot(table, comparison.out / f"{preset}.png")
     common.say(f"Tables and picture ({preset}.md, .csv and .png) are in {comparison.out}")
@@ -123,7 +127,8 @@ def affinity_gain(
     """Train every pair of tasks, and test whether affinities predict what the tasks gain."""
     from taskgroup.lab.compare import affinity_gain_report as report
     from taskgroup.lab.compare.affinity_gain import AFFINITIES, AffinityGain
-    from taskgroup.lab.compare.progress import ComparisonDisplay
+    from taskgroup.lab.compare.comparison_display import ComparisonDisplay
+    from taskgroup.lab.train.run_files import write_text
 
     options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
     measured = AffinityGain(
@@ -136,7 +141,7 @@ def affinity_gain(
         gains = measured.run(display.update, jobs)
     for shown in report.tables(gains):
         console.print(shown)
-    common.write(measured.out / "gains.md", report.markdown(gains, _command()))
+    write_text(measured.out / "gains.md", report.markdown(gains, _command()))
     report.write_csv(gains, measured.out / "gains.csv")
     report.affinity_gain_plot(gains, measured.out / "gains.png")
     common.say(f"Tables and picture (gains.md, .csv and .png) are in {measured.out}")

@@ -27,9 +27,9 @@ def check(
     """Check a data set for missing files and wrong sizes, types and values; exit with 1 if any."""
     from rich.progress import Progress, TaskID
 
+    from taskgroup.lab.commands.tables import check_table
     from taskgroup.lab.data.check import check as check_data
     from taskgroup.lab.data.check import recognise
-    from taskgroup.lab.report.tables import check_table
 
     console = rich.get_console()
     name = recognise(root)

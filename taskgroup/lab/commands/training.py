@@ -10,6 +10,7 @@ from typing import Annotated
 import rich
 import typer
 
+import taskgroup as tg
 from taskgroup.lab.commands import common
 
 __all__ = ["evaluate", "predict", "train"]
@@ -21,7 +22,8 @@ def train(
     recipe: common.RecipeName = _DEFAULT,
     set_: common.Changes = None,
     method: Annotated[
-        str | None, typer.Option(help="Training method: selective, joint, uw, nash-mtl, ...")
+        str | None,
+        typer.Option(help=f"Training method: selective, joint, {', '.join(tg.methods.METHODS)}."),
     ] = None,
     grouping: Annotated[
         str | None,
@@ -32,8 +34,7 @@ def train(
     ] = None,
     batches: common.Batches = None,
     seed: Annotated[
-        int | None,
-        typer.Option(help="Seed of the weights, the crops and the order of the groups."),
+        int | None, typer.Option(help="Seed of the weights, the crops and the order of the groups.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Folder of the run; it must be new or empty.")
@@ -57,9 +58,10 @@ def train(
             "--data, if the data moved, --baseline, and --set for settings that do not change the "
             "training."
         )
+    from taskgroup.lab.commands.tables import summary_table
+    from taskgroup.lab.recipe import parse_changes
     from taskgroup.lab.report.live import Display
-    from taskgroup.lab.report.tables import summary_table
-    from taskgroup.lab.train.recipe import parse_changes
+    from taskgroup.lab.report.matplotlib_figures import draw_run
     from taskgroup.lab.train.run import Interrupted, Run
 
     if resume is not None:
@@ -76,6 +78,7 @@ def train(
     except Interrupted as stopped:
         common.say(str(stopped))
         raise typer.Exit(130) from None
+    draw_run(run)
     console.print(summary_table(summary, titles))
     common.say(f"Pictures and numbers are in {run.out}")
     common.say(f"For a page to open in a browser: taskgroup report {shlex.quote(str(run.out))}")
@@ -84,8 +87,7 @@ def train(
 def evaluate(
     runs: common.RunFolders,
     split: Annotated[
-        str,
-        typer.Option(help="held_out, validation, or train (some of its images)."),
+        str, typer.Option(help="held_out, validation, or train (some of its images).")
     ] = "held_out",
     data: common.Data = None,
     set_: Annotated[
@@ -105,9 +107,10 @@ def evaluate(
     """Evaluate the last checkpoint of each run, whether the run is finished or not."""
     import yaml
 
-    from taskgroup.lab.report.tables import evaluation_table
+    from taskgroup.lab.commands.tables import evaluation_table
+    from taskgroup.lab.recipe import parse_changes
     from taskgroup.lab.train.evaluation import delta_m, load_trained, read_baseline
-    from taskgroup.lab.train.recipe import parse_changes
+    from taskgroup.lab.train.run_files import write_text
 
     changes = parse_changes(set_ or []) | common.given(root=data)
     against: dict[Path, dict[str, float]] = {}
@@ -140,7 +143,7 @@ def evaluate(
         title = f"{run}, {trained.batch} batches, {split}"
         rich.get_console().print(evaluation_table(title, metrics, problem, baseline, delta))
         if save is not None:
-            common.write(save, yaml.safe_dump(saved, sort_keys=False))
+            write_text(save, yaml.safe_dump(saved, sort_keys=False))
     if save is not None:
         common.say(f"The metrics are in {save}")
 

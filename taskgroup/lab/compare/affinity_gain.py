@@ -12,10 +12,10 @@ import numpy as np
 from taskgroup.lab.compare.cell import Cell, Result, open_folder
 from taskgroup.lab.compare.intervals import Correlation, Floats, spearman
 from taskgroup.lab.compare.workers import Listener, Workers
+from taskgroup.lab.problem import Problem, make_problem
+from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.report.affinities import relative
 from taskgroup.lab.train.lock import hold
-from taskgroup.lab.train.problem import Problem, make_problem
-from taskgroup.lab.train.recipe import Recipe
 from taskgroup.lab.train.trainer import find_device, task_names
 
 __all__ = ["AFFINITIES", "AffinityGain", "Gains"]
@@ -92,15 +92,10 @@ class AffinityGain:
         self._folder = open_folder(self.out, recipe)
 
     def run(self, listen: Listener = lambda *_: None, jobs: int | None = None) -> Gains:
-        """Run what is missing, and compare.
-
-        Args:
-            listen: called after every run.
-            jobs: number of worker processes; None is one per core, or one on a GPU.
+        """Run what is missing, and compare; arguments and errors as of ``Comparison.run``.
 
         Raises:
-            RuntimeError: if runs failed, or a worker process died; finished runs are kept.
-            ValueError: if another process runs in the folder.
+            RuntimeError: also if a run failed; finished runs are kept.
         """
         pairs = itertools.combinations(self.tasks, 2)
         trained = [self._joint(task) for task in self.tasks] + [self._joint(*p) for p in pairs]

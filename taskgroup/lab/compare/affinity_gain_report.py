@@ -11,10 +11,11 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from taskgroup.lab.compare.affinity_gain import AFFINITIES, Gains
-from taskgroup.lab.compare.formats import counted, markdown_table, save_csv, terminal_table
+from taskgroup.lab.compare.formats import markdown_table, save_csv, terminal_table
 from taskgroup.lab.compare.intervals import Correlation
 from taskgroup.lab.report.colours import SERVES
 from taskgroup.lab.report.matplotlib_figures import open_axes, save
+from taskgroup.lab.words import counted
 
 __all__ = ["affinity_gain_plot", "markdown", "tables", "write_csv"]
 

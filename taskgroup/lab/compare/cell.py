@@ -13,9 +13,9 @@ from typing import Any, TypedDict
 import torch
 import yaml
 
+from taskgroup.lab.recipe import Recipe, read_recipe
 from taskgroup.lab.train.lock import hold, is_empty
 from taskgroup.lab.train.memory import peak_bytes
-from taskgroup.lab.train.recipe import Recipe, read_recipe
 from taskgroup.lab.train.run_files import write_text
 from taskgroup.lab.train.trainer import Trainer
 
@@ -45,11 +45,9 @@ _IRRELEVANT = {"checkpoint_every", "evaluate_every", "conflicts_every", "baselin
 class Cell:
     """A run of a comparison.
 
-    Attributes:
-        name: of the variant.
-        recipe: all settings, including the seed and the number of batches.
-        lookahead_every: batches between measurements of the lookahead affinity, whose mean replaces
-            the affinity in the result; None does not measure it.
+    The recipe has all settings, including the seed and the number of batches; ``name`` is that of
+    the variant. Every ``lookahead_every`` batches the lookahead affinity is measured, whose mean
+    then replaces the affinity in the result; None does not measure it.
     """
 
     name: str
@@ -139,12 +137,9 @@ def _train(recipe: Recipe, lookahead_every: int | None) -> Result:
 
 
 def open_folder(folder: Path, recipe: Recipe) -> Path:
-    """Open, or create, the folder for the results of many runs of one recipe.
+    """Open, or create, the folder for many runs of one recipe; returns that of the results.
 
     ``base.yaml`` in the folder holds the settings that the runs share, without the seed.
-
-    Returns:
-        The folder of the results.
 
     Raises:
         ValueError: if the folder holds runs with other settings, or something else.

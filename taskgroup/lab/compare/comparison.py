@@ -11,19 +11,11 @@ import yaml
 
 from taskgroup.lab.compare.cell import Cell, Result, open_folder
 from taskgroup.lab.compare.presets import JOINT, REFERENCE, Variant
-from taskgroup.lab.compare.results import (
-    BUDGETS,
-    Runs,
-    Table,
-    delta_of,
-    make_row,
-    mean,
-    median,
-)
+from taskgroup.lab.compare.results import BUDGETS, Runs, Table, delta_of, make_row, mean, median
 from taskgroup.lab.compare.workers import Listener, Workers
+from taskgroup.lab.problem import make_problem
+from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.lock import hold
-from taskgroup.lab.train.problem import make_problem
-from taskgroup.lab.train.recipe import Recipe
 from taskgroup.lab.train.run_files import write_text
 from taskgroup.lab.train.trainer import Trainer, find_device, task_names
 
@@ -129,11 +121,11 @@ class Comparison:
         """
         with hold(self.out), Workers(self._folder, jobs, self.device) as workers:
             single = [self._single(task, seed) for seed in self._seeds for task in self.tasks]
-            workers.run("as many batches", single + self._by("batches"), listen)
+            workers.run(BUDGETS["batches"], single + self._by("batches"), listen)
             self._single_metrics = None
             self._measure_costs(workers)
             if "time" in self.budgets:
-                workers.run("as much time", self._by("time"), listen)
+                workers.run(BUDGETS["time"], self._by("time"), listen)
             if "tuned" in self.budgets:
                 tuning = [
                     self._cell(variant, seed, "time", rate)
@@ -142,7 +134,7 @@ class Comparison:
                     for rate in self.rates
                 ]
                 workers.run("choosing rates", tuning, listen)
-                workers.run("best rates", self._by("tuned"), listen)
+                workers.run(BUDGETS["tuned"], self._by("tuned"), listen)
         return self.read(workers.failed)
 
     @property
@@ -290,11 +282,7 @@ class Comparison:
         return delta_of(result, split, self.single, self.problem)
 
     def read(self, failed: Sequence[str] = ()) -> Table:
-        """Read the results of the finished runs.
-
-        Args:
-            failed: the errors of the runs that failed.
-        """
+        """Read the results of the finished runs; ``failed`` are the errors of the others."""
         self._single_metrics = None
         runs = {
             variant.name: {budget: self._runs(variant, budget) for budget in self.budgets}

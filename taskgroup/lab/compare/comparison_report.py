@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from rich.console import RenderableType
 from rich.text import Text
 
-from taskgroup.lab.compare.formats import counted, markdown_table, save_csv, terminal_table
+from taskgroup.lab.compare.formats import markdown_table, save_csv, terminal_table
 from taskgroup.lab.compare.intervals import Estimate
 from taskgroup.lab.compare.results import BUDGETS, Row, Table
 from taskgroup.lab.report.colours import HARMS, SERVES
 from taskgroup.lab.report.matplotlib_figures import open_axes, save
+from taskgroup.lab.words import counted
 
 __all__ = ["delta_m_plot", "markdown", "tables", "write_csv"]
 
@@ -120,7 +121,7 @@ def delta_m_plot(table: Table, path: str | os.PathLike[str]) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
 
     _draw_cost(left, rows)
-    open_axes(left, "Given as many batches (numbers: see the right)").set(
+    open_axes(left, "Equal batches (numbers: see the right)").set(
         xlabel="time per batch, relative to joint training",
         ylabel="Δm against single-task training, %",
     )
@@ -132,7 +133,7 @@ def delta_m_plot(table: Table, path: str | os.PathLike[str]) -> None:
         mean, half, _ = row.delta[last, "held_out"]
         right.errorbar(mean, y, xerr=half, fmt="o", color=_colour(row), markersize=5, capsize=2)
     right.set_yticks(range(len(rows)), names)
-    open_axes(right, f"Given {BUDGETS[last]}").set(
+    open_axes(right, BUDGETS[last].capitalize()).set(
         xlabel="Δm against single-task training, % (shaded: noise floor around GD)",
         ylim=(len(rows) - 0.3, -0.7),
     )
@@ -262,13 +263,13 @@ def _notes(table: Table) -> list[str]:
     ]
     if table.budgets != ["batches"]:
         notes.append(
-            f"As much time: as many batches as take the time of {table.reference}. Single-task "
+            f"Equal time: as many batches as take the time of {table.reference}. Single-task "
             "training, to which Δm refers, always has the batches and the rate of the recipe."
         )
     if "tuned" in table.budgets:
         notes.append(
-            f"Best rate: of {len(table.rates)}, the one with the best held-out Δm over other "
-            "seeds, for encoder and heads alike; in brackets."
+            f"Best rate: equal time, at the one of {len(table.rates)} learning rates with the best "
+            "held-out Δm over other seeds, for encoder and heads alike; the rate is in brackets."
         )
     batches = table.seeds * table.recipe.batches
     notes += [

@@ -7,8 +7,8 @@ import time
 import warnings
 from collections.abc import Mapping
 
+from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.clock import Clock
-from taskgroup.lab.train.recipe import Recipe
 from taskgroup.lab.train.trainer import Trainer
 
 __all__ = ["step_seconds"]
@@ -25,13 +25,8 @@ def step_seconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
 
     The recipes take turns, a few batches each, from the beginning of a run to its end (or to batch
     500). So the groups that they form are those of real runs, and a machine that is slow for a
-    while is slow for all recipes. Runs minutes or days apart could not be compared.
-
-    Args:
-        recipes: by name.
-
-    Returns:
-        ``{name: seconds}``; NaN for a recipe that diverges or fails at once.
+    while is slow for all recipes. Runs minutes or days apart could not be compared. A recipe that
+    diverges or fails at once gets NaN.
     """
     trainers = {name: Trainer(recipe.replace(workers=0)) for name, recipe in recipes.items()}
     seconds = dict.fromkeys(recipes, 0.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-__all__ = ["counted", "markdown_table", "save_csv", "terminal_table"]
+__all__ = ["markdown_table", "save_csv", "terminal_table"]
 
 Rows = Sequence[Sequence[str]]
 
@@ -19,10 +19,7 @@ Rows = Sequence[Sequence[str]]
 def terminal_table(header: Sequence[str], rows: Rows, bold: str | None = None) -> Table:
     """A table with a left-aligned first column, which is never wrapped.
 
-    Args:
-        header: of the columns.
-        rows: of cells.
-        bold: the beginning of the first cell of rows to print bold.
+    Rows whose first cell begins with ``bold`` are printed bold.
     """
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     # Rich crops what does not fit, so no column is narrower than its longest word.
@@ -56,8 +53,3 @@ def _number(value: object) -> str:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.6g}"
     return str(value)
-
-
-def counted(number: int, noun: str) -> str:
-    """``"1 seed"``, ``"5 seeds"``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"

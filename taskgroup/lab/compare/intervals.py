@@ -19,13 +19,7 @@ _RESAMPLES = 1000
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds.
-
-    Attributes:
-        mean: the mean; NaN without values.
-        half: half the width of its 95% interval; NaN for fewer than two values.
-        n: the number of values.
-    """
+    """A mean over n seeds, and half the width of its 95% interval; NaN where there are too few."""
 
     mean: float
     half: float
@@ -33,13 +27,7 @@ class Estimate(NamedTuple):
 
 
 class Correlation(NamedTuple):
-    """Spearman's rank correlation.
-
-    Attributes:
-        value: the correlation.
-        low: the lower end of its 95% interval.
-        high: the upper end.
-    """
+    """Spearman's rank correlation, and both ends of its 95% interval."""
 
     value: float
     low: float
@@ -81,14 +69,10 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def spearman(first: Floats, second: Floats) -> Correlation:
-    """Rank correlation between the entries of two matrices off their diagonals.
+    """Rank correlation between the entries of two matrices [K, K] off their diagonals.
 
-    The interval is a bootstrap over the tasks, because entries of one row or column are not
-    independent. Every call gives the same interval.
-
-    Args:
-        first: ``[K, K]``; entries that are not finite are left out.
-        second: ``[K, K]``, likewise.
+    Entries that are not finite are left out. The interval is a bootstrap over the tasks, because
+    entries of one row or column are not independent. Every call gives the same interval.
 
     Example:
         >>> a = np.arange(16.0).reshape(4, 4)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import taskgroup as tg
-from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.recipe import Recipe
+from taskgroup.lab.words import nearest
 
 __all__ = ["JOINT", "PRESETS", "REFERENCE", "Variant", "preset", "variants_by_name"]
 
@@ -20,13 +20,10 @@ JOINT = "gd"
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One row of a comparison.
+    """One row of a comparison: ``settings`` that replace those of the recipe.
 
-    Attributes:
-        name: unique; used in file names and by ``--methods``.
-        title: as tables show it.
-        settings: ``{setting: value}``, which replace those of the recipe.
-        against: name of the joint variant that it is measured against.
+    The name is unique; file names and ``--methods`` use it. ``against`` is the name of the joint
+    variant that it is measured against.
     """
 
     name: str
@@ -67,7 +64,7 @@ def _joint(name: str, title: str, **settings: Any) -> Variant:
 _GD = _joint(JOINT, _TITLES[JOINT])
 _SELECTIVE = _selective(REFERENCE, "Selective")
 _CHEAP = _selective(
-    "selective-cheap", "Selective, a group a batch", groups_per_batch=1, observe_every=10
+    "selective-cheap", "Selective, 1 group per batch", groups_per_batch=1, observe_every=10
 )
 
 
@@ -138,7 +135,7 @@ def _warmup(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
 def _cheap(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     return [
         _selective("observe-10", "Observed every 10", observe_every=10),
-        _selective("one-a-batch", "A group a batch", groups_per_batch=1),
+        _selective("one-a-batch", "One group per batch", groups_per_batch=1),
         _CHEAP,
     ]
 
@@ -169,20 +166,15 @@ PRESETS: dict[str, Callable[[Recipe, Sequence[str]], list[Variant]]] = {
 
 
 def preset(name: str, recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
-    """The variants that a preset compares.
+    """The variants that a preset compares, starting from a recipe that trains these tasks.
 
     A variant that has the recipe's own settings is not listed twice: the first one gets its title.
-
-    Args:
-        name: of the preset.
-        recipe: what the variants start from.
-        tasks: of the recipe.
 
     Raises:
         ValueError: if there is no such preset.
     """
     if name not in PRESETS:
-        raise ValueError(f"There is no preset {name!r}; there are {_nearest(name, PRESETS)}.")
+        raise ValueError(f"There is no preset {name!r}; there are {nearest(name, PRESETS)}.")
     variants = PRESETS[name](recipe, tasks)
     kept: dict[Recipe, Variant] = {}
     for variant in variants if name == "methods" else [_GD, _SELECTIVE, *variants]:
@@ -201,12 +193,7 @@ def variants_by_name(names: list[str], variants: list[Variant]) -> list[Variant]
     known = {variant.name: variant for variant in variants}
     for name in names:
         if name not in known:
-            near = _nearest(name, known)
+            near = nearest(name, known)
             raise ValueError(f"There is no method {name!r} here; there are {near}.")
     wanted = [both for name in names for both in (known[name].against, name)]
     return [known[name] for name in dict.fromkeys(wanted)]
-
-
-def _nearest(name: str, known: Mapping[str, object]) -> str:
-    """The known names, the nearest first."""
-    return ", ".join(difflib.get_close_matches(name, known, n=len(known), cutoff=0.0))

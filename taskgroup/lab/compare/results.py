@@ -11,9 +11,9 @@ from typing import Any
 from taskgroup.lab.compare.cell import Result
 from taskgroup.lab.compare.intervals import Estimate, estimate, noise_floor
 from taskgroup.lab.compare.presets import Variant
+from taskgroup.lab.problem import Problem
+from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.evaluation import delta_m
-from taskgroup.lab.train.problem import Problem
-from taskgroup.lab.train.recipe import Recipe
 
 __all__ = ["BUDGETS", "Row", "Runs", "Table", "delta_of", "make_row", "mean", "median"]
 
@@ -23,11 +23,7 @@ Key = tuple[str, str]  # budget and split
 
 #: What every method gets the same amount of: the batches of the recipe; the time that the selective
 #: run takes for these batches; the same time, with the best learning rate. And their titles.
-BUDGETS = {
-    "batches": "as many batches",
-    "time": "as much time",
-    "tuned": "as much time, best rate",
-}
+BUDGETS = {"batches": "equal batches", "time": "equal time", "tuned": "best rate"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,15 +130,9 @@ def make_row(
     delta_of: Callable[[Result, str], float],
     **known: Any,
 ) -> Row:
-    """What the runs of a variant say.
+    """What the runs of a variant say, compared with those of its joint training; both by budget.
 
-    Args:
-        variant: the variant.
-        runs: ``{budget: its runs}``.
-        joint: the same of the joint training that it is measured against.
-        splits: of the data.
-        delta_of: Δm of a run on a split.
-        **known: the other attributes of :class:`Row`.
+    ``known`` are the attributes of :class:`Row` that the caller has measured.
     """
     delta, gain, floor, metrics, diverged = {}, {}, {}, {}, {}
     for budget, by_seed in runs.items():

@@ -15,7 +15,7 @@ import torch
 
 from taskgroup.lab.compare.cell import Cell, Result, train_cell
 from taskgroup.lab.compare.cost import step_seconds
-from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.recipe import Recipe
 
 __all__ = ["Listener", "Workers"]
 
@@ -25,15 +25,10 @@ Listener = Callable[[str, int, int, Cell, Result | None], None]
 
 
 class Workers:
-    """A pool of processes with one thread each; a context manager.
+    """A pool of processes with one thread each, which write to a folder; a context manager.
 
-    Args:
-        folder: of the results.
-        jobs: number of processes; None is one per core, or one if they would share a GPU.
-        device: on which the cells are trained.
-
-    Attributes:
-        failed: a sentence for each run that failed; it is run again next time.
+    ``jobs`` is their number: None is one per core, or one if they would share a GPU. ``failed``
+    holds a sentence for each run that failed; it is run again next time.
 
     Raises:
         ValueError: if ``jobs`` is less than 1.

@@ -196,10 +196,6 @@ def distort(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.ui
 
     Brightness changes by up to 32 of 255; contrast by a factor of .5 to 1.5, before or after the
     colours; saturation by a factor of .5 to 1.5; hue by up to 36 degrees.
-
-    Args:
-        image: [H, W, 3], uint8 RGB.
-        rng: the source of randomness.
     """
 
     def sometimes(low: float, high: float, neutral: float) -> float:
@@ -252,15 +248,7 @@ def _look(
     tasks: Mapping[str, Task],
     touch_up: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] = lambda image: image,
 ) -> Scene:
-    """Cut a window out of a scaled scene.
-
-    Args:
-        scene: the whole scene.
-        window: the scale, and the place of the window.
-        size: (H, W) of the window.
-        tasks: the tasks of the labels.
-        touch_up: a function for the part of the window that shows the image.
-    """
+    """Cut a window of a size out of a scaled scene; ``touch_up`` changes the image in it."""
     rows, columns, inside = _sources(scene.image.shape, window, size)
     labels, masks = {}, {}
     for task, label in scene.labels.items():

@@ -7,20 +7,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from taskgroup.lab.data import DATASETS, Taskonomy
-from taskgroup.lab.data.processes import in_processes
+from taskgroup.lab.processes import in_processes
 
 __all__ = ["Checked", "check", "recognise"]
 
 
 class Checked(NamedTuple):
-    """The result of checking a split.
+    """The result of checking a split: counts of samples, and one sentence for each problem.
 
-    Attributes:
-        split: the name of the split.
-        listed: number of samples that the data set lists.
-        published: number of samples in the public release; None where it depends on the release.
-        whole: number of listed samples that can be read.
-        problems: one sentence for each problem.
+    The data set lists ``listed`` samples, of which ``whole`` can be read; the public release has
+    ``published``, or None where it depends on the release.
     """
 
     split: str
@@ -53,16 +49,10 @@ def check(
     """Check all splits of a data set.
 
     First, file names are compared: every file that a listed sample needs must be there. Then every
-    file is read, and its type, size and values are checked. Unlikely values, such as an edge map
-    without an edge, are reported as problems, but the sample still counts as whole. Of Taskonomy,
-    every subset whose list is there is checked, each building once.
-
-    Args:
-        root: folder of the data set.
-        quick: compare file names only.
-        workers: number of processes that read files; 0 reads in this process.
-        watch: a function that is called with the split, the number of samples read so far, and the
-            number to read.
+    file is read, and its type, size and values are checked; not if ``quick``. Unlikely values, such
+    as an edge map without an edge, are reported as problems, but the sample still counts as whole.
+    Of Taskonomy, every subset whose list is there is checked, each building once. ``watch`` is
+    called with the split, the number of samples read so far, and the number to read.
 
     Raises:
         ValueError: if the folder holds none of the data sets.

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from taskgroup.lab.data.files import BadSampleError, read_rgb
 from taskgroup.lab.data.plausibility import doubt, doubt_of_image
-from taskgroup.lab.data.samples import Samples
+from taskgroup.lab.vision.samples import Samples
 from taskgroup.lab.vision.tasks import Task
 from taskgroup.lab.words import listed
 
@@ -38,13 +38,7 @@ class Scene(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """Something that is wrong or unlikely about a sample.
-
-    Attributes:
-        sample: the id of the sample.
-        sentence: what is wrong.
-        usable: whether the sample can be read nevertheless.
-    """
+    """Something wrong or unlikely about a sample, and whether it can be read nevertheless."""
 
     sample: str
     sentence: str
@@ -214,10 +208,7 @@ class DenseDataset(Dataset[Samples]):
         return len(self.ids)
 
     def read(self, sample: str) -> Scene:
-        """Read a sample in its stored size.
-
-        Args:
-            sample: the id of the sample.
+        """Read a sample, given by its id, in its stored size.
 
         Raises:
             BadSampleError: if a file cannot be read or does not have the size of the image, or,
@@ -251,14 +242,7 @@ class DenseDataset(Dataset[Samples]):
     def doubt(
         self, task: str, sample: str, label: NDArray[Any], known: NDArray[np.bool_]
     ) -> str | None:
-        """Return a sentence on what is unlikely about a label, or None.
-
-        Args:
-            task: the task of the label.
-            sample: the id of the sample.
-            label: [H, W, C].
-            known: [H, W], where the label is known.
-        """
+        """Return a sentence on what is unlikely about a label [H, W, C], or None."""
         return doubt(self.file(task, sample), self.TASKS[task], label, known)
 
     def _read_label(
@@ -278,10 +262,7 @@ class DenseDataset(Dataset[Samples]):
         return label.reshape(*shape, -1), known
 
     def __getitem__(self, index: int | tuple[int, int]) -> Samples:
-        """Read a sample, without the dimension B.
-
-        Args:
-            index: the index of the sample, or the index and the seed of the transform.
+        """Read a sample, given by its index, or by its index and the seed of the transform.
 
         Raises:
             BadSampleError: if a file is not what it should be; with ``bad="skip"`` the error is

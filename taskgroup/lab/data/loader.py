@@ -14,8 +14,8 @@ from torch.utils.data._utils.collate import default_collate
 
 from taskgroup.lab.data.dense_dataset import DenseDataset
 from taskgroup.lab.data.files import BadSampleError
-from taskgroup.lab.data.processes import begin_worker
-from taskgroup.lab.data.samples import Samples
+from taskgroup.lab.processes import begin_worker
+from taskgroup.lab.vision.samples import Samples
 
 __all__ = ["all_batches", "collate", "training_batches"]
 
@@ -107,9 +107,7 @@ def collate(samples: Sequence[Samples | BadSampleError]) -> tuple[Samples | None
 
 
 def _load(
-    dataset: DenseDataset,
-    batches: Iterable[Pairs],
-    workers: int,
+    dataset: DenseDataset, batches: Iterable[Pairs], workers: int
 ) -> Iterator[Samples | None]:
     # Workers return the messages of bad samples: an error that is raised in a worker would have the
     # worker's traceback in its message.

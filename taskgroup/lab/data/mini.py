@@ -26,15 +26,9 @@ _SIDE = 80  # px, the width of the held-out band
 
 
 class Crop(NamedTuple):
-    """A square of the photograph.
+    """A square of the photograph with its labels, see :func:`physical_labels`.
 
-    Attributes:
-        name: name of the view, and a number.
-        held_out: whether the square is in the held-out band.
-        image: [H, W, 3], uint8 RGB.
-        labels: {task: [H, W, C]}, see :func:`taskgroup.lab.data.physical_labels.physical_labels`.
-        valid: {task: [H, W]}, bool.
-        pieces: [H, W], the number of each pixel's segment, from 0.
+    ``name`` is that of the view and a number. ``pieces`` [H, W] numbers the segments from 0.
     """
 
     name: str
@@ -80,12 +74,8 @@ def write_mini(name: str, folder: Path) -> None:
     crops of one photograph, see :mod:`taskgroup.lab.data.motorcycle`. **Classes, parts and saliency
     are stand-ins**: numbered segments of the image. Training on them only shows that a recipe runs.
 
-    Args:
-        name: ``"nyud-v2"``, ``"pascal-context"`` or ``"taskonomy"``.
-        folder: the root of the data set, a new or empty folder.
-
     Raises:
-        ValueError: if there is no data set of the name, or the folder is not empty.
+        ValueError: if there is no data set of the name, or the folder is not new or empty.
     """
     if name not in MINI:
         raise ValueError(f"There is no data set {name!r}; name one of {', '.join(MINI)}.")

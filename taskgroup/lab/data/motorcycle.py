@@ -40,26 +40,17 @@ from torch import Tensor
 
 import taskgroup as tg
 from taskgroup.lab.data.physical_labels import Bools, Camera, Floats, physical_labels
-from taskgroup.lab.data.samples import Samples
 from taskgroup.lab.data.taskonomy_encoding import encode, normalise
+from taskgroup.lab.vision.samples import Samples
 from taskgroup.lab.vision.tasks import TASKONOMY
 
-__all__ = [
-    "Motorcycle",
-    "Photo",
-    "View",
-    "photos",
-    "views",
-]
+__all__ = ["Motorcycle", "Photo", "View", "photos", "views"]
 
 
 class Photo(NamedTuple):
-    """One image with its depth.
+    """One image [H, W, 3], uint8 RGB, its camera and its depth.
 
-    Attributes:
-        image: [H, W, 3], uint8 RGB.
-        depth: [H, W], z-buffer depth in metres, NaN where missing.
-        camera: the camera of this image.
+    The depth is [H, W], z-buffer depth in metres, NaN where missing.
     """
 
     image: NDArray[np.uint8]
@@ -303,9 +294,8 @@ class Motorcycle:
 class _Maps(NamedTuple):
     """A view in two tensors, so that a crop is two slices.
 
-    Attributes:
-        values: [19, H, W], float32: image, then the labels in the order of TASKONOMY.
-        valid: [11, H, W], bool.
+    ``values`` are [19, H, W], float32: the image, then the labels in the order of TASKONOMY;
+    ``valid`` is [11, H, W], bool.
     """
 
     values: Tensor

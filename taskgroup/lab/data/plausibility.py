@@ -39,13 +39,7 @@ _NONE = 0.02  # a shorter vector marks an unknown normal; this is one step of 8 
 
 
 def fault_of_binary(path: Path, stored: NDArray[Any], highest: int) -> str | None:
-    """Find a map that is stored as 0 and 1.
-
-    Args:
-        path: the path of the file, in all functions here.
-        stored: [H, W], integers.
-        highest: the value that the layout has in place of 1.
-    """
+    """Find a map [H, W] of 0 and 1 where the layout has 0 and ``highest``."""
     if stored.max(initial=0) == 1:
         return (
             f"{path} holds nothing above 1, but the layout has values up to {highest}; multiply it "
@@ -65,14 +59,7 @@ def fault_of_edges(path: Path, stored: NDArray[np.uint8]) -> str | None:
 
 
 def fault_of_classes(path: Path, highest: int, most: int, how: str) -> str | None:
-    """Find class numbers that are out of range.
-
-    Args:
-        path: the path of the file.
-        highest: the largest number in the file.
-        most: the largest number that the layout allows.
-        how: a sentence part that says how the layout stores classes.
-    """
+    """Find class numbers above ``most``; ``how`` says how the layout stores classes."""
     return f"{path} holds the class number {highest}, but {how}." if highest > most else None
 
 
@@ -87,12 +74,9 @@ def fault_of_depth(path: Path, depth: NDArray[np.float32]) -> str | None:
 
 
 def fault_of_normals(path: Path, vectors: NDArray[np.float32], how: str) -> str | None:
-    """Find normals [..., 3] of which most do not have unit length.
+    """Find normals [..., 3] of which most do not have unit length; a sample of them is enough.
 
-    Args:
-        path: the path of the file.
-        vectors: the stored vectors; a sample of them is enough.
-        how: the formula by which the layout stores them.
+    ``how`` is the formula by which the layout stores them.
     """
     off, n_known = _not_unit(vectors)
     if off > n_known / 2:
@@ -104,14 +88,7 @@ def fault_of_normals(path: Path, vectors: NDArray[np.float32], how: str) -> str 
 
 
 def doubt(path: Path, task: Task, label: NDArray[Any], known: NDArray[np.bool_]) -> str | None:
-    """Find what is unlikely about a label of any task.
-
-    Args:
-        path: the path of the file.
-        task: the task of the label.
-        label: [H, W, C], decoded.
-        known: [H, W], where the label is known.
-    """
+    """Find what is unlikely about a decoded label [H, W, C], where ``known`` [H, W] is true."""
     if not known.any():
         return f"{path} tells nothing: all of its pixels are unknown."
     if task.kind == "values" and (label == label[0, 0]).all():

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc
 
 import taskgroup as tg
-from taskgroup.lab.train.problem import Problem
-from taskgroup.lab.train.recipe import NetworkSettings
+from taskgroup.lab.problem import Problem
+from taskgroup.lab.recipe import NetworkSettings
 
 try:
     from river.datasets import Yeast as Records
@@ -35,11 +35,9 @@ _SPLITS = {"train": slice(0, 1450), "validation": slice(1450, 1850), "held_out":
 
 
 class Table(NamedTuple):
-    """Features and labels of some genes.
+    """Features [N, 103] of some genes, and their labels [N, 14], 0 or 1; both float32.
 
-    Attributes:
-        features: ``[N, 103]``, float32, with mean 0 and variance 1 over the training genes.
-        labels: ``[N, 14]``, float32, 0 or 1.
+    The features have mean 0 and variance 1 over the training genes.
     """
 
     features: Tensor
@@ -55,9 +53,6 @@ class Yeast(Problem):
     with a linear head per task. The loss is binary cross-entropy, and the metric is the area under
     the ROC curve. The score of a loss L is exp(-L), the geometric mean probability of the right
     label.
-
-    Args:
-        settings: the settings of the network.
     """
 
     titles: Mapping[str, str] = {f"class{k}": f"Class {k}" for k in range(1, 15)}

@@ -1,1 +1,1 @@
-"""Figures, tables and the HTML page of runs, and the live display in the terminal."""
+"""Figures and the HTML page of runs, and the live display in the terminal."""

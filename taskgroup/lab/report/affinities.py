@@ -36,12 +36,10 @@ Pair = tuple[str, str]
 class Course(NamedTuple):
     """The affinity between two tasks over time, for runs that differ only in the seed.
 
-    Attributes:
-        label: the decay, and the settings that distinguish it from other courses.
-        runs: for each run, batches ``[N]`` and entries of the matrix ``[N, 2]``: the effect of the
-            first task on the second, and of the second on the first.
-        batches: those that the mean covers, which end where the shortest run ends.
-        mean: over the runs, ``[len(batches), 2]``.
+    The label says the decay, and the settings that distinguish it from other courses. Each run has
+    batches [N] and entries of the matrix [N, 2]: the effect of the first task on the second, and of
+    the second on the first. ``mean`` [P, 2] is over the runs, for ``batches`` [P], which end where
+    the shortest run ends.
     """
 
     label: str
@@ -51,13 +49,9 @@ class Course(NamedTuple):
 
 
 def relative(matrices: NDArray[Any]) -> NDArray[Any]:
-    """Affinities divided by the self-affinity of the task of their column.
+    """Affinities [..., K, K] divided by the self-affinity of the task of their column.
 
-    Args:
-        matrices: ``[..., K, K]``, floating point; NaN where nothing was measured.
-
-    Returns:
-        The same shape; NaN in columns without a positive self-affinity as well.
+    NaN where nothing was measured, and in columns without a positive self-affinity.
 
     Example:
         >>> relative(np.array([[2.0, 1.0], [-1.0, 0.0]]))
@@ -104,10 +98,8 @@ def changed_most(runs: Iterable[RunData]) -> Pair:
     """The two tasks whose affinity changed the most, in task order.
 
     The change is the difference between the highest and the lowest recorded entry off the diagonal,
-    of any run and in either direction. Of equal changes the first is taken.
-
-    Args:
-        runs: with affinities between the same tasks, two at least.
+    of any run and in either direction. Of equal changes the first is taken. All runs must have
+    affinities between the same tasks, at least two.
     """
     most, pair = -1.0, ("", "")
     for run in runs:
@@ -125,10 +117,6 @@ def affinity_courses(runs: Sequence[RunData], pair: Pair) -> list[Course]:
     """The affinity between two tasks over time, by decay, with the mean over the seeds.
 
     Between the batches at which a run recorded it, the mean interpolates linearly.
-
-    Args:
-        runs: with affinities of the pair.
-        pair: two tasks.
     """
     names = sorted({name for run in runs for name in run.settings} - INCIDENTAL - {"decay"})
     differ = differing(runs, names)
@@ -152,11 +140,7 @@ def affinity_courses(runs: Sequence[RunData], pair: Pair) -> list[Course]:
 
 
 def check_pair(runs: Iterable[RunData], pair: Pair) -> None:
-    """Raise unless the runs have both tasks.
-
-    Raises:
-        ValueError: if a task is unknown, or both tasks are the same.
-    """
+    """Raise a ValueError if the runs lack one of two tasks, or both are the same."""
     tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
     if unknown := [task for task in pair if task not in tasks]:
         raise ValueError(

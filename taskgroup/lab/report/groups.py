@@ -54,10 +54,7 @@ def learned(run: RunData) -> Groups:
 
 
 def share(groups: Groups) -> Floats:
-    """The share of the batches in which two tasks were in the same group, ``[K, K]``.
-
-    Args:
-        groups: ``[N, K]``, the group of each task, counted from 0.
+    """The share of the batches in which two tasks were in the same group: [N, K] to [K, K].
 
     Example:
         >>> share(np.array([[0, 0, 1], [0, 1, 1]], np.int16))
@@ -75,11 +72,7 @@ def share(groups: Groups) -> Floats:
 
 
 def average_share(runs: Sequence[RunData]) -> Floats:
-    """The mean of :func:`share` after the warm-up, in the task order of the first run.
-
-    Args:
-        runs: on the same tasks, each with a batch after its warm-up.
-    """
+    """The mean of :func:`share` after the warm-up, in the task order of the first run."""
     tasks = runs[0].tasks
     orders = [[run.tasks.index(task) for task in tasks] for run in runs]
     shares = [share(learned(run)[:, order]) for run, order in zip(runs, orders, strict=True)]
@@ -113,12 +106,7 @@ def group_colours(groups: Groups) -> Groups:
 
     Groups are matched with colours so that as many tasks as possible keep their last colour
     (scipy's assignment). A group that matches no colour takes the one unused for the longest time.
-
-    Args:
-        groups: ``[N, K]``, the group of each task, counted from 0.
-
-    Returns:
-        ``[N, K]``, counted from 0; -1 for a task that is alone in its group.
+    Groups and colours are [N, K], counted from 0; a task that is alone in its group gets -1.
 
     Example:
         >>> group_colours(np.array([[0, 0, 1, 1, 2], [1, 1, 0, 0, 1], [0, 1, 0, 1, 1]]))

@@ -76,8 +76,7 @@ def values(run: RunData, names: Iterable[str]) -> tuple[Hashable, ...]:
 def settings_in_words(run: RunData, names: Iterable[str], runs: Collection[RunData]) -> list[str]:
     """Some settings of a run, for its label.
 
-    A setting whose value needs its name to be understood is left out if most of ``runs`` have the
-    same value.
+    A setting whose value needs its name to be understood is left out if most of ``runs`` share it.
     """
     words = []
     for name in names:

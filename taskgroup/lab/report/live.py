@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from taskgroup.lab.report.tables import count_groups
 from taskgroup.lab.train.trainer import Progress as BatchProgress
+from taskgroup.lab.words import counted
 
 __all__ = ["Display", "LiveDisplay"]
 
@@ -24,14 +24,9 @@ _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", 
 
 
 class LiveDisplay:
-    """A progress bar with details below it; in a pipe, ten lines in all.
+    """A progress bar, which counts ``unit``, with details below it; in a pipe, ten lines in all.
 
     Use as a context manager. A subclass implements :meth:`_details` and calls :meth:`_update`.
-
-    Args:
-        title: of the display.
-        unit: what the bar counts.
-        console: where to draw.
     """
 
     def __init__(self, title: str, unit: str, console: Console) -> None:
@@ -96,14 +91,9 @@ class LiveDisplay:
 
 
 class Display(LiveDisplay):
-    """The loss of every task and the groups of a training run.
+    """The loss of every task and the groups of a training run; ``titles`` names the tasks.
 
     Use as a context manager and call :meth:`update` after every batch.
-
-    Args:
-        title: of the display.
-        titles: ``{task: name}`` as shown.
-        console: where to draw.
     """
 
     def __init__(self, title: str, titles: Mapping[str, str], console: Console) -> None:
@@ -120,7 +110,7 @@ class Display(LiveDisplay):
             self._smoothed[task] = _SMOOTHING * before + (1 - _SMOOTHING) * loss
         self._partition = progress.partition
         loss = sum(self._smoothed.values())
-        details = f", summed loss {loss:.3f}, {count_groups(progress.partition)}"
+        details = f", summed loss {loss:.3f}, {counted(len(progress.partition), 'group')}"
         self._update(progress.batch, progress.batches, "batch", details)
 
     def _details(self) -> Sequence[RenderableType]:
@@ -129,7 +119,7 @@ class Display(LiveDisplay):
             Text(f"{self._titles[task]:<22}{loss:9.4f}", style=_colour(group_of.get(task)))
             for task, loss in self._smoothed.items()
         ]
-        groups = Text(f"{count_groups(self._partition)}  ", style="bold")
+        groups = Text(f"{counted(len(self._partition), 'group')}  ", style="bold")
         for n, tasks in enumerate(self._partition):
             groups.append(f"[{', '.join(self._titles[t] for t in tasks)}] ", style=_colour(n))
         return [self._columns(losses), "", groups]

@@ -20,11 +20,12 @@ from taskgroup.lab.report import affinities, groups
 from taskgroup.lab.report.affinities import Pair
 from taskgroup.lab.report.colours import BLANK, RUNS, SECTIONS, colour_of_run
 from taskgroup.lab.report.labels import mean_of, short, short_names
-from taskgroup.lab.report.run_data import RunData
+from taskgroup.lab.report.run_data import RunData, load_run_data
 from taskgroup.lab.report.thinning import Floats
 from taskgroup.lab.report.timing import scale_of, seconds_per_batch
+from taskgroup.lab.train.run import Run
 
-__all__ = ["affinity_over_time", "figures", "grouping", "open_axes", "run_figures", "save"]
+__all__ = ["affinity_over_time", "draw_run", "figures", "grouping", "open_axes", "save"]
 
 PathLike = str | os.PathLike[str]
 
@@ -73,8 +74,7 @@ def figures(
 def time_per_batch(runs: Sequence[RunData], path: PathLike) -> tuple[bool, list[str]]:
     """Draw bars of the time per batch, divided into sections; the paper's Figure 2.
 
-    Returns:
-        Whether there was anything to draw, and sentences on what was left out.
+    Returns whether there was anything to draw, and sentences on what was left out.
     """
     bars, notes = seconds_per_batch(runs)
     if not bars:
@@ -208,19 +208,22 @@ def affinity_over_time(
     return True, notes
 
 
-def run_figures(run: RunData, affinity: Floats, titles: Mapping[str, str], out: Path) -> None:
-    """Draw ``affinity.png``, ``groups.png`` and ``cogrouping.png`` of a finished run.
+def draw_run(run: Run) -> None:
+    """Draw the pictures of a finished run into its folder.
 
-    In both matrices the tasks of a group are neighbours, and the groups of the last batch are
-    framed.
-
-    Args:
-        run: the run.
-        affinity: ``[K, K]`` at its end, row i the effect of stepping task i; NaN where it was never
-            measured.
-        titles: ``{task: name}`` as figures show them, in the order of ``affinity``.
-        out: the folder.
+    ``affinity.png`` and ``cogrouping.png`` are matrices, in which the tasks of a group are
+    neighbours, and the groups of the last batch are framed. ``groups.png`` is the number of groups
+    over time. ``predictions.png`` shows what the network predicts, if the data are images.
     """
+    trainer, problem = run.trainer, run.trainer.problem
+    affinity = trainer.affinity().cpu().double().numpy()
+    titles = {task: problem.titles[task] for task in trainer.tasks}
+    _draw_groups(load_run_data(run.out), affinity, titles, run.out)
+    problem.draw(trainer.model, run.out)
+
+
+def _draw_groups(run: RunData, affinity: Floats, titles: Mapping[str, str], out: Path) -> None:
+    """Draw the pictures of affinity and groups; ``affinity`` has its tasks in titles' order."""
     tasks = list(titles)
     columns = [run.tasks.index(task) for task in tasks]
     partitions = run.groups[:, columns]

@@ -28,14 +28,9 @@ __all__ = ["write_report"]
 
 
 class _Section(NamedTuple):
-    """A heading, a text, and figures or a table.
+    """A heading, a text, and figures (side by side where there is room) or a table in HTML.
 
-    Attributes:
-        title: plain text.
-        words: what the section shows; plain text.
-        cards: side by side where the window is wide enough.
-        table: HTML.
-        lines: whether a line is a run, so that the section needs a legend.
+    If ``lines``, a line is a run, so that the section needs a legend.
     """
 
     title: str

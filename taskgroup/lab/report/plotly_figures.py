@@ -11,15 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taskgroup.lab.report.affinities import relative
-from taskgroup.lab.report.colours import (
-    BLANK,
-    HARMS,
-    INK,
-    RUNS,
-    SECTIONS,
-    SERVES,
-    colour_of_run,
-)
+from taskgroup.lab.report.colours import BLANK, HARMS, INK, RUNS, SECTIONS, SERVES, colour_of_run
 from taskgroup.lab.report.groups import group_colours, group_counts
 from taskgroup.lab.report.labels import short
 from taskgroup.lab.report.run_data import Recorded, RunData
@@ -68,13 +60,9 @@ _COLORBAR = {"thickness": 12, "outlinewidth": 0}
 
 
 class Shown(NamedTuple):
-    """A run on the page.
+    """A run on the page, with its name there, in plain text, and its number, which is its colour.
 
-    Attributes:
-        data: what it has recorded.
-        name: as the page shows it; plain text.
-        order: positions of its tasks in the order in which figures show them.
-        number: of the run on the page; it decides the colour.
+    ``order`` holds the positions of its tasks in the order in which figures show them.
     """
 
     data: RunData
@@ -89,14 +77,9 @@ class Shown(NamedTuple):
 
 
 class Card(NamedTuple):
-    """A figure on the page.
+    """A figure on the page, drawn when it comes into view; the texts are plain.
 
-    Attributes:
-        title: above it; plain text.
-        figure: drawn when it comes into view.
-        width: pixels that it needs at least; in a narrower window it scrolls.
-        widest: pixels up to which it looks well.
-        below: a text below it; plain text.
+    In a window narrower than ``width`` pixels it scrolls; up to ``widest`` pixels it looks well.
     """
 
     title: str
@@ -299,8 +282,7 @@ def number_of_groups(runs: Sequence[Shown]) -> list[Card]:
 def losses(runs: Sequence[Shown]) -> tuple[str, list[Card], bool]:
     """A figure for each task with a line for each run; of many tasks, a map for each run.
 
-    Returns:
-        A text on what the figures show, the figures, and whether their lines are runs.
+    Returns a text on what the figures show, the figures, and whether their lines are runs.
     """
     if len(_tasks(runs)) > _FEW:
         words = (

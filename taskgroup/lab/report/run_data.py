@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from taskgroup.lab.train.evaluation import load_summary, read_settings
-from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.recipe import Recipe
+from taskgroup.lab.train.evaluation import Summary, load_summary, read_settings
+from taskgroup.lab.train.run_files import Line, read_lines
 
-__all__ = ["Finished", "Recorded", "RunData", "load_run_data", "load_runs", "read_lines"]
-
-Line = dict[str, Any]  # of a JSON file
+__all__ = ["Finished", "Recorded", "RunData", "load_run_data", "load_runs"]
 
 
 class Recorded(NamedTuple):
@@ -92,10 +90,7 @@ class RunData:
 
 
 def load_runs(runs: Iterable[str | Path]) -> tuple[list[RunData], list[str]]:
-    """Read several runs, and say why some of them cannot be read.
-
-    Returns:
-        The runs, and a sentence on each that is left out.
+    """Read several runs; also returns a sentence on each that cannot be read and is left out.
 
     Raises:
         ValueError: if none can be read.
@@ -161,33 +156,10 @@ def _load(run: Path) -> RunData:
         affinity=_recorded(run / "affinity.jsonl", square, lambda line: line["matrix"]),
         conflicts=_recorded(run / "conflicts.jsonl", square, lambda line: line["matrix"]),
         evaluations=_recorded(
-            run / "evaluations.jsonl",
-            (len(tasks),),
-            lambda line: _in_order(line["metrics"], tasks),
+            run / "evaluations.jsonl", (len(tasks),), lambda line: _in_order(line["metrics"], tasks)
         ),
         finished=None if summary is None else _finished(summary),
     )
-
-
-def read_lines(path: Path) -> Iterator[Line]:
-    """The lines of a JSON file, without an incomplete last one; none if there is no file.
-
-    Raises:
-        ValueError: if another line cannot be read.
-    """
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield json.loads(line)
-            except ValueError:
-                raise ValueError(
-                    f"{path} cannot be read at line {number}. Leave the run out, or continue it "
-                    "with --resume, which drops the line."
-                ) from None
 
 
 def _task_order(run: Path, first: Line | None) -> tuple[str, ...]:
@@ -215,7 +187,7 @@ def _warmup(recipe: Recipe, n_tasks: int, batches: Sequence[int], steps: Sequenc
     return max([recipe.warmup, *batches[-1:]])
 
 
-def _seconds(run: Path, summary: Line | None) -> dict[str, float] | None:
+def _seconds(run: Path, summary: Summary | None) -> dict[str, float] | None:
     """Mean seconds per batch by section, over all batches so far; None before any are recorded."""
     if summary is not None:
         batches, seconds = summary["batches"], summary.get("seconds", {})
@@ -244,7 +216,7 @@ def _float32(values: Sequence[Any], shape: tuple[int, ...]) -> NDArray[np.float3
         return np.array(values, np.float32).reshape(len(values), *shape)
 
 
-def _finished(summary: Line) -> Finished:
+def _finished(summary: Summary) -> Finished:
     lower, names = summary.get("lower_is_better", {}), summary.get("metric", {})
     arrows = {task: "↓" if lower[task] else "↑" for task in names}
     return Finished(

@@ -13,14 +13,10 @@ Floats = NDArray[np.float64]
 
 
 class Thinned(NamedTuple):
-    """Values over time, one point for several consecutive batches.
+    """Values over time, one point for several consecutive batches, at most ``width`` of them.
 
-    Attributes:
-        batches: ``[P]``, the mean of the batch numbers of each point.
-        mean: ``[P, ...]``, over the values that are not NaN; NaN if all are.
-        low: their minimum.
-        high: their maximum.
-        width: the largest number of batches in a point.
+    ``batches`` [P] is the mean of the batch numbers of each point. ``mean``, ``low`` (the minimum)
+    and ``high`` (the maximum) [P, ...] are over the values that are not NaN; NaN if all are.
     """
 
     batches: Floats
@@ -38,13 +34,10 @@ class Thinned(NamedTuple):
 def thin(
     batches: NDArray[np.int64], values: NDArray[Any], border: int = 0, points: int = 60
 ) -> Thinned:
-    """Values over time in at most ``points + 1`` points, none of which spans the border.
+    """Values [B, ...] over time in at most ``points + 1`` points, none of which spans the border.
 
-    Args:
-        batches: ``[B]``, increasing.
-        values: ``[B, ...]``; NaN for a missing value.
-        border: a batch, e.g. the last one of the warm-up.
-        points: how many points there are, or one less.
+    The batches [B] increase. The border is a batch, such as the last one of the warm-up. Missing
+    values are NaN.
 
     Example:
         >>> thin(np.arange(1, 5), np.array([3.0, 1.0, 5.0, np.nan]), points=2).mean

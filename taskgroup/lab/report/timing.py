@@ -8,13 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from taskgroup.lab.report.colours import SECTIONS
-from taskgroup.lab.report.labels import (
-    differing,
-    left_out,
-    settings_in_words,
-    tasks_of,
-    values,
-)
+from taskgroup.lab.report.labels import differing, left_out, settings_in_words, tasks_of, values
 from taskgroup.lab.report.run_data import RunData
 from taskgroup.lab.words import listed
 
@@ -60,14 +54,11 @@ def scale_of(seconds: float) -> tuple[float, str]:
 
 
 def seconds_per_batch(runs: Sequence[RunData]) -> tuple[list[Bar], list[str]]:
-    """The time per batch of each method, averaged over runs that differ only in the seed.
+    """The time per batch of each method, in the order of the runs, and what was left out and why.
 
     Runs share a bar if they have the same method, tasks, network, batches and machine settings and,
     for selective updates, the same way of grouping. Time that belongs to no section is ``"other"``;
     the whole time of runs without sections is ``"not divided"``.
-
-    Returns:
-        The bars in the order of the runs, and sentences on what was left out and why.
     """
     timed = [run for run in runs if run.seconds]
     if not timed:

@@ -1,4 +1,4 @@
-"""Training runs: the settings, the loop, and the folder of a run.
+"""Training runs: the loop, the folder of a run, and what can be read from it.
 
 Needs the extra ``train``: ``pip install 'taskgroup[train]'``.
 """

@@ -6,23 +6,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from taskgroup.lab.train.problem import Batch, Problem
-from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.problem import Batch, Problem
+from taskgroup.lab.recipe import Recipe
 
 __all__ = ["Batches"]
 
 
 class Batches:
-    """An endless iterator of a problem's training batches, sent to a device.
+    """An endless iterator of a problem's training batches, sent to a device without waiting.
 
-    Args:
-        problem: the data set.
-        recipe: the size of the batches, and the seed of their order.
-        device: where the tensors of a batch are sent, without waiting for their arrival.
-        drawn: batches that a run has drawn before, which are passed over.
-
-    Attributes:
-        drawn: batches drawn so far.
+    The first ``drawn`` batches, which a run has drawn before, are passed over. The attribute
+    ``drawn`` counts all batches drawn so far.
     """
 
     def __init__(

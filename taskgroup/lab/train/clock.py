@@ -13,16 +13,11 @@ __all__ = ["Clock", "LateCopy"]
 
 
 class Clock:
-    """Adds the time between laps to named sections.
+    """Adds the time between laps to the named sections of ``seconds``.
 
     On a GPU, a lap is the time between two events on the GPU's stream, idle time included. The
     events are read once the GPU has passed them, so nothing waits for them: the laps of one batch
-    are read during the next.
-
-    Args:
-        seconds: ``{section: seconds}``, which laps are added to.
-        device: the device whose time is taken.
-        now: the clock of the host, seconds.
+    are read during the next. On the host, ``now`` tells the time.
 
     Example:
         >>> seconds = {"forward": 0.0}

@@ -6,18 +6,20 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 import taskgroup as tg
-from taskgroup.lab.train.problem import Problem, make_problem
-from taskgroup.lab.train.recipe import CHANGEABLE, Recipe, read_recipe
+from taskgroup.lab.problem import Problem, make_problem
+from taskgroup.lab.recipe import CHANGEABLE, Recipe, read_recipe
 from taskgroup.lab.train.trainer import find_device, make_model, task_names
 from taskgroup.lab.words import listed
 
 __all__ = [
     "CHECKPOINT_VERSION",
+    "Summary",
     "Trained",
     "delta_m",
     "load_summary",
@@ -31,15 +33,28 @@ __all__ = [
 CHECKPOINT_VERSION = 3
 
 
-class Trained(NamedTuple):
-    """A network that a run has trained so far.
+class Summary(TypedDict):
+    """What ``summary.json`` of a finished run holds."""
 
-    Attributes:
-        recipe: the settings of the run.
-        problem: the data set.
-        model: the network, in evaluation mode.
-        batch: how many batches it was trained on.
-    """
+    data: str
+    method: str
+    batches: int
+    steps: int
+    metric: dict[str, str]  # {task: name of its metric}
+    lower_is_better: dict[str, bool]
+    metrics: dict[str, float]  # on held-out data
+    delta_m: float | None  # percent
+    baseline: str | None
+    partition: list[list[str]]
+    unconverged: int
+    seconds_per_batch: float
+    share_outside_model: float
+    seconds: dict[str, float]  # {section: seconds} in all
+    peak_bytes: int | None  # on a GPU
+
+
+class Trained(NamedTuple):
+    """A network in evaluation mode, and how many batches a run has trained it so far."""
 
     recipe: Recipe
     problem: Problem
@@ -50,9 +65,7 @@ class Trained(NamedTuple):
 def load_trained(run: str | Path, changes: Mapping[str, Any] | None = None) -> Trained:
     """The network of a run's last checkpoint; the run may still be training.
 
-    Args:
-        run: its folder.
-        changes: ``{key: value}``, settings to override, such as where the data is now.
+    ``changes`` override settings, such as where the data is now.
 
     Raises:
         ValueError: if there is no run, or no checkpoint that can be read.
@@ -79,12 +92,7 @@ def without_source(recipe: Recipe, run: Path) -> Recipe:
 
 
 def read_settings(run: Path, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """The settings of a run.
-
-    Args:
-        run: its folder.
-        changes: ``{key: value}``, other values for some settings of
-            :data:`~taskgroup.lab.train.recipe.CHANGEABLE`.
+    """The settings of a run, with other values for some of ``recipe.CHANGEABLE``.
 
     Raises:
         ValueError: if the folder is not a run, its settings cannot be read, or a change would
@@ -122,7 +130,7 @@ def read_checkpoint(run: Path) -> dict[str, Any]:
     return state
 
 
-def load_summary(run: str | Path) -> dict[str, Any]:
+def load_summary(run: str | Path) -> Summary:
     """``summary.json`` of a finished run.
 
     Raises:
@@ -132,19 +140,17 @@ def load_summary(run: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{run} has no summary.json: it is not a run, or not finished.")
     try:
-        summary: dict[str, Any] = json.loads(path.read_text())
+        summary: Summary = json.loads(path.read_text())
     except ValueError:
         raise ValueError(f"{path} cannot be read; delete it, and resume the run.") from None
     return summary
 
 
 def read_baseline(path: str | Path, tasks: list[str]) -> dict[str, float]:
-    """Read what Δm is computed against, ``{task: metric}``.
+    """Read what Δm is computed against, ``{task: metric}``, for the tasks that need it.
 
-    Args:
-        path: a finished run, or a YAML file of ``task: metric``, as
-            ``taskgroup evaluate RUN... --save FILE`` writes it from single-task runs.
-        tasks: the tasks whose metrics are needed.
+    The path is a finished run, or a YAML file of ``task: metric``, as
+    ``taskgroup evaluate RUN... --save FILE`` writes it from single-task runs.
 
     Raises:
         ValueError: if it cannot be read, lacks a task, or has a metric that nothing can be divided
@@ -155,16 +161,12 @@ def read_baseline(path: str | Path, tasks: list[str]) -> dict[str, float]:
         found = load_summary(path)["metrics"]
     else:
         try:
-            found = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):
-            found = None
-        if not isinstance(found, dict) or not all(
-            isinstance(value, int | float) and not isinstance(value, bool)
-            for value in found.values()
-        ):
+            lines = yaml.safe_load(path.read_text())
+            found = TypeAdapter(dict[str, float]).validate_python(lines, strict=True)
+        except (yaml.YAMLError, UnicodeDecodeError, ValidationError):
             raise ValueError(
                 f"{path} must hold lines 'task: metric', where every metric is a number."
-            )
+            ) from None
     if lacking := [task for task in tasks if task not in found]:
         raise ValueError(
             f"The baseline {path} has no metric of {listed(lacking)}; it has {listed(found)}."

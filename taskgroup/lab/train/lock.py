@@ -21,13 +21,10 @@ _HELD: weakref.WeakValueDictionary[Path, Hold] = weakref.WeakValueDictionary()
 
 
 def hold(folder: Path) -> Hold:
-    """Keep other processes out of a folder for as long as something refers to the result.
+    """Keep other processes out of an existing folder while something refers to the result.
 
     ``with hold(folder): ...`` does so for a block. The system releases the lock when the process
     ends, however it ends. A second call in the same process returns the same hold.
-
-    Args:
-        folder: an existing folder.
 
     Raises:
         ValueError: if another process holds the folder; the sentence names the process.

@@ -21,10 +21,6 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     run. It leaves out what other libraries allocate (scratch memory of oneDNN, small arrays of the
     solvers).
 
-    Args:
-        function: the call to measure; it is made once.
-        device: the device whose memory is measured.
-
     Example:
         >>> peak_bytes(lambda: torch.zeros(1000), torch.device("cpu"))
         4000

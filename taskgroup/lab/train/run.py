@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,11 +16,12 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 import taskgroup as tg
-from taskgroup.lab.report import matplotlib_figures
-from taskgroup.lab.report.run_data import load_run_data, read_lines
+from taskgroup.lab.problem import make_problem
+from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.clock import LateCopy
 from taskgroup.lab.train.evaluation import (
     CHECKPOINT_VERSION,
+    Summary,
     delta_m,
     read_baseline,
     read_checkpoint,
@@ -27,19 +29,18 @@ from taskgroup.lab.train.evaluation import (
     without_source,
 )
 from taskgroup.lab.train.lock import Hold, hold, is_empty
-from taskgroup.lab.train.problem import make_problem
-from taskgroup.lab.train.recipe import Recipe
 from taskgroup.lab.train.run_files import (
     RECORDS,
     append_line,
     append_matrix,
     cut_records,
+    read_lines,
     write_text,
 )
 from taskgroup.lab.train.trainer import MODEL_SECTIONS, Progress, Trainer, task_names
 from taskgroup.lab.words import listed
 
-__all__ = ["Interrupted", "Run", "load_metrics"]
+__all__ = ["Interrupted", "Run"]
 
 _EVENTS_EVERY = 10  # batches; TensorBoard thins out finer curves anyway
 _RECORDS = 400  # most records of affinity and seconds in a run: a picture shows no more
@@ -55,10 +56,10 @@ class Run:
     The folder holds ``config.yaml``, the settings; ``metrics.jsonl``, a line per batch;
     ``affinity.jsonl`` and ``seconds.jsonl``, the affinity and the time so far, up to 400 times a
     run; ``conflicts.jsonl`` and ``evaluations.jsonl``, if the recipe asks for them;
-    ``checkpoint.pt``; TensorBoard events; and, at the end, ``summary.json`` and pictures. The first
-    checkpoint is written before the first batch. A run that was stopped, even by SIGKILL, resumes
-    exactly from its last checkpoint. No other process can write to the folder until the training
-    has ended.
+    ``checkpoint.pt``; TensorBoard events; and, at the end, ``summary.json``. The command line adds
+    pictures. The first checkpoint is written before the first batch. A run that was stopped, even
+    by SIGKILL, resumes exactly from its last checkpoint. No other process can write to the folder
+    until the training has ended.
 
     Args:
         recipe: the settings.
@@ -88,12 +89,7 @@ class Run:
 
     @classmethod
     def resume(cls, out: str | Path, changes: Mapping[str, Any] | None = None) -> Run:
-        """Resume a run from its last checkpoint.
-
-        Args:
-            out: the folder.
-            changes: ``{key: value}``, other values for some settings of
-                :data:`~taskgroup.lab.train.recipe.CHANGEABLE`.
+        """Resume a run from its last checkpoint, with other values for some of ``CHANGEABLE``.
 
         Raises:
             ValueError: if there is no run, its checkpoint is lost or cannot be read, or another
@@ -167,8 +163,8 @@ class Run:
         """Batches done."""
         return self.trainer.batch
 
-    def train(self, listen: Callable[[Progress], None] = lambda progress: None) -> dict[str, Any]:
-        """Train to the end, then evaluate, draw and write the summary.
+    def train(self, listen: Callable[[Progress], None] = lambda progress: None) -> Summary:
+        """Train to the end, then evaluate and write the summary.
 
         Args:
             listen: called after every batch.
@@ -186,14 +182,14 @@ class Run:
         self._hold = None
         return summary
 
-    def _train(self, listen: Callable[[Progress], None]) -> dict[str, Any]:
+    def _train(self, listen: Callable[[Progress], None]) -> Summary:
         trainer = self.trainer
         with (
             _stop_signals() as stop,
             (self.out / "metrics.jsonl").open("a", buffering=1) as metrics,
             SummaryWriter(str(self.out), purge_step=trainer.batch or None) as board,
         ):
-            while trainer.batch < self.recipe.batches and not stop.asked:
+            while trainer.batch < self.recipe.batches and not stop.is_set():
                 if self._evaluates_now() and self._evaluated < trainer.batch:
                     self._record_evaluation(board)
                     continue  # a signal may have asked to stop
@@ -219,7 +215,7 @@ class Run:
                 listen(progress)
                 # Also before an evaluation, which may take long and be stopped.
                 every = trainer.batch % self.recipe.checkpoint_every == 0
-                saves = stop.asked or every or self._evaluates_now()
+                saves = stop.is_set() or every or self._evaluates_now()
                 if saves or trainer.batch == self.recipe.batches:
                     trainer.wait()  # the work that the GPU has left counts as training
                 self._seconds += time.perf_counter() - started
@@ -230,7 +226,7 @@ class Run:
                     self.save()
             if self._saved != trainer.batch:
                 self.save()
-            if stop.asked:
+            if stop.is_set():
                 raise Interrupted(
                     f"Stopped after batch {trainer.batch} of {self.recipe.batches}; to continue: "
                     f"taskgroup train --resume {self.out}"
@@ -269,20 +265,20 @@ class Run:
         for task, value in metrics.items():
             board.add_scalar(f"held_out/{task}", value, self.batch)
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self) -> Summary:
         trainer, problem, groups = self.trainer, self.trainer.problem, self.trainer.groups
         peak_bytes = trainer.peak_bytes
         metrics = trainer.evaluate("held_out")
         delta = None
         if self._baseline is not None:
             delta = delta_m(metrics, self._baseline, problem)
-        history = load_metrics(self.out)
+        lines = read_lines(self.out / "metrics.jsonl")
         inside = sum(trainer.seconds[section] for section in MODEL_SECTIONS)
-        summary = {
+        summary: Summary = {
             "data": self.recipe.data,
             "method": self.recipe.method,
             "batches": trainer.batch,
-            "steps": sum(len(line["groups"]) for line in history),
+            "steps": sum(len(line["groups"]) for line in lines),
             "metric": {task: problem.metrics[task] for task in metrics},
             "lower_is_better": {task: problem.lower_is_better[task] for task in metrics},
             "metrics": metrics,
@@ -296,10 +292,6 @@ class Run:
             "peak_bytes": peak_bytes,
         }
         write_text(self.out / "summary.json", json.dumps(summary, indent=2))
-        titles = {task: problem.titles[task] for task in trainer.tasks}
-        affinity = trainer.affinity().cpu().double().numpy()
-        matplotlib_figures.run_figures(load_run_data(self.out), affinity, titles, self.out)
-        problem.draw(trainer.model, self.out)
         return summary
 
     def save(self) -> None:
@@ -326,27 +318,14 @@ def _check_empty(out: Path) -> None:
         )
 
 
-def load_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``, without a last line that was cut short.
-
-    Raises:
-        ValueError: if another line cannot be read.
-    """
-    return list(read_lines(Path(run) / "metrics.jsonl"))
-
-
-class _Stop:
-    asked = False
-
-
 @contextmanager
-def _stop_signals() -> Iterator[_Stop]:
+def _stop_signals() -> Iterator[threading.Event]:
     """Let the first SIGINT or SIGTERM set a flag; the second has its usual effect."""
-    stop = _Stop()
+    stop = threading.Event()
     previous: dict[int, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
-        stop.asked = True
+        stop.set()
         signal.signal(number, previous[number])
 
     for number in (signal.SIGINT, signal.SIGTERM):

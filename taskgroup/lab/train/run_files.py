@@ -1,10 +1,10 @@
-"""The files that a run writes: records that it appends to, one JSON line at a time, and texts."""
+"""The files that a run writes: records that grow by one JSON line at a time, and texts."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,17 @@ from torch import Tensor
 
 import taskgroup as tg
 
-__all__ = ["RECORDS", "append_line", "append_matrix", "cut_records", "write_text"]
+__all__ = [
+    "RECORDS",
+    "Line",
+    "append_line",
+    "append_matrix",
+    "cut_records",
+    "read_lines",
+    "write_text",
+]
+
+Line = dict[str, Any]  # of a JSON file
 
 #: The files of a run that hold lines about its batches.
 RECORDS = (
@@ -26,7 +36,7 @@ def write_text(path: Path, text: str) -> None:
     tg.checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def append_line(path: Path, line: dict[str, Any]) -> None:
+def append_line(path: Path, line: Line) -> None:
     """Append a line to a file, which is made if it is not there."""
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
@@ -41,11 +51,31 @@ def append_matrix(path: Path, batch: int, tasks: Sequence[str], matrix: Tensor) 
     append_line(path, {"batch": batch, "tasks": tasks, "matrix": rounded})
 
 
-def cut_records(run: Path, batch: int) -> dict[str, int]:
-    """Drop the lines on batches after one, and lines that were cut short.
+def read_lines(path: Path) -> Iterator[Line]:
+    """The lines of a JSON file, without an incomplete last one; none if there is no file.
 
-    Returns:
-        ``{file: batch of its last line}``, 0 for a file without lines.
+    Raises:
+        ValueError: if another line cannot be read.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise ValueError(
+                    f"{path} cannot be read at line {number}. Leave the run out, or continue it "
+                    "with --resume, which drops the line."
+                ) from None
+
+
+def cut_records(run: Path, batch: int) -> dict[str, int]:
+    """Drop lines on batches after one, and lines that were cut short.
+
+    Returns ``{file: batch of its last line}``, 0 for a file without lines.
     """
     return {name: _cut(run / name, batch) for name in RECORDS}
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import PolynomialLR
 
 import taskgroup as tg
-from taskgroup.lab.compare.credit import PublishedCredit
+from taskgroup.lab.problem import Batch, Problem, make_problem
+from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.batches import Batches
 from taskgroup.lab.train.clock import Clock, LateCopy
-from taskgroup.lab.train.problem import Batch, Problem, make_problem
-from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.train.credit import PublishedCredit
 
 __all__ = ["MODEL_SECTIONS", "Progress", "Trainer", "find_device", "make_model", "task_names"]
 
@@ -281,9 +281,7 @@ class Trainer:
         batch = next(self.batches)
         inputs = self.problem.inputs(batch)
         return tg.lookahead_affinity(
-            lambda: self._losses(self.model(inputs), batch),
-            self.optimizer,
-            self.model.encoder,
+            lambda: self._losses(self.model(inputs), batch), self.optimizer, self.model.encoder
         )
 
     def evaluate(self, split: str, quick: bool = False) -> dict[str, float]:

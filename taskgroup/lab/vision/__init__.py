@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING, Any
 from taskgroup.lab.vision.tasks import NYUD, PASCAL, TASKONOMY, Task
 
 if TYPE_CHECKING:
-    from taskgroup.lab.data.motorcycle import Motorcycle
-    from taskgroup.lab.data.samples import Samples
     from taskgroup.lab.vision.backbones import ViTFeatures
     from taskgroup.lab.vision.dense_losses import criterion
     from taskgroup.lab.vision.metrics import evaluate
     from taskgroup.lab.vision.models import vit
+    from taskgroup.lab.vision.samples import Samples
 
 __all__ = [
     "NYUD",
     "PASCAL",
     "TASKONOMY",
-    "Motorcycle",
     "Samples",
     "Task",
     "ViTFeatures",
@@ -31,8 +29,7 @@ __all__ = [
 ]
 
 _WHERE = {
-    "Motorcycle": "taskgroup.lab.data.motorcycle",
-    "Samples": "taskgroup.lab.data.samples",
+    "Samples": f"{__name__}.samples",
     "ViTFeatures": f"{__name__}.backbones",
     "criterion": f"{__name__}.dense_losses",
     "evaluate": f"{__name__}.metrics",

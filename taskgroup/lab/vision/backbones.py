@@ -120,14 +120,10 @@ def backbone(
 
 
 def save_config(encoder: nn.Module, folder: Path) -> None:
-    """Write the configuration of a network of transformers that :func:`backbone` returned.
+    """Write the ``config.json`` of a network of transformers that :func:`backbone` returned.
 
     The network can then be built again without its source: give :func:`backbone` the folder as the
     name, and ``weights="random"``. For other encoders, nothing is written.
-
-    Args:
-        encoder: the encoder.
-        folder: the folder for ``config.json``.
     """
     net = encoder.vit if isinstance(encoder, _ViT) else getattr(encoder, "net", None)
     config: Any = getattr(net, "config", None)
@@ -238,13 +234,7 @@ class ViTFeatures(nn.Module):
         _quieten(self.vit)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the features of a batch.
-
-        Args:
-            images: [B, 3, H, W] in [-1, 1], H and W multiples of the patch.
-
-        Returns:
-            [B, 4 D, H / patch, W / patch].
+        """Compute the features [B, 4 D, H / patch, W / patch] of images [B, 3, H, W] in [-1, 1].
 
         Raises:
             ValueError: H or W is not a multiple of the patch.
@@ -263,11 +253,6 @@ class _ViT(nn.Module):
     The published code does the same. The norm was trained on the last block only; it does not fit
     the means and scales of earlier states. Networks with random weights are treated alike, so that
     one that then loads the ``state_dict`` of a pretrained network gives the same features.
-
-    Args:
-        vit: the model, without a pooling layer.
-        size: Height and width of the images, which are checked.
-        drop_path: Probability of stochastic depth at the last block.
     """
 
     def __init__(self, vit: ViTModel, size: tuple[int, int], drop_path: float) -> None:
@@ -290,10 +275,8 @@ class _ViT(nn.Module):
 class _Stages(nn.Module):
     """The maps of a network, brought to the size of the largest map and concatenated.
 
-    Args:
-        name: Name of the backbone, for errors.
-        net: A module that returns maps [B, C_i, H_i, W_i], as a list or as ``.feature_maps``.
-        size: Height and width of the images; an empty image of this size measures the stride.
+    The network returns maps [B, C_i, H_i, W_i], as a list or as ``.feature_maps``. An image of the
+    size ``size``, all zeros, measures the stride.
     """
 
     def __init__(self, name: str, net: nn.Module, size: tuple[int, int]) -> None:

@@ -21,7 +21,7 @@ from skimage.morphology import thin
 from torch import Tensor
 from torchmetrics import Metric
 
-from taskgroup.lab.data.processes import in_processes
+from taskgroup.lab.processes import in_processes
 
 __all__ = ["OdsF", "match"]
 
@@ -33,18 +33,10 @@ _STEPS = 100  # points of the interpolation between two thresholds, both ends in
 def match(predicted: Bools, label: Bools, distance: float) -> int:
     """Count the predicted pixels that can be matched one to one to label pixels nearby.
 
-    This is the size of a maximum matching between pixels at a Euclidean distance of at most
-    ``distance``. The benchmark uses the assignment of least cost, in which an unmatched pixel costs
-    100 ``distance``. Its count is the same, unless one more match would lengthen the other matches
-    by more than 100 ``distance`` in total.
-
-    Args:
-        predicted: [H, W], bool.
-        label: [H, W], bool.
-        distance: In pixels, at least 0.
-
-    Returns:
-        The number of pairs.
+    This is the size of a maximum matching between pixels of two maps [H, W], at a Euclidean
+    distance of at most ``distance`` pixels. The benchmark uses the assignment of least cost, in
+    which an unmatched pixel costs 100 ``distance``. Its count is the same, unless one more match
+    would lengthen the other matches by more than 100 ``distance`` in total.
 
     Raises:
         ValueError: The maps are not of one shape [H, W], or the distance is negative.
@@ -92,12 +84,9 @@ def match(predicted: Bools, label: Bools, distance: float) -> int:
 
 
 class _Image(NamedTuple):
-    """The maps of an image that are counted.
+    """The maps of an image that are counted, all [H, W].
 
-    Attributes:
-        reached: [H, W], uint8: the number of thresholds that the probability reaches.
-        label: [H, W], bool.
-        known: [H, W], bool.
+    ``reached`` is the number of thresholds that the probability reaches.
     """
 
     reached: NDArray[np.uint8]
@@ -165,12 +154,7 @@ class OdsF(Metric):
         self._pending: list[_Image] = []  # not counted yet
         self.add_state("counts", torch.zeros(3, thresholds, dtype=torch.int64), "sum")
 
-    def update(
-        self,
-        probability: Tensor,
-        label: Tensor,
-        known: Tensor | None = None,
-    ) -> None:
+    def update(self, probability: Tensor, label: Tensor, known: Tensor | None = None) -> None:
         """Add a batch. An image of 425 x 560 pixels takes about ten seconds at 99 thresholds.
 
         Args:

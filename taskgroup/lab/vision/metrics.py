@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_map
 from torchmetrics import MeanAbsoluteError, MeanMetric, MeanSquaredError, Metric
 from torchmetrics.classification import BinaryPrecisionRecallCurve, MulticlassJaccardIndex
 
-from taskgroup.lab.data.samples import Samples
 from taskgroup.lab.vision.boundary import OdsF
+from taskgroup.lab.vision.samples import Samples
 from taskgroup.lab.vision.tasks import TASKONOMY, Task
 
 __all__ = ["MaxF", "evaluate"]

@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from taskgroup.lab.data.samples import Samples
+from taskgroup.lab.vision.samples import Samples
 from taskgroup.lab.vision.tasks import Task
 
 __all__ = ["colour", "draw", "draw_panel", "predict"]
@@ -23,20 +23,11 @@ _DPI = 150
 
 
 def colour(task: Task, values: Tensor, known: Tensor, low: float, high: float) -> Tensor:
-    """Convert the values of a task to RGB.
+    """Convert the values [N, C, H, W] of a task to RGB, [N, H, W, 3] in [0, 1].
 
-    Every class has a colour. A probability and a single channel become grey levels, two channels
-    red and green, and three channels red, green and blue.
-
-    Args:
-        task: the task of the values.
-        values: [N, C, H, W]; class numbers or the probabilities of a binary task have C = 1.
-        known: [N, 1, H, W], bool; unknown pixels become grey.
-        low: the value that becomes black; not used for classes and probabilities.
-        high: the value that becomes white.
-
-    Returns:
-        [N, H, W, 3] in [0, 1].
+    Every class has a colour. A probability and a single channel become grey levels from ``low`` to
+    ``high`` (0 to 1 for a probability), two channels red and green, and three channels red, green
+    and blue. Pixels that are not ``known``, [N, 1, H, W], become grey.
     """
     if task.kind == "classes":
         picture = _palette(task.channels)[values[:, 0].long().clamp(0, task.channels - 1)]
@@ -53,15 +44,10 @@ def colour(task: Task, values: Tensor, known: Tensor, low: float, high: float) -
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, tasks: Mapping[str, Task]) -> dict[str, Tensor]:
-    """Predict labels for images: {task: [N, C, H, W]}, on the CPU.
+    """Predict labels for images [N, 3, H, W]: {task: [N, C, H, W]}, on the CPU.
 
     Outputs become class numbers, probabilities, normals of unit length, or stay as they are. The
     model predicts in evaluation mode.
-
-    Args:
-        model: maps images to {task: [N, C, H, W]}.
-        images: [N, 3, H, W].
-        tasks: {task: :class:`Task`}.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     training = model.training
@@ -83,23 +69,26 @@ def predict(model: nn.Module, images: Tensor, tasks: Mapping[str, Task]) -> dict
 def draw(
     model: nn.Module, samples: Samples, rgb: Tensor, tasks: Mapping[str, Task], path: Path
 ) -> None:
-    """Draw input, target and prediction of some samples, as a PNG.
-
-    Args:
-        model: the model that predicts.
-        samples: the samples.
-        rgb: their images [N, 3, H, W] in [0, 1].
-        tasks: {task: :class:`Task`}.
-        path: the path of the PNG.
-    """
-    targets, outputs = {}, {}
-    for name, output in predict(model, samples.images, tasks).items():
+    """Draw some samples, their targets and predictions as a PNG; ``rgb`` is in [0, 1]."""
+    outputs = predict(model, samples.images, tasks)
+    n_samples, columns = len(rgb), len(outputs) + 1
+    aspect = rgb.shape[2] / rgb.shape[3]
+    figure = Figure(figsize=(1.15 * columns, 2.3 * aspect * n_samples + 0.35), layout=_tight())
+    grid = _empty_grid(figure, 2 * n_samples, columns)
+    for n in range(n_samples):
+        grid[2 * n][0].imshow(rgb[n].movedim(0, -1).numpy())
+        grid[2 * n][0].set_ylabel("target", fontsize=8)
+        grid[2 * n + 1][0].set_ylabel("prediction", fontsize=8)
+    grid[0][0].set_title("input", fontsize=8)
+    for column, (name, output) in enumerate(outputs.items(), start=1):
         label, known = samples.labels[name], samples.masks[name]
         low, high = _range(label, known)
-        targets[name] = colour(tasks[name], label, known, low, high)
-        outputs[name] = colour(tasks[name], output, known, low, high)
-    titles = {name: tasks[name].title for name in outputs}
-    _draw_samples(rgb.movedim(1, -1), targets, outputs, titles, path)
+        for row, values in enumerate((label, output)):
+            pictures = colour(tasks[name], values, known, low, high)
+            for n in range(n_samples):
+                grid[2 * n + row][column].imshow(pictures[n].numpy())
+        grid[0][column].set_title(tasks[name].title.replace(" ", "\n", 1), fontsize=8)
+    figure.savefig(path, dpi=_DPI)
 
 
 def draw_panel(
@@ -107,55 +96,16 @@ def draw_panel(
 ) -> None:
     """Draw an image without labels and all predictions for it, as a PNG.
 
-    Args:
-        model: the model that predicts.
-        image: [3, H, W], normalised for the model.
-        rgb: the same image in [0, 1].
-        tasks: {task: :class:`Task`}.
-        path: the path of the PNG.
+    The image [3, H, W] is given twice: normalised for the model, and as ``rgb`` in [0, 1].
     """
-    pictures = {}
+    pictures = {"input": rgb.movedim(0, -1)}
     for name, output in predict(model, image[None], tasks).items():
         known = torch.ones_like(output[:, :1], dtype=torch.bool)
-        pictures[name] = colour(tasks[name], output, known, *_range(output, known))[0]
-    titles = {name: tasks[name].title for name in pictures}
-    _draw_side_by_side(rgb.movedim(0, -1), pictures, titles, path)
-
-
-def _draw_samples(
-    images: Tensor,
-    targets: Mapping[str, Tensor],
-    outputs: Mapping[str, Tensor],
-    titles: Mapping[str, str],
-    path: Path,
-) -> None:
-    """Two rows for each image: target and prediction of each task; all [N, H, W, 3] in [0, 1]."""
-    n_samples, columns = len(images), len(titles) + 1
-    aspect = images.shape[1] / images.shape[2]
-    figure = Figure(figsize=(1.15 * columns, 2.3 * aspect * n_samples + 0.35), layout=_tight())
-    grid = _empty_grid(figure, 2 * n_samples, columns)
-    for n in range(n_samples):
-        target_row, output_row = grid[2 * n], grid[2 * n + 1]
-        target_row[0].imshow(images[n].numpy())
-        target_row[0].set_ylabel("target", fontsize=8)
-        output_row[0].set_ylabel("prediction", fontsize=8)
-        for column, task in enumerate(titles, start=1):
-            target_row[column].imshow(targets[task][n].numpy())
-            output_row[column].imshow(outputs[task][n].numpy())
-    grid[0][0].set_title("input", fontsize=8)
-    for column, title in enumerate(titles.values(), start=1):
-        grid[0][column].set_title(title.replace(" ", "\n", 1), fontsize=8)
-    figure.savefig(path, dpi=_DPI)
-
-
-def _draw_side_by_side(
-    image: Tensor, outputs: Mapping[str, Tensor], titles: Mapping[str, str], path: Path
-) -> None:
-    """An image and what is predicted for it, [H, W, 3] in [0, 1], four in a row."""
-    pictures = {"input": image, **{title: outputs[task] for task, title in titles.items()}}
+        limits = _range(output, known)
+        pictures[tasks[name].title] = colour(tasks[name], output, known, *limits)[0]
     columns = min(4, len(pictures))
     rows = -(-len(pictures) // columns)
-    height = 2.6 * image.shape[0] / image.shape[1] + 0.25
+    height = 2.6 * rgb.shape[1] / rgb.shape[2] + 0.25
     figure = Figure(figsize=(2.6 * columns, height * rows), layout=_tight())
     places = _empty_grid(figure, rows, columns).flat
     for axes, (title, picture) in zip(places, pictures.items(), strict=False):

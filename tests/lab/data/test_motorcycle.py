@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from taskgroup.lab.data import motorcycle
+from taskgroup.lab.data.motorcycle import Motorcycle
 from taskgroup.lab.data.physical_labels import Camera, surface
 from taskgroup.lab.data.taskonomy_encoding import normalise
-from taskgroup.lab.vision import TASKONOMY, Motorcycle
+from taskgroup.lab.vision import TASKONOMY
 
 
 @pytest.fixture(scope="module")

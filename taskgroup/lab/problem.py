@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor, nn
 
 import taskgroup as tg
-from taskgroup.lab.train.recipe import PROBLEMS, Recipe
+from taskgroup.lab.recipe import PROBLEMS, Recipe
 
 __all__ = ["Batch", "Problem", "make_problem"]
 

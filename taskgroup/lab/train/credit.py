@@ -15,9 +15,6 @@ class PublishedCredit(tg.ProximalAffinity):
     The step on the group before it caused the change, but this is how the published runs of
     "Selective Task Group Updates for Multi-Task Optimization" (ICLR 2025) count. The first group of
     a batch gets nothing. On planted problems this finds the true groups in no batch.
-
-    Args:
-        decay: the weight of a new observation, in (0, 1].
     """
 
     def observe(

@@ -27,13 +27,7 @@ def begin_worker(worker: int) -> None:
 
 
 def in_processes(function: Callable[[A], B], items: list[A], workers: int) -> Iterator[B]:
-    """``map(function, items)``, computed by worker processes.
-
-    Args:
-        function: what to compute; it can be pickled.
-        items: its arguments.
-        workers: number of processes; 0 computes in this one.
-    """
+    """``map(function, items)`` in worker processes, or in this one if there are 0 workers."""
     loader: DataLoader[B] = DataLoader(
         cast(Dataset[B], items),
         batch_size=None,

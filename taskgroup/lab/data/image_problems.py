@@ -30,14 +30,14 @@ from taskgroup.lab.data import (
 from taskgroup.lab.data.dense_dataset import Transform
 from taskgroup.lab.data.files import read_photo
 from taskgroup.lab.data.motorcycle import Motorcycle
-from taskgroup.lab.data.samples import Samples
-from taskgroup.lab.train.problem import Problem
-from taskgroup.lab.train.recipe import Recipe
+from taskgroup.lab.problem import Problem
+from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.vision import predictions
 from taskgroup.lab.vision.backbones import ViTFeatures, backbone, save_config
 from taskgroup.lab.vision.dense_losses import criterion
 from taskgroup.lab.vision.metrics import evaluate
 from taskgroup.lab.vision.models import dense_model
+from taskgroup.lab.vision.samples import Samples
 
 __all__ = ["BenchmarkProblem", "DenseProblem", "MotorcycleProblem"]
 
@@ -49,12 +49,8 @@ _ROWS = 250  # of the photograph
 class DenseProblem(Problem):
     """A data set of images with the network and the losses of the published runs.
 
-    The losses are distances without an upper bound, so there is no score in (0, 1).
-
-    Args:
-        settings: the recipe of the run.
-        kind: the data set that defines the tasks, and the scale of the images.
-        splits: the splits that can be evaluated.
+    ``kind`` defines the tasks and the scale of the images. The losses are distances without an
+    upper bound, so there is no score in (0, 1).
     """
 
     def __init__(self, settings: Recipe, kind: type[DenseDataset], splits: Sequence[str]) -> None:
@@ -126,11 +122,7 @@ class DenseProblem(Problem):
 
 
 class MotorcycleProblem(DenseProblem):
-    """Crops of the photograph, :class:`~taskgroup.lab.vision.Motorcycle`; all metrics are errors.
-
-    Args:
-        settings: the recipe of the run.
-    """
+    """Crops of the embedded photograph; all metrics are errors."""
 
     def __init__(self, settings: Recipe) -> None:
         super().__init__(settings, Taskonomy, ("train", "held_out"))
@@ -175,9 +167,6 @@ class BenchmarkProblem(DenseProblem):
 
     The data is opened when it is first needed. Training opens all splits at once, so that a folder
     in which something is missing is refused before the first batch; predictions need no data.
-
-    Args:
-        settings: the recipe of the run.
     """
 
     def __init__(self, settings: Recipe) -> None:
@@ -228,10 +217,7 @@ class BenchmarkProblem(DenseProblem):
     def evaluate(self, model: nn.Module, split: str, quick: bool = False) -> dict[str, float]:
         """The metric of every task on a split; for ``"train"`` on 64 images, not augmented.
 
-        Args:
-            model: as :meth:`model` makes it.
-            split: one of :attr:`splits`.
-            quick: leave edges out, whose metric takes seconds per image.
+        ``quick`` leaves edges out, whose metric takes seconds per image.
         """
         data = self._split(split)
         if quick:

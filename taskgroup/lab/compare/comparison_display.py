@@ -16,15 +16,10 @@ __all__ = ["ComparisonDisplay"]
 
 
 class ComparisonDisplay(LiveDisplay):
-    """How many runs of each variant are finished.
+    """How many runs of each variant are finished, and the mean of their Δm where it is known.
 
-    Use as a context manager and pass :meth:`update` as the listener.
-
-    Args:
-        title: of the display.
-        titles: ``{name of a variant: title}``.
-        console: where to draw.
-        delta: Δm of a run in percent, or None if it is not known yet; the mean so far is shown.
+    Use as a context manager and pass :meth:`update` as the listener. ``titles`` names the variants,
+    and ``delta`` gives the Δm of a run in percent, or None.
     """
 
     def __init__(

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text  # for names that users choose: a str would be read as markup
 
 from taskgroup.lab.data.check import Checked
-from taskgroup.lab.train.problem import Problem
+from taskgroup.lab.problem import Problem
+from taskgroup.lab.train.evaluation import Summary
+from taskgroup.lab.words import counted
 
-__all__ = ["check_table", "count_groups", "evaluation_table", "groups_line", "summary_table"]
+__all__ = ["check_table", "evaluation_table", "groups_line", "summary_table"]
 
 
-def summary_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
-    """The held-out metric of every task, and other figures of the run below it.
-
-    Args:
-        summary: the contents of ``summary.json``.
-        titles: ``{task: name}`` as shown.
-    """
+def summary_table(summary: Summary, titles: Mapping[str, str]) -> Table:
+    """The held-out metrics of ``summary.json``, and other figures of the run below them."""
     table = Table(title=f"{summary['method']}, {summary['batches']} batches", title_justify="left")
     table.add_column("On held-out data (↑ higher is better, ↓ lower)")
     table.add_column(summary["method"], justify="right")
@@ -81,9 +77,4 @@ def _named(title: str, metric: str, lower_is_better: bool) -> str:
 def groups_line(partition: list[list[str]], titles: Mapping[str, str]) -> str:
     """The number of groups and their tasks, in words."""
     groups = "; ".join(", ".join(titles[task] for task in group) for group in partition)
-    return f"{count_groups(partition)}: {groups}"
-
-
-def count_groups(partition: Sequence[Sequence[str]]) -> str:
-    """``"1 group"``, ``"4 groups"``."""
-    return f"{len(partition)} group{'' if len(partition) == 1 else 's'}"
+    return f"{counted(len(partition), 'group')}: {groups}"

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from pydantic_core import ErrorDetails
 
 import taskgroup as tg
+from taskgroup.lab.words import nearest
 
 __all__ = [
     "CHANGEABLE",
@@ -42,11 +43,11 @@ CHANGEABLE = (
 
 #: The data sets that ship with the package: the module in ``taskgroup.lab.data`` and the class.
 PROBLEMS = {
-    "motorcycle": "dense_problems:MotorcycleProblem",
+    "motorcycle": "image_problems:MotorcycleProblem",
     "yeast": "yeast:Yeast",
-    "nyud-v2": "dense_problems:BenchmarkProblem",
-    "pascal-context": "dense_problems:BenchmarkProblem",
-    "taskonomy": "dense_problems:BenchmarkProblem",
+    "nyud-v2": "image_problems:BenchmarkProblem",
+    "pascal-context": "image_problems:BenchmarkProblem",
+    "taskonomy": "image_problems:BenchmarkProblem",
 }
 
 _SHIPPED = Path(__file__).parent / "recipes"
@@ -247,8 +248,8 @@ class GroupSettings(_Section):
     def _known_method(cls, method: str) -> str:
         known = ["selective", "joint", *tg.methods.METHODS]
         if method not in known:
-            near = difflib.get_close_matches(method, known, n=len(known), cutoff=0.0)
-            raise ValueError(f"There is no method {method!r}; the methods are {', '.join(near)}.")
+            near = nearest(method, known)
+            raise ValueError(f"There is no method {method!r}; the methods are {near}.")
         return method
 
     @model_validator(mode="after")
@@ -377,11 +378,7 @@ def read_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
 
 
 def parse_changes(changes: Iterable[str]) -> dict[str, Any]:
-    """``["key=value", ...]`` as ``{key: value}``, the values read as YAML.
-
-    Raises:
-        ValueError: if a string has no ``=``, or its value is not YAML.
-    """
+    """``["key=value", ...]`` as ``{key: value}``; a ValueError if a value is not YAML."""
     parsed = {}
     for change in changes:
         key, equals, value = change.partition("=")
