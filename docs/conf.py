@@ -40,7 +40,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|os|pathlib|numpy|typing|nn|np|npt)\..*"),
     ("py:class", r"Tensor|ProcessGroup|Path"),
     # Ours, but not part of the reference.
-    ("py:class", r"(.*\.)?(Cell|Ranks|Result|Score|Step|Transform|Variant)"),
+    ("py:class", r"(.*\.)?(Cell|Ranks|Result|Score|Step|Summary|Transform|Variant)"),
 ]
 
 autodoc_member_order = "bysource"
