@@ -261,7 +261,7 @@ class TaskGroups:
         """
         if self._observer.batch is not None:
             raise RuntimeError("load_state_dict() inside a batch; call it before the loop.")
-        kept = self.state_dict()
+        kept = self._state()  # its tensors are replaced below, not written to
         check_state(state, kept)
         try:
             self._load(state)
