@@ -227,7 +227,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"dtp": {"score": likelihood}, "dwa": {"epo
 
 
 def method(kind: type[tg.methods.JointMethod], **options: Any) -> Callable[..., Any]:
-    """The loop that docs/choosing.md shows for a joint method."""
+    """The loop of a joint method, as the README shows it."""
 
     def make(training: Training) -> tuple[Batch, torch.optim.Optimizer]:
         try:

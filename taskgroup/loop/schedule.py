@@ -195,9 +195,10 @@ class TaskGroups:
 
         In every ``optimizer.step()``, with or without a closure, they have no gradient (``"hold"``:
         they do not move at all) or a gradient of zero (``"coast"``: momentum and weight decay still
-        move them, as in the published runs). Without this call they hold, unless the losses are
-        stacked, the model is compiled whole or ``zero_grad(set_to_none=False)`` is called: then
-        they coast. After the step, all gradients are restored.
+        move them, as in the published runs). Without this call they hold, unless their gradients
+        are zero instead of None: with stacked losses of a model that runs all heads, a model that
+        is compiled whole, :class:`BatchedHeads` that run without ``group=``, and
+        ``zero_grad(set_to_none=False)``. After the step, all gradients are restored.
 
         If one layer holds the heads of all tasks, as in ``nn.Linear(d, K)``, name its rows::
 

@@ -44,7 +44,8 @@ class MultiTaskModel(nn.Module):
         encoder: any module; its output may be any nesting of tuples, lists and dicts of tensors.
         heads: ``{task: module}``, a dict or ``nn.ModuleDict`` with task names as keys. Each head
             takes the output of the encoder. Many small heads run faster as :class:`BatchedHeads`.
-            A layer that two heads share moves in the steps of both tasks.
+            A layer that two heads share moves in the steps of both tasks;
+            :meth:`TaskGroups.attach` refuses it.
 
     Attributes:
         encoder: the encoder.
