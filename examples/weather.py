@@ -13,10 +13,11 @@ import taskgroup as tg
 TASKS = ["wind", "rain", "heat", "smoke"]
 
 
-def make_loader(rank=0, world=1):
+def make_loader(rank=0, world=1, collate_fn=None):
     """Batches of 16 samples: readings [16, 8], targets [16, 4], where a missing label is NaN.
 
-    ``loader.sampler.set_epoch(epoch)`` shuffles; every rank sees a part of its own.
+    ``loader.sampler.set_epoch(epoch)`` shuffles; every rank sees a part of its own. ``collate_fn``
+    makes a batch of a list of samples.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(320, 8, generator=generator)
@@ -25,7 +26,17 @@ def make_loader(rank=0, world=1):
     known = torch.tensor([0.7, 0.7, 0.7, 0.12])  # smoke is labelled in about one sample of eight
     y[torch.rand(320, 4, generator=generator) > known] = torch.nan
     data = TensorDataset(x, y)
-    return DataLoader(data, batch_size=16, sampler=DistributedSampler(data, world, rank))
+    sampler = DistributedSampler(data, world, rank)
+    return DataLoader(data, batch_size=16, sampler=sampler, collate_fn=collate_fn)
+
+
+def as_columns(samples):
+    """A batch as the Hugging Face Trainer takes it: columns by name.
+
+    ``"input"`` is the name of the argument of ``nn.Sequential.forward``.
+    """
+    x, y = zip(*samples, strict=True)
+    return {"input": torch.stack(x), "y": torch.stack(y)}
 
 
 def make_model():

@@ -1,0 +1,113 @@
+"""A Lightning callback that saves the groups in the checkpoints and records the evaluations."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from taskgroup.integrations.evaluations import TaskMetrics, record
+from taskgroup.loop.schedule import TaskGroups
+
+__all__ = ["GroupsCallback"]
+
+
+def _callback_classes() -> tuple[type, ...]:
+    """The base class of callbacks, of each Lightning package in use.
+
+    Lightning comes in two packages with the same contents, ``lightning.pytorch`` and
+    ``pytorch_lightning``, and each knows callbacks of its own class alone.
+    """
+    names = ("lightning.pytorch", "pytorch_lightning")
+    found = [name for name in names if name in sys.modules]
+    found = found or [name for name in names if find_spec(name.partition(".")[0])][:1]
+    if not found:
+        raise ImportError("taskgroup.integrations.lightning needs Lightning: pip install lightning")
+    return tuple(import_module(name).Callback for name in found)
+
+
+_Callback: Any = type("_Callback", _callback_classes(), {})
+
+
+class GroupsCallback(_Callback):  # type: ignore[misc]
+    """A Lightning callback that saves the groups in every checkpoint, and records evaluations.
+
+    Import this module after Lightning; it works with ``lightning.pytorch`` and
+    ``pytorch_lightning``::
+
+        groups = tg.TaskGroups(tasks)
+        module = Forecast(groups)  # its training_step loops over the groups
+        trainer = Trainer(callbacks=[GroupsCallback(groups)])
+        trainer.fit(module, loader, ckpt_path=...)
+
+    A run that resumes from a checkpoint at the end of a batch or an epoch goes on exactly. If
+    Lightning saves in the handler of a signal (``SLURMEnvironment(auto_requeue=True)``), the
+    checkpoint contains the groups at the end of the last complete batch.
+
+    Args:
+        groups: the :class:`TaskGroups` of the module.
+        recorder: a ``Recorder`` of these groups. Its state is saved as well, and it is closed at
+            the end of ``fit``.
+        metrics: for each task the name under which the module logs its validation metric and which
+            values are better, ``{task: ("val_accuracy", "higher")}``. The recorder gets them after
+            every validation during ``fit``.
+
+    Raises:
+        ImportError: at the import of this module, if Lightning is not installed.
+        TypeError: if ``groups`` is not a :class:`TaskGroups`.
+        ValueError: if ``metrics`` is given without a recorder; after a validation that did not log
+            one of the metrics.
+    """
+
+    def __init__(
+        self,
+        groups: TaskGroups,
+        recorder: Any = None,
+        metrics: TaskMetrics | None = None,
+    ) -> None:
+        if not isinstance(groups, TaskGroups):
+            raise TypeError(
+                f"GroupsCallback takes the tg.TaskGroups of the module, got "
+                f"{type(groups).__name__}; write GroupsCallback(groups)."
+            )
+        if metrics and recorder is None:
+            raise ValueError("metrics are recorded: pass recorder=tg.Recorder(groups, folder) too.")
+        self.groups = groups
+        self.recorder = recorder
+        self._metrics = metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the groups and of the recorder, which Lightning puts into the checkpoint."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        for name, part in self._parts().items():
+            if name in state_dict:
+                part.load_state_dict(state_dict[name])
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Warn of a checkpoint without the groups."""
+        if self.state_key not in checkpoint["callbacks"]:
+            warnings.warn(
+                "The checkpoint has no state of the groups, because it was saved without "
+                "GroupsCallback: the groups are learned anew.",
+                stacklevel=2,
+            )
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Record the metrics of a validation during the training."""
+        during_training = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if self._metrics and during_training:
+            record(self.recorder, self._metrics, trainer.callback_metrics)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Close the recorder."""
+        if self.recorder is not None:
+            self.recorder.close()
+
+    def _parts(self) -> dict[str, Any]:
+        recorder = {} if self.recorder is None else {"recorder": self.recorder}
+        return {"groups": self.groups, **recorder}
