@@ -11,13 +11,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from weather import end_ranks, labelled, losses_of, make_groups, make_loader, make_model
 
+from taskgroup.integrations.lightning import GroupsCallback
+
 
 class Forecast(LightningModule):
-    def __init__(self):
+    def __init__(self, groups):
         super().__init__()
         self.automatic_optimization = False
         self.model = make_model()
-        self.groups = make_groups()
+        self.groups = groups
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.model.parameters(), lr=1e-2)
@@ -32,23 +34,18 @@ class Forecast(LightningModule):
             self.manual_backward(group.loss(losses))
             optimizer.step()
 
-    def on_save_checkpoint(self, checkpoint):
-        checkpoint["groups"] = self.groups.state_dict()
-
-    def on_load_checkpoint(self, checkpoint):
-        self.groups.load_state_dict(checkpoint["groups"])
-
     def on_train_epoch_end(self):
         self.print(f"epoch {self.current_epoch + 1}: groups {self.groups.partition}", flush=True)
 
 
 def train(folder, epochs, devices):
+    groups = make_groups()
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
         strategy="auto" if devices == 1 else "ddp_find_unused_parameters_true",
         max_epochs=epochs,  # max_steps would count the steps of the groups
-        callbacks=ModelCheckpoint(folder, save_last=True),
+        callbacks=[ModelCheckpoint(folder, save_last=True), GroupsCallback(groups)],
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,
@@ -56,7 +53,7 @@ def train(folder, epochs, devices):
     )
     loader = make_loader(trainer.global_rank, trainer.world_size)
     last = folder / "last.ckpt"
-    trainer.fit(Forecast(), loader, ckpt_path=last if last.exists() else None)
+    trainer.fit(Forecast(groups), loader, ckpt_path=last if last.exists() else None)
 
 
 if __name__ == "__main__":

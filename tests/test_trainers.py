@@ -18,7 +18,7 @@ from tests.ranks import on_ranks
 from tests.states import assert_same
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TRAINERS = ["lightning", "accelerate"]
+TRAINERS = ["lightning", "accelerate", "trainer"]
 
 
 def train(trainer, folder, epochs, rank=0, world=1):
@@ -49,7 +49,11 @@ def train_lightning(folder, epochs, world):
     wait_for_all(world)
     state = torch.load(folder / "last.ckpt", weights_only=True)
     model = {name.removeprefix("model."): part for name, part in state["state_dict"].items()}
-    return model, state["optimizer_states"][0]["state"], state["groups"]
+    return (
+        model,
+        state["optimizer_states"][0]["state"],
+        state["callbacks"]["GroupsCallback"]["groups"],
+    )
 
 
 def train_accelerate(folder, epochs, world):
@@ -61,6 +65,18 @@ def train_accelerate(folder, epochs, world):
     last = folder / f"epoch-{epochs - 1:03}"
     optimizer = torch.load(last / "optimizer.bin", weights_only=True)
     groups = torch.load(last / "custom_checkpoint_0.pkl", weights_only=True)
+    return load_file(last / "model.safetensors"), optimizer["state"], groups
+
+
+def train_trainer(folder, epochs, world):
+    import with_trainer
+    from safetensors.torch import load_file
+
+    with_trainer.train(folder, epochs)
+    wait_for_all(world)
+    last = folder / f"checkpoint-{epochs * 20 // world}"
+    optimizer = torch.load(last / "optimizer.pt", weights_only=True)
+    groups = tg.checkpoint.load(last / "groups.pt")["groups"]
     return load_file(last / "model.safetensors"), optimizer["state"], groups
 
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +130,7 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
         variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         self._columns = [name for name, own in forward.items() if own.kind not in variable]
         self._check_arguments()
+        self._task_columns = [task for task in groups.tasks if task in self.label_names]
         if recorder is not None:
             # First, because the callbacks of trackers may end their run.
             self.callback_handler.callbacks.insert(0, _CloseRecorder(recorder))
@@ -138,10 +139,10 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
         """The tasks with labels in this batch; None if all tasks always have labels."""
         if self._labelled is not None:
             return self._labelled(inputs)
-        columns = [task for task in self.groups.tasks if task in self.label_names]
-        given = [task for task in columns if inputs.get(task) is not None]
+        columns = self._task_columns
         if not columns:
             return None
+        given = [task for task in columns if inputs.get(task) is not None]
         known = [_has_labels(torch.as_tensor(inputs[task])) for task in given]
         present = torch.stack(known).tolist() if known else []  # one wait for a GPU
         missing = set(columns).difference(
@@ -264,7 +265,8 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
         finally:
             self._evaluations -= 1
         if self.recorder is not None and self.is_in_train and not self._evaluations:
-            record(self.recorder, self._metrics or self._task_losses(found), found)
+            if metrics := self._metrics or self._task_losses(found):
+                record(self.recorder, metrics, found)
         return found
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -301,8 +303,13 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
         return {"groups": self.groups, **recorder}
 
     def _task_losses(self, found: Mapping[str, float]) -> TaskMetrics:
-        names = {task: f"eval_{task}_loss" for task in self.groups.tasks}
-        return {task: (name, "lower") for task, name in names.items() if name in found}
+        """The loss of each task as its metric, of the first data set that has its labels."""
+        metrics: dict[str, tuple[str, Literal["lower", "higher"]]] = {}
+        for task in self.groups.tasks:
+            ending = f"_{task}_loss"
+            if names := sorted((name for name in found if name.endswith(ending)), key=len):
+                metrics[task] = names[0], "lower"
+        return metrics
 
     def _set_signature_columns_if_needed(self) -> None:
         """The columns that the Trainer keeps (``remove_unused_columns``), those of the encoder."""
