@@ -123,6 +123,8 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
         self._found: dict[str, Tensor] = {}  # losses before the first step on each task
         self._evaluated: dict[str, tuple[Tensor, int]] = {}  # by task: sum of losses, samples
         self._evaluations = 0  # within each other
+        # Of an evaluation, on the first data set that has labels of the task.
+        self._task_losses: dict[str, tuple[str, Literal["lower", "higher"]]] = {}
         forward = inspect.signature(self.model.forward).parameters
         self._takes_group = "group" in forward
         if isinstance(self.model, MultiTaskModel):
@@ -254,19 +256,22 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
         both = self.accelerator.reduce(torch.stack([sums, samples]))  # the sum over the ranks
         for task, loss, n in zip(self.groups.tasks, *both.tolist(), strict=True):
             if n > 0:
-                output.metrics[f"{metric_key_prefix}_{task}_loss"] = loss / n
+                name = f"{metric_key_prefix}_{task}_loss"
+                output.metrics[name] = loss / n
+                self._task_losses.setdefault(task, (name, "lower"))
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in the Trainer; during the training, the recorder gets the metrics of the tasks."""
+        if self._evaluations == 0:
+            self._task_losses = {}
         self._evaluations += 1  # an evaluation of several data sets calls this method for each
         try:
             found: dict[str, float] = super().evaluate(*args, **kwargs)
         finally:
             self._evaluations -= 1
-        if self.recorder is not None and self.is_in_train and not self._evaluations:
-            if metrics := self._metrics or self._task_losses(found):
-                record(self.recorder, metrics, found)
+        if self._evaluations == 0 and self.is_in_train and self.recorder is not None:
+            record(self.recorder, self._metrics or self._task_losses, found)
         return found
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -301,15 +306,6 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
         """What is saved in a checkpoint, besides what the Trainer saves."""
         recorder = {} if self.recorder is None else {"recorder": self.recorder}
         return {"groups": self.groups, **recorder}
-
-    def _task_losses(self, found: Mapping[str, float]) -> TaskMetrics:
-        """The loss of each task as its metric, of the first data set that has its labels."""
-        metrics: dict[str, tuple[str, Literal["lower", "higher"]]] = {}
-        for task in self.groups.tasks:
-            ending = f"_{task}_loss"
-            if names := sorted((name for name in found if name.endswith(ending)), key=len):
-                metrics[task] = names[0], "lower"
-        return metrics
 
     def _set_signature_columns_if_needed(self) -> None:
         """The columns that the Trainer keeps (``remove_unused_columns``), those of the encoder."""
