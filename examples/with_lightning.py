@@ -15,11 +15,11 @@ from taskgroup.integrations.lightning import GroupsCallback
 
 
 class Forecast(LightningModule):
-    def __init__(self, groups):
+    def __init__(self):
         super().__init__()
         self.automatic_optimization = False
         self.model = make_model()
-        self.groups = groups
+        self.groups = make_groups()
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.model.parameters(), lr=1e-2)
@@ -39,13 +39,13 @@ class Forecast(LightningModule):
 
 
 def train(folder, epochs, devices):
-    groups = make_groups()
+    module = Forecast()
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
         strategy="auto" if devices == 1 else "ddp_find_unused_parameters_true",
         max_epochs=epochs,  # max_steps would count the steps of the groups
-        callbacks=[ModelCheckpoint(folder, save_last=True), GroupsCallback(groups)],
+        callbacks=[ModelCheckpoint(folder, save_last=True), GroupsCallback(module.groups)],
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,
@@ -53,7 +53,7 @@ def train(folder, epochs, devices):
     )
     loader = make_loader(trainer.global_rank, trainer.world_size)
     last = folder / "last.ckpt"
-    trainer.fit(Forecast(groups), loader, ckpt_path=last if last.exists() else None)
+    trainer.fit(module, loader, ckpt_path=last if last.exists() else None)
 
 
 if __name__ == "__main__":

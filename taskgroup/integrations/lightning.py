@@ -37,9 +37,8 @@ class GroupsCallback(_Callback):  # type: ignore[misc]
     Import this module after Lightning; it works with ``lightning.pytorch`` and
     ``pytorch_lightning``::
 
-        groups = tg.TaskGroups(tasks)
-        module = Forecast(groups)  # its training_step loops over the groups
-        trainer = Trainer(callbacks=[GroupsCallback(groups)])
+        module = Forecast()  # its training_step loops over module.groups
+        trainer = Trainer(callbacks=[GroupsCallback(module.groups)])
         trainer.fit(module, loader, ckpt_path=...)
 
     A run that resumes from a checkpoint at the end of a batch or an epoch goes on exactly. If

@@ -160,7 +160,9 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
             inputs: the columns of the batch.
             group: the group of the step; None in an evaluation.
         """
-        given = {name: inputs[name] for name in self._columns if name in inputs}
+        # A forward(*args, **kwargs) names no column.
+        names = self._columns or [name for name in inputs if name not in self.label_names]
+        given = {name: inputs[name] for name in names if name in inputs}
         if self._takes_group:
             return model(**given, group=group)
         if group is None:
