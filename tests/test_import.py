@@ -12,11 +12,14 @@ import taskgroup as tg
 PACKAGE = Path(tg.__file__).parent
 
 EXTRAS = [
+    "accelerate",
     "cvxpy",
+    "lightning",
     "matplotlib",
     "PIL",
     "plotly",
     "pydantic",
+    "pytorch_lightning",
     "river",
     "rich",
     "scipy",
@@ -71,6 +74,20 @@ def test_a_module_is_found_under_its_name(name):
     module = importlib.import_module(name)
     parent, _, leaf = name.rpartition(".")
     assert getattr(sys.modules[parent], leaf) is module
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "install"),
+    [
+        ("lightning", ["lightning", "pytorch_lightning"], "pip install lightning"),
+        ("transformers", ["transformers"], "pip install transformers accelerate"),
+    ],
+)
+def test_a_trainer_that_is_not_installed(name, missing, install):
+    blocked = "".join(f"sys.modules[{module!r}] = None; " for module in missing)
+    done = run(f"import sys; {blocked} import taskgroup.integrations.{name}")
+    assert done.returncode == 1
+    assert install in done.stderr.splitlines()[-1]
 
 
 def test_command_line_without_its_extra_says_what_to_install():

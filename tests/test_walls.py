@@ -16,6 +16,7 @@ STANDS_ON = {  # what each part of the core may import of the others
     "nn": {"ops"},
     "methods": {"ops", "gradients"},
     "loop": {"ops", "gradients", "grouping", "affinity", "nn"},
+    "integrations": {"affinity", "loop", "nn"},
 }
 # The parts of the lab, from the bottom to the top: each may import those that come before it.
 LAB = (
@@ -72,6 +73,13 @@ def test_the_parts_of_the_core_stand_on_each_other_one_way(name):
         if part(module) == name:
             others = {part(other) for other in named} - {None, name}
             assert others <= STANDS_ON[name], f"{module} imports {others - STANDS_ON[name]}"
+
+
+def test_nothing_imports_the_integrations():
+    """They import the libraries of trainers, which are optional."""
+    for module, named in IMPORTS.items():
+        if part(module) != "integrations":
+            assert not [other for other in named if part(other) == "integrations"], module
 
 
 @pytest.mark.parametrize("name", LAB)

@@ -160,6 +160,13 @@ class GradientAffinity(Affinity):
                 "GradientAffinity after that; if gradients are accumulated under FSDP, keep "
                 "set_requires_gradient_sync(True) in the first micro-batch, which is measured."
             )
+        for parameter, *column in zip(self._shared, *found, strict=True):
+            if any(gradient is not None and gradient.is_sparse for gradient in column):
+                raise ValueError(
+                    f"The shared parameter of shape {list(parameter.shape)} has sparse gradients, "
+                    "which GradientAffinity does not take: leave the embedding out, as in "
+                    "GradientAffinity(the other shared parameters), or make it with sparse=False."
+                )
         if average is not None:
             average(found, self._shared)
         self._take_in(list(losses), found, values)

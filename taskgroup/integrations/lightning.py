@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from contextlib import suppress
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from taskgroup.integrations.evaluations import TaskMetrics, record
@@ -21,11 +21,14 @@ def _callback_classes() -> tuple[type, ...]:
     ``pytorch_lightning``, and each knows callbacks of its own class alone.
     """
     names = ("lightning.pytorch", "pytorch_lightning")
-    found = [name for name in names if name in sys.modules]
-    found = found or [name for name in names if find_spec(name.partition(".")[0])][:1]
+    found = [sys.modules[name] for name in names if sys.modules.get(name) is not None]
+    for name in names:
+        if not found:
+            with suppress(ImportError):
+                found = [import_module(name)]
     if not found:
         raise ImportError("taskgroup.integrations.lightning needs Lightning: pip install lightning")
-    return tuple(import_module(name).Callback for name in found)
+    return tuple(module.Callback for module in found)
 
 
 _Callback: Any = type("_Callback", _callback_classes(), {})

@@ -119,7 +119,7 @@ class _Steps:
             if task in inside or id(parameter) in others:
                 continue
             if not hold:
-                zero_gradient(parameter)
+                zero_gradient(parameter, self._optimizer)
             elif parameter.grad is not None:
                 self._set_aside.append((parameter, parameter.grad))
                 parameter.grad = None

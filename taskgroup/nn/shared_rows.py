@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
 
 __all__ = ["SharedRows", "zero_gradient"]
 
@@ -42,7 +42,7 @@ class SharedRows:
             return False
         if parameter.grad is None:
             if not hold:
-                zero_gradient(parameter)
+                zero_gradient(parameter, optimizer)
             return False
         if parameter.grad.is_sparse:
             raise RuntimeError(
@@ -83,11 +83,15 @@ class SharedRows:
                 )
 
 
-def zero_gradient(parameter: Tensor) -> None:
-    """Set the gradient to zero, in place if there is one."""
+def zero_gradient(parameter: Tensor, optimizer: Optimizer) -> None:
+    """Set the gradient to zero for a step of this optimizer, in place if there is one."""
     if parameter.grad is not None:
         if parameter.grad.grad_fn is not None:
             parameter.grad.detach_()  # as zero_grad() does; refused for DDP's views of its buckets
         parameter.grad.requires_grad_(False).zero_()
-    elif parameter.requires_grad:
-        parameter.grad = torch.zeros_like(parameter)
+    elif parameter.requires_grad and not isinstance(optimizer, SparseAdam):
+        # SparseAdam takes sparse gradients alone, and moves only the rows that are in them. SGD's
+        # momentum of sparse gradients is sparse, and torch cannot add a dense gradient to it.
+        state = optimizer.state.get(parameter, {}).values()
+        sparse = (own for own in state if isinstance(own, Tensor) and own.is_sparse)
+        parameter.grad = torch.zeros_like(next(sparse, parameter))

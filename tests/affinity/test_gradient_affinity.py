@@ -314,3 +314,15 @@ class TestErrors:
             with pytest.raises(RuntimeError, match=r"donated_buffer = False before the model"):
                 group.loss(compiled(x).square().sum(0))
             break
+
+
+def test_sparse_gradients_are_refused_by_a_sentence_that_says_what_to_leave_out():
+    table, layer = nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2)
+    shared = nn.ModuleList([table, layer])
+    groups = tg.TaskGroups(["a", "b"], affinity=tg.GradientAffinity(shared))
+    outputs = layer(table(torch.tensor([1, 2]))).square().mean(0)
+    with pytest.raises(ValueError, match=r"parameter of shape \[5, 3\] has sparse.*leave the emb"):
+        next(iter(groups)).loss({"a": outputs[0], "b": outputs[1]})
+    groups = tg.TaskGroups(["a", "b"], affinity=tg.GradientAffinity(layer))
+    next(iter(groups)).loss({"a": outputs[0], "b": outputs[1]})
+    assert groups.affinity.observed.all()

@@ -569,3 +569,102 @@ class TestRows:
         group.loss((head(encoder(x)) - target[:, :, 0].T).square().mean(0)).backward()
         with pytest.raises(RuntimeError, match=r"Adafactor keeps.*element by element"):
             optimizer.step()
+
+
+class Table(nn.Module):
+    """A head with an embedding of its own, as in a recommender."""
+
+    def __init__(self, sparse):
+        super().__init__()
+        self.table = nn.Embedding(7, 4, sparse=sparse)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, features):
+        items, shared = features
+        return self.out(torch.cat([self.table(items), shared], 1))
+
+
+class Items(nn.Module):
+    def __init__(self, sparse):
+        super().__init__()
+        self.table = nn.Embedding(7, 4, sparse=sparse)
+
+    def forward(self, items):
+        return items, self.table(items)
+
+
+TAKE_SPARSE_GRADIENTS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch's Adagrad
+class TestSparseGradients:
+    """Embeddings with ``sparse=True``, in an optimizer of their own or not."""
+
+    def trained(self, sparse, outside, tables, named=True):
+        torch.manual_seed(0)
+        model = tg.MultiTaskModel(Items(sparse), {task: Table(sparse) for task in TASKS})
+        embeddings = [own for name, own in model.named_parameters() if "table" in name]
+        others = [own for name, own in model.named_parameters() if "table" not in name]
+        optimizers = [tables(embeddings), torch.optim.Adam(others, lr=0.1)]
+        groups = fixed_groups()
+        groups.attach(optimizers, model.heads if named else None, outside)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(6):
+            items = torch.randint(7, (3,), generator=generator)
+            for group in groups:
+                outputs = model(items, group=group)
+                losses = {t: (own - 1).square().mean() for t, own in outputs.items()}
+                model.zero_grad()
+                group.loss(losses).backward()
+                before = snapshot(model)
+                for optimizer in optimizers:
+                    optimizer.step()
+                if outside == "hold":
+                    assert moved(model, before) == set(group.tasks)
+        return snapshot(model)
+
+    @pytest.mark.parametrize("named", [True, False])
+    @pytest.mark.parametrize("outside", ["hold", "coast"])
+    @pytest.mark.parametrize("kind", TAKE_SPARSE_GRADIENTS)
+    def test_the_steps_are_those_of_dense_gradients(self, kind, outside, named):
+        sparse = self.trained(True, outside, TAKE_SPARSE_GRADIENTS[kind], named)
+        dense = self.trained(False, outside, TAKE_SPARSE_GRADIENTS[kind], named)
+        for name, value in dense.items():
+            torch.testing.assert_close(sparse[name], value, msg=name)
+
+    def test_under_sparse_adam_no_row_coasts(self):
+        """It moves the rows that have a gradient, and no others."""
+
+        def sparse_adam(parameters):
+            return torch.optim.SparseAdam(parameters, lr=0.1)
+
+        hold, coast = (self.trained(True, o, sparse_adam) for o in ("hold", "coast"))
+        tables = [name for name in hold if "heads" in name and "table" in name]
+        own = self.trained(True, "hold", EveryTableApart)  # by the definition of SparseAdam
+        assert len(tables) == 3
+        for name in tables:
+            torch.testing.assert_close(hold[name], own[name])
+        assert any(not torch.equal(hold[name], coast[name]) for name in hold)
+
+
+class EveryTableApart(torch.optim.SparseAdam):
+    """SparseAdam in the words of its paper, one row at a time."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state.setdefault(parameter, {"step": 0})
+            state["step"] += 1
+            gradient = parameter.grad.coalesce()
+            for row, value in zip(gradient.indices()[0].tolist(), gradient.values(), strict=True):
+                m, v = state.get(row, (torch.zeros(4), torch.zeros(4)))
+                m, v = 0.9 * m + 0.1 * value, 0.999 * v + 0.001 * value.square()
+                state[row] = m, v
+                n = state["step"]
+                rate = 0.1 * (1 - 0.999**n) ** 0.5 / (1 - 0.9**n)
+                parameter[row] -= rate * m / (v.sqrt() + 1e-8)
