@@ -76,18 +76,17 @@ def test_a_module_is_found_under_its_name(name):
     assert getattr(sys.modules[parent], leaf) is module
 
 
-@pytest.mark.parametrize(
-    ("name", "missing", "install"),
-    [
-        ("lightning", ["lightning", "pytorch_lightning"], "pip install lightning"),
-        ("transformers", ["transformers"], "pip install transformers accelerate"),
-    ],
-)
-def test_a_trainer_that_is_not_installed(name, missing, install):
-    blocked = "".join(f"sys.modules[{module!r}] = None; " for module in missing)
-    done = run(f"import sys; {blocked} import taskgroup.integrations.{name}")
-    assert done.returncode == 1
-    assert install in done.stderr.splitlines()[-1]
+def test_trainers_that_are_not_installed():
+    done = run(
+        "import importlib, sys\n"
+        "for name in ('lightning', 'pytorch_lightning', 'transformers'): sys.modules[name] = None\n"
+        "for name in ('lightning', 'transformers'):\n"
+        "    try: importlib.import_module(f'taskgroup.integrations.{name}')\n"
+        "    except ImportError as error: print(error)"
+    )
+    lightning, transformers = done.stdout.splitlines()
+    assert "pip install lightning" in lightning
+    assert "pip install transformers accelerate" in transformers
 
 
 def test_command_line_without_its_extra_says_what_to_install():
