@@ -1,0 +1,1 @@
+"""Recording a training run: its files, and the trackers that show it while it trains."""
