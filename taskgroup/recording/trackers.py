@@ -203,11 +203,10 @@ class _WandbRun:
     """A run of Weights & Biases.
 
     W&B numbers the rows of a run's table by its *step*, which never goes back: a row whose step is
-    in the past is dropped, with what others have logged in it. So our rows are numbered by the
-    batch where this is possible, and users who log with ``step=batch`` share them. Where the run is
-    ahead, because others log without a step or count something else, we follow it, which takes a
-    question to W&B's own process. Rows are left open, so that a value of someone else can still
-    join the one of its batch. Our charts have the batch as their x axis in any case.
+    in the past is dropped, with all that is in it. So we write into the row that is open, whoever
+    opened it, and open the next one only where we would replace values of our own. Rows stay open,
+    so that users who log with a step of their own can still write into the same row. This takes the
+    step from W&B's own process in every call. The x axis of our charts is the batch.
     """
 
     _BATCH = PREFIX + "batch"
@@ -240,8 +239,7 @@ class _WandbRun:
         if self._shared:  # by several processes: the run has no step, and each call gets a row
             self._run.log(values)
             return
-        least = self._row + (batch != self._batch)  # or we replace our own values
-        self._row = max(self._run.step, batch, least)
+        self._row = max(self._run.step, self._row + (batch != self._batch))
         self._batch = batch
         self._run.log(values, step=self._row)
 
