@@ -14,7 +14,7 @@ HEADS = {"material": 4, "depth": 1, "normals": 3, "edges": 1, "shading": 1}  # c
 
 
 def render(n, size=32):
-    """Images [n, 3, H, W] of shaded spheres before a wall, and their labels ``{task: [n, ...]}``."""
+    """Images [n, 3, H, W] of shaded spheres before a wall, and labels ``{task: [n, ...]}``."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
     material = torch.zeros(n, size, size, dtype=torch.long)
     depth = torch.full((n, size, size), 2.0)
@@ -23,22 +23,18 @@ def render(n, size=32):
         dx, dy = x - torch.rand(n, 1, 1) * 2 + 1, y - torch.rand(n, 1, 1) * 2 + 1
         radius = 0.3 + 0.3 * torch.rand(n, 1, 1)
         height = (radius**2 - dx**2 - dy**2).clamp(min=0).sqrt()
-        near = 1 + torch.rand(n, 1, 1) - height
-        hit = (height > 0) & (near < depth)
-        depth = torch.where(hit, near, depth)
-        material = torch.where(hit, torch.randint(1, 4, (n, 1, 1)), material)
-        normals = torch.where(
-            hit[:, None], torch.stack([dx, dy, height], 1) / radius[:, None], normals
-        )
+        front = 1 + torch.rand(n, 1, 1) - height
+        seen = (height > 0) & (front < depth)
+        depth = torch.where(seen, front, depth)
+        material = torch.where(seen, torch.randint(1, 4, (n, 1, 1)), material)
+        of_sphere = torch.stack([dx, dy, height], 1) / radius[:, None]
+        normals = torch.where(seen[:, None], of_sphere, normals)
     shading = (normals * torch.tensor([-0.5, -0.5, 0.7]).view(1, 3, 1, 1)).sum(1).clamp(min=0.1)
-    far, near = F.max_pool2d(depth, 3, 1, 1), -F.max_pool2d(-depth, 3, 1, 1)
+    edges = (F.max_pool2d(depth, 3, 1, 1) + F.max_pool2d(-depth, 3, 1, 1) > 0.2).float()
     colours = torch.tensor([[0.6, 0.6, 0.6], [0.9, 0.3, 0.2], [0.2, 0.7, 0.3], [0.2, 0.4, 0.9]])
-    images = colours[material].movedim(-1, 1) * shading[:, None] + 0.05 * torch.randn(
-        n, 3, size, size
-    )
-    edges = (far - near > 0.2).float()
-    labels = {"material": material, "depth": depth, "normals": normals}
-    return images, {**labels, "edges": edges, "shading": shading}
+    images = colours[material].movedim(-1, 1) * shading[:, None]
+    labels = (material, depth, normals, edges, shading)
+    return images + 0.05 * torch.randn_like(images), dict(zip(HEADS, labels, strict=True))
 
 
 class Block(nn.Module):
@@ -57,8 +53,8 @@ class Block(nn.Module):
 
 
 def head(channels):
-    layers = nn.Conv2d(64, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, channels, 1)
-    return nn.Sequential(*layers, nn.Upsample(scale_factor=4, mode="bilinear"), nn.Flatten(1, 1))
+    layers = nn.Conv2d(48, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, channels, 1)
+    return nn.Sequential(*layers, nn.Upsample(scale_factor=4, mode="bilinear"))
 
 
 def criterion(outputs, labels):
@@ -77,9 +73,9 @@ def criterion(outputs, labels):
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
-images, labels = render(256)
-held_out = render(64)
-encoder = nn.Sequential(Block(3, 16, 1), Block(16, 32, 2), Block(32, 64, 2), Block(64, 64, 1))
+images, labels = render(192)
+held_out = render(48)
+encoder = nn.Sequential(Block(3, 16, 2), Block(16, 32, 1), Block(32, 48, 2), Block(48, 48, 1))
 model = tg.MultiTaskModel(encoder, {task: head(channels) for task, channels in HEADS.items()})
 optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
 groups = tg.TaskGroups(list(HEADS), warmup=5, affinity=tg.ProximalAffinity(decay=0.05))
@@ -87,7 +83,7 @@ groups = tg.TaskGroups(list(HEADS), warmup=5, affinity=tg.ProximalAffinity(decay
 with wandb.init(project="scenes", mode="offline") as run:
     recorder = tg.Recorder(groups, "runs/scenes", log=run, pairs=[("depth", "normals")])
     for epoch in range(4):
-        for batch in torch.randperm(256).split(32):
+        for batch in torch.randperm(192).split(32):
             for group in groups:
                 outputs = model(images[batch], group=group)
                 losses = criterion(outputs, {task: labels[task][batch] for task in HEADS})
@@ -95,8 +91,9 @@ with wandb.init(project="scenes", mode="offline") as run:
                 group.loss(losses).backward()
                 optimizer.step()
         with torch.no_grad():
-            error = criterion(model.eval()(held_out[0]), held_out[1])
+            losses = criterion(model.eval()(held_out[0]), held_out[1])
         model.train()
-        print(f"epoch {epoch}", {task: round(float(error[task]), 3) for task in error})
-        recorder.metrics(error, better=dict.fromkeys(HEADS, "lower"))
+        errors = {task: round(float(loss), 3) for task, loss in losses.items()}
+        print(f"epoch {epoch}, held-out losses {errors}")
+        recorder.metrics(errors, better=dict.fromkeys(HEADS, "lower"))
     print(groups.partition, recorder.report())

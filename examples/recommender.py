@@ -74,8 +74,9 @@ with SummaryWriter("runs/recommender/tensorboard") as writer:
                 for optimizer in optimizers:
                     optimizer.step()
         with torch.no_grad():
-            error = criterion(model.eval()(*held_out[:2]), held_out[2])
+            losses = criterion(model.eval()(*held_out[:2]), held_out[2])
         model.train()
-        print(f"epoch {epoch}: held-out loss {sum(error.values()) / len(error):.3f}")
-        recorder.metrics(error, better=dict.fromkeys(TASKS, "lower"))
+        errors = {task: float(loss) for task, loss in losses.items()}
+        print(f"epoch {epoch}, mean held-out loss {sum(errors.values()) / len(TASKS):.3f}")
+        recorder.metrics(errors, better=dict.fromkeys(TASKS, "lower"))
     print(len(groups.partition), "groups;", recorder.report())
