@@ -16,6 +16,7 @@ EXTRAS = [
     "cvxpy",
     "lightning",
     "matplotlib",
+    "mlflow",
     "PIL",
     "plotly",
     "pydantic",
@@ -25,10 +26,12 @@ EXTRAS = [
     "scipy",
     "skimage",
     "sklearn",
+    "tensorboard",
     "torchjd",
     "torchmetrics",
     "transformers",
     "typer",
+    "wandb",
 ]
 
 
