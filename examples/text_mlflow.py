@@ -104,11 +104,12 @@ def train(folder, epochs):
         metrics={task: (f"eval_{task}_accuracy", "higher") for task in TASKS},
     )
     trainer.train()
-    print(f"groups {groups.partition}", f"report {recorder.report()}", sep="\n", flush=True)
+    return groups, recorder
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, default=Path("runs/text"))
     parser.add_argument("--epochs", type=int, default=3)
-    train(**vars(parser.parse_args()))
+    groups, recorder = train(**vars(parser.parse_args()))
+    print(f"groups {groups.partition}, report {recorder.report()}")

@@ -8,8 +8,9 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-from taskgroup.integrations.evaluations import TaskMetrics, record
+from taskgroup.integrations.metrics import TaskMetrics, check_parts, record
 from taskgroup.loop.schedule import TaskGroups
+from taskgroup.recording.recorder import Recorder
 
 __all__ = ["GroupsCallback"]
 
@@ -50,32 +51,27 @@ class GroupsCallback(_Callback):  # type: ignore[misc]
 
     Args:
         groups: the :class:`TaskGroups` of the module.
-        recorder: a ``Recorder`` of these groups. Its state is saved as well, and it is closed at
-            the end of ``fit``.
+        recorder: a :class:`Recorder` of these groups. Its state is saved as well, and it is closed
+            at the end of ``fit``.
         metrics: for each task the name under which the module logs its validation metric and which
             values are better, ``{task: ("val_accuracy", "higher")}``. The recorder gets them after
             every validation during ``fit``.
 
     Raises:
         ImportError: at the import of this module, if Lightning is not installed.
-        TypeError: if ``groups`` is not a :class:`TaskGroups`.
-        ValueError: if ``metrics`` is given without a recorder; after a validation that did not log
-            one of the metrics.
+        TypeError: if ``groups`` is not a :class:`TaskGroups`, or ``recorder`` not a
+            :class:`Recorder`.
+        ValueError: if ``metrics`` is given without a recorder, or names unknown tasks; after a
+            validation that did not log one of the metrics.
     """
 
     def __init__(
         self,
         groups: TaskGroups,
-        recorder: Any = None,
+        recorder: Recorder | None = None,
         metrics: TaskMetrics | None = None,
     ) -> None:
-        if not isinstance(groups, TaskGroups):
-            raise TypeError(
-                f"GroupsCallback takes the tg.TaskGroups of the module, got "
-                f"{type(groups).__name__}; write GroupsCallback(groups)."
-            )
-        if metrics and recorder is None:
-            raise ValueError("metrics are recorded: pass recorder=tg.Recorder(groups, folder) too.")
+        check_parts("GroupsCallback", groups, recorder, metrics)
         self.groups = groups
         self.recorder = recorder
         self._metrics = metrics
@@ -102,7 +98,7 @@ class GroupsCallback(_Callback):  # type: ignore[misc]
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the metrics of a validation during the training."""
         during_training = trainer.state.fn == "fit" and not trainer.sanity_checking
-        if self._metrics and during_training:
+        if self.recorder is not None and self._metrics and during_training:
             record(self.recorder, self._metrics, trainer.callback_metrics)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from taskgroup import checkpoint
 from taskgroup.affinity.base import Losses
-from taskgroup.integrations.evaluations import TaskMetrics, record
+from taskgroup.integrations.metrics import TaskMetrics, check_parts, record
 from taskgroup.loop.group import Group
 from taskgroup.loop.schedule import TaskGroups
 from taskgroup.nn.model import MultiTaskModel
 from taskgroup.nn.norm import statistics_once
+from taskgroup.recording.recorder import Recorder
 
 try:
     transformers: Any = import_module("transformers")
@@ -64,15 +65,16 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
         labelled: a function of the inputs that returns the tasks with labels in this batch. By
             default a task whose name is a column of labels has labels in a batch if the column is
             there and holds a value other than -100 and NaN; all other tasks always have labels.
-        recorder: a ``Recorder`` of these groups. Its state is saved as well, it gets ``metrics``
-            after every evaluation during the training, and it is closed at the end.
+        recorder: a :class:`Recorder` of these groups. Its state is saved as well, it gets
+            ``metrics`` after every evaluation during the training, and it is closed at the end.
         metrics: for each task the name of its metric in the evaluation and which values are better,
             ``{task: ("eval_accuracy", "higher")}``. By default the loss of each task.
         **kwargs: keyword arguments of ``transformers.Trainer``.
 
     Raises:
         ImportError: if transformers or accelerate is missing.
-        TypeError: if ``groups`` is not a :class:`TaskGroups`.
+        TypeError: if ``groups`` is not a :class:`TaskGroups`, or ``recorder`` not a
+            :class:`Recorder`.
         ValueError: if ``label_names`` is empty, or an argument of the Trainer does not work with
             groups: ``gradient_accumulation_steps`` above 1, ``compute_loss_func``,
             ``label_smoothing_factor``, ``model_init``, ``torch_compile`` with a
@@ -104,15 +106,11 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
         groups: TaskGroups,
         losses: Callable[[Any, Inputs], Losses],
         labelled: Callable[[Inputs], Iterable[str]] | None = None,
-        recorder: Any = None,
+        recorder: Recorder | None = None,
         metrics: TaskMetrics | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(groups, TaskGroups):
-            raise TypeError(
-                f"groups must be a tg.TaskGroups, got {type(groups).__name__}; write "
-                "GroupTrainer(model, arguments, groups=tg.TaskGroups(tasks), ...)."
-            )
+        check_parts("GroupTrainer", groups, recorder, metrics)
         super().__init__(*args, **kwargs)
         self.groups = groups
         self.losses = losses
@@ -360,7 +358,7 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
 class _CloseRecorder(_TrainerCallback):  # type: ignore[misc]
     """Closes the recorder at the end of the training."""
 
-    def __init__(self, recorder: Any) -> None:
+    def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
 
     def on_train_end(self, *_: object, **__: object) -> None:

@@ -109,7 +109,9 @@ def test_slurm_requeues_a_job_in_the_middle_of_a_batch(within, tmp_path, monkeyp
     def trainer(module):
         cluster = SLURMEnvironment(auto_requeue=True)
         options = {"plugins": [cluster], "max_epochs": 1}
-        return make_trainer(PACKAGES[0], tmp_path, GroupsCallback(module.groups), **options)
+        recorder = tg.Recorder(module.groups, tmp_path / "run")
+        callback = GroupsCallback(module.groups, recorder)
+        return make_trainer(PACKAGES[0], tmp_path, callback, **options)
 
     def interrupted():
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -124,9 +126,11 @@ def test_slurm_requeues_a_job_in_the_middle_of_a_batch(within, tmp_path, monkeyp
     with pytest.warns(UserWarning, match="dataloader is not resumable"):  # Lightning's own
         trainer(again).fit(again, loader(), loader())
     assert_same(again.whole[0], module.whole[1])
+    batches = [line["batch"] for line in tg.recording.read_lines(tmp_path / "run/metrics.jsonl")]
+    assert batches == [*range(1, 1 + 1 + len(again.whole))]  # none of them twice
 
 
-class Notes:
+class Notes(tg.Recorder):
     """Stands for a Recorder: notes what it is told."""
 
     def __init__(self):
@@ -190,7 +194,11 @@ def test_a_checkpoint_without_the_groups_is_told_of(tmp_path):
 
 
 def test_wrong_arguments_are_explained():
-    with pytest.raises(TypeError, match=r"takes the tg\.TaskGroups of the module, got list"):
+    with pytest.raises(TypeError, match=r"GroupsCallback takes tg\.TaskGroups, got list"):
         GroupsCallback(TASKS)
     with pytest.raises(ValueError, match=r"pass recorder=tg.Recorder\(groups, folder\)"):
         GroupsCallback(tg.TaskGroups(TASKS), metrics=METRICS)
+    with pytest.raises(TypeError, match="pass a tracker as its log="):
+        GroupsCallback(tg.TaskGroups(TASKS), print)
+    with pytest.raises(ValueError, match=r"unknown tasks \['d'\].*tasks \['a', 'b', 'c'\]"):
+        GroupsCallback(tg.TaskGroups(TASKS), Notes(), {"d": ("val_d", "lower")})

@@ -312,10 +312,12 @@ def state_of(trainer):
 def test_a_run_resumes_exactly(how, train, tmp_path, accelerate):
     """Also within an epoch, with shuffled data and dropout."""
 
-    def made(folder, **options):
+    def made(folder, callbacks=(), **options):
+        callbacks = list(callbacks)
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
         groups = tg.TaskGroups(TASKS, warmup=2, affinity=tg.ProximalAffinity(decay=0.1))
-        return train(make_model(), groups, output_dir=str(folder), **options)
+        own = {"recorder": tg.Recorder(groups, folder / "run"), "callbacks": callbacks}
+        return train(make_model(), groups, output_dir=str(folder), options=own, **options)
 
     whole = made(tmp_path / "whole")
     whole.train()
@@ -325,13 +327,18 @@ def test_a_run_resumes_exactly(how, train, tmp_path, accelerate):
         def on_step_end(self, args, state, control, **_):
             control.should_save = control.should_training_stop = state.global_step == step
 
-    begun = made(tmp_path / "own", options={"callbacks": [Stop()]}, save_strategy="steps")
+    begun = made(tmp_path / "own", [Stop()], save_strategy="steps")
     begun.train()
     other = made(tmp_path / "own")
     folder = tmp_path / "own" / f"checkpoint-{step}"
     other.train(resume_from_checkpoint=True if how == "True" else str(folder))
     assert_same(state_of(other), state_of(whole))
     assert whole.groups.affinity.matrix.any()
+    recorded, expected = (
+        [*tg.recording.read_lines(trainer.recorder.folder / "metrics.jsonl")]
+        for trainer in (other, whole)
+    )
+    assert recorded == expected
 
 
 def transformers_callback():
@@ -356,7 +363,7 @@ def test_only_checkpoints_to_resume_from_hold_the_groups(train, tmp_path):
     assert not [*tmp_path.rglob("groups.pt")]
 
 
-class Notes:
+class Notes(tg.Recorder):
     """Stands for a Recorder: notes what it is told."""
 
     def __init__(self):
@@ -415,7 +422,9 @@ def test_a_recorder_hears_of_evaluations_and_is_closed_before_the_trackers(train
         ({"label_names": []}, r"TrainingArguments\(label_names"),
         ({"torch_compile": True}, r"call model.compile\(\) instead"),
         ({"options": {"compute_loss_func": print}}, "pass losses= instead"),
-        ({"options": {"groups": TASKS}}, "groups must be a tg.TaskGroups, got list"),
+        ({"options": {"recorder": print}}, r"recorder must be a tg\.Recorder"),
+        ({"options": {"metrics": {"mood": ("a", "lower")}}}, r"pass recorder=tg\.Recorder"),
+        ({"options": {"groups": TASKS}}, r"GroupTrainer takes tg\.TaskGroups, got list"),
     ],
 )
 def test_what_does_not_work_with_groups_is_refused(wrong, sentence, train):
