@@ -41,6 +41,7 @@ nitpick_ignore_regex = [
     ("py:class", r"Tensor|ProcessGroup|Path"),
     # Ours, but not part of the reference.
     ("py:class", r"(.*\.)?(Cell|Ranks|Result|Score|Step|Summary|Transform|Variant)"),
+    ("py:class", r"(.*\.)?(Inputs|Losses|TaskMetrics)"),
 ]
 
 autodoc_member_order = "bysource"
@@ -64,7 +65,7 @@ TREES: dict[str, dict[str, list[str]]] = {
     "api/index": {
         "": [
             *("schedule", "affinity", "groupings", "models", "gradients", "methods"),
-            *("checkpoints", "experiments", "vision", "command-line"),
+            *("trainers", "checkpoints", "experiments", "vision", "command-line"),
         ]
     },
 }
