@@ -79,7 +79,8 @@ def write_report(
     ]
     related = [run for run in shown if len(run.data.tasks) > 1]
     bars, left_out = seconds_per_batch(begun)
-    words, loss_cards, lines = figures.losses(shown)
+    losses, loss_cards, lines = figures.losses(shown)
+    counts, count_cards = figures.number_of_groups(shown)
     sections = [
         _Section("Runs", "", table=_runs_table(shown)),
         _Section(
@@ -100,11 +101,11 @@ def write_report(
         ),
         _Section(
             "Number of groups",
-            "The number of groups after each batch of the selective runs.",
-            figures.number_of_groups(shown),
+            counts,
+            count_cards,
             lines=figures.with_groups(shown),
         ),
-        _Section("Losses", words, loss_cards, lines=shown if lines else ()),
+        _Section("Losses", losses, loss_cards, lines=shown if lines else ()),
         _Section(
             "Time per batch",
             "The time that each section of a batch takes, averaged over all batches so far, the "

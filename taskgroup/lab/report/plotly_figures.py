@@ -187,7 +187,7 @@ def _matrices(
                 meaning, tickvals=[-end, 0, end], ticktext=[f"−{end:.2g}", "0", f"{end:.2g}"]
             ),
         },
-        {"r": 10, "t": 58, "b": _room(tasks, cell) if few else 14},
+        {"r": 10, "t": 60, "b": _room(tasks, cell) if few else 14},
         frames,
         xaxis=_task_axis(
             tasks,
@@ -289,11 +289,12 @@ def with_groups(runs: Sequence[Shown]) -> list[Shown]:
     return [run for run in runs if run.data.method == "selective"]
 
 
-def number_of_groups(runs: Sequence[Shown]) -> list[Card]:
-    """A line for each selective run; no card if there is none."""
+def number_of_groups(runs: Sequence[Shown]) -> tuple[str, list[Card]]:
+    """A line for each selective run: a text on what it shows, and the figure, if there is one."""
+    words = "The number of groups after each batch of the selective runs"
     selective = with_groups(runs)
     if not selective:
-        return []
+        return "", []
     found = [group_counts(run.data, _POINTS) for run in selective]
     width = max(points.width for points in found)
     most = max(points.high.max() for points in found)
@@ -301,7 +302,7 @@ def number_of_groups(runs: Sequence[Shown]) -> list[Card]:
         layout=_layout(
             260,
             margin={"l": 50, "r": 12, "t": 30, "b": 44},
-            xaxis=_batch_axis(_means(width)),
+            xaxis=_batch_axis(""),
             yaxis={"title": {"text": "groups", "standoff": 8}, "rangemode": "tozero"},
         )
     )
@@ -311,7 +312,7 @@ def number_of_groups(runs: Sequence[Shown]) -> list[Card]:
         figure.update_yaxes(dtick=1)
     if width == 1:
         figure.update_traces(line_shape="hv")
-    return [Card("", figure, 300)]
+    return _with_means(words, width), [Card("", figure, 300)]
 
 
 def losses(runs: Sequence[Shown]) -> tuple[str, list[Card], bool]:
@@ -326,9 +327,8 @@ def losses(runs: Sequence[Shown]) -> tuple[str, list[Card], bool]:
         )
         return words, [_loss_map(run) for run in runs], False
     spread = [thin(run.data.batches, run.data.losses, points=_POINTS) for run in runs]
-    means = _means(max(points.width for points in spread))
     words = "The loss of each task before the first step of a batch"
-    words += f" ({means})." if means else "."
+    words = _with_means(words, max(points.width for points in spread))
     labels = dict.fromkeys(_titles(runs), "loss")
     return words, _lines(labels, runs, spread), True
 
@@ -418,7 +418,7 @@ def _loss_map(run: Shown) -> Card:
                 ticktext=[f"{2.0**power:.3g}" for power in powers],
             ),
         },
-        {"r": 10, "t": 58, "b": 44},
+        {"r": 10, "t": 60, "b": 44},
         xaxis=_batch_axis(
             f"means of up to {points.width} batches" if points.width > 1 else "", showgrid=False
         ),
@@ -577,7 +577,7 @@ def _colorbar(title: str, **more: Any) -> dict[str, Any]:
         "xpad": 0,
         "y": 1,
         "yanchor": "bottom",
-        "ypad": 4,
+        "ypad": 6,
         "outlinewidth": 0,
         "tickfont": {"size": 10.5},
         **more,
@@ -602,9 +602,10 @@ def _end_of_warmup(run: RunData) -> list[dict[str, Any]]:
     return [{"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": line}]
 
 
-def _means(width: int) -> str:
-    """What a point of a line is, if it stands for several batches."""
-    return f"means of up to {width} batches; shaded: minimum to maximum" if width > 1 else ""
+def _with_means(words: str, width: int) -> str:
+    """A sentence that says what a point of a line is, if it stands for several batches."""
+    means = f" (means of up to {width} batches; shaded: minimum to maximum)" if width > 1 else ""
+    return f"{words}{means}."
 
 
 def _escaped(name: str, longest: int = 40) -> str:
