@@ -223,10 +223,10 @@ def affinity_over_time(
 def draw_run(run: Run) -> None:
     """Draw the pictures of a finished run into its folder.
 
-    For a selective run, ``affinity.png`` is the matrix that tasks are grouped by, ``cogrouping.png``
-    shows which tasks shared a group, and ``groups.png`` is the number of groups over time. In the
-    first two, the tasks of a group are neighbours, and the groups of the last batch are framed. If
-    the data are images, ``predictions.png`` shows what the network predicts.
+    For a selective run, ``affinity.png`` is the matrix that tasks are grouped by,
+    ``cogrouping.png`` shows which tasks shared a group, and ``groups.png`` is the number of groups
+    over time. In the first two, the tasks of a group are neighbours, and the groups of the last
+    batch are framed. If the data are images, ``predictions.png`` shows what the network predicts.
     """
     trainer, data = run.trainer, load_run_data(run.out)
     affinity = trainer.affinity().cpu().double().numpy()
@@ -244,10 +244,11 @@ def _draw_groups(run: RunData, affinity: Floats, out: Path) -> None:
     framed = groups.blocks(run.groups[-1][order])
     matrix = 0.42 * min(len(names), 40)  # inches of its side
     size = max(3.0, min(9.0, 0.75 * 72 * matrix / len(names)))
-    side = 3.0 + matrix
+    room = max(map(len, names)) * 0.62 * size / 72  # inches of the longest name
+    sides = (matrix + room + 1.8, matrix + 0.75 * room + 1.1)
     bar_size: dict[str, Any] = {"fraction": 0.046, "pad": 0.03, "aspect": max(20, len(names))}
 
-    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    figure = Figure(figsize=sides, layout="constrained")
     axes = figure.subplots()
     values = affinities.normalised(affinity)[np.ix_(order, order)]
     end = affinities.largest(values)
@@ -266,7 +267,7 @@ def _draw_groups(run: RunData, affinity: Floats, out: Path) -> None:
 
     learned = groups.learned(run)
     after = learned if len(learned) else run.groups
-    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    figure = Figure(figsize=sides, layout="constrained")
     axes = figure.subplots()
     image = _draw_share(axes, groups.share(after), order, names, size, digits=1, turned=45)
     _frame(axes, framed)
@@ -317,13 +318,13 @@ def _draw_counts(axes: Axes, runs: Sequence[RunData], names: Sequence[str]) -> N
         axes.axvspan(0, warmup, color="#e8e8e8", zorder=0, linewidth=0, label="warm-up")
     last = max(int(run.batches[-1]) for run in runs)
     most = max(int(run.groups.max()) for run in runs) + 1
-    axes.set(xlabel="batch", ylabel="groups", xlim=(0, last), ylim=(0, 1.05 * most + 0.2))
+    of = f" (means of {width} batches; shaded: minimum to maximum)" if width > 1 else ""
+    axes.set(xlabel=f"batch{of}", ylabel="groups", xlim=(0, last), ylim=(0, 1.05 * most + 0.2))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set_box_aspect(0.55)
     axes.set_anchor("N")
-    of = f" (mean of {width} batches, shaded: minimum to maximum)" if width > 1 else ""
-    open_axes(axes, f"Number of groups{of}")
+    open_axes(axes, "Number of groups")
 
 
 def _draw_share(
