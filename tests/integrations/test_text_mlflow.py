@@ -37,3 +37,5 @@ def test_one_run_in_mlflow_and_one_folder(tmp_path, monkeypatch):
     assert len(batches) == 30
     assert batches[0]["steps"] == 4
     assert groups.affinity.observed.all()  # pairs of both data sets as well
+    page = recorder.report().read_text("utf-8")
+    assert all(task in page for task in text_mlflow.TASKS)

@@ -1,7 +1,9 @@
 """GroupTrainer: the Hugging Face Trainer with one step per group."""
 
 import logging
+import os
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import taskgroup as tg
 from taskgroup.integrations.transformers import GroupTrainer
+from tests.ranks import on_ranks
 from tests.states import assert_same
 
 TASKS = ["mood", "topic", "length"]
@@ -62,35 +65,36 @@ def losses_of(outputs, inputs):
     return {task: cross_entropy(own, inputs[task]) for task, own in outputs.items()}
 
 
-@pytest.fixture
-def train(tmp_path, accelerate):
-    """Make a trainer; the files of the first one are in ``tmp_path``."""
+def make_trainer(
+    model, groups, data=None, cls=GroupTrainer, options=(), losses=losses_of, **arguments
+):
     import transformers
 
-    def make(model, groups, data=None, cls=GroupTrainer, options=(), losses=losses_of, **arguments):
-        arguments = {
-            "output_dir": str(tmp_path),
-            "label_names": TASKS,
-            "use_cpu": True,
-            "per_device_train_batch_size": 8,
-            "per_device_eval_batch_size": 8,
-            "num_train_epochs": 2,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            **arguments,
-        }
-        data = make_data() if data is None else data
-        return cls(
-            model,
-            transformers.TrainingArguments(**arguments),
-            train_dataset=data,
-            groups=groups,
-            losses=losses,
-            **dict(options),
-        )
+    arguments = {
+        "label_names": TASKS,
+        "use_cpu": True,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "num_train_epochs": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        **arguments,
+    }
+    return cls(
+        model,
+        transformers.TrainingArguments(**arguments),
+        train_dataset=make_data() if data is None else data,
+        groups=groups,
+        losses=losses,
+        **dict(options),
+    )
 
-    yield make
+
+@pytest.fixture
+def train(tmp_path, accelerate):
+    """Make a trainer; its files are in ``tmp_path`` unless it is told otherwise."""
+    yield lambda *args, **kwargs: make_trainer(*args, **{"output_dir": str(tmp_path), **kwargs})
     logging.getLogger("transformers").setLevel(logging.WARNING)
 
 
@@ -236,6 +240,32 @@ def test_the_evaluation_has_the_loss_of_each_task_and_the_metrics_of_the_user(tr
         assert found[f"eval_{task}_loss"] == pytest.approx(loss.item(), rel=1e-5)
     both = 8 * first["topic"] + 4 * sum(last.values())
     assert found["eval_loss"] == pytest.approx(both.item() / 12, rel=1e-5)
+
+
+def evaluated_on_a_rank(rank, folder, data):
+    own = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+    own |= {"MASTER_PORT": 0, "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1}
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in own.items()}):
+        trainer = make_trainer(
+            make_model(),
+            tg.TaskGroups(TASKS),
+            losses=masked,
+            options={"eval_dataset": data},
+            output_dir=folder,
+        )
+        return trainer.evaluate()
+
+
+@pytest.mark.slow
+def test_the_loss_of_each_task_is_that_over_all_ranks(train, tmp_path):
+    """Where only one rank has labels of a task, too."""
+    data = partly_labelled()[0][8:16] + make_data(16, seed=1) + make_data(8, seed=2)
+    alone = train(
+        make_model(), tg.TaskGroups(TASKS), losses=masked, options={"eval_dataset": data}
+    ).evaluate()
+    for found in on_ranks(evaluated_on_a_rank, str(tmp_path), data):
+        for task in TASKS:
+            assert found[f"eval_{task}_loss"] == pytest.approx(alone[f"eval_{task}_loss"])
 
 
 def test_data_sets_of_their_own_labels_are_evaluated_one_by_one(train):
