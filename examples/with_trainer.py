@@ -47,6 +47,7 @@ def train(folder, epochs):
             max_grad_norm=0,  # the other examples do not clip
             lr_scheduler_type="constant",
             report_to="none",
+            disable_tqdm=True,
             use_cpu=True,
         ),
         groups=make_groups(),
@@ -57,7 +58,8 @@ def train(folder, epochs):
     )
     last = get_last_checkpoint(folder) if folder.exists() else None
     trainer.train(resume_from_checkpoint=last)
-    print(f"groups {trainer.groups.partition}", flush=True)
+    if trainer.is_world_process_zero():
+        print(f"groups {trainer.groups.partition}", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from taskgroup import checkpoint
-from taskgroup.affinity.base import Losses
+from taskgroup._losses import Losses, check_losses
 from taskgroup.integrations.metrics import TaskMetrics, check_parts, record
 from taskgroup.loop.group import Group
 from taskgroup.loop.schedule import TaskGroups
@@ -119,7 +119,7 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
         self._labelled = labelled
         self._group: Group | None = None  # of the step at hand; None in an evaluation
         self._found: dict[str, Tensor] = {}  # losses before the first step on each task
-        self._evaluated: dict[str, tuple[Tensor, int]] = {}  # by task: sum of losses, samples
+        self._evaluated = _MeanLosses(groups.tasks)
         self._evaluations = 0  # within each other
         # Of an evaluation, on the first data set that has labels of the task.
         self._task_losses: dict[str, tuple[str, Literal["lower", "higher"]]] = {}
@@ -129,7 +129,7 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
             forward = inspect.signature(self.model.encoder.forward).parameters
         variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         self._columns = [name for name, own in forward.items() if own.kind not in variable]
-        self._check_arguments()
+        _check_arguments(self, self._takes_group)
         self._task_columns = [task for task in groups.tasks if task in self.label_names]
         if recorder is not None:
             # First, because the callbacks of trackers may end their run.
@@ -186,14 +186,15 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
                 self._found.setdefault(task, value.detach())
         else:
             present = self.labelled(inputs)
-            needed = self.groups.tasks if present is None else tuple(present)
-            losses = self.losses(_of_tasks(outputs, needed, self.groups.tasks), inputs)
-            own = self._by_task(losses, needed)
+            known = set(self.groups.tasks if present is None else present)
+            needed = tuple(task for task in self.groups.tasks if task in known)
+            own: Mapping[str, Tensor] = {}
+            if needed:
+                losses = self.losses(_of_tasks(outputs, needed, self.groups.tasks), inputs)
+                check_losses(losses, self.groups.tasks, needed, names="the labelled tasks")
+                own = self._by_task(losses, needed)
             loss = _total(own, self.args.device)
-            samples = _batch_size(inputs)
-            for task, value in own.items():
-                before, n = self._evaluated.get(task, (0.0, 0))
-                self._evaluated[task] = before + value.detach().float() * samples, n + samples
+            self._evaluated.add(own, _batch_size(inputs))
         if return_outputs:  # the Trainer takes the first of a tuple for the loss
             return loss, outputs if isinstance(outputs, dict) else {"outputs": outputs}
         return loss
@@ -219,6 +220,11 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
                     self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
                 self.optimizer.step()
                 model.zero_grad()
+        if not self._found and self.accelerator.scaler is not None:
+            raise RuntimeError(
+                "A batch has no labels, so it takes no step, and the gradient scaler of fp16 "
+                "cannot pass over a step: use bf16=True, or leave such batches out of the data."
+            )
         return _total(self._found, self.args.device)
 
     def prediction_step(
@@ -245,20 +251,17 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
         metric_key_prefix: str = "eval",
     ) -> Any:
         """As in the Trainer, with the mean loss of each task among the metrics."""
-        self._evaluated = {}
+        self._evaluated = _MeanLosses(self.groups.tasks)
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        none = torch.zeros((), device=self.args.device), 0
-        found = [self._evaluated.get(task, none) for task in self.groups.tasks]
-        sums = torch.stack([loss for loss, _ in found])
-        samples = torch.tensor([n for _, n in found], dtype=sums.dtype, device=sums.device)
-        both = self.accelerator.reduce(torch.stack([sums, samples]))  # the sum over the ranks
-        for task, loss, n in zip(self.groups.tasks, *both.tolist(), strict=True):
-            if n > 0:
-                name = f"{metric_key_prefix}_{task}_loss"
-                output.metrics[name] = loss / n
-                self._task_losses.setdefault(task, (name, "lower"))
+        losses = self._evaluated.over_ranks(self.accelerator)
+        for task, loss in losses.items():
+            name = f"{metric_key_prefix}_{task}_loss"
+            output.metrics[name] = loss
+            self._task_losses.setdefault(task, (name, "lower"))
+        if losses:  # whatever number of batches have labels of each task
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(losses.values())
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -299,7 +302,8 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
                 )
             state = checkpoint.load(path)
             for name, part in self._parts().items():
-                part.load_state_dict(state[name])
+                if name in state:  # a checkpoint may have been written without a recorder
+                    part.load_state_dict(state[name])
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _parts(self) -> dict[str, Any]:
@@ -321,38 +325,65 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
             losses = dict(zip(names, losses.unbind(), strict=True))
         return {task: losses[task] for task in needed}
 
-    def _check_arguments(self) -> None:
-        args = self.args
-        if not self.label_names:
-            raise ValueError(
-                "The Trainer does not know which columns hold labels, so it would leave them out: "
-                "name them, TrainingArguments(label_names=[...])."
-            )
-        wrong = {
-            "compute_loss_func would not be called: pass losses= instead.": (
-                self.compute_loss_func is not None
-            ),
-            "label_smoothing_factor has no effect on losses=: smooth the labels there.": (
-                args.label_smoothing_factor != 0
-            ),
-            "gradient_accumulation_steps above 1 would mix the groups: use larger batches.": (
-                args.gradient_accumulation_steps > 1
-            ),
-            "model_init makes a new model, and the groups belong to one model: pass model=.": (
-                self.model_init is not None
-            ),
-            "torch_compile compiles the MultiTaskModel as a whole, and every group runs other "
-            "heads: call model.compile() instead.": args.torch_compile and self._takes_group,
-            "DeepSpeed takes its steps inside backward(), which GroupTrainer does not support.": (
-                self.is_deepspeed_enabled
-            ),
-            "nn.DataParallel, which the Trainer uses for several GPUs in one process, does not "
-            "support groups: start one process per GPU with torchrun or accelerate launch, or "
-            "make one GPU visible.": args.n_gpu > 1,
-        }
-        for sentence, found in wrong.items():
-            if found:
-                raise ValueError(sentence)
+
+def _check_arguments(trainer: GroupTrainer, takes_group: bool) -> None:
+    """Raise for arguments of the Trainer that do not work with groups."""
+    args = trainer.args
+    if not trainer.label_names:
+        raise ValueError(
+            "The Trainer does not know which columns hold labels, so it would leave them out: "
+            "name them, TrainingArguments(label_names=[...])."
+        )
+    wrong = {
+        "compute_loss_func would not be called: pass losses= instead.": (
+            trainer.compute_loss_func is not None
+        ),
+        "label_smoothing_factor has no effect on losses=: smooth the labels there.": (
+            args.label_smoothing_factor != 0
+        ),
+        "gradient_accumulation_steps above 1 would mix the groups: use larger batches.": (
+            args.gradient_accumulation_steps > 1
+        ),
+        "model_init makes a new model, and the groups belong to one model: pass model=.": (
+            trainer.model_init is not None
+        ),
+        "torch_compile compiles the MultiTaskModel as a whole, and every group runs other "
+        "heads: call model.compile() instead.": args.torch_compile and takes_group,
+        "DeepSpeed takes its steps inside backward(), which GroupTrainer does not support.": (
+            trainer.is_deepspeed_enabled
+        ),
+        "nn.DataParallel, which the Trainer uses for several GPUs in one process, does not "
+        "support groups: start one process per GPU with torchrun or accelerate launch, or "
+        "make one GPU visible.": args.n_gpu > 1,
+    }
+    for sentence, found in wrong.items():
+        if found:
+            raise ValueError(sentence)
+
+
+class _MeanLosses:
+    """The mean loss of each task over the samples of the batches that have its labels."""
+
+    def __init__(self, tasks: tuple[str, ...]) -> None:
+        self._tasks = tasks
+        self._sums: dict[str, Tensor] = {}
+        self._samples = dict.fromkeys(tasks, 0)
+
+    def add(self, losses: Mapping[str, Tensor], samples: int) -> None:
+        """Take in the losses of a batch, each a mean over its samples."""
+        for task, loss in losses.items():
+            own = loss.detach().float() * samples
+            self._sums[task] = own + self._sums[task] if task in self._sums else own
+            self._samples[task] += samples
+
+    def over_ranks(self, accelerator: Any) -> dict[str, float]:
+        """The means over the batches of all ranks; every rank calls it."""
+        found = torch.zeros(2, len(self._tasks), device=accelerator.device)
+        for k, task in enumerate(self._tasks):
+            found[0, k] = self._sums.get(task, 0.0)
+            found[1, k] = self._samples[task]
+        columns = zip(self._tasks, *accelerator.reduce(found).tolist(), strict=True)
+        return {task: total / n for task, total, n in columns if n > 0}
 
 
 class _CloseRecorder(_TrainerCallback):  # type: ignore[misc]

@@ -206,6 +206,24 @@ def test_partly_labelled_batches(make, train):
         assert (loss > 0) == bool(moved) == bool(present[n])
 
 
+def test_batches_without_labels_are_refused_with_a_gradient_scaler(train):
+    data, _ = partly_labelled()
+    trainer = train(make_model(), tg.TaskGroups(TASKS), data[16:24])
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")  # fp16 itself needs a GPU
+    with pytest.raises(RuntimeError, match="use bf16=True, or leave such batches out"):
+        trainer.train()
+
+
+def test_a_loss_that_is_missing_in_an_evaluation(train):
+    trainer = train(
+        make_model(),
+        tg.TaskGroups(TASKS),
+        losses=lambda outputs, inputs: {"mood": outputs["mood"].sum()},
+    )
+    with pytest.raises(ValueError, match="'topic'"):
+        trainer.evaluate(make_data(8))
+
+
 def test_batch_norm_of_your_own_model_counts_batches(train):
     model = OwnModel()
     trainer = train(model, tg.TaskGroups(TASKS), num_train_epochs=1)
@@ -238,8 +256,9 @@ def test_the_evaluation_has_the_loss_of_each_task_and_the_metrics_of_the_user(tr
     expected["length"] = last["length"]
     for task, loss in expected.items():
         assert found[f"eval_{task}_loss"] == pytest.approx(loss.item(), rel=1e-5)
-    both = 8 * first["topic"] + 4 * sum(last.values())
-    assert found["eval_loss"] == pytest.approx(both.item() / 12, rel=1e-5)
+    assert found["eval_loss"] == pytest.approx(sum(expected.values()).item(), rel=1e-5)
+    more = trainer.evaluate([*data[8:24], *data[24:28]])  # with a batch without any label
+    assert {t: more[f"eval_{t}_loss"] for t in TASKS} == {t: found[f"eval_{t}_loss"] for t in TASKS}
 
 
 def evaluated_on_a_rank(rank, folder, data):
