@@ -15,31 +15,26 @@ from taskgroup.recording.recorder import Recorder
 __all__ = ["GroupsCallback"]
 
 
-def _callback_classes() -> tuple[type, ...]:
-    """The base class of callbacks, of each Lightning package in use.
+def _callback_class() -> Any:
+    """The base class of callbacks, of the Lightning package in use.
 
     Lightning comes in two packages with the same contents, ``lightning.pytorch`` and
-    ``pytorch_lightning``, and each knows callbacks of its own class alone.
+    ``pytorch_lightning``. In a list of callbacks, each takes those of the other as well.
     """
     names = ("lightning.pytorch", "pytorch_lightning")
-    found = [sys.modules[name] for name in names if sys.modules.get(name) is not None]
-    for name in names:
-        if not found:
-            with suppress(ImportError):
-                found = [import_module(name)]
-    if not found:
-        raise ImportError("taskgroup.integrations.lightning needs Lightning: pip install lightning")
-    return tuple(module.Callback for module in found)
+    for name in sorted(names, key=lambda name: name not in sys.modules):  # first one in use
+        with suppress(ImportError):
+            return import_module(name).Callback
+    raise ImportError("taskgroup.integrations.lightning needs Lightning: pip install lightning")
 
 
-_Callback: Any = type("_Callback", _callback_classes(), {})
+_Callback: Any = _callback_class()
 
 
 class GroupsCallback(_Callback):  # type: ignore[misc]
     """A Lightning callback that saves the groups in every checkpoint, and records evaluations.
 
-    Import this module after Lightning; it works with ``lightning.pytorch`` and
-    ``pytorch_lightning``::
+    It works with ``lightning.pytorch`` and ``pytorch_lightning``::
 
         module = Forecast()  # its training_step loops over module.groups
         trainer = Trainer(callbacks=[GroupsCallback(module.groups)])
