@@ -45,17 +45,17 @@ class GroupsCallback(_Callback):  # type: ignore[misc]
     checkpoint contains the groups at the end of the last complete batch.
 
     Args:
-        groups: the :class:`TaskGroups` of the module.
-        recorder: a :class:`Recorder` of these groups. Its state is saved as well, and it is closed
-            at the end of ``fit``.
+        groups: the :class:`~taskgroup.TaskGroups` of the module.
+        recorder: a :class:`~taskgroup.Recorder` of these groups. Its state is saved as well,
+            and it is closed at the end of ``fit``.
         metrics: for each task the name under which the module logs its validation metric and which
             values are better, ``{task: ("val_accuracy", "higher")}``. The recorder gets them after
             every validation during ``fit``.
 
     Raises:
         ImportError: at the import of this module, if Lightning is not installed.
-        TypeError: if ``groups`` is not a :class:`TaskGroups`, or ``recorder`` not a
-            :class:`Recorder`.
+        TypeError: if ``groups`` is not a :class:`~taskgroup.TaskGroups`, or ``recorder`` not a
+            :class:`~taskgroup.Recorder`.
         ValueError: if ``metrics`` is given without a recorder, or names unknown tasks; after a
             validation that did not log one of the metrics.
     """

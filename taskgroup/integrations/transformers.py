@@ -40,14 +40,14 @@ FILE = "groups.pt"  # in a checkpoint folder of the Trainer
 class GroupTrainer(_Trainer):  # type: ignore[misc]
     """A ``transformers.Trainer`` that takes one optimizer step per group of tasks in every batch.
 
-    It gives the same numbers as the loop in :class:`TaskGroups`. In each batch all steps but the
-    last are taken inside :meth:`training_step`; the Trainer takes the last one. Every step clips
-    its own gradients (``max_grad_norm``). The learning-rate scheduler, ``max_steps``,
+    It gives the same numbers as the loop in :class:`~taskgroup.TaskGroups`. In each batch all steps
+    but the last are taken inside :meth:`training_step`; the Trainer takes the last one. Every step
+    clips its own gradients (``max_grad_norm``). The learning-rate scheduler, ``max_steps``,
     ``logging_steps`` and so on count batches, and callbacks see one step per batch.
 
     The model is any module. It is called with the columns of the batch that its ``forward`` (for a
-    :class:`MultiTaskModel`, that of the encoder) names, and with ``group=group`` if ``forward``
-    has that argument. To call it in another way, override :meth:`run_model`.
+    :class:`~taskgroup.MultiTaskModel`, that of the encoder) names, and with ``group=group`` if
+    ``forward`` has that argument. To call it in another way, override :meth:`run_model`.
 
     Each checkpoint folder contains the state of the groups and of the recorder, and
     ``train(resume_from_checkpoint=...)`` loads it. :meth:`evaluate` adds the loss of each task,
@@ -57,7 +57,7 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
     Args:
         *args: positional arguments of ``transformers.Trainer``. ``TrainingArguments(label_names=)``
             must name the columns that hold labels.
-        groups: the :class:`TaskGroups`.
+        groups: the :class:`~taskgroup.TaskGroups`.
         losses: a function of the outputs of the model and the inputs of the batch, with the
             columns of the labels, that returns ``{task: scalar}`` or a tensor ``[K]``. If the model
             returns a plain dict with tasks as keys, the function gets the outputs of those tasks
@@ -65,21 +65,22 @@ class GroupTrainer(_Trainer):  # type: ignore[misc]
         labelled: a function of the inputs that returns the tasks with labels in this batch. By
             default a task whose name is a column of labels has labels in a batch if the column is
             there and holds a value other than -100 and NaN; all other tasks always have labels.
-        recorder: a :class:`Recorder` of these groups. Its state is saved as well, it gets
-            ``metrics`` after every evaluation during the training, and it is closed at the end.
+        recorder: a :class:`~taskgroup.Recorder` of these groups. Its state is saved as well, it
+            gets ``metrics`` after every evaluation during the training, and it is closed at the
+            end.
         metrics: for each task the name of its metric in the evaluation and which values are better,
             ``{task: ("eval_accuracy", "higher")}``. By default the loss of each task.
         **kwargs: keyword arguments of ``transformers.Trainer``.
 
     Raises:
         ImportError: if transformers or accelerate is missing.
-        TypeError: if ``groups`` is not a :class:`TaskGroups`, or ``recorder`` not a
-            :class:`Recorder`.
+        TypeError: if ``groups`` is not a :class:`~taskgroup.TaskGroups`, or ``recorder`` not a
+            :class:`~taskgroup.Recorder`.
         ValueError: if ``label_names`` is empty, or an argument of the Trainer does not work with
             groups: ``gradient_accumulation_steps`` above 1, ``compute_loss_func``,
             ``label_smoothing_factor``, ``model_init``, ``torch_compile`` with a
-            :class:`MultiTaskModel`, DeepSpeed, several GPUs in one process. If a checkpoint to
-            resume from has no state of the groups.
+            :class:`~taskgroup.MultiTaskModel`, DeepSpeed, several GPUs in one process. If a
+            checkpoint to resume from has no state of the groups.
 
     Example:
         ::
