@@ -174,6 +174,37 @@ def test_accumulation_with_accelerate_as_the_sentence_says(accelerate):
         torch.testing.assert_close(one, four, rtol=1e-5, atol=1e-6)
 
 
+def test_accelerate_saves_a_recorder_with_the_groups(accelerate, tmp_path):
+    def made():
+        accelerator = accelerate.Accelerator(cpu=True)
+        model, optimizer, x = small()
+        model, optimizer = accelerator.prepare(model, optimizer)
+        groups = tg.TaskGroups(["a", "b", "c"])
+        recorder = tg.Recorder(groups, tmp_path / "run")
+        accelerator.register_for_checkpointing(groups, recorder)
+
+        def run(batches):
+            for _ in range(batches):
+                for group in groups:
+                    optimizer.zero_grad()
+                    accelerator.backward(group.loss(losses_of(model, x, group)))
+                    optimizer.step()
+
+        return accelerator, run, recorder
+
+    accelerator, run, recorder = made()
+    run(2)
+    accelerator.save_state(tmp_path / "state")
+    run(1)  # of which the resumed run knows nothing
+    recorder.close()
+    accelerator, run, recorder = made()
+    accelerator.load_state(tmp_path / "state")
+    run(2)
+    recorder.close()
+    lines = tg.recording.read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["batch"] for line in lines] == [1, 2, 3, 4]
+
+
 def test_attach_to_an_optimizer_that_a_trainer_has_wrapped(accelerate):
     from lightning.pytorch.core.optimizer import LightningOptimizer
 
