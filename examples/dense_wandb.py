@@ -80,8 +80,8 @@ model = tg.MultiTaskModel(encoder, {task: head(channels) for task, channels in H
 optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
 groups = tg.TaskGroups(list(HEADS), warmup=5, affinity=tg.ProximalAffinity(decay=0.05))
 
-with wandb.init(project="scenes", mode="offline") as run:
-    recorder = tg.Recorder(groups, "runs/scenes", log=run, pairs=[("depth", "normals")])
+run = wandb.init(project="scenes", mode="offline")
+with run, tg.Recorder(groups, "runs/scenes", log=run, log_every=1) as recorder:
     for epoch in range(4):
         for batch in torch.randperm(192).split(32):
             for group in groups:
