@@ -30,7 +30,7 @@ __all__ = [
     "without_source",
 ]
 
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 
 
 class Summary(TypedDict):
