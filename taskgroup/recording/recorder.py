@@ -219,9 +219,10 @@ class Recorder:
         self._batches.clock.read(wait=True)
 
     def close(self) -> None:
-        """Write what is left, and end the recording; also done when Python ends.
+        """Write what is left, hand a last heat map to the trackers, and end the recording.
 
-        A ``with`` block closes it as well.
+        Call it before you close the trackers. A ``with`` block calls it at its end. When Python
+        ends, the files are written in any case.
         """
         self._close(ended=True)
 
@@ -366,6 +367,7 @@ def _close_at_exit(recorder: Recorder) -> None:
 
     def close() -> None:
         if (found := alive()) is not None:
+            found._logs.end()  # which may be closed by now
             found.close()
 
     atexit.register(close)

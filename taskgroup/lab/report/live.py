@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from taskgroup.lab.report.labels import short
 from taskgroup.lab.train.trainer import Progress as BatchProgress
 from taskgroup.lab.words import counted
 
@@ -84,7 +85,8 @@ class LiveDisplay:
     def _columns(self, cells: Sequence[Text]) -> Table:
         """As many columns as the terminal has room for."""
         grid = Table.grid(padding=(0, 2))
-        columns = max(1, self._console.width // 40)
+        widest = max((cell.cell_len for cell in cells), default=0)
+        columns = max(1, self._console.width // max(40, widest + 2))
         for start in range(0, len(cells), columns):
             grid.add_row(*cells[start : start + columns])
         return grid
@@ -99,6 +101,7 @@ class Display(LiveDisplay):
     def __init__(self, title: str, titles: Mapping[str, str], console: Console) -> None:
         super().__init__(title, "batches", console)
         self._titles = titles
+        self._widest = max([22, *(len(short(title)) for title in titles.values())])
         self._smoothed: dict[str, float] = {}
         self._partition: Sequence[Sequence[str]] = []
         self._begin("training")
@@ -116,7 +119,10 @@ class Display(LiveDisplay):
     def _details(self) -> Sequence[RenderableType]:
         group_of = {task: n for n, tasks in enumerate(self._partition) for task in tasks}
         losses = [
-            Text(f"{self._titles[task]:<22}{loss:9.4f}", style=_colour(group_of.get(task)))
+            Text(
+                f"{short(self._titles[task]):<{self._widest}}{loss:9.4f}",
+                style=_colour(group_of.get(task)),
+            )
             for task, loss in self._smoothed.items()
         ]
         groups = Text(f"{counted(len(self._partition), 'group')}  ", style="bold")
