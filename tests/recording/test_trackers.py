@@ -219,6 +219,7 @@ def test_wandb_loses_neither_the_users_values_nor_ours(wandb, tmp_path, we_come_
                 user(spy, batch)
             if batch % every == 0:
                 log.scalars({"loss/depth": batch / 2, "groups": 3.0}, batch)
+            if batch % 10 == 0:
                 log.image("affinity", PIXELS, batch)
             if we_come_first:
                 user(spy, batch)
@@ -229,11 +230,10 @@ def test_wandb_loses_neither_the_users_values_nor_ours(wandb, tmp_path, we_come_
         rows, _ = read_wandb(tmp_path / user.__name__)
         found = {item for row in rows for item in row.items() if "/" not in item[0]}
         assert spy.logged <= found, user.__name__
-        batches = range(0, 20, every)
-        expected = [(batch, batch / 2) for batch in batches]
+        expected = [(batch, batch / 2) for batch in range(0, 20, every)]
         assert ours(rows, "taskgroup/loss/depth") == expected, user.__name__
         assert ours(rows, "taskgroup/metric/depth") == [(0, 0), (10, 10)], user.__name__
-        assert [batch for batch, _ in ours(rows, "taskgroup/affinity/_type")] == [*batches]
+        assert [batch for batch, _ in ours(rows, "taskgroup/affinity/_type")] == [0, 10]
 
 
 def test_wandb_keeps_what_is_logged_again_after_going_back(wandb, tmp_path):
