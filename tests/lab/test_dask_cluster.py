@@ -22,7 +22,7 @@ from taskgroup.lab.compare.presets import Variant
 from tests.lab.small import InThisProcess, options, yeast
 
 GD, SELECTIVE = (Variant(name, name, {"method": name}) for name in ("gd", "selective"))
-QUIET = {"dashboard_address": None, "silence_logs": logging.CRITICAL}
+QUIET = {"dashboard_address": ":0", "silence_logs": logging.CRITICAL}
 
 
 @pytest.fixture(scope="module")

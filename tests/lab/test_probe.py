@@ -51,7 +51,7 @@ def test_workers_that_differ_are_refused(other, said):
 
 def test_workers_that_would_share_one_of_several_gpus_are_refused():
     two = dict(HERE, gpus=["0", "1"])
-    with pytest.raises(RuntimeError, match="a and c on node1 see the same 2 GPUs .* cuda worker"):
+    with pytest.raises(RuntimeError, match=r"a and c on node1 see the same 2 GPUs .* cuda worker"):
         check_workers(yeast(), {"a": two, "b": dict(two, host="node2"), "c": two})
 
 
