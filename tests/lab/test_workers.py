@@ -61,30 +61,6 @@ def test_one_run_at_a_time_in_a_process_on_one_thread():
         torch.set_num_threads(before)
 
 
-def test_the_cost_is_measured_alone_and_without_other_threads(tmp_path, monkeypatch):
-    """Another thread of the process works all the while, as that of a display does."""
-    done = threading.Event()
-
-    def spin():
-        while not done.is_set():
-            sum(range(1000))
-
-    other = threading.Thread(target=spin)
-    recipes = {"gd": yeast(method="gd", batches=40)}
-    alone = workers.step_seconds(recipes)["gd"]
-    other.start()
-    try:
-        before = time.process_time()
-        with ThreadPoolExecutor(1) as threads:
-            found = threads.submit(workers.step_seconds, recipes).result()["gd"]
-        whole = time.process_time() - before
-    finally:
-        done.set()
-        other.join()
-    assert found * 40 < whole
-    assert alone > 0
-
-
 # What arrives is kept.
 
 
