@@ -1,6 +1,7 @@
 """Training on executors: the same results from each, all of them written, and none lost."""
 
 import os
+import signal
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -259,3 +260,5 @@ def test_a_process_sees_its_gpu_and_has_one_thread():
     with processes.process_pool(1, ["GPU-7f"]) as pool:
         assert pool.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() == "GPU-7f"
         assert pool.submit(torch.get_num_threads).result() == 1
+        # Ctrl-C at a terminal goes to all processes: it must not look as if a worker had died.
+        assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
