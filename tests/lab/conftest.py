@@ -1,8 +1,7 @@
-import json
-
 import pytest
 import torch
 
+from taskgroup.lab import processes
 from taskgroup.lab.compare import workers
 from tests.lab.small import InThisProcess
 
@@ -20,11 +19,11 @@ def trained(monkeypatch):
     cells = []
     train = workers.train_cell
 
-    def note(cell, folder):
+    def note(cell):
         cells.append(cell)
-        return train(cell, folder)
+        return train(cell)
 
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(workers, "train_cell", note)
     monkeypatch.setattr(workers, "step_seconds", lambda recipes: dict.fromkeys(recipes, 1.0))
     return cells
@@ -40,9 +39,9 @@ def made_up(monkeypatch):
     def use(make, seconds=None):
         cells = []
 
-        def write(cell, folder):
+        def invent(cell):
             cells.append(cell)
-            result = {
+            return {
                 "metrics": {},
                 "peak_bytes": 1000,
                 "steps_per_batch": 1.0,
@@ -54,11 +53,9 @@ def made_up(monkeypatch):
                 "diverged": None,
                 **make(cell),
             }
-            cell.file(folder).write_text(json.dumps(result))
-            return result
 
-        monkeypatch.setattr(workers, "ProcessPoolExecutor", InThisProcess)
-        monkeypatch.setattr(workers, "train_cell", write)
+        monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
+        monkeypatch.setattr(workers, "train_cell", invent)
         monkeypatch.setattr(
             workers,
             "step_seconds",
