@@ -1,78 +1,15 @@
 """The tables of a comparison hold its numbers, whole, however wide the terminal."""
 
 import csv
-import dataclasses
 import io
-import math
 import re
 
 import pytest
 from rich.console import Console
 
 from taskgroup.lab.compare import comparison_report as report
-from taskgroup.lab.compare.intervals import Estimate
-from taskgroup.lab.compare.presets import PRESETS, preset
-from taskgroup.lab.compare.results import BUDGETS, Row, Table
-from taskgroup.lab.problem import make_problem
-from taskgroup.lab.recipe import read_recipe
-
-SPLITS = ("train", "validation", "held_out")
-
-
-def fabricated(variants, seeds=5, diverged=()):
-    """A table of numbers that are all different."""
-    recipe = read_recipe("yeast")
-    problem = make_problem(recipe)
-    tasks = list(problem.titles)
-    keys = [(budget, split) for budget in BUDGETS for split in SPLITS]
-    nothing = Estimate(math.nan, math.nan, 0)
-    rows = []
-    for n, variant in enumerate(variants):
-        lost = variant.name in diverged
-
-        def about(scale, n=n, lost=lost):
-            def one(k):
-                half = math.nan if seeds == 1 else 0.11 * (k + 1)
-                return nothing if lost else Estimate(scale * (n + 1) + k / 10, half, seeds)
-
-            return {key: one(k) for k, key in enumerate(keys)}
-
-        rows.append(
-            Row(
-                variant=variant,
-                time=math.nan if lost else 1 + 0.71 * n,
-                memory=math.nan if lost else 1 + 0.13 * n,
-                steps=1.0 + n,
-                groups=math.nan if lost else 2.0 + n,
-                changes=math.nan if lost else 0.05,
-                rate=0.003,
-                batches={"batches": 300, "time": 280 + n, "tuned": 280 + n},
-                delta=about(-1.3),
-                gain=about(1.7),
-                floor=dict.fromkeys(keys, math.nan if seeds == 1 else 1.25),
-                metrics={} if lost else {k: dict.fromkeys(tasks, 0.7 + 0.001 * n) for k in keys},
-                diverged=dict.fromkeys(BUDGETS, seeds if lost else 0),
-                skipped=0,
-            )
-        )
-    return Table(
-        recipe=recipe,
-        problem=problem,
-        tasks=tasks,
-        seeds=seeds,
-        rates=[0.001, 0.003, 0.009],
-        budgets=list(BUDGETS),
-        reference="Selective",
-        rows=rows,
-        single={split: dict.fromkeys(tasks, 0.65) for split in SPLITS},
-        refused={"DTP": "it needs a score"},
-        failed=[],
-    )
-
-
-def variants(name="methods"):
-    recipe = read_recipe("yeast")
-    return preset(name, recipe, list(make_problem(recipe).titles))
+from taskgroup.lab.compare.presets import PRESETS
+from tests.lab.fabricated import fabricated, variants
 
 
 def printed(table, width):
@@ -215,30 +152,3 @@ def test_csv_holds_the_numbers(tmp_path):
             assert line["verdict"] == row.verdict(*key)
     single = found["single-task", "batches", "held_out"]
     assert (single["AUC class1"], single["runs"], single["delta_m"]) == ("0.65", "5", "")
-
-
-@pytest.mark.parametrize("time", [0.2, 1.0, 1.001, 40.0])
-def test_picture_of_methods_that_cost_alike_or_not(time, tmp_path):
-    table = fabricated(variants()[:2])
-    table.rows[1] = dataclasses.replace(table.rows[1], time=time)
-    report.delta_m_plot(table, tmp_path / "a.png")  # a warning would be an error
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("seeds", "diverged"),
-    [
-        (5, ()),
-        (1, ()),
-        (5, ("selective",)),
-        (5, ("gd",)),
-        (5, tuple(variant.name for variant in variants("cheap"))),
-    ],
-    ids=["all", "one seed", "one diverged", "joint diverged", "all diverged"],
-)
-def test_pictures_are_drawn(seeds, diverged, tmp_path):
-    table = fabricated(variants("cheap"), seeds, diverged)
-    for budgets in (list(BUDGETS), ["batches"]):
-        report.delta_m_plot(dataclasses.replace(table, budgets=budgets), tmp_path / "a.png")
-        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-        assert "nan" not in printed(table, 80)
