@@ -172,16 +172,17 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_numbers_stand_where_they_are(name, draw):
     table = TABLES[name]()
-    figure = draw(table)
-    check(figure, table)
-    check_room(figure)
+    check(draw(table), table)
+
+
+@pytest.mark.parametrize("name", ["far", "forty", "long names", "two"])
+def test_nothing_is_cut_off(name, draw):
+    check_room(draw(TABLES[name]()))
 
 
 def test_one_budget(draw):
     table = dataclasses.replace(fabricated(variants("cheap")), budgets=["batches"])
-    figure = draw(table)
-    check(figure, table)
-    check_room(figure)
+    check(draw(table), table)
 
 
 @pytest.mark.parametrize("time", [0.2, 1.0, 1.001, 40.0, 3000.0])
@@ -262,3 +263,11 @@ def test_limits():
     assert low < 2 < high
     low, high = limits([0.0, 0.0, 0.0, 1.0])  # most are equal
     assert low < 0 < high
+
+
+def test_values_within_their_intervals_are_not_far():
+    # As far apart as their intervals are wide, whatever their order.
+    means = [-1.4, 0.40, 0.37, 0.15, 0.18, 0.40]
+    low, high = limits(means, [0.8, *[0.6] * 5])
+    assert low < -1.4 - 0.8
+    assert high > 0.4 + 0.6
