@@ -20,11 +20,11 @@ def limits(values: Sequence[float], halves: Sequence[float] = ()) -> tuple[float
 
     Example:
         >>> limits([1.0, 2.0, 3.0])
-        (0.84, 3.16)
+        (0.875, 3.125)
         >>> limits([1.0, 2.0, 3.0, -800.0])  # not drawn at its place, so said in words
-        (0.84, 3.16)
-        >>> limits([1.0, 2.0, 3.0], [0.16, 0.16, 100.0])
-        (0.68, 3.16)
+        (0.875, 3.125)
+        >>> limits([1.0, 2.0, 3.0], [0.125, 0.125, 100.0])
+        (0.75, 3.125)
     """
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
@@ -55,5 +55,5 @@ def limits(values: Sequence[float], halves: Sequence[float] = ()) -> tuple[float
         min([low, *(end for end in ends if end > low - length)]),
         max([high, *(end for end in ends if end < high + length)]),
     )
-    margin = 0.08 * length
+    margin = length / 16
     return low - margin, high + margin
