@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from taskgroup.lab.compare.affinity_gain import AFFINITIES, Gains
-from taskgroup.lab.compare.formats import markdown_table, save_csv, terminal_table
+from taskgroup.lab.compare.formats import TerminalTable, markdown_table, save_csv
 from taskgroup.lab.compare.intervals import Correlation, Floats
 from taskgroup.lab.compare.limits import limits
 from taskgroup.lab.report.colours import SERVES
@@ -26,7 +26,8 @@ _HEADER = ("Rank correlation with the gain", "of ordered pairs", "of pairs")
 
 def tables(gains: Gains) -> list[RenderableType]:
     """The correlations, for a terminal."""
-    table = terminal_table(_HEADER, _rows(gains))
+    rows = [[cell.replace("\N{NO-BREAK SPACE}", " ") for cell in row] for row in _rows(gains)]
+    table = TerminalTable(_HEADER, rows)
     return [Text(_headline(gains), style="bold"), table, Text(_note(gains), style="dim")]
 
 

@@ -8,7 +8,7 @@ import os
 from rich.console import RenderableType
 from rich.text import Text
 
-from taskgroup.lab.compare.formats import markdown_table, save_csv, terminal_table
+from taskgroup.lab.compare.formats import TerminalTable, markdown_table, save_csv
 from taskgroup.lab.compare.intervals import Estimate
 from taskgroup.lab.compare.results import BUDGETS, Table
 
@@ -23,9 +23,8 @@ def tables(table: Table) -> list[RenderableType]:
     """The results for a terminal: Δm, the differences to joint training, and notes on them."""
     shown: list[RenderableType] = [Text(table.headline, style="bold")]
     for header, rows in (_gain_rows(table), _difference_rows(table)):
-        # Rich breaks a line at any space, so a number and its interval must be one word.
-        words = [[cell.replace("\N{NO-BREAK SPACE}", "") for cell in row] for row in rows]
-        shown.append(terminal_table(header, words, bold="Selective"))
+        short = [[cell.replace("\N{NO-BREAK SPACE}", "") for cell in row] for row in rows]
+        shown.append(TerminalTable(header, short, bold="Selective"))
     return [*shown, *(Text(f"{note}\n", style="dim") for note in _notes(table))]
 
 
