@@ -5,9 +5,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection
 
+import numpy as np
 from torch import Tensor
 
-__all__ = ["described", "listed", "whole_number"]
+__all__ = ["described", "flag", "listed", "whole_number"]
 
 
 def whole_number(name: str, value: object, at_least: int) -> int:
@@ -26,6 +27,13 @@ def whole_number(name: str, value: object, at_least: int) -> int:
     if number is None or number < at_least:
         raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}.")
     return number
+
+
+def flag(name: str, value: object) -> bool:
+    """The argument, a bool of Python or NumPy, as a plain bool."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+    return bool(value)
 
 
 _MOST = 12

@@ -78,6 +78,11 @@ class GradientAffinity(Affinity):
     ) -> None:
         super().__init__(decay)
         found = shared.parameters() if isinstance(shared, nn.Module) else shared
+        if not isinstance(found, Iterable) or isinstance(found, type):
+            raise TypeError(
+                "shared takes a module or its parameters, model.encoder for instance; got "
+                f"{found!r}."
+            )
         self._shared = list(dict.fromkeys(found))  # without duplicates, which would count twice
         if not self._shared:
             raise ValueError("shared is empty: name the parameters that the tasks share.")

@@ -15,6 +15,7 @@ import torch
 
 from taskgroup.lab.compare.cell import Cell, Result, train_cell
 from taskgroup.lab.compare.cost import step_seconds
+from taskgroup.lab.interrupts import hold_interrupts
 from taskgroup.lab.recipe import Recipe
 
 __all__ = ["Listener", "Workers"]
@@ -60,7 +61,9 @@ class Workers:
 
     def measure(self, recipes: Mapping[str, Recipe]) -> dict[str, float]:
         """Call :func:`~taskgroup.lab.compare.cost.step_seconds` while the other processes idle."""
-        return self._pool.submit(step_seconds, recipes).result()
+        with hold_interrupts():
+            measured = self._pool.submit(step_seconds, recipes)
+        return measured.result()
 
     def run(self, title: str, cells: Sequence[Cell], listen: Listener) -> None:
         """Run the cells that are not finished; if one fails, the others are still run.
@@ -78,7 +81,8 @@ class Workers:
             else:
                 done += 1
                 listen(title, done, len(cells), cell, result)
-        running = {self._pool.submit(train_cell, cell, self._folder): cell for cell in missing}
+        with hold_interrupts():  # the processes start here
+            running = {self._pool.submit(train_cell, cell, self._folder): cell for cell in missing}
         for future in as_completed(running):
             cell = running[future]
             result = None
@@ -103,7 +107,8 @@ def _prepare() -> None:
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C at the terminal: no traceback
+    # A Ctrl-C at the terminal goes to all processes; the parent ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
