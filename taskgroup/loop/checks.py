@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numbers
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from taskgroup._arguments import described, listed
@@ -18,8 +18,8 @@ __all__ = ["check_part", "check_share", "check_state", "checked_present", "check
 def checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     """The task names as plain strings."""
     if isinstance(tasks, str):
-        names = [name.strip() for name in tasks.split(",")]
-        raise TypeError(f"tasks takes a list of names, got the string {tasks!r}; write {names}.")
+        split = [name.strip() for name in tasks.split(",")]
+        raise TypeError(f"tasks takes a list of names, got the string {tasks!r}; write {split}.")
     if isinstance(tasks, Set) or not isinstance(tasks, Iterable):
         raise TypeError(
             f"tasks takes a list of names, whose order is that of stacked losses; got {tasks!r}."
@@ -75,9 +75,9 @@ def _meant(text: str) -> str | None:
 
 def check_share(share: object) -> None:
     """Raise unless a share of a step is a number in (0, 1]."""
-    number = isinstance(share, numbers.Real | Tensor) and not isinstance(share, bool)
-    if not number or not 0.0 < share <= 1.0:
-        raise ValueError(f"share must be a number in (0, 1], got {share!r}.")
+    number = isinstance(share, int | float | np.floating | Tensor) and not isinstance(share, bool)
+    if not number or not 0.0 < share <= 1.0:  # type: ignore[operator]
+        raise ValueError(f"share must be in (0, 1], got {share!r}.")
 
 
 def checked_present(present: Iterable[str], tasks: tuple[str, ...]) -> Members:
