@@ -43,7 +43,7 @@ def check_part(name: str, part: object, fits: bool, examples: str) -> None:
         raise TypeError(
             f"{name} takes an object, got the class {part.__name__}; call it, as in {examples}."
         )
-    if isinstance(part, str) and (meant := _meant(part)):
+    if isinstance(part, str) and (meant := _meant(name, part)):
         raise TypeError(
             f"{name} takes an object such as {examples}; got the string {part!r}. Write "
             f"{name}={meant}."
@@ -53,15 +53,17 @@ def check_part(name: str, part: object, fits: bool, examples: str) -> None:
 
 
 _SHORTEST = 3  # letters that tell what is meant
-_PARTS = (
-    *("tg.ProximalAffinity()", "tg.GradientAffinity(model.encoder)", "tg.AffinityPropagation()"),
-    *("tg.GraphColoring()", "tg.Exhaustive(m)", "tg.KMeans(m)", "tg.Spectral(m)"),
-    *("tg.Together()", "tg.Singletons()", "tg.Fixed(partition)", "tg.RandomGroups(m)"),
-    "tg.Heterogeneous()",
-)
+_PARTS = {
+    "affinity": ("tg.ProximalAffinity()", "tg.GradientAffinity(model.encoder)"),
+    "grouping": (
+        *("tg.AffinityPropagation()", "tg.GraphColoring()", "tg.Exhaustive(m)", "tg.KMeans(m)"),
+        *("tg.Spectral(m)", "tg.Together()", "tg.Singletons()", "tg.Fixed(partition)"),
+        *("tg.RandomGroups(m)", "tg.Heterogeneous()"),
+    ),
+}
 
 
-def _meant(text: str) -> str | None:
+def _meant(name: str, text: str) -> str | None:
     """The object that a string such as ``"graph-coloring"`` or ``"random:3"`` means."""
 
     def letters(text: str) -> str:
@@ -70,7 +72,9 @@ def _meant(text: str) -> str | None:
     wanted = letters(text)
     if len(wanted) < _SHORTEST:
         return None
-    return next((p for p in _PARTS if letters(p.split("(")[0]).startswith(f"tg{wanted}")), None)
+    return next(
+        (p for p in _PARTS[name] if letters(p.split("(")[0]).startswith(f"tg{wanted}")), None
+    )
 
 
 def check_share(share: object) -> None:

@@ -162,7 +162,7 @@ class LossReader:
             mine = values if members == needed else [losses[self.tasks[k]] for k in members]
             measured = torch.stack(values).detach()
             own = torch.stack(mine) if len(mine) > 1 else mine[0].clone()
-        except (AttributeError, IndexError, KeyError, TypeError, RuntimeError):
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             self._explain(losses, members, needed)
             raise
         if (
