@@ -1,7 +1,7 @@
-"""Wrong arguments of all public names get a sentence of ours at the call, and numbers of NumPy work.
+"""Wrong arguments of public names get a sentence at the call, and numbers of NumPy work.
 
-Such a sentence names the argument and says what to pass. An error that Python, NumPy or torch raises
-further down (``'str' object has no attribute ...``) does not.
+Such a sentence names the argument and says what to pass. An error that Python, NumPy or torch
+raises further down (``'str' object has no attribute ...``) does not.
 """
 
 import re
@@ -18,7 +18,6 @@ import taskgroup as tg
 TASKS = ["depth", "normal", "edges"]
 PACKAGE = Path(tg.__file__).parent
 JUNK = ("text", None, 5, 1.5, True, [1], np.eye(3), nn.Linear, {"a": 1})
-NUMBERS = (5, 1.5, True, np.float64(2.5))
 NOT_COUNTS = ("5", 1.5, True, -1, np.bool_(True), torch.tensor(5.0), [5])
 
 
@@ -49,11 +48,13 @@ def stack():
 
 # What is called, with one argument; the arguments that are wrong; and what the sentence names.
 WRONG = {
-    "tasks": (tg.TaskGroups, [*JUNK, {"depth", "edges"}, nn.Linear(1, 1)], r"[Tt]asks?\b"),
+    "tasks": (tg.TaskGroups, [*JUNK[:-1], {"depth", "edges"}, nn.Linear(1, 1)], r"[Tt]asks?\b"),
     "weights": (
         lambda v: groups(weights=v),
-        ["1,2,3", ["1", "2", "3"], {**dict.fromkeys(TASKS, 1), "edges": "1"}, 5, [1, None, 2]]
-        + [[True, 1, 1], np.ones((3, 1)), torch.ones(3, 1), nn.Linear(1, 1), {1: 1.0}],
+        [
+            *("1,2,3", ["1", "2", "3"], {**dict.fromkeys(TASKS, 1), "edges": "1"}, 5, [1, None, 2]),
+            *([True, 1, 1], np.ones((3, 1)), torch.ones(3, 1), nn.Linear(1, 1), {1: 1.0}),
+        ],
         "weight",
     ),
     "affinity": (
@@ -98,8 +99,10 @@ WRONG = {
     ),
     "heads": (
         lambda v: groups().attach(optimizer(), v),
-        ["text", 5, [nn.Linear(1, 1)], {"depth": []}, dict.fromkeys(TASKS, "weight")]
-        + [dict.fromkeys(TASKS, 5), dict.fromkeys(TASKS, nn.Linear), dict.fromkeys(TASKS, ["w"])],
+        [
+            *("text", 5, [nn.Linear(1, 1)], {"depth": []}, dict.fromkeys(TASKS, "weight")),
+            *(dict.fromkeys(TASKS, 5), dict.fromkeys(TASKS, nn.Linear), {t: ["w"] for t in TASKS}),
+        ],
         "head",
     ),
     "outside": (
@@ -124,7 +127,7 @@ WRONG = {
     "sample": (lambda v: tg.GradientAffinity([parameter()], sample=v), NOT_COUNTS, "sample"),
     "m of KMeans": (tg.KMeans, [*NOT_COUNTS, None], "m of KMeans"),
     "m of RandomGroups": (tg.RandomGroups, [*NOT_COUNTS, None], "m of RandomGroups"),
-    "m of Exhaustive": (tg.Exhaustive, [*NOT_COUNTS, None], "m of Exhaustive"),
+    "m of Exhaustive": (tg.Exhaustive, [*NOT_COUNTS, None], "max_groups of Exhaustive"),
     "seed of KMeans": (lambda v: tg.KMeans(2, seed=v), [*NOT_COUNTS, None], "seed"),
     "seed of RandomGroups": (lambda v: tg.RandomGroups(2, seed=v), [None, "0", 1.5, True], "seed"),
     "partition": (tg.Fixed, [None, 5, [1], "ab", ["ab"], nn.Linear(1, 1)], "Fixed"),
