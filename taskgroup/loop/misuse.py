@@ -142,6 +142,7 @@ class LossWatch:
         the same tasks. The tasks in ``own`` are stepped on next. The tasks in ``absent`` have no
         label on this rank, so their losses are zero.
         """
+        follows = follows and len(values) == len(self._last)  # not if the group before was skipped
         if follows and not self._told_of_still:
             self._check_moves(values)
         elif self._still:

@@ -20,10 +20,16 @@ PROGRAM = "from taskgroup.lab.cli import app; app()"
 
 def worker_imports_torch(output, processes):
     return any(
-        b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()
-        and "libtorch_cpu" in Path(f"/proc/{p}/maps").read_text()
+        b"spawn_main" in read(f"/proc/{p}/cmdline") and b"libtorch_cpu" in read(f"/proc/{p}/maps")
         for p in processes
     )
+
+
+def read(path):
+    try:
+        return Path(path).read_bytes()
+    except OSError:  # the process has ended meanwhile
+        return b""
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
