@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["begin_worker", "in_processes"]
+__all__ = ["begin_worker", "hold_interrupts", "in_processes"]
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -40,3 +41,20 @@ def in_processes(function: Callable[[A], B], items: list[A], workers: int) -> It
     with torch.device("cpu"):  # the iterator draws from that generator, whatever the default device
         results = iter(loader)
     yield from results
+
+
+@contextmanager
+def hold_interrupts() -> Iterator[None]:
+    """Hold back a Ctrl-C until the end of the block, in this process and in those it starts there.
+
+    A terminal sends Ctrl-C to all processes. One that is still importing would answer with a
+    traceback, so it starts with the signal blocked, and its parent ends it.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

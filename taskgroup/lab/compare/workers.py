@@ -15,7 +15,7 @@ import torch
 
 from taskgroup.lab.compare.cell import Cell, Result, train_cell
 from taskgroup.lab.compare.cost import step_seconds
-from taskgroup.lab.interrupts import hold_interrupts
+from taskgroup.lab.processes import hold_interrupts
 from taskgroup.lab.recipe import Recipe
 
 __all__ = ["Listener", "Workers"]
