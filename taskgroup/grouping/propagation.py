@@ -56,7 +56,7 @@ class AffinityPropagation(Clustering):
     ) -> None:
         self.preference: float | None = None
         if preference is not None:
-            self.preference = number("preference", preference, "a finite number or None")
+            self.preference = number("preference", preference, "finite, or None")
         self.damping = number("damping", damping, "in [0.5, 1)")
         if not 0.5 <= self.damping < 1.0:
             raise ValueError(f"damping must be in [0.5, 1), got {damping!r}.")
