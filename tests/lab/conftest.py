@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 import torch
 
@@ -11,6 +13,14 @@ def _keep_the_generator():
     """A trainer seeds the global one."""
     with torch.random.fork_rng():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _keep_the_handler_of_ctrl_c():
+    """A command that Ctrl-C has stopped leaves the key to end its process."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture
