@@ -743,7 +743,7 @@ def test_nothing_is_cut_off_and_nothing_overlaps(tmp_path, browser):
         fits = "return [...document.querySelectorAll('.plot')].every(plot => Math.abs("
         fits += "plot.clientWidth - plot.querySelector('.main-svg').clientWidth) < 2)"
         WebDriverWait(browser, 20).until(lambda _: browser.execute_script(fits))  # noqa: B023
-        assert browser.execute_script(BEYOND) == []
+        assert browser.execute_script(BEYOND) == [], f"in a window of {width} pixels"
         crowds = browser.execute_script(CROWDS)
         assert any(crowds)
         for _, places in crowds:
@@ -777,7 +777,7 @@ def hexadecimal(rgb):
     return "#" + "".join(f"{int(value):02x}" for value in re.findall(r"\d+", rgb)[:3])
 
 
-# What reaches out of the window, or out of its card, and words that need a scrollbar.
+# What reaches out of the window, or out of its figure, and tables that need a scrollbar.
 BEYOND = """
 const found = [], at = (element) => element.getBoundingClientRect();
 for (const element of document.querySelectorAll("body > :not(#js-plotly-tester) *")) {
@@ -787,11 +787,11 @@ for (const element of document.querySelectorAll("body > :not(#js-plotly-tester) 
   }
 }
 for (const plot of document.querySelectorAll(".plot")) {
-  const card = at(plot.parentElement);
+  const room = at(plot);
   for (const text of plot.querySelectorAll("text")) {
     const box = at(text);
-    if (box.width && (box.left < card.left - 1 || box.right > card.right + 1 ||
-                      box.top < card.top - 1 || box.bottom > card.bottom + 1)) {
+    if (box.width && (box.left < room.left - 1 || box.right > room.right + 1 ||
+                      box.top < room.top - 1 || box.bottom > room.bottom + 1)) {
       found.push(text.textContent);
     }
   }
