@@ -487,7 +487,7 @@ def _line(points: Thinned, run: Shown, value: str) -> list[go.Scatter]:
         x=points.batches,
         y=points.mean,
         mode="lines" if len(points.batches) > 1 else "markers",
-        opacity=0.85,
+        opacity=0.95,
         line={"color": colour, "width": 1.6, "dash": _DASHES[run.number // len(RUNS) % 3]},
         connectgaps=True,
         name=name,
