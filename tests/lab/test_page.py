@@ -145,12 +145,13 @@ def test_affinity_that_was_never_measured_is_empty(tmp_path):
 
 
 def test_groups_are_framed_as_they_were_at_each_moment(tmp_path):
-    """Rectangles of rows and columns in the order of the last groups; c joins a at batch 2."""
-    recorded = [(1, matrix()), (2, matrix()), (3, matrix(ab=1.0))]
-    run = write_run(tmp_path / "run", [ALONE, PAIR, [["a"], ["b", "c"]]], recorded)
+    """Where the order, that of the last groups, does not have a group's tasks side by side, too."""
+    alone, crossed, last = "a b c d", "ac bd", "ab cd"
+    partitions = [[list(group) for group in row.split()] for row in (alone, crossed, last)]
+    run = write_run(tmp_path / "run", partitions, [(b, np.eye(4)) for b in (1, 2, 3)])
     (figure,) = figures(report(tmp_path / "page.html", run)[0])["Affinity over time"]
     tasks = figure["data"][0]["x"]
-    assert abs(tasks.index("b") - tasks.index("c")) == 1
+    assert abs(tasks.index("a") - tasks.index("b")) == 1
     framed = []
     for frame in figure["frames"]:
         below, above = frame["layout"]["shapes"]  # white, and ink on it
@@ -164,7 +165,7 @@ def test_groups_are_framed_as_they_were_at_each_moment(tmp_path):
                 for k in range(int(left), int(right))
             }
         framed.append({"".join(sorted(pair)) for pair in cells})
-    assert framed == [{"a", "b", "c"}, {"a", "b", "c", "ac"}, {"a", "b", "c", "bc"}]
+    assert framed == [{*"abcd"}, {*"abcd", "ac", "bd"}, {*"abcd", "ab", "cd"}]
     assert figure["layout"]["shapes"] == figure["frames"][-1]["layout"]["shapes"]
 
 
