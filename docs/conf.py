@@ -37,7 +37,7 @@ copybutton_prompt_is_regexp = True
 
 # Types of torch, NumPy and the standard library are not here, and their inventories need network.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|collections|os|pathlib|numpy|typing|nn|np|npt)\..*"),
+    ("py:.*", r"(torch|collections|concurrent|os|pathlib|numpy|typing|nn|np|npt)\..*"),
     ("py:class", r"Tensor|ProcessGroup|Path"),
     # Ours, but not part of the reference.
     ("py:class", r"(.*\.)?(Cell|Ranks|Result|Score|Step|Summary|Transform|Variant)"),
@@ -56,7 +56,8 @@ TREES: dict[str, dict[str, list[str]]] = {
     "index": {
         "Begin": ["quickstart", "how-it-works", "your-model", "choosing"],
         "Training": [
-            *("training", "several-data-sets", "trainers", "trackers", "report", "examples", "faq"),
+            *("training", "recording", "trackers", "report", "trainers", "several-data-sets"),
+            *("clusters", "examples", "faq"),
         ],
         "Cost": ["cost", "kernels", "benchmarks"],
         "Results": ["Results <results/README>", "reproduce", "migration"],

@@ -156,6 +156,7 @@ class Observer:
         watch = partial(
             self.watch.look,
             members=plan.needed,
+            own=plan.members,
             absent=batch.absent,
             follows=plan.observes and plan.place > 0,
         )

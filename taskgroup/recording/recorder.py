@@ -63,8 +63,9 @@ class Recorder:
         folder: the folder of the run, which is made at the first batch.
         log: trackers that are handed the numbers as well: a ``SummaryWriter``, a W&B run, the
             module ``mlflow``, a logger of Lightning, a function ``(dict, step)``, or a list of
-            these. Scalars are named ``loss/depth``, ``groups``, ``lr/0``, ``metric/depth``,
-            ``affinity/depth->edges``; a heat map of the affinity is an image.
+            these. Scalars are named ``taskgroup/loss/depth``, ``.../groups``, ``.../lr/0``,
+            ``.../metric/depth``, ``.../affinity/depth->edges``; a heat map of the affinity is an
+            image.
         log_every: number of batches from one that is handed to the trackers to the next.
         pairs: pairs of tasks whose affinity is handed to the trackers: what a step on the first
             does to the loss of the second, relative to what a step on the second does to it.

@@ -1,8 +1,9 @@
-import json
+import signal
 
 import pytest
 import torch
 
+from taskgroup.lab import processes
 from taskgroup.lab.compare import workers
 from tests.lab.small import InThisProcess
 
@@ -14,17 +15,25 @@ def _keep_the_generator():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _keep_the_handler_of_ctrl_c():
+    """A command that Ctrl-C has stopped leaves the key to end its process."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 @pytest.fixture
 def trained(monkeypatch):
     """The cells that are trained, in this process and in order."""
     cells = []
     train = workers.train_cell
 
-    def note(cell, folder):
+    def note(cell):
         cells.append(cell)
-        return train(cell, folder)
+        return train(cell)
 
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(workers, "train_cell", note)
     monkeypatch.setattr(workers, "step_seconds", lambda recipes: dict.fromkeys(recipes, 1.0))
     return cells
@@ -40,9 +49,9 @@ def made_up(monkeypatch):
     def use(make, seconds=None):
         cells = []
 
-        def write(cell, folder):
+        def invent(cell):
             cells.append(cell)
-            result = {
+            return {
                 "metrics": {},
                 "peak_bytes": 1000,
                 "steps_per_batch": 1.0,
@@ -54,11 +63,9 @@ def made_up(monkeypatch):
                 "diverged": None,
                 **make(cell),
             }
-            cell.file(folder).write_text(json.dumps(result))
-            return result
 
-        monkeypatch.setattr(workers, "ProcessPoolExecutor", InThisProcess)
-        monkeypatch.setattr(workers, "train_cell", write)
+        monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
+        monkeypatch.setattr(workers, "train_cell", invent)
         monkeypatch.setattr(
             workers,
             "step_seconds",

@@ -320,6 +320,66 @@ def test_wrong_pairs_and_no_runs_change_nothing(write, tmp_path):
     assert not out.exists()
 
 
+def drawn_of(run, matrix, monkeypatch, tmp_path):
+    """``{file: figure}`` of the pictures of a run, which are not written."""
+    found = {}
+    monkeypatch.setattr(report, "save", lambda figure, path: found.update({path.name: figure}))
+    report._draw_groups(run, np.asarray(matrix), tmp_path)
+    return found
+
+
+def test_affinity_of_a_run_is_the_matrix_of_the_page(write, monkeypatch, tmp_path):
+    """In the order of the last groups, which are framed; its tasks have titles."""
+    partition = [["normal", "reshading"], ["keypoints2d", "depth_zbuffer"]]
+    run = load_run_data(write("run", [partition] * 3, [(1, np.eye(4))], data="motorcycle"))
+    assert run.tasks == ("depth_zbuffer", "keypoints2d", "normal", "reshading")
+    random = np.random.RandomState(0)
+    matrix = np.eye(4) + 0.2 * random.randn(4, 4) * (1 - np.eye(4))
+    matrix[0, 3] = matrix[3, 0] = np.nan
+    figure = drawn_of(run, matrix, monkeypatch, tmp_path)["affinity.png"]
+    axes = figure.axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == [label.get_text() for label in axes.get_xticklabels()]
+    place = {name: names.index(name) for name in names}
+    order = [
+        place[name] for name in ("Z-buffer depth", "2D keypoints", "Surface normals", "Reshading")
+    ]
+    (image,) = axes.get_images()
+    shown = np.ma.filled(image.get_array().astype(float), np.nan)[np.ix_(order, order)]
+    np.testing.assert_allclose(shown, affinities.normalised(matrix))
+    assert np.isnan(shown[0, 3])
+    end = affinities.largest(shown)
+    assert image.get_clim() == (-end, end)
+    frames = {(box.get_xy(), box.get_width(), box.get_height()) for box in axes.patches}
+    assert frames == {((-0.5, -0.5), 2, 2), ((1.5, 1.5), 2, 2)}
+    assert abs(place["Surface normals"] - place["Reshading"]) == 1
+    assert [text.get_text() for text in axes.texts].count("empty: not measured") == 1
+
+
+def test_names_of_many_tasks_are_legible_and_whole(write, monkeypatch, tmp_path):
+    tasks = [f"a-task-with-a-long-name-of-{k:03d}" for k in range(80)]
+    run = load_run_data(write("run", [[[task] for task in tasks]] * 2))
+    drawn = drawn_of(run, np.eye(80), monkeypatch, tmp_path)
+    for figure in (drawn["affinity.png"], drawn["cogrouping.png"]):
+        figure.draw_without_rendering()
+        width, height = figure.get_size_inches() * figure.dpi
+        labels = [*figure.axes[0].get_xticklabels(), *figure.axes[0].get_yticklabels()]
+        for label in filter(lambda label: label.get_text(), labels):
+            box = label.get_window_extent()
+            assert box.x0 >= 0 <= box.y0
+            assert box.x1 <= width
+            assert box.y1 <= height
+            assert label.get_fontsize() >= 8
+
+
+def test_mean_of_the_groups_leaves_out_the_warm_up(write, monkeypatch, tmp_path):
+    run = load_run_data(write("run", [ALONE] * 20 + [ALL] * 40, warmup=20))
+    axes = drawn_of(run, np.eye(3), monkeypatch, tmp_path)["groups.png"].axes[0]
+    (mean,) = [line for line in axes.lines if "mean" in line.get_label()]
+    np.testing.assert_array_equal(mean.get_xdata(), np.arange(21, 61))
+    np.testing.assert_allclose(mean.get_ydata(), 1)
+
+
 def test_hundred_tasks(write, tmp_path):
     tasks = [f"a-task-with-a-long-name-of-{k:03d}" for k in range(100)]
     alone = [[task] for task in tasks]

@@ -145,12 +145,13 @@ def test_affinity_that_was_never_measured_is_empty(tmp_path):
 
 
 def test_groups_are_framed_as_they_were_at_each_moment(tmp_path):
-    """Rectangles of rows and columns in the order of the last groups; c joins a at batch 2."""
-    recorded = [(1, matrix()), (2, matrix()), (3, matrix(ab=1.0))]
-    run = write_run(tmp_path / "run", [ALONE, PAIR, [["a"], ["b", "c"]]], recorded)
+    """Where the order, that of the last groups, does not have a group's tasks side by side, too."""
+    alone, crossed, last = "a b c d", "ac bd", "ab cd"
+    partitions = [[list(group) for group in row.split()] for row in (alone, crossed, last)]
+    run = write_run(tmp_path / "run", partitions, [(b, np.eye(4)) for b in (1, 2, 3)])
     (figure,) = figures(report(tmp_path / "page.html", run)[0])["Affinity over time"]
     tasks = figure["data"][0]["x"]
-    assert abs(tasks.index("b") - tasks.index("c")) == 1
+    assert abs(tasks.index("a") - tasks.index("b")) == 1
     framed = []
     for frame in figure["frames"]:
         below, above = frame["layout"]["shapes"]  # white, and ink on it
@@ -164,7 +165,7 @@ def test_groups_are_framed_as_they_were_at_each_moment(tmp_path):
                 for k in range(int(left), int(right))
             }
         framed.append({"".join(sorted(pair)) for pair in cells})
-    assert framed == [{"a", "b", "c"}, {"a", "b", "c", "ac"}, {"a", "b", "c", "bc"}]
+    assert framed == [{*"abcd"}, {*"abcd", "ac", "bd"}, {*"abcd", "ab", "cd"}]
     assert figure["layout"]["shapes"] == figure["frames"][-1]["layout"]["shapes"]
 
 
@@ -746,7 +747,7 @@ def test_nothing_is_cut_off_and_nothing_overlaps(tmp_path, browser):
         fits = "return [...document.querySelectorAll('.plot')].every(plot => Math.abs("
         fits += "plot.clientWidth - plot.querySelector('.main-svg').clientWidth) < 2)"
         WebDriverWait(browser, 20).until(lambda _: browser.execute_script(fits))  # noqa: B023
-        assert browser.execute_script(BEYOND) == []
+        assert browser.execute_script(BEYOND) == [], f"in a window of {width} pixels"
         crowds = browser.execute_script(CROWDS)
         assert any(crowds)
         for _, places in crowds:
@@ -780,7 +781,7 @@ def hexadecimal(rgb):
     return "#" + "".join(f"{int(value):02x}" for value in re.findall(r"\d+", rgb)[:3])
 
 
-# What reaches out of the window, or out of its card, and words that need a scrollbar.
+# What reaches out of the window, or out of its figure, and tables that need a scrollbar.
 BEYOND = """
 const found = [], at = (element) => element.getBoundingClientRect();
 for (const element of document.querySelectorAll("body > :not(#js-plotly-tester) *")) {
@@ -790,11 +791,11 @@ for (const element of document.querySelectorAll("body > :not(#js-plotly-tester) 
   }
 }
 for (const plot of document.querySelectorAll(".plot")) {
-  const card = at(plot.parentElement);
+  const room = at(plot);
   for (const text of plot.querySelectorAll("text")) {
     const box = at(text);
-    if (box.width && (box.left < card.left - 1 || box.right > card.right + 1 ||
-                      box.top < card.top - 1 || box.bottom > card.bottom + 1)) {
+    if (box.width && (box.left < room.left - 1 || box.right > room.right + 1 ||
+                      box.top < room.top - 1 || box.bottom > room.bottom + 1)) {
       found.push(text.textContent);
     }
   }

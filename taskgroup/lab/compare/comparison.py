@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from taskgroup.lab.compare.results import BUDGETS, Runs, Table, delta_of, make_r
 from taskgroup.lab.compare.workers import Listener, Workers
 from taskgroup.lab.problem import make_problem
 from taskgroup.lab.recipe import Recipe
-from taskgroup.lab.train.trainer import Trainer, find_device, task_names
+from taskgroup.lab.train.trainer import Trainer, task_names
 
 __all__ = ["Comparison"]
 
@@ -82,7 +83,6 @@ class Comparison:
         if "tuned" in wanted and len(self.rates) < 2:
             raise ValueError("To choose the best rate, give another one than that of the recipe.")
         self._tuning_seeds = tuning_seeds
-        self.device = find_device(recipe.device)
         self.problem = make_problem(recipe)
         self.tasks = task_names(recipe, self.problem)
         if len(self.tasks) < 2:
@@ -107,18 +107,32 @@ class Comparison:
 
     # Which runs there are.
 
-    def run(self, listen: Listener = lambda *_: None, jobs: int | None = None) -> Table:
+    def run(
+        self,
+        listen: Listener = lambda *_: None,
+        jobs: int | None = None,
+        executor: Executor | None = None,
+    ) -> Table:
         """Run what is missing, and read all results.
 
         Args:
             listen: called after every run.
-            jobs: number of worker processes; None is one per core, or one on a GPU.
+            jobs: number of worker processes on this machine; None is one per GPU if the recipe
+                trains on a GPU, and one per core otherwise.
+            executor: where to train instead of on this machine: any
+                ``concurrent.futures.Executor`` whose workers have taskgroup and the data. It is
+                not shut down.
 
         Raises:
-            RuntimeError: if a worker process died; finished runs are kept.
-            ValueError: if another process runs in the folder.
+            RuntimeError: if worker processes died again and again, or if the executor's workers
+                cannot train; finished runs are kept.
+            ValueError: if another process runs in the folder, if ``jobs`` is less than 1 or is
+                given with an executor, or if there is no GPU where the recipe asks for one.
         """
-        with tg.recording.hold(self.out), Workers(self._folder, jobs, self.device) as workers:
+        with (
+            tg.recording.hold(self.out),
+            Workers(self._folder, self.recipe, executor, jobs) as workers,
+        ):
             single = [self._single(task, seed) for seed in self._seeds for task in self.tasks]
             workers.run(BUDGETS["batches"], single + self._by("batches"), listen)
             self._single_metrics = None

@@ -20,6 +20,8 @@ from taskgroup.lab.words import counted
 __all__ = ["Display", "LiveDisplay"]
 
 _Shown = TypeVar("_Shown", bound="LiveDisplay")
+_LONGEST, _SHORTEST, _GAP = 30, 8, 2  # characters of a name, and between columns
+_NARROWEST = 20  # characters of the frame
 _SMOOTHING = 0.95  # of the losses shown
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
 
@@ -43,17 +45,25 @@ class LiveDisplay:
             expand=True,
         )
         self._next_line = 0.0
+        self._cleared = False
 
     def __enter__(self: _Shown) -> _Shown:
         self._started = time.monotonic()
         # A thread of its own draws four times a second, so an update only stores numbers.
-        self._live = Live(console=self._console, get_renderable=self._draw, refresh_per_second=4)
+        self._live = Live(
+            console=self._console,
+            get_renderable=self._draw,
+            refresh_per_second=4,
+            vertical_overflow="crop",  # the usual "..." would fill the last line, see _draw()
+        )
         if self._console.is_terminal:
             self._live.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._console.is_terminal:
+            # What ended it is said in a sentence, without half a bar above.
+            self._live.transient = self._cleared = kind is not None
             self._live.stop()
 
     def _begin(self, description: str) -> None:
@@ -75,18 +85,36 @@ class LiveDisplay:
                 highlight=False,
             )
 
-    def _draw(self) -> Panel:
+    def _draw(self) -> RenderableType:
+        if self._cleared:  # a frame higher than the terminal could not be taken back
+            return ""
         shown = Group(self._bar, "", *self._details())
-        return Panel(shown, title=Text(self._title), border_style="dim")
+        # A terminal writes ^C after the frame. In a full line it would go on to the next line, and
+        # the frame would be drawn again in the wrong place.
+        width = max(_NARROWEST, self._console.width - len("^C^C"))
+        return Panel(shown, title=Text(self._title), border_style="dim", width=width)
 
     def _details(self) -> Sequence[RenderableType]:
         raise NotImplementedError
 
-    def _columns(self, cells: Sequence[Text]) -> Table:
-        """As many columns as the terminal has room for."""
-        grid = Table.grid(padding=(0, 2))
-        widest = max((cell.cell_len for cell in cells), default=0)
-        columns = max(1, self._console.width // max(40, widest + 2))
+    def _columns(self, entries: Sequence[tuple[Text, Text]]) -> Table:
+        """Names and their numbers, in as many columns as the terminal has room for.
+
+        Long names are shortened, numbers never.
+        """
+        room = self._console.width - 8  # within the frame
+        value = max((number.cell_len for _, number in entries), default=0)
+        longest = max((name.cell_len for name, _ in entries), default=0)
+        name = max(_SHORTEST, min(longest, _LONGEST, room - value - 1))
+        columns = max(1, (room + _GAP) // (name + 1 + value + _GAP))
+        grid = Table.grid(padding=(0, _GAP, 0, 0))
+        for _ in range(columns):
+            grid.add_column(no_wrap=True)
+        cells = []
+        for text, number in entries:
+            cell = text.copy()
+            cell.truncate(name, overflow="ellipsis", pad=True)
+            cells.append(Text.assemble(cell, " ", number))
         for start in range(0, len(cells), columns):
             grid.add_row(*cells[start : start + columns])
         return grid
@@ -118,13 +146,12 @@ class Display(LiveDisplay):
 
     def _details(self) -> Sequence[RenderableType]:
         group_of = {task: n for n, tasks in enumerate(self._partition) for task in tasks}
-        losses = [
-            Text(
-                f"{short(self._titles[task]):<{self._widest}}{loss:9.4f}",
-                style=_colour(group_of.get(task)),
-            )
-            for task, loss in self._smoothed.items()
-        ]
+        shown = {task: f"{loss:.4f}" for task, loss in self._smoothed.items()}
+        width = max(map(len, shown.values()), default=0)
+        losses = []
+        for task, loss in shown.items():
+            style = _colour(group_of.get(task))
+            losses.append((Text(self._titles[task], style), Text(loss.rjust(width), style)))
         groups = Text(f"{counted(len(self._partition), 'group')}  ", style="bold")
         for n, tasks in enumerate(self._partition):
             groups.append(f"[{', '.join(self._titles[t] for t in tasks)}] ", style=_colour(n))

@@ -6,7 +6,6 @@ import os
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -242,11 +241,10 @@ def _draw_groups(run: RunData, affinity: Floats, out: Path) -> None:
     shown = titles(run)
     names = [short(shown[run.tasks[k]]) for k in order]
     framed = groups.blocks(run.groups[-1][order])
-    matrix = 0.42 * min(len(names), 40)  # inches of its side
+    matrix = 0.42 * max(6, min(len(names), 40))  # inches of its side
     size = max(3.0, min(9.0, 0.75 * 72 * matrix / len(names)))
     room = max(map(len, names)) * 0.62 * size / 72  # inches of the longest name
-    sides = (matrix + room + 1.8, matrix + 0.75 * room + 1.1)
-    bar_size: dict[str, Any] = {"fraction": 0.046, "pad": 0.03, "aspect": max(20, len(names))}
+    sides = (1.05 * matrix + room + 1.5, matrix + 0.75 * room + 0.9)
 
     figure = Figure(figsize=sides, layout="constrained")
     axes = figure.subplots()
@@ -256,8 +254,9 @@ def _draw_groups(run: RunData, affinity: Floats, out: Path) -> None:
     _name_tasks(axes, names, size, turned=45)
     _write_values(axes, values, 2, [INK] * 2)
     _frame(axes, framed)
-    bar = figure.colorbar(image, ax=axes, extend="both", extendfrac=0.03, **bar_size)
-    bar.set_label("raise each other's losses   ←   normalised affinity   →   lower them")
+    beside = axes.inset_axes((1.02, 0, 0.03, 1))
+    bar = figure.colorbar(image, cax=beside, extend="both", extendfrac=0.03)
+    bar.set_label("harm   ←   affinity   →   help")
     axes.set_title("Affinity by which tasks are grouped", loc="left", pad=12)
     unmeasured = np.isnan(values) & ~np.eye(len(values), dtype=bool)
     if unmeasured.any():
@@ -271,7 +270,7 @@ def _draw_groups(run: RunData, affinity: Floats, out: Path) -> None:
     axes = figure.subplots()
     image = _draw_share(axes, groups.share(after), order, names, size, digits=1, turned=45)
     _frame(axes, framed)
-    figure.colorbar(image, ax=axes, **bar_size).set_label(_SHARE)
+    figure.colorbar(image, cax=axes.inset_axes((1.02, 0, 0.03, 1))).set_label(_SHARE)
     axes.set_title(f"Who shared a group, over {len(after)} batches", loc="left", pad=12)
     save(figure, out / "cogrouping.png")
 

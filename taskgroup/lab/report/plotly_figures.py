@@ -55,7 +55,7 @@ _ENTRIES = 500_000  # of all matrices of a slider: 3 MB
 _MATRICES = 200  # on a slider
 _COLUMNS = 800  # of a partition
 _POINTS = 200  # of a line
-_LETTER = 6.4  # pixels, of a name
+_LETTER = 6.7  # pixels, of a name
 _LABEL = 26  # letters of a line of a bar's label
 _NAME = 24  # letters of a task's name beside a row; the pointer shows all of it
 _SCALE = [(0, HARMS), (0.5, ZERO), (1, SERVES)]
@@ -487,7 +487,7 @@ def _line(points: Thinned, run: Shown, value: str) -> list[go.Scatter]:
         x=points.batches,
         y=points.mean,
         mode="lines" if len(points.batches) > 1 else "markers",
-        opacity=0.85,
+        opacity=0.95,
         line={"color": colour, "width": 1.6, "dash": _DASHES[run.number // len(RUNS) % 3]},
         connectgaps=True,
         name=name,
