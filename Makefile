@@ -52,11 +52,15 @@ examples: .venv/dev.stamp ## run the programs in examples/ (under a minute)
 	$(BIN)/python examples/plain.py
 	$(BIN)/python examples/with_lightning.py
 	$(BIN)/accelerate launch --cpu --num_processes 1 examples/with_accelerate.py
+	$(BIN)/python examples/with_trainer.py
 	$(BIN)/torchrun --nproc-per-node 2 examples/ddp.py
 	$(BIN)/python examples/several_data_sets.py
 	$(BIN)/python examples/several_data_sets.py --turns
 	$(BIN)/torchrun --nproc-per-node 2 examples/several_data_sets.py
 	$(BIN)/python examples/tabular.py
+	WANDB_SILENT=true $(BIN)/python examples/dense_wandb.py
+	$(BIN)/python examples/text_mlflow.py
+	$(BIN)/python examples/recommender.py
 
 bench: .venv/dev.stamp ## run the benchmarks, which print ratios (5 minutes); ARGS="--save --full" keeps all sizes
 	$(BIN)/python -m pytest benchmarks -s $(ARGS)

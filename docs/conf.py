@@ -66,7 +66,7 @@ TREES: dict[str, dict[str, list[str]]] = {
     "api/index": {
         "": [
             *("schedule", "affinity", "groupings", "models", "gradients", "methods"),
-            *("trainers", "checkpoints", "experiments", "vision", "command-line"),
+            *("recording", "trainers", "checkpoints", "experiments", "vision", "command-line"),
         ]
     },
 }

@@ -53,7 +53,8 @@ class Misuse:
                 f"The last {_LEFT_EARLY} batches of several steps were left before their last "
                 "group, so some groups were never stepped on and little was observed. If your "
                 "trainer takes one step per batch, take the steps yourself (in Lightning: "
-                "self.automatic_optimization = False), or choose groups_per_batch=1 with "
+                "self.automatic_optimization = False; in place of Hugging Face's Trainer: "
+                "taskgroup.integrations.transformers.GroupTrainer), or choose groups_per_batch=1 with "
                 "GradientAffinity.",
                 stacklevel=3,  # the line of the loop
             )

@@ -176,7 +176,7 @@ class TaskGroups:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What this object was made with, as numbers and words: to log, or to tell runs apart."""
+        """What this object was made with, in numbers and words, to log or to tell runs apart."""
         grouping = self._partitioner.grouping
         return {
             "method": "joint" if isinstance(grouping, Together) else "selective",

@@ -1,5 +1,6 @@
 """Records what a training does: the files of a run, trackers, and the time of a batch."""
 
+from taskgroup._listeners import Listener
 from taskgroup.recording.clock import Clock, HostTensors
 from taskgroup.recording.lock import LOCK, Hold, hold, is_empty
 from taskgroup.recording.run_files import (
@@ -21,6 +22,7 @@ __all__ = [
     "Hold",
     "HostTensors",
     "Line",
+    "Listener",
     "hold",
     "is_empty",
     "read_header",

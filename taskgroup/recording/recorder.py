@@ -58,7 +58,7 @@ class Recorder:
     :meth:`TaskGroups.attach`.
 
     Args:
-        groups: the :class:`TaskGroups` of the loop; or the method of :mod:`taskgroup.methods`, to
+        groups: the :class:`TaskGroups` of the loop; or a method of ``tg.methods``, to
             record joint training for comparison.
         folder: the folder of the run, which is made at the first batch.
         log: trackers that are handed the numbers as well: a ``SummaryWriter``, a W&B run, the

@@ -33,8 +33,8 @@ GROUPS = (
 ALONE = "rgba(128,128,128,0.25)"
 #: The timed sections of a batch, the rest of it, and the whole batch where no section was timed.
 SECTIONS = {
+    "between batches": "#92c5de",
     "forward": "#4393c3",
-    "loss": "#92c5de",
     "backward": "#d6604d",
     "optimizer": "#f4a582",
     "other": "#bdbdbd",
