@@ -54,7 +54,8 @@ class Misuse:
                 "group, so some groups were never stepped on and little was observed. If your "
                 "trainer takes one step per batch, take the steps yourself (in Lightning: "
                 "self.automatic_optimization = False; in place of Hugging Face's Trainer: "
-                "taskgroup.integrations.transformers.GroupTrainer), or choose groups_per_batch=1 with "
+                "taskgroup.integrations.transformers.GroupTrainer), or choose "
+                "groups_per_batch=1 with "
                 "GradientAffinity.",
                 stacklevel=3,  # the line of the loop
             )

@@ -15,7 +15,13 @@ TASKS = ("a", "b", "c")
 ALONE = [["a"], ["b"], ["c"]]
 PAIR = [["a", "c"], ["b"]]
 ALL = [["a", "b", "c"]]
-SECONDS = {"forward": 1.0, "between batches": 0.5, "backward": 2.0, "optimizer": 0.25, "everything": 4.0}
+SECONDS = {
+    "forward": 1.0,
+    "between batches": 0.5,
+    "backward": 2.0,
+    "optimizer": 0.25,
+    "everything": 4.0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +69,13 @@ def test_time_is_that_of_the_summaries(write):
         "selective, random:2",
     ]
     assert joint.sections == pytest.approx(
-        {"forward": 0.1, "between batches": 0.05, "backward": 0.2, "optimizer": 0.025, "other": 0.025}
+        {
+            "forward": 0.1,
+            "between batches": 0.05,
+            "backward": 0.2,
+            "optimizer": 0.025,
+            "other": 0.025,
+        }
     )
     assert joint.ratio == 1
     # Seeds are averaged, and the rest is what no section has.
