@@ -127,7 +127,7 @@ def test_metrics_that_are_not_numbers_are_a_divergence(tmp_path, trained, monkey
     problem = type(make_problem(yeast()))
     evaluate = problem.evaluate
 
-    def lose(self, model, split, quick=False):
+    def lose(self, model, split):
         return dict.fromkeys(evaluate(self, model, split), math.nan)
 
     monkeypatch.setattr(problem, "evaluate", lose)

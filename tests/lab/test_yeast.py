@@ -45,7 +45,7 @@ def test_splits_are_the_whole_data_set(records, order):
 
 def test_titles_are_the_columns():
     _, labels = next(iter(datasets.Yeast()))
-    assert [title.replace(" ", "") for title in Yeast.titles.values()] == list(labels)
+    assert [title.replace(" ", "") for title in Yeast.tasks.values()] == list(labels)
 
 
 def test_losses_of_the_raw_records(records, order):

@@ -49,7 +49,7 @@ def evaluation_table(
     table.add_column("", justify="right")
     for task, value in metrics.items():
         lower = problem.lower_is_better[task]
-        name = _named(problem.titles[task], problem.metrics[task], lower)
+        name = _named(problem.titles[task], problem.metric_names[task], lower)
         table.add_row(name, f"{value:.4f}")
     if delta is not None:
         table.add_section()

@@ -108,9 +108,11 @@ def evaluate(
     import yaml
 
     from taskgroup.lab.commands.tables import evaluation_table
+    from taskgroup.lab.problem import measure
     from taskgroup.lab.recipe import parse_changes
     from taskgroup.lab.train.evaluation import delta_m, load_trained, read_baseline
     from taskgroup.lab.train.run_files import write_text
+    from taskgroup.lab.train.trainer import task_names
 
     changes = parse_changes(set_ or []) | common.given(root=data)
     against: dict[Path, dict[str, float]] = {}
@@ -122,7 +124,7 @@ def evaluate(
                 f"{trained.recipe.data} has no split {split}; it has "
                 f"{', '.join(trained.problem.splits)}."
             )
-        tasks = list(trained.model.heads)
+        tasks = task_names(trained.recipe, trained.problem)
         if baseline is not None:
             against[run] = read_baseline(baseline, tasks)
         if save is not None and (twice := [task for task in tasks if task in of_run]):
@@ -137,7 +139,7 @@ def evaluate(
     for run in runs:
         trained = load_trained(run, changes)
         problem = trained.problem
-        metrics = problem.evaluate(trained.model, split)
+        metrics = measure(problem, trained.model, split)
         delta = delta_m(metrics, against[run], problem) if run in against else None
         saved |= metrics
         title = f"{run}, {trained.batch} batches, {split}"

@@ -38,7 +38,7 @@ def tables(table: Table) -> list[RenderableType]:
 
 def markdown(table: Table, command: str) -> str:
     """The results as Markdown, with the command line that made them."""
-    names = {table.problem.metrics[task] for task in table.tasks}
+    names = {table.problem.metric_names[task] for task in table.tasks}
     metric = names.pop() if len(names) == 1 else "Metric"
     parts = [
         f"# {_headline(table)}",
@@ -104,7 +104,7 @@ def write_csv(table: Table, path: str | os.PathLike[str]) -> None:
 
 def _named(table: Table, metrics: dict[str, float]) -> dict[str, float]:
     """Metrics by the names of their columns; NaN if they are missing."""
-    return {f"{table.problem.metrics[t]} {t}": metrics.get(t, math.nan) for t in table.tasks}
+    return {f"{table.problem.metric_names[t]} {t}": metrics.get(t, math.nan) for t in table.tasks}
 
 
 def delta_m_plot(table: Table, path: str | os.PathLike[str]) -> None:
@@ -214,7 +214,11 @@ def _gain_rows(table: Table) -> Rows:
 
 def _difference_rows(table: Table) -> Rows:
     last = table.budgets[-1]
-    keys = [*((budget, "held_out") for budget in table.budgets), (last, "train")]
+    keys = [(budget, "held_out") for budget in table.budgets]
+    columns = [f"held-out, {BUDGETS[budget]}" for budget in table.budgets]
+    if "train" in table.problem.splits:
+        keys.append((last, "train"))
+        columns.append(f"training data, {BUDGETS[last]}")
     rows = [
         [
             row.variant.title,
@@ -223,8 +227,7 @@ def _difference_rows(table: Table) -> Rows:
         for row in table.rows
         if row.variant.name != row.variant.against
     ]
-    held_out = [f"held-out, {BUDGETS[budget]}" for budget in table.budgets]
-    return ["Δm minus that of GD", *held_out, f"training data, {BUDGETS[last]}"], rows
+    return ["Δm minus that of GD", *columns], rows
 
 
 def _task_rows(table: Table, budget: str, split: str) -> Rows:

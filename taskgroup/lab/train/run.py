@@ -279,7 +279,7 @@ class Run:
             "method": self.recipe.method,
             "batches": trainer.batch,
             "steps": sum(len(line["groups"]) for line in lines),
-            "metric": {task: problem.metrics[task] for task in metrics},
+            "metric": {task: problem.metric_names[task] for task in metrics},
             "lower_is_better": {task: problem.lower_is_better[task] for task in metrics},
             "metrics": metrics,
             "delta_m": delta,

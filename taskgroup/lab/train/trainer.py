@@ -9,15 +9,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import PolynomialLR
 
 import taskgroup as tg
-from taskgroup.lab.problem import Batch, Problem, make_problem
+from taskgroup.lab.problem import Batch, Problem, make_problem, measure
 from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.batches import Batches
 from taskgroup.lab.train.clock import Clock, LateCopy
 from taskgroup.lab.train.credit import PublishedCredit
+from taskgroup.lab.train.network import find_parts, in_float32, run_network
 
 __all__ = ["MODEL_SECTIONS", "Progress", "Trainer", "find_device", "make_model", "task_names"]
 
@@ -57,6 +58,7 @@ class Trainer:
         problem: the data set.
         tasks: the tasks that are trained, in the order of the data set.
         model: the network.
+        parts: its parameters: those of each task alone, and the shared ones.
         batches: the training data, batch after batch.
         groups: the task groups; a joint method has all tasks in one group.
         device: where the network is trained.
@@ -87,12 +89,13 @@ class Trainer:
             self.model = make_model(self.problem, self.tasks, self.device)
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
+        self.parts = find_parts(self.problem, self.model, self.tasks)
         self.groups = self._make_groups()
         self._method = self._make_method()
         head_lr = recipe.lr if recipe.head_lr is None else recipe.head_lr
         parameters = [
-            {"params": list(self.model.encoder.parameters()), "lr": recipe.lr},
-            {"params": list(self.model.heads.parameters()), "lr": head_lr},
+            {"params": self.parts.shared, "lr": recipe.lr},
+            {"params": self.parts.alone, "lr": head_lr},
         ]
         if self._method is not None and self._method.parameters():
             learned = {"params": self._method.parameters(), "lr": recipe.lr, "weight_decay": 0.0}
@@ -102,7 +105,7 @@ class Trainer:
             weight_decay=recipe.weight_decay,
             fused=True,  # on a CPU it takes a third of the default's time
         )
-        self.groups.attach(self.optimizer, self.model.heads, outside=recipe.outside)
+        self.groups.attach(self.optimizer, self.parts.heads, outside=recipe.outside)
         self.scheduler = PolynomialLR(self.optimizer, recipe.batches, recipe.poly_power)
         self.model.train()
 
@@ -111,7 +114,7 @@ class Trainer:
         affinity: tg.Affinity = tg.ProximalAffinity(decay=recipe.decay)
         grouping = recipe.make_grouping() if self._steps_on_groups else tg.Together()
         if recipe.affinity == "gradient":
-            affinity = tg.GradientAffinity(self.model.encoder, decay=recipe.decay)
+            affinity = tg.GradientAffinity(self.parts.shared, decay=recipe.decay)
         elif recipe.credit == "published" and grouping.reads_affinity:
             affinity = PublishedCredit(decay=recipe.decay)
         return tg.TaskGroups(
@@ -142,7 +145,7 @@ class Trainer:
         elif self.recipe.method == "dwa":
             options["epoch"] = max(1, self.recipe.batches // _EPOCHS)
         method = tg.methods.find(self.recipe.method)
-        return method(self.model.encoder, self.tasks, **options)
+        return method(self.parts.shared, self.tasks, **options)
 
     def step(self) -> Progress:
         """Train on one batch.
@@ -171,15 +174,15 @@ class Trainer:
             partition=self.groups.partition,
         )
 
-    def _outputs(self, batch: Batch, group: tg.Group | None = None) -> dict[str, Tensor]:
+    def _outputs(self, batch: Batch, group: tg.Group | None = None) -> dict[str, Any]:
         enabled = self.recipe.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            outputs: dict[str, Tensor] = self.model(self.problem.inputs(batch), group=group)
-        return outputs
+            return run_network(self.model, self.problem.inputs(batch), self.tasks, group)
 
-    def _losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    def _losses(self, outputs: Mapping[str, Any], batch: Batch) -> dict[str, Tensor]:
         """In float32: a bfloat16 has too few digits to tell what one step changed."""
-        return self.problem.losses({task: out.float() for task, out in outputs.items()}, batch)
+        outputs = {task: in_float32(output) for task, output in outputs.items()}
+        return self.problem.losses(outputs, batch)
 
     def _forward(self, batch: Batch, group: tg.Group | None = None) -> dict[str, Tensor]:
         """The losses of a batch, with the gradients set to zero; all of it is timed."""
@@ -266,7 +269,7 @@ class Trainer:
         with torch.random.fork_rng([self.device] if self._on_gpu else []):
             outputs = self._outputs(batch)
         losses = self._losses(outputs, batch)
-        gradients = tg.task_gradients(losses, self.model.encoder.parameters())
+        gradients = tg.task_gradients(losses, self.parts.shared)
         for buffer, before in buffers:  # running statistics
             buffer.copy_(before)
         return tg.conflicts(tg.task_gram(gradients))
@@ -279,15 +282,14 @@ class Trainer:
     def lookahead(self) -> Tensor:
         """The inter-task affinity by its definition, ``[K, K]``, on a new batch."""
         batch = next(self.batches)
-        inputs = self.problem.inputs(batch)
         return tg.lookahead_affinity(
-            lambda: self._losses(self.model(inputs), batch), self.optimizer, self.model.encoder
+            lambda: self._losses(self._outputs(batch), batch), self.optimizer, self.parts.shared
         )
 
     def evaluate(self, split: str, quick: bool = False) -> dict[str, float]:
         """``{task: metric}`` on a split of the data; ``quick`` may leave out slow metrics."""
         with _memory_in_words(self.recipe):
-            return self.problem.evaluate(self.model, split, quick)
+            return measure(self.problem, self.model, split, quick)
 
     def wait(self) -> None:
         """Wait until the GPU has done all batches so far; ``seconds`` then includes them all."""
@@ -385,7 +387,7 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def make_model(problem: Problem, tasks: Sequence[str], device: torch.device) -> tg.MultiTaskModel:
+def make_model(problem: Problem, tasks: Sequence[str], device: torch.device) -> nn.Module:
     """A problem's network in float32 on a device, whatever torch's default dtype and device are.
 
     Its weights are drawn on the CPU, so they are the same for every device.
@@ -394,9 +396,15 @@ def make_model(problem: Problem, tasks: Sequence[str], device: torch.device) -> 
     torch.set_default_dtype(torch.float32)
     try:
         with torch.device("cpu"):
-            return problem.model(tasks).to(device)
+            model = problem.model(tasks)
     finally:
         torch.set_default_dtype(dtype)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model() of {type(problem).__name__} must return a torch.nn.Module, got an object of "
+            f"type {type(model).__name__}."
+        )
+    return model.to(device)
 
 
 def task_names(recipe: Recipe, problem: Problem) -> list[str]:
