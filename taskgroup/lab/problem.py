@@ -222,10 +222,25 @@ def measure(
     try:
         with torch.no_grad(), torch.random.fork_rng(list(gpus)):
             evaluate = problem.evaluate_quickly if quick else problem.evaluate
-            return {task: float(value) for task, value in evaluate(model, split).items()}
+            found = evaluate(model, split)
     finally:
         for module, mode in modes:
             module.training = mode
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"evaluate() of {_name(problem)} must return {{task: metric}}, got {_a(found)}."
+        )
+    return {task: _number(value, task, problem) for task, value in found.items()}
+
+
+def _number(value: Any, task: str, problem: Problem) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"evaluate() of {_name(problem)} must return one number for each task, got "
+            f"{_a(value)} for {task!r}."
+        ) from None
 
 
 def _call(found: Callable[..., Any], recipe: Recipe, name: str) -> Any:

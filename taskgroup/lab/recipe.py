@@ -54,7 +54,7 @@ PROBLEMS = {
 
 _SHIPPED = Path(__file__).parent / "recipes"
 #: Settings of a problem that is named without a recipe: for a run of a few hundred batches.
-_OWN = {"batch_size": 32, "decay": 0.05, "warmup": 10}
+_OWN = {"batch_size": 32, "lr": 3e-3, "decay": 0.05, "warmup": 10}
 
 
 def is_own(data: str) -> bool:

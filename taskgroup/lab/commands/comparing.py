@@ -88,7 +88,7 @@ def compare(
         chosen,
         variants,
         seeds,
-        out or Path("runs") / f"compare-{Path(recipe).stem}",
+        out or Path("runs") / f"compare-{common.label(recipe)}",
         budgets=common.split(budgets),
         rates=numbers or [chosen.lr / 3, chosen.lr, 3 * chosen.lr],
         strict=methods is not None,
@@ -134,7 +134,7 @@ def affinity_gain(
     measured = AffinityGain(
         common.settings(recipe, set_, **options),
         seeds,
-        out or Path("runs") / f"affinity-gain-{Path(recipe).stem}",
+        out or Path("runs") / f"affinity-gain-{common.label(recipe)}",
     )
     console = rich.get_console()
     with _stoppable(), ComparisonDisplay(str(measured.out), AFFINITIES, console) as display:

@@ -59,16 +59,19 @@ def train(
             "training."
         )
     from taskgroup.lab.commands.tables import summary_table
-    from taskgroup.lab.recipe import parse_changes
+    from taskgroup.lab.recipe import is_own, parse_changes
     from taskgroup.lab.report.live import Display
     from taskgroup.lab.report.matplotlib_figures import draw_run
+    from taskgroup.lab.train.rehearsal import rehearse
     from taskgroup.lab.train.run import Interrupted, Run
 
     if resume is not None:
         run = Run.resume(resume, {**parse_changes(set_ or []), **options})
     else:
         chosen = common.settings(recipe, set_, **options)
-        name = f"{Path(recipe).stem}-{chosen.method}-{chosen.seed}"
+        if is_own(chosen.data):
+            rehearse(chosen)
+        name = f"{common.label(recipe)}-{chosen.method}-{chosen.seed}"
         run = Run(chosen, out or _free(Path("runs") / name))
     console = rich.get_console()
     titles = dict(run.trainer.problem.titles)

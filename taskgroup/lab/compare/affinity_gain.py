@@ -11,11 +11,13 @@ import numpy as np
 
 from taskgroup.lab.compare.cell import Cell, Result, open_folder
 from taskgroup.lab.compare.intervals import Correlation, Floats, spearman
+from taskgroup.lab.compare.source import check_source
 from taskgroup.lab.compare.workers import Listener, Workers
 from taskgroup.lab.problem import Problem, make_problem
-from taskgroup.lab.recipe import Recipe
+from taskgroup.lab.recipe import Recipe, is_own
 from taskgroup.lab.report.affinities import relative
 from taskgroup.lab.train.lock import hold
+from taskgroup.lab.train.rehearsal import rehearse
 from taskgroup.lab.train.trainer import find_device, task_names
 
 __all__ = ["AFFINITIES", "AffinityGain", "Gains"]
@@ -89,7 +91,10 @@ class AffinityGain:
             )
         self.seeds = seeds
         self.out = Path(out)
+        if is_own(recipe.data):
+            rehearse(recipe, relative=True)
         self._folder = open_folder(self.out, recipe)
+        check_source(self.out, recipe.data)
 
     def run(self, listen: Listener = lambda *_: None, jobs: int | None = None) -> Gains:
         """Run what is missing, and compare; arguments and errors as of ``Comparison.run``.

@@ -77,6 +77,11 @@ def run_network(
         once = tg.statistics_once(model, group)  # type: ignore[arg-type]
     with once:
         outputs = model(*arguments, **named)
+    if not isinstance(outputs, Mapping):
+        raise ValueError(
+            f"The network {type(model).__name__} must return {{task: output}}, got an object of "
+            f"type {type(outputs).__name__}."
+        )
     return {task: output for task, output in outputs.items() if task in tasks}
 
 
