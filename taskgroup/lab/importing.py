@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -61,7 +62,8 @@ def name_of(thing: Any) -> tuple[str, bool]:
         for attribute in dict.fromkeys((label, *vars(loaded))):
             if vars(loaded).get(attribute) is thing:
                 return f"{module}:{attribute}", True
-    name = f"{module}:{label.rpartition('.')[2]}"
+    # A lambda is called <lambda>, which is no name.
+    name = f"{module}:{re.sub(r'[^0-9A-Za-z_]', '', label.rpartition('.')[2])}"
     _GIVEN[name] = thing
     return name, False
 

@@ -209,12 +209,15 @@ def make_problem(recipe: Recipe) -> Problem:
 
 
 def measure(
-    problem: Problem, model: nn.Module, split: str, quick: bool = False
+    problem: Problem, model: nn.Module, tasks: Sequence[str], split: str, quick: bool = False
 ) -> dict[str, float]:
-    """``{task: metric}`` of a model on a split; ``quick`` may leave out slow metrics.
+    """``{task: metric}`` of a model on a split, for some tasks; ``quick`` may leave out slow ones.
 
     The problem sees the model in evaluation mode and without a graph. Afterwards the modes of its
     modules and torch's random state are as before.
+
+    Raises:
+        ValueError: if the problem returns anything but one number for each task.
     """
     modes = [(module, module.training) for module in model.modules()]
     gpus = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
@@ -230,7 +233,12 @@ def measure(
         raise ValueError(
             f"evaluate() of {_name(problem)} must return {{task: metric}}, got {_a(found)}."
         )
-    return {task: _number(value, task, problem) for task, value in found.items()}
+    if unknown := [task for task in found if task not in problem.titles]:
+        raise ValueError(
+            f"evaluate() of {_name(problem)} names {listed(unknown)}; its tasks are "
+            f"{listed(problem.titles)}."
+        )
+    return {task: _number(found[task], task, problem) for task in tasks if task in found}
 
 
 def _number(value: Any, task: str, problem: Problem) -> float:

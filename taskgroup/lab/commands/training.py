@@ -142,7 +142,8 @@ def evaluate(
     for run in runs:
         trained = load_trained(run, changes)
         problem = trained.problem
-        metrics = measure(problem, trained.model, split)
+        tasks = task_names(trained.recipe, problem)
+        metrics = measure(problem, trained.model, tasks, split)
         delta = delta_m(metrics, against[run], problem) if run in against else None
         saved |= metrics
         title = f"{run}, {trained.batch} batches, {split}"

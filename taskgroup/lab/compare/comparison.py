@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -121,18 +122,27 @@ class Comparison:
 
     # Which runs there are.
 
-    def run(self, listen: Listener = lambda *_: None, jobs: int | None = None) -> Table:
+    def run(
+        self,
+        listen: Listener = lambda *_: None,
+        jobs: int | None = None,
+        executor: Executor | None = None,
+    ) -> Table:
         """Run what is missing, and read all results.
 
         Args:
             listen: called after every run.
-            jobs: number of worker processes; None is one per core, or one on a GPU.
+            jobs: number of worker processes on this machine; None is one per GPU if the recipe
+                trains on a GPU, and one per core otherwise.
+            executor: where to train instead of on this machine: any
+                ``concurrent.futures.Executor`` whose workers have taskgroup and the data. It is
+                not shut down.
 
         Raises:
             RuntimeError: if a worker process died; finished runs are kept.
             ValueError: if another process runs in the folder.
         """
-        with hold(self.out), Workers(self._folder, jobs, self.device) as workers:
+        with hold(self.out), Workers(self._folder, jobs, self.device, executor) as workers:
             single = [self._single(task, seed) for seed in self._seeds for task in self.tasks]
             workers.run(BUDGETS["batches"], single + self._by("batches"), listen)
             self._single_metrics = None

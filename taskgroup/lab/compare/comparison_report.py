@@ -21,8 +21,6 @@ from taskgroup.lab.words import counted
 
 __all__ = ["delta_m_plot", "markdown", "tables", "write_csv"]
 
-_PER_VARIANT = ("time", "memory", "steps", "groups", "changes")  # columns of the CSV
-
 Rows = tuple[list[str], list[list[str]]]  # header and rows
 
 
@@ -36,13 +34,13 @@ def tables(table: Table) -> list[RenderableType]:
     return [*shown, *(Text(f"{note}\n", style="dim") for note in _notes(table))]
 
 
-def markdown(table: Table, command: str) -> str:
-    """The results as Markdown, with the command line that made them."""
+def markdown(table: Table, command: str | None = None) -> str:
+    """The results as Markdown, with the command line that made them, if there was one."""
     names = {table.problem.metric_names[task] for task in table.tasks}
     metric = names.pop() if len(names) == 1 else "Metric"
     parts = [
         f"# {_headline(table)}",
-        f"```\n{command}\n```",
+        *([] if command is None else [f"```\n{command}\n```"]),
         markdown_table(*_gain_rows(table)),
         markdown_table(*_difference_rows(table)),
         "\n".join(f"- {note}" for note in _notes(table)),
@@ -53,6 +51,8 @@ def markdown(table: Table, command: str) -> str:
             "Mean over the seeds. In brackets: the gain over single-task training, in percent.",
         ]
         for split, title in (("held_out", "Held-out data"), ("train", "Fixed training data")):
+            if split not in table.problem.splits:
+                continue
             parts += [f"{title}:", markdown_table(*_task_rows(table, budget, split))]
     groups = [
         [row.variant.title, f"{row.groups:.1f}", f"{100 * row.changes:.0f} %"]
@@ -70,41 +70,9 @@ def markdown(table: Table, command: str) -> str:
 
 def write_csv(table: Table, path: str | os.PathLike[str]) -> None:
     """Write all numbers, a line per variant, budget and split."""
-    lines: list[dict[str, object]] = []
-    for row in table.rows:
-        for (budget, split), delta in row.delta.items():
-            gain = row.gain[budget, split]
-            metrics = row.metrics.get((budget, split), {})
-            lines.append(
-                {
-                    "variant": row.variant.name,
-                    "budget": budget,
-                    "split": split,
-                    "batches": row.batches[budget],
-                    "rate": row.rate if budget == "tuned" else table.recipe.lr,
-                    "runs": delta.n,
-                    "diverged": row.diverged[budget],
-                    "delta_m": delta.mean,
-                    "delta_m_half": delta.half,
-                    "gain": gain.mean,
-                    "gain_half": gain.half,
-                    "noise_floor": row.floor[budget, split],
-                    "verdict": row.verdict(budget, split),
-                    **{name: getattr(row, name) for name in _PER_VARIANT},
-                    **_named(table, metrics),
-                }
-            )
-    for split, metrics in table.single.items():
-        known = {"variant": "single-task", "budget": "batches", "split": split}
-        numbers = {"batches": table.recipe.batches, "rate": table.recipe.lr, "runs": table.seeds}
-        lines.append({**known, **numbers, **_named(table, metrics)})
+    lines = table.records()
     header = list(lines[0])
     save_csv(path, header, ([line.get(column, "") for column in header] for line in lines))
-
-
-def _named(table: Table, metrics: dict[str, float]) -> dict[str, float]:
-    """Metrics by the names of their columns; NaN if they are missing."""
-    return {f"{table.problem.metric_names[t]} {t}": metrics.get(t, math.nan) for t in table.tasks}
 
 
 def delta_m_plot(table: Table, path: str | os.PathLike[str]) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -34,7 +34,13 @@ class Workers:
         ValueError: if ``jobs`` is less than 1.
     """
 
-    def __init__(self, folder: Path, jobs: int | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        jobs: int | None,
+        device: torch.device,
+        executor: Executor | None = None,
+    ) -> None:
         if jobs is None:
             jobs = 1 if device.type == "cuda" else len(os.sched_getaffinity(0))
         if jobs < 1:
@@ -42,8 +48,10 @@ class Workers:
         self.failed: list[str] = []
         self._folder = folder
         # Spawned: a forked process would inherit the threads of torch in an unknown state.
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(jobs, context, _prepare)
+        self._own = executor is None
+        self._pool = executor or ProcessPoolExecutor(
+            jobs, multiprocessing.get_context("spawn"), _prepare
+        )
 
     def __enter__(self) -> Workers:
         return self
@@ -52,7 +60,8 @@ class Workers:
         if kind is not None:  # e.g. Ctrl-C: an unfinished run is of no use
             for process in self._children():
                 process.terminate()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._own:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _children(self) -> list[multiprocessing.Process]:
         # Python 3.14 has a public method.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 import taskgroup as tg
-from taskgroup.lab.problem import Batch, Problem, measure
+from taskgroup.lab.problem import Batch, Problem
 from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.network import in_float32, run_network
 from taskgroup.lab.train.trainer import Trainer
@@ -152,9 +152,7 @@ def _check_loss(whose: str, task: str, loss: Any) -> None:
 def _check_metrics(trainer: Trainer, split: str, relative: bool) -> None:
     problem, name = trainer.problem, trainer.recipe.data
     what = f"evaluate(model, {split!r}) of {name}"
-    found = _asked(f"{what} fails", lambda: measure(problem, trainer.model, split, quick=True))
-    if unknown := [task for task in found if task not in problem.titles]:
-        raise ValueError(f"{what} names {listed(unknown)}; its tasks are {listed(problem.titles)}.")
+    found = _asked(f"{what} fails", lambda: trainer.evaluate(split, quick=True))
     missing = [task for task in trainer.tasks if task not in found]
     if missing and type(problem).evaluate_quickly is Problem.evaluate_quickly:
         raise ValueError(

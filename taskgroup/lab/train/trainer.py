@@ -289,7 +289,7 @@ class Trainer:
     def evaluate(self, split: str, quick: bool = False) -> dict[str, float]:
         """``{task: metric}`` on a split of the data; ``quick`` may leave out slow metrics."""
         with _memory_in_words(self.recipe):
-            return measure(self.problem, self.model, split, quick)
+            return measure(self.problem, self.model, self.tasks, split, quick)
 
     def wait(self) -> None:
         """Wait until the GPU has done all batches so far; ``seconds`` then includes them all."""
