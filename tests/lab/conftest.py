@@ -1,4 +1,7 @@
+import importlib
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,3 +70,17 @@ def made_up(monkeypatch):
         return cells
 
     return use
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A current folder for modules, which is not on sys.path, as for a program of pip's."""
+    monkeypatch.setattr(
+        sys, "path", [path for path in sys.path if path not in ("", str(Path.cwd()))]
+    )
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+    importlib.invalidate_caches()

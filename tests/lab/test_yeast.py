@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from taskgroup.lab.data.yeast import _SPLITS, Yeast, _tables
-from taskgroup.lab.problem import make_problem
+from taskgroup.lab.problem import make_problem, measure
 from tests.lab.small import yeast
 
 
@@ -68,7 +68,7 @@ def test_metric_is_the_area_under_the_roc_curve(split, records, order):
     problem = make_problem(yeast(dropout=0.5))
     torch.manual_seed(0)
     model = problem.model(["class3", "class14"]).train()
-    found = problem.evaluate(model, split)
+    found = measure(problem, model, ["class3", "class14"], split)
     assert model.training
     with torch.no_grad():
         scores = model.eval()(_tables()[split].features)
