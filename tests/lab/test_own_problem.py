@@ -354,7 +354,7 @@ def test_whole_problems_pass(minis):
     rehearse(recipe(Small), relative=True)
     rehearse(yeast(), relative=True)
     settings = {"dim": 16, "attention_heads": 2, "batch_size": 2}
-    photograph = {**settings, "size": 64, "tasks": "depth,reshading"}
+    photograph = {**settings, "size": 64, "tasks": "normal,reshading"}
     rehearse(read_recipe("motorcycle", photograph), relative=True)
     benchmark = {"size": (32, 48), "backbone": "tiny", "root": str(minis / "nyud-v2")}
     rehearse(read_recipe("nyud-v2", {**settings, **benchmark}), relative=True)

@@ -9,12 +9,11 @@ In the folder of this file:
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import taskgroup as tg
 import torch
+from taskgroup import lab
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-
-import taskgroup as tg
-from taskgroup import lab
 
 
 def make_data(n: int, seed: int) -> TensorDataset:
