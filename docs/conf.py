@@ -54,7 +54,9 @@ napoleon_custom_sections = [("Attributes", "params_style")]
 TREES: dict[str, dict[str, list[str]]] = {
     "index": {
         "Begin": ["quickstart", "how-it-works", "your-model", "choosing"],
-        "Training": ["training", "several-data-sets", "trainers", "report", "examples", "faq"],
+        "Training": [
+            *("training", "several-data-sets", "trainers", "trackers", "report", "examples", "faq"),
+        ],
         "Cost": ["cost", "kernels", "benchmarks"],
         "Results": ["Results <results/README>", "reproduce", "migration"],
         "Reference": ["api/index", "architecture", "changelog", "contributing"],

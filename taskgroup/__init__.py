@@ -14,8 +14,9 @@ Tasks are updated group by group inside every batch, and the groups are learned 
             optimizer.step()
 """
 
-from taskgroup import checkpoint, methods, ops
+from taskgroup import checkpoint, methods, ops, recording
 from taskgroup._delta_m import delta_m
+from taskgroup._version import __version__ as __version__
 from taskgroup.affinity.base import Affinity
 from taskgroup.affinity.gradient import GradientAffinity
 from taskgroup.affinity.lookahead import lookahead_affinity
@@ -39,6 +40,7 @@ from taskgroup.ops.affinity_update import affinity_update_
 from taskgroup.ops.combine import combine
 from taskgroup.ops.gram_affinity_update import gram_affinity_update_
 from taskgroup.ops.task_gram import task_gram
+from taskgroup.recording.recorder import Recorder
 
 __all__ = [
     "Affinity",
@@ -55,6 +57,7 @@ __all__ = [
     "MultiTaskModel",
     "ProximalAffinity",
     "RandomGroups",
+    "Recorder",
     "Singletons",
     "Spectral",
     "TaskGroups",
@@ -70,10 +73,9 @@ __all__ = [
     "methods",
     "ops",
     "pareto_stationarity",
+    "recording",
     "statistics_once",
     "streaming_task_gram",
     "task_gradients",
     "task_gram",
 ]
-
-__version__ = "0.1.0"

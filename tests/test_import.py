@@ -13,7 +13,9 @@ PACKAGE = Path(tg.__file__).parent
 
 EXTRAS = [
     "cvxpy",
+    "lightning",
     "matplotlib",
+    "mlflow",
     "PIL",
     "plotly",
     "pydantic",
@@ -22,10 +24,12 @@ EXTRAS = [
     "scipy",
     "skimage",
     "sklearn",
+    "tensorboard",
     "torchjd",
     "torchmetrics",
     "transformers",
     "typer",
+    "wandb",
 ]
 
 

@@ -122,6 +122,7 @@ class Group:
                 graph, or if the shares exceed 1. Nothing has changed then.
             RuntimeError: if the group was skipped, or the ranks step on different groups.
         """
+        self._observer.begin_loss()
         if self._skipped:
             raise RuntimeError(
                 f"The group {listed(self.tasks)} was skipped, so it takes no more losses."
@@ -147,6 +148,7 @@ class Group:
         value, measured = self._reader.read(losses, plan.members, needed, batch.factors)
         self._observer.ask(plan, self.model)
         if again:
+            self._observer.end_loss()
             return value * share
         if self._measured is None:
             self._misuse.check_losses(losses)
@@ -159,6 +161,7 @@ class Group:
         self._measured, self._shares = measured, shares
         if shares > _WHOLE:
             self._observer.measure(plan, batch, measured)
+        self._observer.end_loss()
         return value
 
     def skip(self) -> None:

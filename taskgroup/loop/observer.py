@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from taskgroup._listeners import Listener, Listeners
 from taskgroup._random_state import RandomState
 from taskgroup.affinity.base import Affinity, Losses
 from taskgroup.loop.batch import Batch
@@ -23,7 +24,7 @@ from taskgroup.nn.outside import Heads
 __all__ = ["Observer"]
 
 
-_COPIED = ("watch", "_reader", "_affinity", "_ranks", "_asked")
+_COPIED = ("watch", "listeners", "_reader", "_affinity", "_ranks", "_asked")
 
 
 class _Step(NamedTuple):
@@ -43,10 +44,12 @@ class Observer:
 
     Attributes:
         batch: the open batch; None between two batches.
+        listeners: hear of the batches, on the first rank alone.
     """
 
     def __init__(self, reader: LossReader, affinity: Affinity, ranks: Ranks) -> None:
         self.watch = LossWatch(reader.tasks)
+        self.listeners = Listeners()
         self._reader = reader
         self._affinity = affinity
         self._ranks = ranks
@@ -76,6 +79,8 @@ class Observer:
         """Begin a batch."""
         self._current = self._before = self._random_state = None
         self.batch = batch
+        for listener in self._told():
+            listener.begin_batch()
 
     def keep_random_state(self) -> None:
         """Let every step of the batch start from the current random state."""
@@ -88,10 +93,24 @@ class Observer:
             self._random_state.replay()
         # Within one autocast block, the copies of the weights would be those from before the steps.
         torch.clear_autocast_cache()
+        for listener in self._told():
+            listener.begin_step()
 
     def close(self) -> None:
         """End the batch."""
         self.batch = self._before = self._random_state = None
+        for listener in self._told():
+            listener.end_batch()
+
+    def begin_loss(self) -> None:
+        """The losses of a step are handed over: its forward pass is done."""
+        for listener in self._told():
+            listener.begin_loss()
+
+    def end_loss(self) -> None:
+        """The loss to step on is about to be returned."""
+        for listener in self._told():
+            listener.end_loss()
 
     def ask(self, plan: Plan, model: MultiTaskModel | None) -> None:
         """Note that the loss of this step was asked for, and the model it comes from."""
@@ -141,11 +160,15 @@ class Observer:
             follows=plan.observes and plan.place > 0,
         )
         self._look_soon(measured, watch)
+        members = plan.needed
         # Several ranks exchange the losses of every step, to notice steps on different groups.
         if plan.observes or self._ranks.number > 1:
             losses = self._mean_over_ranks(plan, batch, measured)
             if plan.observes:
                 self._observe(plan, losses)
+            members, measured = self._reader.everyone, losses
+        for listener in self._told():
+            listener.losses(members, measured)
         if plan.last and self._reader.later:
             self._send(measured.device)
 
@@ -171,6 +194,9 @@ class Observer:
         average = self._ranks.mean_gradients if self._ranks.number > 1 else None
         self._affinity.measure(with_graph, values, average, model)
         self._copy = None  # the affinity has changed since
+
+    def _told(self) -> Sequence[Listener]:
+        return self.listeners if self._ranks.first else ()
 
     def _observe(self, plan: Plan, losses: Tensor) -> None:
         """Show the affinity what the step before did, in the losses ``[K]`` before this one."""

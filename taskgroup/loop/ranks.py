@@ -38,10 +38,12 @@ class Ranks:
 
     Attributes:
         number: the number of ranks; 1 before :meth:`join`.
+        first: whether this is the first of them.
     """
 
     def __init__(self, process_group: ProcessGroup | None) -> None:
         self.number = 1
+        self.first = True
         self._joined = False
         self._alike = False  # the ranks have been compared
         self._process_group = process_group
@@ -66,6 +68,12 @@ class Ranks:
         """Whether torch.distributed was initialised or destroyed since :meth:`join`."""
         return self._joined != (dist.is_available() and dist.is_initialized())
 
+    def is_first(self) -> bool:
+        """Whether this is the first of the ranks, now; they need not have joined."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return True
+        return dist.get_rank(self._process_group) == 0
+
     def meet(self, decisive: Callable[[], Mapping[str, object]], n_tasks: int) -> None:
         """Call :meth:`join` and :meth:`check_alike`, on what ``decisive`` gives, unless done."""
         if self.changed():
@@ -82,6 +90,7 @@ class Ranks:
     def join(self) -> None:
         """Find the other ranks."""
         self.number, self._joined = 1, dist.is_available() and dist.is_initialized()
+        self.first = True
         if not self._joined:
             return
         number = dist.get_world_size(self._process_group)
@@ -91,6 +100,7 @@ class Ranks:
                 "one it is in."
             )
         self.number = number
+        self.first = self.is_first()
 
     def check_alike(self, parts: Mapping[str, object], n_tasks: int) -> None:
         """Raise, on every rank, if the ranks differ in any part. Waits for the other ranks.

@@ -140,6 +140,11 @@ class Rounds:
         """Take over a new partition; None keeps the old one."""
         self.partition = partition or self.partition
 
+    @property
+    def warming_up(self) -> bool:
+        """Whether the round at hand comes before the first regrouping."""
+        return self._learns and self.begun <= self._warmup
+
     def state(self) -> dict[str, Any]:
         """Everything that an exact resume needs."""
         return {

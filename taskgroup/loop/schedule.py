@@ -10,8 +10,10 @@ from torch.optim import Optimizer
 
 from taskgroup._arguments import whole_number
 from taskgroup._generator import HostGenerator
+from taskgroup._listeners import Listener
 from taskgroup.affinity.base import Affinity
 from taskgroup.affinity.proximal import ProximalAffinity
+from taskgroup.grouping.fixed import Together
 from taskgroup.grouping.propagation import AffinityPropagation
 from taskgroup.loop.batch import Batch
 from taskgroup.loop.checks import check_part, check_state, checked_present, checked_tasks
@@ -162,6 +164,28 @@ class TaskGroups:
         """The current groups, as task names in task order."""
         return [self._reader.names(members) for members in self._rounds.partition]
 
+    @property
+    def warming_up(self) -> bool:
+        """Whether the round at hand belongs to the warm-up, and steps on every task alone."""
+        return self._rounds.warming_up
+
+    @property
+    def first_rank(self) -> bool:
+        """Whether this process is the first of the ranks, which alone writes files."""
+        return self._ranks.is_first()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What this object was made with, as numbers and words: to log, or to tell runs apart."""
+        grouping = self._partitioner.grouping
+        return {
+            "method": "joint" if isinstance(grouping, Together) else "selective",
+            "grouping": settings_of(grouping)[0],
+            "affinity": type(self.affinity).__name__,
+            "decay": self.affinity.decay,
+            **self._settings,
+        }
+
     def __iter__(self) -> Iterator[Group]:
         """Start a batch in which all tasks are labelled, on every rank."""
         return self._deal(self._reader.everyone, everywhere=True)
@@ -231,6 +255,10 @@ class TaskGroups:
             raise ValueError(f"outside must be 'hold' or 'coast', got {outside!r}.")
         optimizers = unwrapped(optimizer)
         return Attachment(optimizers, self._tasks, heads, outside, self._observer.about_to_step)
+
+    def listen(self, listener: Listener) -> None:
+        """Let an object hear of the batches, on the first rank alone; a :class:`Recorder` does."""
+        self._observer.listeners.append(listener)
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to resume exactly; it loads under ``weights_only=True``.

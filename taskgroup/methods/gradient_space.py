@@ -50,6 +50,7 @@ class GradientMethod(JointMethod):
         """
         scaler = enabled(scaler)
         scalars = self._read(losses)
+        self._tell(scalars)
         # With a stacked tensor every pass reaches all heads, so their hooks have to wait as well.
         with hooks_held(scalars, self._shared, search=isinstance(losses, Tensor)) as run_hooks:
             scaled = scalars if scaler is None else list(scaler.scale(scalars))

@@ -29,6 +29,7 @@ class LossMethod(JointMethod):
     ) -> Tensor:
         scaler = enabled(scaler)
         scalars = self._read(losses)
+        self._tell(scalars)
         scaled = scalars if scaler is None else list(scaler.scale(scalars))
         weights = self._weigh(values_of(scalars), scaler)
         weights = weights.to(scalars[0].device, non_blocking=True)

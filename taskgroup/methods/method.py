@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from taskgroup._arguments import described
+from taskgroup._listeners import Listener, Listeners
 from taskgroup._losses import Losses, check_graph, check_one_device, losses_by_task
 
 __all__ = ["JointMethod"]
@@ -90,6 +91,16 @@ class JointMethod:
         self._tasks = tuple(str(task) if isinstance(task, str) else task for task in tasks)
         if isinstance(tasks, str) or not self._tasks or len(set(self._tasks)) < len(self._tasks):
             raise ValueError(f"tasks must be a sequence of different names, got {tasks!r}.")
+        self._listeners = Listeners()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The task names, in the order of stacked losses and of the weights."""
+        return self._tasks
+
+    def listen(self, listener: Listener) -> None:
+        """Let an object hear of the losses of every batch; a :class:`Recorder` does."""
+        self._listeners.append(listener)
 
     def backward(self, losses: Losses, scaler: GradScaler | None = None) -> Tensor:
         """Add the method's gradients to ``.grad`` of the shared parameters and the heads.
@@ -170,6 +181,16 @@ class JointMethod:
         if with_graph:
             check_graph(by_task)
         return list(by_task.values())
+
+    def _tell(self, losses: Sequence[Tensor]) -> None:
+        """Tell the listeners the losses of a step, in task order."""
+        if not self._listeners:
+            return
+        values = values_of(losses)
+        for listener in self._listeners:
+            listener.begin_loss()
+            listener.losses(range(len(values)), values)
+            listener.end_loss()
 
 
 def values_of(scalars: Sequence[Tensor]) -> Tensor:

@@ -30,10 +30,10 @@ from taskgroup.lab.recipe import (
 from taskgroup.lab.report import matplotlib_figures
 from taskgroup.lab.report.run_data import load_run_data
 from taskgroup.lab.train.evaluation import load_trained
-from taskgroup.lab.train.lock import LOCK
 from taskgroup.lab.train.run import Interrupted, Run
 from taskgroup.lab.train.trainer import Trainer
 from taskgroup.lab.vision import TASKONOMY, criterion, predictions, vit
+from taskgroup.recording import LOCK
 from tests.lab.written_runs import load_metrics
 from tests.processes import PROCESSES
 
@@ -79,8 +79,8 @@ def test_run_leaves_what_it_promises(finished):
     run, summary = finished
     left = {file.name for file in run.out.iterdir() if not file.name.startswith("events.")}
     assert left == {
-        "config.yaml", "metrics.jsonl", "affinity.jsonl", "seconds.jsonl", "conflicts.jsonl",
-        "summary.json", "checkpoint.pt", *PICTURES,
+        "config.yaml", "run.json", "metrics.jsonl", "affinity.jsonl", "seconds.jsonl",
+        "conflicts.jsonl", "summary.json", "checkpoint.pt", *PICTURES,
     }  # fmt: skip
     assert any(file.name.startswith("events.out.tfevents") for file in run.out.iterdir())
     for picture in PICTURES:
@@ -94,8 +94,9 @@ def test_run_leaves_what_it_promises(finished):
     assert 0 < summary["share_outside_model"] < 1
     lines = load_metrics(run.out)
     assert [line["batch"] for line in lines] == list(range(1, 9))
-    assert [len(line["groups"]) for line in lines[:2]] == [11, 11]  # the warm-up
-    assert summary["steps"] == sum(len(line["groups"]) for line in lines)
+    assert [line["steps"] for line in lines[:2]] == [11, 11]
+    assert [line.get("warmup", False) for line in lines] == [True] * 2 + [False] * 6
+    assert summary["steps"] == sum(line["steps"] for line in lines)
     assert all(set(line["losses"]) == set(TASKONOMY) for line in lines)
 
 
@@ -103,10 +104,8 @@ def test_affinity_is_recorded_as_null_where_it_was_never_observed(finished):
     out = finished[0].out
     first, *_, last = (out / "affinity.jsonl").read_text().splitlines()
     # The last step of a batch is not observed, and every task has been stepped on once.
-    *observed, unobserved = [task for (task,) in load_metrics(out)[0]["groups"]]
     rows = dict(zip(TASKONOMY, json.loads(first)["matrix"], strict=True))
-    assert rows[unobserved] == [None] * len(TASKONOMY)
-    assert all(any(value is not None for value in rows[task]) for task in observed)
+    (unobserved,) = [task for task, row in rows.items() if row == [None] * len(TASKONOMY)]
     recorded = load_run_data(out).affinity.values
     assert np.isnan(recorded[0][list(TASKONOMY).index(unobserved)]).all()
     assert np.isfinite(recorded[-1]).sum() > np.isfinite(recorded[0]).sum()
@@ -329,7 +328,7 @@ def test_command_line_trains_resumes_and_compares(tmp_path):
     joint = json.loads((tmp_path / "joint" / "summary.json").read_text())
     expected = tg.delta_m(summary["metrics"], joint["metrics"], set(TASKONOMY))
     assert summary["delta_m"] == pytest.approx(expected)
-    assert [len(line["groups"]) for line in load_metrics(tmp_path / "random")] == [3] * 4
+    assert [line["steps"] for line in load_metrics(tmp_path / "random")] == [3] * 4
     # A finished run goes on to its end at once.
     third = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "random")])
     assert third.exit_code == 0, third.output

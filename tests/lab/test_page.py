@@ -286,22 +286,25 @@ def test_runs_that_cannot_be_read(tmp_path):
     (cut / "summary.json").write_text('{"batches": 1')
     with pytest.raises(ValueError, match=r"cut/summary.json cannot be read; delete it"):
         load_run_data(cut)
-    odd = write_run(tmp_path / "odd", [ALL], dimm=3)
+    odd = write_run(tmp_path / "odd", [ALL])
+    header = json.loads((odd / "run.json").read_text())
+    (odd / "run.json").write_text(json.dumps({**header, "format": 2, "taskgroup": "0.9"}))
     runs, notes = load_runs([old, good, cut, odd, tmp_path / "none"])
     assert [run.name for run in runs] == [str(good)]
     assert len(notes) == 4
-    assert "odd/config.yaml: Unknown setting 'dimm'" in notes[2]
+    assert "odd has format 2, and this taskgroup reads format 1" in notes[2]
     assert write_report(runs, tmp_path / "page.html", notes)[:4] == notes
     with pytest.raises(ValueError, match="none is not a run"):
         load_runs([tmp_path / "none"])
 
 
 def test_before_the_first_batch_there_may_be_conflicts(tmp_path):
-    run = write_run(tmp_path / "run", groups_per_batch=1)
-    line = {"batch": 1, "tasks": ["a", "b"], "matrix": [[1, 0], [0, 1]]}
+    run = write_run(tmp_path / "run", [PAIR], groups_per_batch=1)
+    put(run / "metrics.jsonl", [])
+    line = {"batch": 1, "matrix": np.eye(3).tolist()}
     put(run / "conflicts.jsonl", [line])
     data = load_run_data(run)
-    assert data.tasks == ("a", "b")
+    assert data.tasks == ("a", "b", "c")
     assert len(data.batches) == 0
 
 

@@ -3,9 +3,9 @@
 import json
 
 import numpy as np
-import yaml
 
-from taskgroup.lab.train.run_files import read_lines
+from taskgroup.lab.recipe import Recipe
+from taskgroup.recording import read_lines
 
 
 def write_run(
@@ -21,24 +21,36 @@ def write_run(
     delta_m=None,
     **settings,
 ):
-    """Write a run; with ``seconds`` or ``metrics`` it is finished. Returns its folder."""
+    """Write a run; with ``seconds`` or ``metrics`` it is finished. Returns its folder.
+
+    ``dealt`` is the number of steps of every batch; by default one for each group.
+    """
     folder.mkdir(parents=True)
     settings = {"data": "nyud-v2", "method": "selective", "warmup": 1, **settings}
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings), "utf-8")
+    recipe = Recipe(**settings)
+    tasks = sorted({task for group in partitions[0] for task in group}) if partitions else []
+    header = {"format": 1, "taskgroup": "0", "id": "0", "tasks": tasks, "ended": False}
+    header["settings"] = recipe.model_dump(mode="json")
+    (folder / "run.json").write_text(json.dumps(header), "utf-8")
     lines = []
+    learns = recipe.method == "selective" and recipe.make_grouping().reads_affinity
+    rounds, undealt = 0, len(tasks)
     for batch, partition in enumerate(partitions, start=1):
         of_batch = dict.fromkeys(sorted(task for group in partition for task in group), 0.5)
         if losses is not None:
             of_batch = losses[batch - 1]
-        groups = partition[::-1] if dealt is None else partition[: dealt[batch - 1]]
-        lines.append({"batch": batch, "losses": of_batch, "groups": groups, "partition": partition})
+        steps = len(partition) if dealt is None else dealt[batch - 1]
+        line = {"batch": batch, "losses": of_batch, "steps": steps, "partition": partition}
+        if learns and rounds < recipe.warmup:
+            line["warmup"] = True
+            undealt -= steps
+            if recipe.groups_per_batch is None or undealt <= 0:
+                rounds, undealt = rounds + 1, len(tasks)
+        lines.append(line)
     put(folder / "metrics.jsonl", lines)
-    tasks = sorted({task for group in partitions[0] for task in group}) if partitions else []
     for name, recorded in (("affinity.jsonl", matrices), ("conflicts.jsonl", conflicts)):
         if recorded is not None:
-            lines = [
-                {"batch": b, "tasks": tasks, "matrix": np.asarray(m).tolist()} for b, m in recorded
-            ]
+            lines = [{"batch": b, "matrix": np.asarray(m).tolist()} for b, m in recorded]
             put(folder / name, lines)
     if seconds is not None or metrics is not None:
         seconds = seconds or {"everything": 1.0}

@@ -570,6 +570,7 @@ def test_processes_may_be_joined_and_parted_between_batches(monkeypatch):
     for joined, number in ((True, 3), (False, 1), (True, 2)):
         monkeypatch.setattr(dist, "is_initialized", lambda joined=joined: joined)
         monkeypatch.setattr(dist, "get_world_size", lambda group, number=number: number)
+        monkeypatch.setattr(dist, "get_rank", lambda group: 0)
         assert ranks.changed()
         ranks.join()
         assert ranks.number == number
@@ -690,6 +691,7 @@ def test_ranks_are_copied_with_their_process_group(monkeypatch):
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
     ranks = Ranks(ProcessGroup())
     ranks.join()
     copied = copy.deepcopy(ranks)
@@ -703,6 +705,7 @@ def test_ranks_are_copied_with_their_process_group(monkeypatch):
 def test_unpickled_ranks_find_those_of_their_process(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
     ranks = Ranks(None)
     ranks.join()
     other = pickle.loads(pickle.dumps(ranks))

@@ -65,13 +65,13 @@ def compare(
     out: Out = None,
 ) -> None:
     """Compare methods over seeds, at equal batches and equal time; run it again to continue."""
+    import taskgroup as tg
     from taskgroup.lab.compare import comparison_report as report
     from taskgroup.lab.compare.comparison import Comparison
     from taskgroup.lab.compare.comparison_display import ComparisonDisplay
     from taskgroup.lab.compare.presets import JOINT, variants_by_name
     from taskgroup.lab.compare.presets import preset as variants_of
     from taskgroup.lab.problem import make_problem
-    from taskgroup.lab.train.run_files import write_text
     from taskgroup.lab.train.trainer import task_names
 
     options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
@@ -100,7 +100,7 @@ def compare(
         table = comparison.run(display.update, jobs)
     for shown in report.tables(table):
         console.print(shown)
-    write_text(comparison.out / f"{preset}.md", report.markdown(table, _command()))
+    tg.recording.write_text(comparison.out / f"{preset}.md", report.markdown(table, _command()))
     report.write_csv(table, comparison.out / f"{preset}.csv")
     report.delta_m_plot(table, comparison.out / f"{preset}.png")
     common.say(f"Tables and picture ({preset}.md, .csv and .png) are in {comparison.out}")
@@ -125,10 +125,10 @@ def affinity_gain(
     out: Out = None,
 ) -> None:
     """Train every pair of tasks, and test whether affinities predict what the tasks gain."""
+    import taskgroup as tg
     from taskgroup.lab.compare import affinity_gain_report as report
     from taskgroup.lab.compare.affinity_gain import AFFINITIES, AffinityGain
     from taskgroup.lab.compare.comparison_display import ComparisonDisplay
-    from taskgroup.lab.train.run_files import write_text
 
     options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
     measured = AffinityGain(
@@ -141,7 +141,7 @@ def affinity_gain(
         gains = measured.run(display.update, jobs)
     for shown in report.tables(gains):
         console.print(shown)
-    write_text(measured.out / "gains.md", report.markdown(gains, _command()))
+    tg.recording.write_text(measured.out / "gains.md", report.markdown(gains, _command()))
     report.write_csv(gains, measured.out / "gains.csv")
     report.affinity_gain_plot(gains, measured.out / "gains.png")
     common.say(f"Tables and picture (gains.md, .csv and .png) are in {measured.out}")

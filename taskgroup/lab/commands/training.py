@@ -110,11 +110,11 @@ def evaluate(
     """Evaluate the last checkpoint of each run, whether the run is finished or not."""
     import yaml
 
+    import taskgroup as tg
     from taskgroup.lab.commands.tables import evaluation_table
     from taskgroup.lab.problem import measure
     from taskgroup.lab.recipe import parse_changes
     from taskgroup.lab.train.evaluation import delta_m, load_trained, read_baseline
-    from taskgroup.lab.train.run_files import write_text
     from taskgroup.lab.train.trainer import task_names
 
     changes = parse_changes(set_ or []) | common.given(root=data)
@@ -149,7 +149,7 @@ def evaluate(
         title = f"{run}, {trained.batch} batches, {split}"
         rich.get_console().print(evaluation_table(title, metrics, problem, baseline, delta))
         if save is not None:
-            write_text(save, yaml.safe_dump(saved, sort_keys=False))
+            tg.recording.write_text(save, yaml.safe_dump(saved, sort_keys=False))
     if save is not None:
         common.say(f"The metrics are in {save}")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+import taskgroup as tg
 from taskgroup.lab.compare.cell import Cell, Result, open_folder
 from taskgroup.lab.compare.intervals import Correlation, Floats, spearman
 from taskgroup.lab.compare.source import check_source
@@ -16,7 +17,6 @@ from taskgroup.lab.compare.workers import Listener, Workers
 from taskgroup.lab.problem import Problem, make_problem
 from taskgroup.lab.recipe import Recipe, is_own
 from taskgroup.lab.report.affinities import relative
-from taskgroup.lab.train.lock import hold
 from taskgroup.lab.train.rehearsal import rehearse
 from taskgroup.lab.train.trainer import find_device, task_names
 
@@ -105,7 +105,7 @@ class AffinityGain:
         pairs = itertools.combinations(self.tasks, 2)
         trained = [self._joint(task) for task in self.tasks] + [self._joint(*p) for p in pairs]
         found = [self._affinity(kind) for kind in AFFINITIES]
-        with hold(self.out), Workers(self._folder, jobs, self.device) as workers:
+        with tg.recording.hold(self.out), Workers(self._folder, jobs, self.device) as workers:
             workers.run("training pairs", list(itertools.chain(*trained)), listen)
             workers.run("measuring affinities", list(itertools.chain(*found)), listen)
         if workers.failed:

@@ -13,10 +13,9 @@ from typing import Any, TypedDict
 import torch
 import yaml
 
+import taskgroup as tg
 from taskgroup.lab.recipe import Recipe, read_recipe
-from taskgroup.lab.train.lock import hold, is_empty
 from taskgroup.lab.train.memory import peak_bytes
-from taskgroup.lab.train.run_files import write_text
 from taskgroup.lab.train.trainer import Trainer
 
 __all__ = ["Cell", "Result", "open_folder", "train_cell"]
@@ -81,7 +80,7 @@ def train_cell(cell: Cell, folder: Path) -> Result:
         warnings.simplefilter("ignore")  # of a run that diverges; the result says so
         # Cells run in parallel, one per core, so none has data workers of its own.
         result = _train(cell.recipe.replace(workers=0), cell.lookahead_every)
-    write_text(cell.file(folder), json.dumps({**result, "settings": cell.settings}))
+    tg.recording.write_text(cell.file(folder), json.dumps({**result, "settings": cell.settings}))
     return result
 
 
@@ -154,7 +153,7 @@ def open_folder(folder: Path, recipe: Recipe) -> Path:
                 f"({', '.join(f'{k}: {there[k]}' for k in differing)}); name another folder with "
                 "--out, or use these settings."
             )
-    elif folder.exists() and (not folder.is_dir() or not is_empty(folder)):
+    elif folder.exists() and (not folder.is_dir() or not tg.recording.is_empty(folder)):
         raise ValueError(
             f"{folder} is not empty and holds no runs; name another folder with --out."
         )
@@ -165,8 +164,8 @@ def open_folder(folder: Path, recipe: Recipe) -> Path:
             f"{folder} cannot be created ({error.strerror}); name another folder with --out."
         ) from None
     if not file.is_file():
-        with hold(folder):
-            write_text(file, yaml.safe_dump(settings, sort_keys=False))
+        with tg.recording.hold(folder):
+            tg.recording.write_text(file, yaml.safe_dump(settings, sort_keys=False))
     return folder / "cells"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+import taskgroup as tg
 from taskgroup.lab.compare.cell import Cell, Result, open_folder
 from taskgroup.lab.compare.presets import JOINT, REFERENCE, Variant
 from taskgroup.lab.compare.results import BUDGETS, Runs, Table, delta_of, make_row, mean, median
@@ -17,9 +18,7 @@ from taskgroup.lab.compare.source import check_source
 from taskgroup.lab.compare.workers import Listener, Workers
 from taskgroup.lab.problem import make_problem
 from taskgroup.lab.recipe import Recipe, is_own
-from taskgroup.lab.train.lock import hold
 from taskgroup.lab.train.rehearsal import rehearse, rehearse_step
-from taskgroup.lab.train.run_files import write_text
 from taskgroup.lab.train.trainer import Trainer, find_device, task_names
 
 __all__ = ["Comparison"]
@@ -142,7 +141,10 @@ class Comparison:
             RuntimeError: if a worker process died; finished runs are kept.
             ValueError: if another process runs in the folder.
         """
-        with hold(self.out), Workers(self._folder, jobs, self.device, executor) as workers:
+        with (
+            tg.recording.hold(self.out),
+            Workers(self._folder, jobs, self.device, executor) as workers,
+        ):
             single = [self._single(task, seed) for seed in self._seeds for task in self.tasks]
             workers.run(BUDGETS["batches"], single + self._by("batches"), listen)
             self._single_metrics = None
@@ -224,7 +226,7 @@ class Comparison:
         return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
 
     def _write_yaml(self, name: str, values: dict[str, Any]) -> None:
-        write_text(self.out / name, yaml.safe_dump(values, sort_keys=False))
+        tg.recording.write_text(self.out / name, yaml.safe_dump(values, sort_keys=False))
 
     @property
     def _reference(self) -> Variant:

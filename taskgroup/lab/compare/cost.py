@@ -7,8 +7,8 @@ import time
 import warnings
 from collections.abc import Mapping
 
+import taskgroup as tg
 from taskgroup.lab.recipe import Recipe
-from taskgroup.lab.train.clock import Clock
 from taskgroup.lab.train.trainer import Trainer
 
 __all__ = ["step_seconds"]
@@ -32,7 +32,7 @@ def step_seconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
     seconds = dict.fromkeys(recipes, 0.0)
     steps = dict.fromkeys(recipes, 0)
     clocks = {
-        name: Clock(seconds, trainer.device, time.process_time)
+        name: tg.recording.Clock(seconds, trainer.device, time.process_time)
         for name, trainer in trainers.items()
     }
     with warnings.catch_warnings():

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
+import taskgroup as tg
 from taskgroup.lab.importing import sources
 from taskgroup.lab.recipe import is_own
-from taskgroup.lab.train.run_files import write_text
 from taskgroup.lab.words import listed
 
 __all__ = ["check_source"]
@@ -38,7 +38,7 @@ def check_source(folder: Path, data: str) -> None:
         )
         return
     if not file.is_file():
-        write_text(file, yaml.safe_dump(now))
+        tg.recording.write_text(file, yaml.safe_dump(now))
         return
     then = yaml.safe_load(file.read_text()) or {}
     if changed := [name for name in sorted({*now, *then}) if now.get(name) != then.get(name)]:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from taskgroup.lab.recipe import Recipe
-from taskgroup.lab.train.evaluation import Summary, load_summary, read_settings
-from taskgroup.lab.train.run_files import Line, read_lines
+import taskgroup as tg
+from taskgroup.lab.train.evaluation import Summary, load_summary
 
 __all__ = ["Finished", "Recorded", "RunData", "load_run_data", "load_runs"]
 
@@ -53,7 +51,7 @@ class RunData:
 
     Attributes:
         name: the folder of the run.
-        settings: of its recipe.
+        settings: of its recipe, or of its :class:`taskgroup.Recorder`.
         tasks: the K tasks in the order of the matrices; empty before the first batch.
         warmup: batches of warm-up; during the warm-up at least as many as there are so far.
         batches: ``[B]``, the number of each batch.
@@ -127,28 +125,27 @@ def load_run_data(run: str | Path) -> RunData:
 
 
 def _load(run: Path) -> RunData:
-    recipe = read_settings(run)
-    lines = read_lines(run / "metrics.jsonl")
-    first = next(lines, None)
-    tasks = _task_order(run, first)
-    batches, steps, groups, losses = [], [], [], []
-    partition, labels = None, np.empty(0, np.int16)
-    for line in chain([] if first is None else [first], lines):
+    header = tg.recording.read_header(run)
+    tasks = tuple(header["tasks"])
+    batches, groups, losses, warmup = [], [], [], 0
+    labels = np.empty(0, np.int16)
+    for line in tg.recording.read_lines(run / "metrics.jsonl"):
         batches.append(line["batch"])
-        steps.append(len(line["groups"]))
-        if line["partition"] != partition:
-            partition = line["partition"]
-            group_of = {task: n for n, group in enumerate(partition) for task in group}
+        if "partition" in line:  # it has changed
+            group_of = {task: n for n, group in enumerate(line["partition"]) for task in group}
             labels = np.array([group_of[task] for task in tasks], np.int16)
         groups.append(labels)
         losses.append(_in_order(line["losses"], tasks))
+        warmup = line["batch"] if line.get("warmup") else warmup
+    if batches and warmup == batches[-1]:  # it may last longer
+        warmup = max(warmup, header["settings"].get("warmup") or 0)
     summary = load_summary(run) if (run / "summary.json").is_file() else None
     square = (len(tasks), len(tasks))
     return RunData(
         name=str(run),
-        settings=recipe.model_dump(),
+        settings=header["settings"],
         tasks=tasks,
-        warmup=_warmup(recipe, len(tasks), batches, steps),
+        warmup=warmup,
         batches=np.array(batches, np.int64),
         groups=np.array(groups, np.int16).reshape(len(batches), len(tasks)),
         losses=_float32(losses, (len(tasks),)),
@@ -158,33 +155,8 @@ def _load(run: Path) -> RunData:
         evaluations=_recorded(
             run / "evaluations.jsonl", (len(tasks),), lambda line: _in_order(line["metrics"], tasks)
         ),
-        finished=None if summary is None else _finished(summary),
+        finished=_ended(run, header, summary),
     )
-
-
-def _task_order(run: Path, first: Line | None) -> tuple[str, ...]:
-    """The tasks in the order of the matrices; none before the first batch."""
-    for name in ("affinity.jsonl", "conflicts.jsonl"):
-        if (recorded := next(read_lines(run / name), None)) is not None:
-            return tuple(recorded["tasks"])
-    return tuple(task for group in first["partition"] for task in group) if first else ()
-
-
-def _warmup(recipe: Recipe, n_tasks: int, batches: Sequence[int], steps: Sequence[int]) -> int:
-    """The warm-up in batches: of its rounds, each of which steps on every task once."""
-    learns = n_tasks > 1 and recipe.method == "selective"
-    if not (learns and recipe.make_grouping().reads_affinity and recipe.warmup):
-        return 0
-    if recipe.groups_per_batch is None:
-        return recipe.warmup
-    rounds, undealt = 0, n_tasks
-    for batch, dealt in zip(batches, steps, strict=True):
-        undealt -= min(dealt, undealt)
-        if not undealt:
-            rounds, undealt = rounds + 1, n_tasks
-        if rounds == recipe.warmup:
-            return batch
-    return max([recipe.warmup, *batches[-1:]])
 
 
 def _seconds(run: Path, summary: Summary | None) -> dict[str, float] | None:
@@ -193,16 +165,16 @@ def _seconds(run: Path, summary: Summary | None) -> dict[str, float] | None:
         batches, seconds = summary["batches"], summary.get("seconds", {})
         everything = {"everything": summary["seconds_per_batch"]}
         return {name: s / batches for name, s in seconds.items()} | everything
-    for last in deque(read_lines(run / "seconds.jsonl"), maxlen=1):
+    for last in deque(tg.recording.read_lines(run / "seconds.jsonl"), maxlen=1):
         return {name: s / last["batch"] for name, s in last["seconds"].items()}
     return None
 
 
 def _recorded(
-    path: Path, shape: tuple[int, ...], value: Callable[[Line], Sequence[Any]]
+    path: Path, shape: tuple[int, ...], value: Callable[[tg.recording.Line], Sequence[Any]]
 ) -> Recorded:
     """What a file holds, if there is one and the tasks are known."""
-    lines = list(read_lines(path)) if shape[0] else []
+    lines = list(tg.recording.read_lines(path)) if shape[0] else []
     batches = np.array([line["batch"] for line in lines], np.int64)
     return Recorded(batches, _float32([value(line) for line in lines], shape))
 
@@ -216,12 +188,26 @@ def _float32(values: Sequence[Any], shape: tuple[int, ...]) -> NDArray[np.float3
         return np.array(values, np.float32).reshape(len(values), *shape)
 
 
-def _finished(summary: Summary) -> Finished:
-    lower, names = summary.get("lower_is_better", {}), summary.get("metric", {})
-    arrows = {task: "↓" if lower[task] else "↑" for task in names}
-    return Finished(
-        metrics=summary["metrics"],
-        metric_names={task: f"{name} {arrows[task]}" for task, name in names.items()},
-        delta_m=summary["delta_m"],
-        peak_bytes=summary.get("peak_bytes"),
-    )
+def _ended(run: Path, header: tg.recording.Header, summary: Summary | None) -> Finished | None:
+    """What is known at the end of a run: its summary, or its last evaluation."""
+    if summary is not None:
+        lower, names = summary.get("lower_is_better", {}), summary.get("metric", {})
+        return Finished(
+            metrics=summary["metrics"],
+            metric_names={
+                task: f"{name} {'↓' if lower[task] else '↑'}" for task, name in names.items()
+            },
+            delta_m=summary["delta_m"],
+            peak_bytes=summary.get("peak_bytes"),
+        )
+    # A run of a recipe ends with its summary.
+    if not header["ended"] or (run / "config.yaml").is_file():
+        return None
+    metrics: dict[str, float] = {}
+    better: dict[str, str] = {}
+    for line in tg.recording.read_lines(run / "evaluations.jsonl"):
+        metrics |= {task: v for task, v in line["metrics"].items() if v is not None}
+        better |= line.get("better", {})
+    arrows = {"lower": "↓", "higher": "↑"}
+    names = {task: arrows.get(better.get(task, ""), "") for task in metrics}
+    return Finished(metrics, names, delta_m=None, peak_bytes=None)

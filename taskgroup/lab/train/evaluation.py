@@ -31,7 +31,7 @@ __all__ = [
     "without_source",
 ]
 
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 
 
 class Summary(TypedDict):

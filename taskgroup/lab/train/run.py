@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,6 @@ from torch.utils.tensorboard import SummaryWriter
 import taskgroup as tg
 from taskgroup.lab.problem import make_problem
 from taskgroup.lab.recipe import Recipe
-from taskgroup.lab.train.clock import LateCopy
 from taskgroup.lab.train.evaluation import (
     CHECKPOINT_VERSION,
     Summary,
@@ -28,22 +26,13 @@ from taskgroup.lab.train.evaluation import (
     read_settings,
     without_source,
 )
-from taskgroup.lab.train.lock import Hold, hold, is_empty
-from taskgroup.lab.train.run_files import (
-    RECORDS,
-    append_line,
-    append_matrix,
-    cut_records,
-    read_lines,
-    write_text,
-)
-from taskgroup.lab.train.trainer import MODEL_SECTIONS, Progress, Trainer, task_names
+from taskgroup.lab.train.trainer import Progress, Trainer, task_names
 from taskgroup.lab.words import listed
 
 __all__ = ["Interrupted", "Run"]
 
-_EVENTS_EVERY = 10  # batches; TensorBoard thins out finer curves anyway
-_RECORDS = 400  # most records of affinity and seconds in a run: a picture shows no more
+#: The sections of a batch that would also take time without taskgroup.
+_MODEL_SECTIONS = ("forward", "backward", "optimizer")
 
 
 class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
@@ -53,9 +42,7 @@ class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
 class Run:
     """One training run in a folder of its own.
 
-    The folder holds ``config.yaml``, the settings; ``metrics.jsonl``, a line per batch;
-    ``affinity.jsonl`` and ``seconds.jsonl``, the affinity and the time so far, up to 400 times a
-    run; ``conflicts.jsonl`` and ``evaluations.jsonl``, if the recipe asks for them;
+    The folder holds ``config.yaml``, the settings; the files of a :class:`taskgroup.Recorder`;
     ``checkpoint.pt``; TensorBoard events; and, at the end, ``summary.json``. The command line adds
     pictures. The first checkpoint is written before the first batch. A run that was stopped, even
     by SIGKILL, resumes exactly from its last checkpoint. No other process can write to the folder
@@ -75,7 +62,7 @@ class Run:
         _check_empty(out)
         self._set_up(recipe, out)
         out.mkdir(parents=True, exist_ok=True)
-        self._hold: Hold | None = None
+        self._hold: tg.recording.Hold | None = None
         with self._holding():
             _check_empty(out)  # another process may have been quicker
             self._write_config()
@@ -85,7 +72,7 @@ class Run:
 
     def _write_config(self) -> None:
         settings = self.recipe.model_dump(mode="json")
-        write_text(self.out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        tg.recording.write_text(self.out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
     @classmethod
     def resume(cls, out: str | Path, changes: Mapping[str, Any] | None = None) -> Run:
@@ -104,14 +91,15 @@ class Run:
             run._set_up(recipe, out, recipe if state is None else without_source(recipe, out))
             if state is not None:
                 run._load(state)
+            else:  # it has recorded nothing
+                (out / tg.recording.HEADER).unlink(missing_ok=True)
             run._write_config()
-            run._evaluated = cut_records(out, run.batch)["evaluations.jsonl"]
         return run
 
     @contextmanager
     def _holding(self) -> Iterator[None]:
         """Hold the folder, and let go of it only if something goes wrong."""
-        self._hold = self._hold or hold(self.out)
+        self._hold = self._hold or tg.recording.hold(self.out)
         try:
             yield
         except BaseException:
@@ -123,7 +111,7 @@ class Run:
         out = self.out
         if (out / "checkpoint.pt").is_file():
             return read_checkpoint(out)
-        files = [out / name for name in (*RECORDS, "summary.json")]
+        files = [out / name for name in (*tg.recording.RECORDS, "summary.json")]
         if lost := [file.name for file in files if file.is_file() and file.stat().st_size]:
             raise ValueError(
                 f"{out} has no checkpoint.pt to go on from, but {listed(lost)} of a training, "
@@ -135,21 +123,21 @@ class Run:
     def _set_up(self, recipe: Recipe, out: Path, built: Recipe | None = None) -> None:
         self.recipe = recipe
         self.out = out
-        self._seconds = 0.0  # of all batches, everything in them included
-        self._evaluated = 0  # the batch of the last evaluation
         self._saved: int | None = None  # the batch of the last checkpoint
-        # The batch and the affinity recorded after it, if it is not written yet.
-        self._affinity: tuple[int, LateCopy] | None = None
         self._baseline: dict[str, float] | None = None
         if recipe.baseline:
             tasks = task_names(recipe, make_problem(recipe))
             self._baseline = read_baseline(recipe.baseline, tasks)
-        self.trainer = Trainer(built or recipe)
+        self.trainer = trainer = Trainer(built or recipe)
+        settings = recipe.model_dump(mode="json")
+        # Batches whose steps a joint method takes are known by its losses.
+        heard = trainer.groups if trainer.method is None else trainer.method
+        self.recorder = tg.Recorder(heard, out, settings=settings)
 
     def _load(self, state: dict[str, Any]) -> None:
         try:
             self.trainer.load_state_dict(state["trainer"])
-            self._seconds = state["seconds"]
+            self.recorder.load_state_dict(state["recorder"])
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{self.out / 'checkpoint.pt'} does not fit the settings in "
@@ -183,46 +171,36 @@ class Run:
         return summary
 
     def _train(self, listen: Callable[[Progress], None]) -> Summary:
-        trainer = self.trainer
-        with (
-            _stop_signals() as stop,
-            (self.out / "metrics.jsonl").open("a", buffering=1) as metrics,
-            SummaryWriter(str(self.out), purge_step=trainer.batch or None) as board,
-        ):
+        trainer, recorder = self.trainer, self.recorder
+        with SummaryWriter(str(self.out), purge_step=trainer.batch or None) as board, recorder:
+            recorder.log_to(board)
+            self._train_on(listen)
+            try:
+                return self._finish()
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    f"Stopped before the evaluation was done; to continue: taskgroup train "
+                    f"--resume {self.out}"
+                ) from None
+
+    def _train_on(self, listen: Callable[[Progress], None]) -> None:
+        trainer, recorder = self.trainer, self.recorder
+        with _stop_signals() as stop:
             while trainer.batch < self.recipe.batches and not stop.is_set():
-                if self._evaluates_now() and self._evaluated < trainer.batch:
-                    self._record_evaluation(board)
+                if self._evaluates_now() and not self._has_evaluated():
+                    self._record_evaluation()
                     continue  # a signal may have asked to stop
-                started = time.perf_counter()
                 conflicts = self.recipe.conflicts_every
                 if conflicts is not None and trainer.batch % conflicts == 0:
-                    trainer.batches.peek()  # loading it counts as training
-                    paused = time.perf_counter()
-                    file, found = self.out / "conflicts.jsonl", trainer.conflicts()
-                    append_matrix(file, trainer.batch + 1, trainer.tasks, found)
-                    started += time.perf_counter() - paused
-                try:
-                    progress = trainer.step()
-                finally:
-                    self._write_affinity()
-                line = {name: v for name, v in vars(progress).items() if name != "batches"}
-                metrics.write(json.dumps(line) + "\n")
-                recorded = trainer.batch % -(-self.recipe.batches // _RECORDS) == 0
-                if recorded and self.recipe.method == "selective":
-                    self._affinity = trainer.batch, LateCopy(trainer.affinity())
-                if trainer.batch % _EVENTS_EVERY == 0:
-                    _write_events(board, progress)
-                listen(progress)
+                    with trainer.losses_ahead() as losses:
+                        recorder.conflicts(losses, trainer.parts.shared)
+                if trainer.method is not None:
+                    trainer.batches.peek()  # loading the batch is no part of its forward pass
+                    recorder.begin_batch()
+                listen(trainer.step())
                 # Also before an evaluation, which may take long and be stopped.
                 every = trainer.batch % self.recipe.checkpoint_every == 0
-                saves = stop.is_set() or every or self._evaluates_now()
-                if saves or trainer.batch == self.recipe.batches:
-                    trainer.wait()  # the work that the GPU has left counts as training
-                self._seconds += time.perf_counter() - started
-                if recorded:
-                    line = {"batch": trainer.batch, "seconds": self._all_seconds()}
-                    append_line(self.out / "seconds.jsonl", line)
-                if saves:
+                if stop.is_set() or every or self._evaluates_now():
                     self.save()
             if self._saved != trainer.batch:
                 self.save()
@@ -231,26 +209,6 @@ class Run:
                     f"Stopped after batch {trainer.batch} of {self.recipe.batches}; to continue: "
                     f"taskgroup train --resume {self.out}"
                 )
-        try:
-            return self._finish()
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"Stopped before the evaluation was done; to continue: taskgroup train --resume "
-                f"{self.out}"
-            ) from None
-
-    def _write_affinity(self) -> None:
-        """Write the affinity that was recorded last, unless it is written.
-
-        This is done after the next batch: by then a copy from a GPU has arrived, and nothing waits.
-        """
-        if self._affinity is not None:
-            (batch, copy), self._affinity = self._affinity, None
-            tasks = self.trainer.tasks
-            append_matrix(self.out / "affinity.jsonl", batch, tasks, copy.wait())
-
-    def _all_seconds(self) -> dict[str, float]:
-        return {**self.trainer.seconds, "everything": self._seconds}
 
     def _evaluates_now(self) -> bool:
         every = self.recipe.evaluate_every
@@ -258,12 +216,16 @@ class Run:
             return False
         return self.batch % every == 0
 
-    def _record_evaluation(self, board: SummaryWriter) -> None:
+    def _has_evaluated(self) -> bool:
+        lines = tg.recording.read_lines(self.out / "evaluations.jsonl")
+        return any(line["batch"] == self.batch for line in lines)
+
+    def _record_evaluation(self) -> None:
+        lower = self.trainer.problem.lower_is_better
         metrics = self.trainer.evaluate("held_out", quick=True)
-        append_line(self.out / "evaluations.jsonl", {"batch": self.batch, "metrics": metrics})
-        self._evaluated = self.batch
-        for task, value in metrics.items():
-            board.add_scalar(f"held_out/{task}", value, self.batch)
+        self.recorder.metrics(
+            metrics, {task: "lower" if lower[task] else "higher" for task in metrics}
+        )
 
     def _finish(self) -> Summary:
         trainer, problem, groups = self.trainer, self.trainer.problem, self.trainer.groups
@@ -272,13 +234,14 @@ class Run:
         delta = None
         if self._baseline is not None:
             delta = delta_m(metrics, self._baseline, problem)
-        lines = read_lines(self.out / "metrics.jsonl")
-        inside = sum(trainer.seconds[section] for section in MODEL_SECTIONS)
+        lines = tg.recording.read_lines(self.out / "metrics.jsonl")
+        seconds = self.recorder.seconds
+        inside = sum(seconds.get(section, 0.0) for section in _MODEL_SECTIONS)
         summary: Summary = {
             "data": self.recipe.data,
             "method": self.recipe.method,
             "batches": trainer.batch,
-            "steps": sum(len(line["groups"]) for line in lines),
+            "steps": sum(line["steps"] for line in lines) - trainer.skipped,
             "metric": {task: problem.metric_names[task] for task in metrics},
             "lower_is_better": {task: problem.lower_is_better[task] for task in metrics},
             "metrics": metrics,
@@ -286,12 +249,12 @@ class Run:
             "baseline": self.recipe.baseline,
             "partition": [list(group) for group in groups.partition],
             "unconverged": groups.unconverged,
-            "seconds_per_batch": self._seconds / trainer.batch,
-            "share_outside_model": 1 - inside / self._seconds,
-            "seconds": self._all_seconds(),
+            "seconds_per_batch": seconds["everything"] / trainer.batch,
+            "share_outside_model": 1 - inside / seconds["everything"],
+            "seconds": seconds,
             "peak_bytes": peak_bytes,
         }
-        write_text(self.out / "summary.json", json.dumps(summary, indent=2))
+        tg.recording.write_text(self.out / "summary.json", json.dumps(summary, indent=2))
         return summary
 
     def save(self) -> None:
@@ -300,10 +263,9 @@ class Run:
         Raises:
             OSError: if it cannot be written.
         """
-        self._write_affinity()  # a run that is resumed from here could not write it
         state = {
             "version": CHECKPOINT_VERSION,
-            "seconds": self._seconds,
+            "recorder": self.recorder.state_dict(),
             "trainer": self.trainer.state_dict(),
         }
         tg.checkpoint.save(self.out / "checkpoint.pt", state)
@@ -311,7 +273,7 @@ class Run:
 
 
 def _check_empty(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or not is_empty(out)):
+    if out.exists() and (not out.is_dir() or not tg.recording.is_empty(out)):
         raise ValueError(
             f"{out} exists and is not empty; name another folder with --out, or resume the run in "
             f"it with --resume {out}."
@@ -338,9 +300,3 @@ def _stop_signals() -> Iterator[threading.Event]:
     finally:
         for restored, handler in previous.items():
             signal.signal(restored, handler)
-
-
-def _write_events(board: SummaryWriter, progress: Progress) -> None:
-    for task, loss in progress.losses.items():
-        board.add_scalar(f"loss/{task}", loss, progress.batch)
-    board.add_scalar("groups", len(progress.partition), progress.batch)

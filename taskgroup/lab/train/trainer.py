@@ -16,14 +16,10 @@ import taskgroup as tg
 from taskgroup.lab.problem import Batch, Problem, make_problem, measure
 from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.batches import Batches
-from taskgroup.lab.train.clock import Clock, LateCopy
 from taskgroup.lab.train.credit import PublishedCredit
 from taskgroup.lab.train.network import find_parts, in_float32, run_network
 
-__all__ = ["MODEL_SECTIONS", "Progress", "Trainer", "find_device", "make_model", "task_names"]
-
-#: The timed parts of a batch that would also take time without taskgroup.
-MODEL_SECTIONS = ("forward", "loss", "backward", "optimizer")
+__all__ = ["Progress", "Trainer", "find_device", "make_model", "task_names"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +57,10 @@ class Trainer:
         parts: its parameters: those of each task alone, and the shared ones.
         batches: the training data, batch after batch.
         groups: the task groups; a joint method has all tasks in one group.
+        method: the joint method; None for those that step on the groups.
         device: where the network is trained.
         batch: batches done.
         skipped: batches without a step, since the method found no weights.
-        seconds: ``{section: seconds}`` so far; on a GPU, the last batch is added by :meth:`wait`.
 
     Raises:
         ValueError: if the recipe does not fit the data set, or asks for a GPU and there is none.
@@ -79,8 +75,6 @@ class Trainer:
         self.batch = 0
         self.skipped = 0
         self.device = find_device(recipe.device)
-        self.seconds = dict.fromkeys(MODEL_SECTIONS, 0.0)
-        self._clock = Clock(self.seconds, self.device)
         self._peak_bytes = 0  # before this object was made
         self.batches = Batches(self.problem, recipe, self.device)
 
@@ -91,14 +85,14 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.device)
         self.parts = find_parts(self.problem, self.model, self.tasks)
         self.groups = self._make_groups()
-        self._method = self._make_method()
+        self.method = self._make_method()
         head_lr = recipe.lr if recipe.head_lr is None else recipe.head_lr
         parameters = [
             {"params": self.parts.shared, "lr": recipe.lr},
             {"params": self.parts.alone, "lr": head_lr},
         ]
-        if self._method is not None and self._method.parameters():
-            learned = {"params": self._method.parameters(), "lr": recipe.lr, "weight_decay": 0.0}
+        if self.method is not None and self.method.parameters():
+            learned = {"params": self.method.parameters(), "lr": recipe.lr, "weight_decay": 0.0}
             parameters.append(learned)
         self.optimizer = torch.optim.Adam(
             parameters,
@@ -156,14 +150,13 @@ class Trainer:
         """
         with _memory_in_words(self.recipe):
             batch = next(self.batches)
-            if self._method is None:
+            if self.method is None:
                 copy, stepped = self._step_on_groups(batch)
             else:
-                copy, stepped = self._step_jointly(batch, self._method)
+                copy, stepped = self._step_jointly(batch, self.method)
             if self._on_gpu and self.batch + 1 < self.recipe.batches:
                 self.batches.load_ahead()  # while the GPU works on this one
         losses = self._read(copy)
-        self._clock.read()
         self.scheduler.step()
         self.batch += 1
         return Progress(
@@ -185,20 +178,15 @@ class Trainer:
         return self.problem.losses(outputs, batch)
 
     def _forward(self, batch: Batch, group: tg.Group | None = None) -> dict[str, Tensor]:
-        """The losses of a batch, with the gradients set to zero; all of it is timed."""
-        self._clock.start()
-        outputs = self._outputs(batch, group)
-        self._clock.lap("forward")
-        losses = self._losses(outputs, batch)
-        self._clock.lap("loss")
+        """The losses of a batch, with the gradients set to zero."""
+        losses = self._losses(self._outputs(batch, group), batch)
         self.optimizer.zero_grad()
-        self._clock.lap("optimizer")
         return losses
 
     def _read(self, copy: _LossCopy) -> dict[str, float]:
         """The losses as numbers; raises if one is not finite."""
         tasks, values = copy
-        losses = dict(zip(tasks, values.wait().tolist(), strict=True))
+        losses = dict(zip(tasks, values.wait()[0].tolist(), strict=True))
         if lost := [task for task, value in losses.items() if not math.isfinite(value)]:
             raise FloatingPointError(
                 f"The loss of {', '.join(lost)} is not finite after batch {self.batch}; take a "
@@ -207,16 +195,14 @@ class Trainer:
         return losses
 
     def _step_on_groups(self, batch: Batch) -> tuple[_LossCopy, list[tuple[str, ...]]]:
-        """The loop of the README, timed."""
+        """The loop of the README."""
         copy: _LossCopy | None = None
         stepped = []
         for group in self.groups:
             losses = self._forward(batch, group)
             loss = group.loss(losses)
             copy = copy or _copy_losses(losses)
-            self._clock.start()
             loss.backward()
-            self._clock.lap("backward")
             self._step_optimizer()
             stepped.append(group.tasks)
         assert copy is not None
@@ -229,7 +215,6 @@ class Trainer:
         copy = _copy_losses(losses)
         if not self._on_gpu:
             self._read(copy)  # raises the same error for all methods, before their own
-        self._clock.start()
         try:
             method.backward(losses)
         except tg.methods.NoWeightsError:
@@ -238,12 +223,10 @@ class Trainer:
         except Exception:
             self._read(copy)  # losses that are not finite are the reason, if there are any
             raise
-        self._clock.lap("backward")
         self._step_optimizer()
         if method.observes_step:
             with torch.no_grad():
                 method.observe(self._losses(self._outputs(batch), batch))
-            self._clock.lap("forward")
         return copy, [tuple(self.tasks)]
 
     def _step_optimizer(self) -> None:
@@ -257,10 +240,10 @@ class Trainer:
             self.optimizer.step()
         finally:
             heads["lr"] = scheduled
-        self._clock.lap("optimizer")
 
-    def conflicts(self) -> Tensor:
-        """Cosines of the tasks' gradients on the encoder, ``[K, K]``, on the next batch.
+    @contextmanager
+    def losses_ahead(self) -> Iterator[dict[str, Tensor]]:
+        """The losses of the next batch, with a graph, in a block that does not train.
 
         The training is not changed: neither its batches nor its random state.
         """
@@ -269,10 +252,12 @@ class Trainer:
         with torch.random.fork_rng([self.device] if self._on_gpu else []):
             outputs = self._outputs(batch)
         losses = self._losses(outputs, batch)
-        gradients = tg.task_gradients(losses, self.parts.shared)
-        for buffer, before in buffers:  # running statistics
-            buffer.copy_(before)
-        return tg.conflicts(tg.task_gram(gradients))
+        try:
+            yield losses
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:  # running statistics
+                    buffer.copy_(before)
 
     def affinity(self) -> Tensor:
         """The affinity learned so far, ``[K, K]``; entries that were never observed are NaN."""
@@ -291,10 +276,6 @@ class Trainer:
         with _memory_in_words(self.recipe):
             return measure(self.problem, self.model, self.tasks, split, quick)
 
-    def wait(self) -> None:
-        """Wait until the GPU has done all batches so far; ``seconds`` then includes them all."""
-        self._clock.read(wait=True)
-
     @property
     def peak_bytes(self) -> int | None:
         """Peak bytes of torch's allocator on the GPU so far; None on the CPU."""
@@ -304,17 +285,15 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that an exact resume needs; it loads under ``weights_only=True``."""
-        self.wait()
         return {
             "batch": self.batch,
             "skipped": self.skipped,
-            "seconds": dict(self.seconds),
             "peak_bytes": self.peak_bytes,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "groups": self.groups.state_dict(),
-            "method": {} if self._method is None else self._method.state_dict(),
+            "method": {} if self.method is None else self.method.state_dict(),
             "drawn": self.batches.drawn,
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(self.device) if self._on_gpu else None,
@@ -326,19 +305,20 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.groups.load_state_dict(state["groups"])
-        if self._method is not None:
-            self._method.load_state_dict(state["method"])
+        if self.method is not None:
+            self.method.load_state_dict(state["method"])
         self.batches = Batches(self.problem, self.recipe, self.device, state["drawn"])
         torch.set_rng_state(state["torch"])
         if self._on_gpu and state["cuda"] is not None:
             torch.cuda.set_rng_state(state["cuda"], self.device)
         self.batch = state["batch"]
         self.skipped = state["skipped"]
-        self.seconds.update(state["seconds"])
         self._peak_bytes = state.get("peak_bytes") or 0
 
 
-_LossCopy = tuple[tuple[str, ...], LateCopy]  # tasks, and their losses on the way to the host
+_LossCopy = tuple[
+    tuple[str, ...], tg.recording.HostTensors
+]  # tasks, and their losses on the way to the host
 _EPOCHS = 20  # epochs of DWA in a run: batches are drawn at random, and have none of their own
 
 
@@ -348,7 +328,8 @@ def _copy_losses(losses: Mapping[str, Tensor]) -> _LossCopy:
     On a GPU they are read once the steps of the batch are launched. Reading them then waits for the
     forward pass alone, and the GPU goes on with what follows it.
     """
-    return tuple(losses), LateCopy(torch.stack([loss.detach() for loss in losses.values()]))
+    stacked = torch.stack([loss.detach() for loss in losses.values()])
+    return tuple(losses), tg.recording.HostTensors([stacked])
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from taskgroup.lab.train.lock import LOCK, hold, is_empty
+from taskgroup.recording import LOCK, hold, is_empty
 from tests.processes import PROCESSES
 
 

@@ -12,12 +12,16 @@ try:
 except ImportError:  # no locks on this system
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LOCK", "Hold", "hold", "is_empty"]
+__all__ = ["LOCK", "FolderInUseError", "Hold", "hold", "is_empty"]
 
 #: The locked file. It exists while a folder is in use, and stays if that process is killed.
 LOCK = ".lock"
 
 _HELD: weakref.WeakValueDictionary[Path, Hold] = weakref.WeakValueDictionary()
+
+
+class FolderInUseError(ValueError):
+    """Another process writes to the folder."""
 
 
 def hold(folder: Path) -> Hold:
@@ -27,7 +31,7 @@ def hold(folder: Path) -> Hold:
     ends, however it ends. A second call in the same process returns the same hold.
 
     Raises:
-        ValueError: if another process holds the folder; the sentence names the process.
+        FolderInUseError: if another process holds the folder; the sentence names the process.
         OSError: if the folder cannot be written to.
     """
     key = folder.resolve()
@@ -70,9 +74,9 @@ def _lock(folder: Path, path: Path) -> int:
     except BlockingIOError:
         who = os.pread(opened, 200, 0).decode(errors="replace") or "another process"
         os.close(opened)
-        raise ValueError(
+        raise FolderInUseError(
             f"{folder} is in use by {who}; wait until that process has ended and start again, or "
-            "name another folder with --out."
+            "name another folder."
         ) from None
     except OSError:  # this file system has no locks: go on without
         pass
