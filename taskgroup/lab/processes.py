@@ -1,18 +1,26 @@
-"""Worker processes for what takes long: reading files, and matching edges."""
+"""Worker processes for what takes long: reading files, matching edges, and training many runs."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.queues import SimpleQueue
 from typing import TypeVar, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["begin_worker", "in_processes"]
+__all__ = ["alone", "begin_worker", "in_processes", "process_pool", "terminate", "visible_gpus"]
 
 A = TypeVar("A")
 B = TypeVar("B")
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def begin_worker(worker: int) -> None:
@@ -40,3 +48,73 @@ def in_processes(function: Callable[[A], B], items: list[A], workers: int) -> It
     with torch.device("cpu"):  # the iterator draws from that generator, whatever the default device
         results = iter(loader)
     yield from results
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let one thread of this process train at a time, with one thread of torch.
+
+    A process has one global generator of random numbers, one profiler, and one count of the GPU
+    memory in use. Two runs that shared them would change each other's results. Executors whose
+    processes have several threads (dask, ``ThreadPoolExecutor``) therefore train one run at a time
+    in each process. One thread of torch, because the other cores have processes of their own, and
+    because sums would otherwise be rounded differently from machine to machine.
+    """
+    with _ONE_AT_A_TIME:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that torch finds, each as ``CUDA_VISIBLE_DEVICES`` names it."""
+    found = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:found] if named else [str(index) for index in range(found)]
+
+
+def process_pool(jobs: int, gpus: Sequence[str] = ()) -> ProcessPoolExecutor:
+    """A pool of processes with one thread each, which end with this process.
+
+    Args:
+        jobs: the number of processes.
+        gpus: names as from :func:`visible_gpus`. Each process sees one of them, in turn; without
+            any, every process sees what this one does.
+    """
+    # Spawned: a forked process would inherit the threads of torch in an unknown state.
+    context = multiprocessing.get_context("spawn")
+    taken: SimpleQueue[str] = context.SimpleQueue()
+    for job in range(jobs if gpus else 0):
+        taken.put(gpus[job % len(gpus)])
+    return ProcessPoolExecutor(jobs, context, _prepare, (taken if gpus else None,))
+
+
+def terminate(pool: ProcessPoolExecutor) -> None:
+    """End the processes of a pool, in the middle of what they do."""
+    # Python 3.14 has a public method.
+    for process in list((getattr(pool, "_processes", None) or {}).values()):
+        process.terminate()
+
+
+def _prepare(gpus: SimpleQueue[str] | None) -> None:
+    """Set up a process of a pool: one thread, because other processes use the other cores.
+
+    The process also ends with its parent: while it waits for a call, it would not notice that the
+    parent was killed.
+    """
+    if gpus is not None:  # before torch asks CUDA for its devices
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C at the terminal: no traceback
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

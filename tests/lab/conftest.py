@@ -1,11 +1,11 @@
 import importlib
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from taskgroup.lab import processes
 from taskgroup.lab.compare import workers
 from tests.lab.small import InThisProcess
 
@@ -23,11 +23,11 @@ def trained(monkeypatch):
     cells = []
     train = workers.train_cell
 
-    def note(cell, folder):
+    def note(cell):
         cells.append(cell)
-        return train(cell, folder)
+        return train(cell)
 
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(workers, "train_cell", note)
     monkeypatch.setattr(workers, "step_seconds", lambda recipes: dict.fromkeys(recipes, 1.0))
     return cells
@@ -43,9 +43,9 @@ def made_up(monkeypatch):
     def use(make, seconds=None):
         cells = []
 
-        def write(cell, folder):
+        def invent(cell):
             cells.append(cell)
-            result = {
+            return {
                 "metrics": {},
                 "peak_bytes": 1000,
                 "steps_per_batch": 1.0,
@@ -57,11 +57,9 @@ def made_up(monkeypatch):
                 "diverged": None,
                 **make(cell),
             }
-            cell.file(folder).write_text(json.dumps(result))
-            return result
 
-        monkeypatch.setattr(workers, "ProcessPoolExecutor", InThisProcess)
-        monkeypatch.setattr(workers, "train_cell", write)
+        monkeypatch.setattr(processes, "ProcessPoolExecutor", InThisProcess)
+        monkeypatch.setattr(workers, "train_cell", invent)
         monkeypatch.setattr(
             workers,
             "step_seconds",
@@ -75,9 +73,8 @@ def made_up(monkeypatch):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A current folder for modules, which is not on sys.path, as for a program of pip's."""
-    monkeypatch.setattr(
-        sys, "path", [path for path in sys.path if path not in ("", str(Path.cwd()))]
-    )
+    elsewhere = [path for path in sys.path if path not in ("", str(Path.cwd()))]
+    monkeypatch.setattr(sys, "path", elsewhere)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     for name, module in list(sys.modules.items()):

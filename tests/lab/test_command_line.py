@@ -104,7 +104,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, trained, monkeypatch):
 
 
 def test_failed_runs_are_one_sentence(tmp_path, trained, monkeypatch):
-    def fail(cell, folder):
+    def fail(cell):
         raise ValueError("the solver gave up")
 
     monkeypatch.setattr(workers, "train_cell", fail)
@@ -126,10 +126,10 @@ def test_all_runs_diverge(tmp_path, trained):
 def test_ctrl_c_keeps_what_is_finished(tmp_path, trained, monkeypatch):
     train = workers.train_cell
 
-    def stop(cell, folder):
+    def stop(cell):
         if len(trained) == 3:
             raise KeyboardInterrupt
-        return train(cell, folder)
+        return train(cell)
 
     monkeypatch.setattr(workers, "train_cell", stop)
     arguments = ["--methods", "uw", "--budgets", "batches", "--seeds", 1, "--out", tmp_path]

@@ -91,6 +91,7 @@ def test_more_seeds_and_variants_add_what_is_missing(tmp_path, trained):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     comparison(tmp_path / "mine")
+    (tmp_path / "mine" / "cells" / "gd-0-0123456789ab.json").write_text("{}")
     with pytest.raises(ValueError, match=r"runs with other settings \(dim: 4, batches: 4\)"):
         Comparison(yeast(dim=8, batches=6), [GD], 1, tmp_path / "mine", budgets=["batches"])
     # The seed is where the seeds start, and no setting of the folder.
@@ -107,6 +108,15 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be created .* name another folder with --out"):
         comparison(tmp_path / "full" / "thesis.tex" / "below")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_without_a_result_takes_other_settings(tmp_path):
+    comparison(tmp_path)  # and stopped before the first result
+    Comparison(yeast(dim=8, batches=6), [GD], 1, tmp_path, budgets=["batches"])
+    # Now it is of these settings.
+    (tmp_path / "costs.yaml").write_text("gd: 1.0")
+    with pytest.raises(ValueError, match=r"runs with other settings \(dim: 8, batches: 6\)"):
+        comparison(tmp_path)
 
 
 def test_a_diverged_run_is_kept_as_such(tmp_path, trained):
@@ -139,10 +149,10 @@ def test_metrics_that_are_not_numbers_are_a_divergence(tmp_path, trained, monkey
 def test_a_run_that_raises_is_said_and_not_kept(tmp_path, trained, monkeypatch):
     train = workers.train_cell
 
-    def fail(cell, folder):
+    def fail(cell):
         if cell.name == "selective" and cell.recipe.seed == 0:
             raise ValueError("the solver gave up")
-        return train(cell, folder)
+        return train(cell)
 
     monkeypatch.setattr(workers, "train_cell", fail)
     heard = []
@@ -402,7 +412,7 @@ def test_costs_are_measured_in_turns_over_whole_runs(monkeypatch):
             return progress
 
     monkeypatch.setattr(cost, "Trainer", Counted)
-    monkeypatch.setattr(cost.time, "process_time", lambda: now)
+    monkeypatch.setattr(cost.time, "thread_time", lambda: now)
     recipes = {
         "joint": yeast(method="gd", batches=12),
         "groups": yeast(method="selective", grouping="singletons", batches=12),

@@ -190,7 +190,7 @@ def test_recording_the_affinity_waits_for_nothing(tmp_path, saved_from_the_host)
 
 def test_a_cell_on_the_gpu(tmp_path):
     with FakeGPU():
-        result = train_cell(Cell("selective", recipe()), tmp_path)
+        result = train_cell(Cell("selective", recipe()))
     assert result["diverged"] is None
     assert result["peak_bytes"] > 4000  # the peak above what was allocated, and what stands
 

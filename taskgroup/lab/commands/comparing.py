@@ -5,19 +5,34 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import rich
 import typer
 
 from taskgroup.lab.commands import common
 
+if TYPE_CHECKING:
+    from taskgroup.lab.recipe import Recipe
+
 __all__ = ["affinity_gain", "compare"]
 
 Jobs = Annotated[
-    int | None, typer.Option(help="Number of processes.", show_default="one per core; 1 on a GPU")
+    int | None,
+    typer.Option(
+        help="Number of processes on this machine.", show_default="one per GPU, or else per core"
+    ),
+]
+Dask = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS|FILE",
+        help="Train on a dask cluster instead: the address of its scheduler, or its scheduler "
+        "file.",
+    ),
 ]
 Out = Annotated[
     Path | None,
@@ -62,6 +77,7 @@ def compare(
     size: common.Size = None,
     set_: common.Changes = None,
     jobs: Jobs = None,
+    dask: Dask = None,
     out: Out = None,
 ) -> None:
     """Compare methods over seeds, at equal batches and equal time; run it again to continue."""
@@ -76,6 +92,7 @@ def compare(
 
     options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
     chosen = common.settings(recipe, set_, **options)
+    _check(chosen, jobs, dask)
     variants = variants_of(preset, chosen, task_names(chosen, make_problem(chosen)))
     if methods is not None:
         variants = variants_by_name([JOINT, *common.split(methods)], variants)
@@ -96,8 +113,8 @@ def compare(
     console = rich.get_console()
     titles = {variant.name: variant.title for variant in comparison.variants}
     display = ComparisonDisplay(str(comparison.out), titles, console, comparison.delta)
-    with _stoppable(), display:
-        table = comparison.run(display.update, jobs)
+    with _stoppable(), _executor(dask, chosen) as executor, display:
+        table = comparison.run(display.update, jobs, executor)
     for shown in report.tables(table):
         console.print(shown)
     tg.recording.write_text(comparison.out / f"{preset}.md", report.markdown(table, _command()))
@@ -122,6 +139,7 @@ def affinity_gain(
     size: common.Size = None,
     set_: common.Changes = None,
     jobs: Jobs = None,
+    dask: Dask = None,
     out: Out = None,
 ) -> None:
     """Train every pair of tasks, and test whether affinities predict what the tasks gain."""
@@ -131,20 +149,48 @@ def affinity_gain(
     from taskgroup.lab.compare.comparison_display import ComparisonDisplay
 
     options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
+    chosen = common.settings(recipe, set_, **options)
+    _check(chosen, jobs, dask)
     measured = AffinityGain(
-        common.settings(recipe, set_, **options),
+        chosen,
         seeds,
         out or Path("runs") / f"affinity-gain-{common.label(recipe)}",
     )
     console = rich.get_console()
-    with _stoppable(), ComparisonDisplay(str(measured.out), AFFINITIES, console) as display:
-        gains = measured.run(display.update, jobs)
+    display = ComparisonDisplay(str(measured.out), AFFINITIES, console)
+    with _stoppable(), _executor(dask, chosen) as executor, display:
+        gains = measured.run(display.update, jobs, executor)
     for shown in report.tables(gains):
         console.print(shown)
     tg.recording.write_text(measured.out / "gains.md", report.markdown(gains, _command()))
     report.write_csv(gains, measured.out / "gains.csv")
     report.affinity_gain_plot(gains, measured.out / "gains.png")
     common.say(f"Tables and picture (gains.md, .csv and .png) are in {measured.out}")
+
+
+def _check(recipe: Recipe, jobs: int | None, dask: str | None) -> None:
+    """Refuse what cannot be trained here, before a folder is made."""
+    from taskgroup.lab.train.trainer import find_device
+
+    if dask is None:
+        find_device(recipe.device)
+    elif jobs is not None:
+        raise ValueError(
+            "--jobs is the number of processes on this machine, and a dask cluster has its own "
+            "workers; give one of --jobs and --dask."
+        )
+
+
+@contextmanager
+def _executor(dask: str | None, recipe: Recipe) -> Iterator[Executor | None]:
+    """The workers of a dask cluster; None stands for processes on this machine."""
+    from taskgroup.lab.compare.dask_cluster import dask_cluster
+
+    if dask is None:
+        yield None
+    else:
+        with dask_cluster(dask, recipe, common.say) as executor:
+            yield executor
 
 
 @contextmanager

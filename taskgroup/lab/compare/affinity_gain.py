@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from taskgroup.lab.problem import Problem, make_problem
 from taskgroup.lab.recipe import Recipe, is_own
 from taskgroup.lab.report.affinities import relative
 from taskgroup.lab.train.rehearsal import rehearse
-from taskgroup.lab.train.trainer import find_device, task_names
+from taskgroup.lab.train.trainer import task_names
 
 __all__ = ["AFFINITIES", "AffinityGain", "Gains"]
 
@@ -79,7 +80,6 @@ class AffinityGain:
         if seeds < 1:
             raise ValueError(f"Gains need at least one seed, got {seeds}.")
         self.recipe = recipe
-        self.device = find_device(recipe.device)
         self.problem = make_problem(recipe)
         self.tasks = task_names(recipe, self.problem)
         if len(self.tasks) < 3:
@@ -96,7 +96,12 @@ class AffinityGain:
         self._folder = open_folder(self.out, recipe)
         check_source(self.out, recipe.data)
 
-    def run(self, listen: Listener = lambda *_: None, jobs: int | None = None) -> Gains:
+    def run(
+        self,
+        listen: Listener = lambda *_: None,
+        jobs: int | None = None,
+        executor: Executor | None = None,
+    ) -> Gains:
         """Run what is missing, and compare; arguments and errors as of ``Comparison.run``.
 
         Raises:
@@ -105,7 +110,10 @@ class AffinityGain:
         pairs = itertools.combinations(self.tasks, 2)
         trained = [self._joint(task) for task in self.tasks] + [self._joint(*p) for p in pairs]
         found = [self._affinity(kind) for kind in AFFINITIES]
-        with tg.recording.hold(self.out), Workers(self._folder, jobs, self.device) as workers:
+        with (
+            tg.recording.hold(self.out),
+            Workers(self._folder, self.recipe, executor, jobs) as workers,
+        ):
             workers.run("training pairs", list(itertools.chain(*trained)), listen)
             workers.run("measuring affinities", list(itertools.chain(*found)), listen)
         if workers.failed:

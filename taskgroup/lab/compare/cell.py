@@ -1,4 +1,4 @@
-"""One run of a comparison: trained in a worker process, kept as one small file."""
+"""One run of a comparison: trained by a worker, kept as one small file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import taskgroup as tg
+from taskgroup.lab.processes import alone
 from taskgroup.lab.recipe import Recipe, read_recipe
 from taskgroup.lab.train.memory import peak_bytes
 from taskgroup.lab.train.trainer import Trainer
@@ -73,15 +74,19 @@ class Cell:
             return None
         return result
 
+    def write(self, folder: Path, result: Result) -> None:
+        """Write the result, whole or not at all."""
+        tg.recording.write_text(
+            self.file(folder), json.dumps({**result, "settings": self.settings})
+        )
 
-def train_cell(cell: Cell, folder: Path) -> Result:
-    """Train, evaluate, and write the result."""
-    with warnings.catch_warnings():
+
+def train_cell(cell: Cell) -> Result:
+    """Train and evaluate, in whatever process calls it; one run at a time in each process."""
+    with alone(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a run that diverges; the result says so
         # Cells run in parallel, one per core, so none has data workers of its own.
-        result = _train(cell.recipe.replace(workers=0), cell.lookahead_every)
-    tg.recording.write_text(cell.file(folder), json.dumps({**result, "settings": cell.settings}))
-    return result
+        return _train(cell.recipe.replace(workers=0), cell.lookahead_every)
 
 
 def _train(recipe: Recipe, lookahead_every: int | None) -> Result:
@@ -145,7 +150,8 @@ def open_folder(folder: Path, recipe: Recipe) -> Path:
     """
     file = folder / "base.yaml"
     settings = Cell("", recipe.replace(seed=0)).settings
-    if file.is_file():
+    unused = file.is_file() and _holds_no_run(folder)  # e.g. it was stopped before its first result
+    if file.is_file() and not unused:
         there = Cell("", read_recipe(file, {"seed": 0})).settings
         if differing := [key for key in settings if settings[key] != there[key]]:
             raise ValueError(
@@ -153,7 +159,11 @@ def open_folder(folder: Path, recipe: Recipe) -> Path:
                 f"({', '.join(f'{k}: {there[k]}' for k in differing)}); name another folder with "
                 "--out, or use these settings."
             )
-    elif folder.exists() and (not folder.is_dir() or not tg.recording.is_empty(folder)):
+    elif (
+        not unused
+        and folder.exists()
+        and (not folder.is_dir() or not tg.recording.is_empty(folder))
+    ):
         raise ValueError(
             f"{folder} is not empty and holds no runs; name another folder with --out."
         )
@@ -163,10 +173,18 @@ def open_folder(folder: Path, recipe: Recipe) -> Path:
         raise ValueError(
             f"{folder} cannot be created ({error.strerror}); name another folder with --out."
         ) from None
-    if not file.is_file():
+    if unused or not file.is_file():
         with tg.recording.hold(folder):
             tg.recording.write_text(file, yaml.safe_dump(settings, sort_keys=False))
     return folder / "cells"
+
+
+def _holds_no_run(folder: Path) -> bool:
+    """Whether a folder that was opened for runs holds no result and nothing measured."""
+    made = {"base.yaml", "source.yaml", "cells", tg.recording.LOCK}
+    return {path.name for path in folder.iterdir()} <= made and not any(
+        (folder / "cells").glob("*.json")
+    )
 
 
 def _standing_bytes(trainer: Trainer) -> int:

@@ -19,7 +19,7 @@ from taskgroup.lab.compare.workers import Listener, Workers
 from taskgroup.lab.problem import make_problem
 from taskgroup.lab.recipe import Recipe, is_own
 from taskgroup.lab.train.rehearsal import rehearse, rehearse_step
-from taskgroup.lab.train.trainer import Trainer, find_device, task_names
+from taskgroup.lab.train.trainer import Trainer, task_names
 
 __all__ = ["Comparison"]
 
@@ -88,7 +88,6 @@ class Comparison:
         if "tuned" in wanted and len(self.rates) < 2:
             raise ValueError("To choose the best rate, give another one than that of the recipe.")
         self._tuning_seeds = tuning_seeds
-        self.device = find_device(recipe.device)
         self.problem = make_problem(recipe)
         self.tasks = task_names(recipe, self.problem)
         if len(self.tasks) < 2:
@@ -138,12 +137,14 @@ class Comparison:
                 not shut down.
 
         Raises:
-            RuntimeError: if a worker process died; finished runs are kept.
-            ValueError: if another process runs in the folder.
+            RuntimeError: if worker processes died again and again, or if the executor's workers
+                cannot train; finished runs are kept.
+            ValueError: if another process runs in the folder, if ``jobs`` is less than 1 or is
+                given with an executor, or if there is no GPU where the recipe asks for one.
         """
         with (
             tg.recording.hold(self.out),
-            Workers(self._folder, jobs, self.device, executor) as workers,
+            Workers(self._folder, self.recipe, executor, jobs) as workers,
         ):
             single = [self._single(task, seed) for seed in self._seeds for task in self.tasks]
             workers.run(BUDGETS["batches"], single + self._by("batches"), listen)

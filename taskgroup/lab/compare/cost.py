@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 
 import taskgroup as tg
+from taskgroup.lab.processes import alone
 from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.trainer import Trainer
 
@@ -20,19 +21,25 @@ _MOST = 500  # batches of each recipe
 def step_seconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
     """Seconds per optimizer step of each recipe, including everything else that a batch takes.
 
-    On the CPU this is processor time. On a GPU it is the time between events on its stream, idle
-    time included; they are read later, so the measurement adds no synchronisation.
+    On the CPU this is processor time of the calling thread; other threads of the process, such as
+    those of a cluster's worker, do not count. On a GPU it is the time between events on its stream,
+    idle time included; they are read later, so the measurement adds no synchronisation.
 
     The recipes take turns, a few batches each, from the beginning of a run to its end (or to batch
     500). So the groups that they form are those of real runs, and a machine that is slow for a
     while is slow for all recipes. Runs minutes or days apart could not be compared. A recipe that
     diverges or fails at once gets NaN.
     """
+    with alone():
+        return _step_seconds(recipes)
+
+
+def _step_seconds(recipes: Mapping[str, Recipe]) -> dict[str, float]:
     trainers = {name: Trainer(recipe.replace(workers=0)) for name, recipe in recipes.items()}
     seconds = dict.fromkeys(recipes, 0.0)
     steps = dict.fromkeys(recipes, 0)
     clocks = {
-        name: tg.recording.Clock(seconds, trainer.device, time.process_time)
+        name: tg.recording.Clock(seconds, trainer.device, time.thread_time)
         for name, trainer in trainers.items()
     }
     with warnings.catch_warnings():

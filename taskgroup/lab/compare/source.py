@@ -37,7 +37,7 @@ def check_source(folder: Path, data: str) -> None:
             stacklevel=3,
         )
         return
-    if not file.is_file():
+    if not file.is_file() or not any((folder / "cells").glob("*.json")):
         tg.recording.write_text(file, yaml.safe_dump(now))
         return
     then = yaml.safe_load(file.read_text()) or {}
