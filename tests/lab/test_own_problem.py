@@ -484,16 +484,10 @@ def test_results_of_another_version_are_not_mixed(template, trained):
 
 def test_worker_processes_import_a_problem_of_the_current_folder(template):
     """A program of pip's does not have that folder on its path, and neither do its processes."""
-    program = "if __name__ == '__main__':\n import sys\n sys.path.remove(sys.path[0])\n"
-    program += " from taskgroup.lab.cli import app\n app()\n"
-    (template.parent / "bin").mkdir()
-    (template.parent / "bin" / "taskgroup.prog.py").write_text(program)
-    words = "compare storms.py:YourProblem --methods selective --seeds 1 --batches 2"
-    command = [sys.executable, "bin/taskgroup.prog.py", *words.split(), "--budgets", "batches"]
-    command += ["--jobs", "1", "--set", "warmup=1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (template.parent / "runs/compare-storms-YourProblem/methods.csv").is_file()
+    arguments = "--methods selective --seeds 1 --batches 2 --budgets batches --jobs 1".split()
+    invoke("compare", "storms.py:YourProblem", *arguments, "--set", "warmup=1")
+    results = template.parent / "runs" / "compare-storms-YourProblem"
+    assert len(list((results / "cells").glob("*.json"))) == 6
 
 
 @pytest.mark.parametrize(
