@@ -1,8 +1,10 @@
 """Gains and correlations: against scipy, and worked out from made-up results."""
 
+import dataclasses
 import io
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -229,7 +231,34 @@ def test_report_holds_the_numbers(tmp_path, made_up):
     assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("width", [80, 140])
+def test_pairs_are_drawn_where_they_are_or_counted(tmp_path, made_up, monkeypatch):
+    made_up(make)
+    figures = []
+    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
+    gains = AffinityGain(yeast(), 2, tmp_path).run()
+    names = [f"class{k}" for k in range(1, 7)]
+    draws = np.random.default_rng(0)
+    gain, *affinity = draws.normal(size=(4, 6, 6))
+    affinity[0][1, 2], affinity[0][2, 1], gain[4, 3] = 812.0, -3000.0, -900.0
+    affinity[1][:] = np.nan
+    affinity = dict(zip(AFFINITY, affinity, strict=True))
+    gains = dataclasses.replace(gains, tasks=names, gain=gain, affinity=affinity)
+    report.affinity_gain_plot(gains, "a.png")
+    (figure,) = figures
+    assert figure._suptitle.get_text() == "yeast: affinity and gain, pairs of 6 tasks, 2 seeds"
+    for axes, found in zip(figure.axes, affinity.values(), strict=True):
+        (points,) = (line for line in axes.lines if line.get_marker() == "o")
+        np.testing.assert_array_equal(points.get_xdata(), off_diagonal(found))
+        np.testing.assert_array_equal(points.get_ydata(), off_diagonal(gain))
+        assert axes.get_xlim()[1] - axes.get_xlim()[0] < 20
+        assert axes.get_ylim()[1] - axes.get_ylim()[0] < 20
+    first, second, third = (axes.get_xlabel() for axes in figure.axes)
+    assert "3 pairs outside: affinity -3e+03 to +812,\ngain -900 to" in first
+    assert "outside" not in second
+    assert f"1 pair outside: affinity {affinity['lookahead'][4, 3]:+.3g},\ngain -900 %" in third
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
 def test_terminal_table_is_whole(width, tmp_path, made_up):
     made_up(make)
     console = Console(width=width, file=io.StringIO())
@@ -238,9 +267,12 @@ def test_terminal_table_is_whole(width, tmp_path, made_up):
         console.print(shown)
     text = console.file.getvalue()
     assert "…" not in text
-    for kind, title in (("proximal", "Proximal"), ("lookahead", "Lookahead")):
-        (line,) = [line for line in text.splitlines() if line.strip().startswith(title)]
-        found = gains.directed[kind]
-        assert f"{found.value:+.2f} ({found.low:+.2f} to {found.high:+.2f})" in line.replace(
-            "\N{NO-BREAK SPACE}", " "
-        )
+    assert max(map(len, text.splitlines())) <= width
+    for title, kind in (("Proximal", "proximal"), ("Lookahead", "lookahead")):
+        lines = [line for line in text.splitlines() if line.strip().startswith(title)]
+        numbers = []
+        for of in (gains.directed, gains.symmetric):
+            value, low, high = of[kind]
+            numbers.append(f"{value:+.2f} ({low:+.2f} to {high:+.2f})")
+        found = [cell for line in lines for cell in re.split("  +", line.strip())[1:]]
+        assert found == numbers

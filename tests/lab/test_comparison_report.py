@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import io
-import math
 import re
 
 import pytest
@@ -11,68 +10,9 @@ from rich.console import Console
 
 from taskgroup.lab.compare import comparison_report as report
 from taskgroup.lab.compare.intervals import Estimate
-from taskgroup.lab.compare.presets import PRESETS, preset
-from taskgroup.lab.compare.results import BUDGETS, Row, Table
-from taskgroup.lab.problem import make_problem
-from taskgroup.lab.recipe import read_recipe
-
-SPLITS = ("train", "validation", "held_out")
-
-
-def fabricated(variants, seeds=5, diverged=()):
-    """A table of numbers that are all different."""
-    recipe = read_recipe("yeast")
-    problem = make_problem(recipe)
-    tasks = list(problem.titles)
-    keys = [(budget, split) for budget in BUDGETS for split in SPLITS]
-    nothing = Estimate(math.nan, math.nan, 0)
-    rows = []
-    for n, variant in enumerate(variants):
-        lost = variant.name in diverged
-
-        def about(scale, n=n, lost=lost):
-            def one(k):
-                half = math.nan if seeds == 1 else 0.11 * (k + 1)
-                return nothing if lost else Estimate(scale * (n + 1) + k / 10, half, seeds)
-
-            return {key: one(k) for k, key in enumerate(keys)}
-
-        rows.append(
-            Row(
-                variant=variant,
-                time=math.nan if lost else 1 + 0.71 * n,
-                memory=math.nan if lost else 1 + 0.13 * n,
-                steps=1.0 + n,
-                groups=math.nan if lost else 2.0 + n,
-                changes=math.nan if lost else 0.05,
-                rate=0.003,
-                batches={"batches": 300, "time": 280 + n, "tuned": 280 + n},
-                delta=about(-1.3),
-                gain=about(1.7),
-                floor=dict.fromkeys(keys, math.nan if seeds == 1 else 1.25),
-                metrics={} if lost else {k: dict.fromkeys(tasks, 0.7 + 0.001 * n) for k in keys},
-                diverged=dict.fromkeys(BUDGETS, seeds if lost else 0),
-                skipped=0,
-            )
-        )
-    return Table(
-        recipe=recipe,
-        problem=problem,
-        tasks=tasks,
-        seeds=seeds,
-        rates=[0.001, 0.003, 0.009],
-        budgets=list(BUDGETS),
-        reference="Selective",
-        rows=rows,
-        single={split: dict.fromkeys(tasks, 0.65) for split in SPLITS},
-        refused={"DTP": "it needs a score"},
-        failed=[],
-    )
-
-
-def variants(name="methods"):
-    recipe = read_recipe("yeast")
-    return preset(name, recipe, list(make_problem(recipe).titles))
+from taskgroup.lab.compare.presets import PRESETS
+from taskgroup.lab.compare.results import BUDGETS
+from tests.lab.fabricated import fabricated, variants
 
 
 def printed(table, width):
@@ -82,29 +22,78 @@ def printed(table, width):
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("width", [80, 140])
+def cells(text):
+    """``{(title of the table, first cell, header): cell}`` of all tables in a text.
+
+    A column is where its header is; the first cell may take several lines.
+    """
+    found, lines = {}, text.splitlines()
+    for n, line in enumerate(lines):
+        if not (line.strip() and set(line.strip()) == {"─"}):
+            continue
+        rows = []
+        for row in lines[n + 1 :]:
+            if not row.strip():
+                break
+            # Columns are two spaces apart, and within a cell there is one.
+            name, *values = re.split(r"  +", row.strip())
+            if not values:
+                rows[-1][0] += f" {name}"
+            else:
+                rows.append([name, *values])
+        header = re.split(r"  +", lines[n - 1].strip())
+        for name, *values in rows:
+            found.setdefault((header[0], name), []).extend(values)
+    return found
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("name", PRESETS)
 def test_terminal_tables_are_whole(name, width):
     table = fabricated(variants(name))
     text = printed(table, width)
     assert "…" not in text
     assert max(len(line) for line in text.splitlines()) <= width
+    found = cells(text)
     for row in table.rows:
-        # In the table of gains, and but for joint runs in that of the differences.
-        lines = [line for line in text.splitlines() if line.strip().startswith(row.variant.title)]
-        lines = [
-            line
-            for line in lines
-            if re.match(r" +[-+\d.]+[±x]", line.strip()[len(row.variant.title) :])
-        ]
-        assert len(lines) == (1 if row.variant.name == row.variant.against else 2), row.variant
-        for budget in ("batches", "time", "tuned"):
+        title, deltas, gains = row.variant.title, [], []
+        for budget in BUDGETS:
             mean, half, _ = row.delta[budget, "held_out"]
-            assert f"{mean:+.1f}±{half:.1f}" in lines[0]
-            if len(lines) == 2:
-                mean, half, _ = row.gain[budget, "held_out"]
-                assert f"{mean:+.1f}±{half:.1f}" in lines[1]
-        assert f"{row.time:.2f}x" in lines[0]
+            deltas.append(f"{mean:+.1f}±{half:.1f}")
+        deltas[-1] += " (0.003)"
+        assert found["Δm, %", title] == [f"{row.time:.2f}x", f"{row.memory:.2f}x", *deltas]
+        if row.variant.name == row.variant.against:
+            assert ("Δm minus that of GD", title) not in found
+            continue
+        for key in (*((budget, "held_out") for budget in BUDGETS), ("tuned", "train")):
+            mean, half, _ = row.gain[key]
+            gains.append(f"{mean:+.1f}±{half:.1f} {row.verdict(*key)}".strip())
+        assert found["Δm minus that of GD", title] == gains
+
+
+def test_terminal_table_is_one_where_a_wrapped_name_makes_the_room():
+    text = printed(fabricated(variants()), 80)
+    assert text.count(" Δm, %  ") == 1
+    assert re.search(r"Selective, 1 group +13\.07x", text)
+    text = printed(fabricated(variants()), 120)
+    assert re.search(r"Selective, 1 group per batch +13\.07x", text)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_long_names_huge_numbers_and_markup_are_whole(width):
+    table = fabricated(variants()[:3])
+    long = "[bold] a method with a name that somebody has made long, so that it is clear"
+    variant = dataclasses.replace(table.rows[1].variant, title=long)
+    huge = dict.fromkeys(table.rows[1].delta, Estimate(-812345678.9, 412345678.9, 5))
+    table.rows[1] = dataclasses.replace(table.rows[1], variant=variant, delta=huge)
+    table.rows[2].diverged["time"] = 2
+    text = printed(table, width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    found = cells(text)
+    shown = [key for key in found if key[0] == "Δm, %" and key[1].startswith("[bold] a method")]
+    assert shown == [("Δm, %", long)]
+    assert found["Δm, %", long][2:] == [*["-8.1e+08±4.1e+08"] * 2, "-8.1e+08±4.1e+08 (0.003)"]
+    assert found["Δm, %", "DTP"][3].endswith("(2 diverged)")
 
 
 def test_diverged_runs_are_called_so():
@@ -215,30 +204,3 @@ def test_csv_holds_the_numbers(tmp_path):
             assert line["verdict"] == row.verdict(*key)
     single = found["single-task", "batches", "held_out"]
     assert (single["AUC class1"], single["runs"], single["delta_m"]) == ("0.65", "5", "")
-
-
-@pytest.mark.parametrize("time", [0.2, 1.0, 1.001, 40.0])
-def test_picture_of_methods_that_cost_alike_or_not(time, tmp_path):
-    table = fabricated(variants()[:2])
-    table.rows[1] = dataclasses.replace(table.rows[1], time=time)
-    report.delta_m_plot(table, tmp_path / "a.png")  # a warning would be an error
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("seeds", "diverged"),
-    [
-        (5, ()),
-        (1, ()),
-        (5, ("selective",)),
-        (5, ("gd",)),
-        (5, tuple(variant.name for variant in variants("cheap"))),
-    ],
-    ids=["all", "one seed", "one diverged", "joint diverged", "all diverged"],
-)
-def test_pictures_are_drawn(seeds, diverged, tmp_path):
-    table = fabricated(variants("cheap"), seeds, diverged)
-    for budgets in (list(BUDGETS), ["batches"]):
-        report.delta_m_plot(dataclasses.replace(table, budgets=budgets), tmp_path / "a.png")
-        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-        assert "nan" not in printed(table, 80)

@@ -484,8 +484,8 @@ def test_results_of_another_version_are_not_mixed(template, trained):
 
 def test_worker_processes_import_a_problem_of_the_current_folder(template):
     """A program of pip's does not have that folder on its path, and neither do its processes."""
-    arguments = "--methods selective --seeds 1 --batches 2 --budgets batches --jobs 1".split()
-    invoke("compare", "storms.py:YourProblem", *arguments, "--set", "warmup=1")
+    arguments = ["--methods", "selective", "--seeds", 1, "--batches", 2, "--budgets", "batches"]
+    invoke("compare", "storms.py:YourProblem", *arguments, "--jobs", 1, "--set", "warmup=1")
     results = template.parent / "runs" / "compare-storms-YourProblem"
     assert len(list((results / "cells").glob("*.json"))) == 6
 

@@ -85,6 +85,7 @@ def compare(
     from taskgroup.lab.compare import comparison_report as report
     from taskgroup.lab.compare.comparison import Comparison
     from taskgroup.lab.compare.comparison_display import ComparisonDisplay
+    from taskgroup.lab.compare.comparison_plot import delta_m_plot
     from taskgroup.lab.compare.presets import JOINT, variants_by_name
     from taskgroup.lab.compare.presets import preset as variants_of
     from taskgroup.lab.problem import make_problem
@@ -119,7 +120,7 @@ def compare(
         console.print(shown)
     tg.recording.write_text(comparison.out / f"{preset}.md", report.markdown(table, _command()))
     report.write_csv(table, comparison.out / f"{preset}.csv")
-    report.delta_m_plot(table, comparison.out / f"{preset}.png")
+    delta_m_plot(table, comparison.out / f"{preset}.png")
     common.say(f"Tables and picture ({preset}.md, .csv and .png) are in {comparison.out}")
     if table.failed:
         raise RuntimeError(

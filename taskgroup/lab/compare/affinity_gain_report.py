@@ -7,12 +7,14 @@ import os
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import RenderableType
 from rich.text import Text
 
 from taskgroup.lab.compare.affinity_gain import AFFINITIES, Gains
-from taskgroup.lab.compare.formats import markdown_table, save_csv, terminal_table
-from taskgroup.lab.compare.intervals import Correlation
+from taskgroup.lab.compare.formats import TerminalTable, markdown_table, save_csv
+from taskgroup.lab.compare.intervals import Correlation, Floats
+from taskgroup.lab.compare.limits import limits
 from taskgroup.lab.report.colours import SERVES
 from taskgroup.lab.report.matplotlib_figures import open_axes, save
 from taskgroup.lab.words import counted
@@ -24,7 +26,8 @@ _HEADER = ("Rank correlation with the gain", "of ordered pairs", "of pairs")
 
 def tables(gains: Gains) -> list[RenderableType]:
     """The correlations, for a terminal."""
-    table = terminal_table(_HEADER, _rows(gains))
+    rows = [[cell.replace("\N{NO-BREAK SPACE}", " ") for cell in row] for row in _rows(gains)]
+    table = TerminalTable(_HEADER, rows)
     return [Text(_headline(gains), style="bold"), table, Text(_note(gains), style="dim")]
 
 
@@ -60,20 +63,43 @@ def write_csv(gains: Gains, path: str | os.PathLike[str]) -> None:
 
 
 def affinity_gain_plot(gains: Gains, path: str | os.PathLike[str]) -> None:
-    """Draw the gain of every ordered pair against its affinity, a panel for each affinity."""
-    figure = Figure(figsize=(4.1 * len(gains.affinity), 3.7), layout="constrained")
+    """Draw the gain of every ordered pair against its affinity, a panel for each affinity.
+
+    Pairs that are far from all others would press them together: they are counted at the edge.
+    """
+    figure = Figure(figsize=(3.9 * len(gains.affinity), 4.2), layout="constrained")
+    figure.suptitle(_headline(gains), x=0.01, ha="left", size="medium", weight="bold")
     (panels,) = figure.subplots(1, len(gains.affinity), sharey=True, squeeze=False)
     off_diagonal = ~np.eye(len(gains.tasks), dtype=bool)
+    gain = gains.gain[off_diagonal]
+    bottom, top = limits(gain.tolist())
     for axes, (kind, found) in zip(panels, gains.affinity.items(), strict=True):
+        affinity = found[off_diagonal]
+        # A task with hardly any effect on itself has huge ratios.
+        left, right = limits(affinity[np.isfinite(gain)].tolist())
         axes.axhline(0, color="#bbbbbb", linewidth=0.8)
         axes.axvline(0, color="#bbbbbb", linewidth=0.8)
-        # A task with hardly any effect on itself has huge ratios, which would squeeze the rest.
-        shown = np.clip(found[off_diagonal], -3, 3)
-        axes.plot(shown, gains.gain[off_diagonal], "o", color=SERVES, markersize=4, alpha=0.6)
-        axes.set(xlabel="affinity / self-affinity")
-        open_axes(axes, f"{AFFINITIES[kind]}: {_shown(gains.directed[kind])}", size=10)
-    panels[0].set_ylabel("gain of training the pair together, %")
+        axes.plot(affinity, gain, "o", color=SERVES, markersize=4, alpha=0.6)
+        axes.set(xlim=(left, right), ylim=(bottom, top))
+        axes.set_xlabel("affinity / self-affinity", fontsize=9)
+        inside = (affinity >= left) & (affinity <= right) & (gain >= bottom) & (gain <= top)
+        outside = np.isfinite(affinity) & np.isfinite(gain) & ~inside
+        if outside.any():
+            axes.set_xlabel(
+                f"affinity / self-affinity\n{counted(int(outside.sum()), 'pair')} outside: "
+                f"affinity {_range(affinity[outside])},\ngain {_range(gain[outside])} %",
+                fontsize=9,
+            )
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        correlation = f"rank correlation {_shown(gains.directed[kind])}"
+        open_axes(axes, f"{AFFINITIES[kind]}\n{correlation}", size=10)
+    panels[0].set_ylabel("gain of the task when the pair is\ntrained together, %   (better →)")
     save(figure, path)
+
+
+def _range(values: Floats) -> str:
+    ends = dict.fromkeys(f"{value:+.3g}" for value in (values.min(), values.max()))
+    return " to ".join(ends)
 
 
 def _rows(gains: Gains) -> list[list[str]]:

@@ -55,15 +55,15 @@ class ComparisonDisplay(LiveDisplay):
         self._update(done, total, f"{stage}, run")
 
     def _details(self) -> Sequence[RenderableType]:
-        cells = []
+        entries = []
         for name, done in self._done.items():
-            text = Text(f"{self._titles.get(name, name):<27}{done:4d}")
+            text = Text(f"{done:4d}")
             if name in self._deltas:
                 text.append(f"{statistics.fmean(self._deltas[name]):+7.1f} %", style="green")
             if name in self._diverged:
                 text.append(f" ({self._diverged[name]} diverged)", style="red")
-            cells.append(text)
-        return [self._columns(cells)]
+            entries.append((Text(self._titles.get(name, name)), text))
+        return [self._columns(entries)]
 
 
 def _other(cell: Cell) -> str:

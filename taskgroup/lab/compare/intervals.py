@@ -25,6 +25,26 @@ class Estimate(NamedTuple):
     half: float
     n: int
 
+    def shown(self) -> str:
+        """The mean and its interval in words, such as ``"+1.9 ± 0.6"``, with spaces that hold.
+
+        Example:
+            >>> Estimate(1.94, 0.61, 5).shown().replace("\N{NO-BREAK SPACE}", " ")
+            '+1.9 ± 0.6'
+            >>> Estimate(-2.5e9, math.nan, 1).shown()
+            '-2.5e+09'
+        """
+        if math.isnan(self.half):
+            return _number(self.mean, "+")
+        return f"{_number(self.mean, '+')} ± {_number(self.half)}".replace(
+            " ", "\N{NO-BREAK SPACE}"
+        )
+
+
+def _number(value: float, sign: str = "") -> str:
+    """With one decimal; a run that almost diverged has a number that needs an exponent."""
+    return format(value, f"{sign}.1f" if abs(value) < 1e5 else f"{sign}.1e")
+
 
 class Correlation(NamedTuple):
     """Spearman's rank correlation, and both ends of its 95% interval."""

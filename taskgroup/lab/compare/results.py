@@ -14,6 +14,7 @@ from taskgroup.lab.compare.presets import Variant
 from taskgroup.lab.problem import Problem
 from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.evaluation import delta_m
+from taskgroup.lab.words import counted
 
 __all__ = ["BUDGETS", "Row", "Runs", "Table", "delta_of", "make_row", "mean", "median"]
 
@@ -147,6 +148,14 @@ class Table:
         """Metrics by the names of their columns; NaN if they are missing."""
         names = self.problem.metric_names
         return {f"{names[task]} {task}": metrics.get(task, math.nan) for task in self.tasks}
+
+    @property
+    def headline(self) -> str:
+        """What was compared, in one line."""
+        return (
+            f"{self.recipe.data}: {len(self.tasks)} tasks, {self.recipe.batches} batches of "
+            f"{self.recipe.batch_size}, {counted(self.seeds, 'seed')}"
+        )
 
     @property
     def joint(self) -> Row:

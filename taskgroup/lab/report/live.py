@@ -19,6 +19,7 @@ from taskgroup.lab.words import counted
 __all__ = ["Display", "LiveDisplay"]
 
 _Shown = TypeVar("_Shown", bound="LiveDisplay")
+_LONGEST, _SHORTEST, _GAP = 30, 8, 2  # characters of a name, and between columns
 _SMOOTHING = 0.95  # of the losses shown
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
 
@@ -81,10 +82,24 @@ class LiveDisplay:
     def _details(self) -> Sequence[RenderableType]:
         raise NotImplementedError
 
-    def _columns(self, cells: Sequence[Text]) -> Table:
-        """As many columns as the terminal has room for."""
-        grid = Table.grid(padding=(0, 2))
-        columns = max(1, self._console.width // 40)
+    def _columns(self, entries: Sequence[tuple[Text, Text]]) -> Table:
+        """Names and their numbers, in as many columns as the terminal has room for.
+
+        Long names are shortened, numbers never.
+        """
+        room = self._console.width - 4  # within the frame
+        value = max((number.cell_len for _, number in entries), default=0)
+        longest = max((name.cell_len for name, _ in entries), default=0)
+        name = max(_SHORTEST, min(longest, _LONGEST, room - value - 1))
+        columns = max(1, (room + _GAP) // (name + 1 + value + _GAP))
+        grid = Table.grid(padding=(0, _GAP, 0, 0))
+        for _ in range(columns):
+            grid.add_column(no_wrap=True)
+        cells = []
+        for text, number in entries:
+            cell = text.copy()
+            cell.truncate(name, overflow="ellipsis", pad=True)
+            cells.append(Text.assemble(cell, " ", number))
         for start in range(0, len(cells), columns):
             grid.add_row(*cells[start : start + columns])
         return grid
@@ -115,10 +130,12 @@ class Display(LiveDisplay):
 
     def _details(self) -> Sequence[RenderableType]:
         group_of = {task: n for n, tasks in enumerate(self._partition) for task in tasks}
-        losses = [
-            Text(f"{self._titles[task]:<22}{loss:9.4f}", style=_colour(group_of.get(task)))
-            for task, loss in self._smoothed.items()
-        ]
+        shown = {task: f"{loss:.4f}" for task, loss in self._smoothed.items()}
+        width = max(map(len, shown.values()), default=0)
+        losses = []
+        for task, loss in shown.items():
+            style = _colour(group_of.get(task))
+            losses.append((Text(self._titles[task], style), Text(loss.rjust(width), style)))
         groups = Text(f"{counted(len(self._partition), 'group')}  ", style="bold")
         for n, tasks in enumerate(self._partition):
             groups.append(f"[{', '.join(self._titles[t] for t in tasks)}] ", style=_colour(n))
