@@ -2,7 +2,7 @@
 
 A recipe holds the settings of a run. It names a problem: a data set with its network, losses and
 metrics. The packages build on these two, each on those before it: vision, data, train, report,
-compare, commands.
+studies, commands.
 
 The names below are imported when they are first used, so that ``from taskgroup import lab`` is
 quick.
@@ -17,12 +17,17 @@ if TYPE_CHECKING:
     from taskgroup.lab.problem import Problem
     from taskgroup.lab.recipe import Recipe, read_recipe
     from taskgroup.lab.streams import endless
+    from taskgroup.lab.studies.compared import Compared, compare
+    from taskgroup.lab.studies.presets import Variant
 
-__all__ = ["Problem", "Recipe", "endless", "read_recipe"]
+__all__ = ["Compared", "Problem", "Recipe", "Variant", "compare", "endless", "read_recipe"]
 
 _HOMES = {
+    "Compared": "studies.compared",
     "Problem": "problem",
     "Recipe": "recipe",
+    "Variant": "studies.presets",
+    "compare": "studies.compared",
     "endless": "streams",
     "read_recipe": "recipe",
 }

@@ -11,9 +11,9 @@ import taskgroup as tg
 pytest.importorskip("yaml", reason="recipes need PyYAML, which is not installed")
 pytest.importorskip("pydantic", reason="recipes need pydantic, which is not installed")
 
-from taskgroup.lab.compare.cost import step_seconds
 from taskgroup.lab.problem import Problem
 from taskgroup.lab.recipe import read_recipe
+from taskgroup.lab.studies.cost import step_seconds
 from taskgroup.lab.train import trainer as of_trainer
 from taskgroup.lab.train.trainer import Trainer
 from taskgroup.lab.vision.dense_losses import criterion

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from taskgroup.lab import processes
-from taskgroup.lab.compare import workers
+from taskgroup.lab.studies import workers
 from tests.lab.small import InThisProcess
 
 

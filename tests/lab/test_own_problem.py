@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 import taskgroup as tg
 from taskgroup.lab.cli import app
-from taskgroup.lab.compare.comparison import Comparison
-from taskgroup.lab.compare.presets import Variant
 from taskgroup.lab.importing import name_of
 from taskgroup.lab.problem import Problem, make_problem, measure
 from taskgroup.lab.recipe import read_recipe
+from taskgroup.lab.studies.comparison import Comparison
+from taskgroup.lab.studies.presets import Variant
 from taskgroup.lab.train.evaluation import load_summary
 from taskgroup.lab.train.rehearsal import rehearse, rehearse_step
 from taskgroup.lab.train.trainer import Trainer, make_model

@@ -82,13 +82,13 @@ def compare(
 ) -> None:
     """Compare methods over seeds, at equal batches and equal time; run it again to continue."""
     import taskgroup as tg
-    from taskgroup.lab.compare import comparison_report as report
-    from taskgroup.lab.compare.comparison import Comparison
-    from taskgroup.lab.compare.comparison_display import ComparisonDisplay
-    from taskgroup.lab.compare.comparison_plot import delta_m_plot
-    from taskgroup.lab.compare.presets import JOINT, variants_by_name
-    from taskgroup.lab.compare.presets import preset as variants_of
     from taskgroup.lab.problem import make_problem
+    from taskgroup.lab.studies import comparison_report as report
+    from taskgroup.lab.studies.comparison import Comparison
+    from taskgroup.lab.studies.comparison_display import ComparisonDisplay
+    from taskgroup.lab.studies.comparison_plot import delta_m_plot
+    from taskgroup.lab.studies.presets import JOINT, variants_by_name
+    from taskgroup.lab.studies.presets import preset as variants_of
     from taskgroup.lab.train.trainer import task_names
 
     options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
@@ -145,9 +145,9 @@ def affinity_gain(
 ) -> None:
     """Train every pair of tasks, and test whether affinities predict what the tasks gain."""
     import taskgroup as tg
-    from taskgroup.lab.compare import affinity_gain_report as report
-    from taskgroup.lab.compare.affinity_gain import AFFINITIES, AffinityGain
-    from taskgroup.lab.compare.comparison_display import ComparisonDisplay
+    from taskgroup.lab.studies import affinity_gain_report as report
+    from taskgroup.lab.studies.affinity_gain import AFFINITIES, AffinityGain
+    from taskgroup.lab.studies.comparison_display import ComparisonDisplay
 
     options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
     chosen = common.settings(recipe, set_, **options)
@@ -185,7 +185,7 @@ def _check(recipe: Recipe, jobs: int | None, dask: str | None) -> None:
 @contextmanager
 def _executor(dask: str | None, recipe: Recipe) -> Iterator[Executor | None]:
     """The workers of a dask cluster; None stands for processes on this machine."""
-    from taskgroup.lab.compare.dask_cluster import dask_cluster
+    from taskgroup.lab.studies.dask_cluster import dask_cluster
 
     if dask is None:
         yield None

@@ -8,9 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from taskgroup.lab.compare.formats import TerminalTable
 from taskgroup.lab.data.check import Checked
 from taskgroup.lab.problem import Problem
+from taskgroup.lab.studies.formats import TerminalTable
 from taskgroup.lab.train.evaluation import Summary
 from taskgroup.lab.words import counted
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from taskgroup.lab.compare.probe import check_workers, probe
 from taskgroup.lab.recipe import Recipe
+from taskgroup.lab.studies.probe import check_workers, probe
 from taskgroup.lab.words import counted
 
 __all__ = ["dask_cluster"]

@@ -8,9 +8,9 @@ import os
 from rich.console import RenderableType
 from rich.text import Text
 
-from taskgroup.lab.compare.formats import TerminalTable, markdown_table, save_csv
-from taskgroup.lab.compare.intervals import Estimate
-from taskgroup.lab.compare.results import BUDGETS, Table
+from taskgroup.lab.studies.formats import TerminalTable, markdown_table, save_csv
+from taskgroup.lab.studies.intervals import Estimate
+from taskgroup.lab.studies.results import BUDGETS, Table
 
 __all__ = ["markdown", "tables", "write_csv"]
 

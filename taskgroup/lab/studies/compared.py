@@ -11,14 +11,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from taskgroup.lab.compare import comparison_report
-from taskgroup.lab.compare.comparison import Comparison
-from taskgroup.lab.compare.presets import JOINT, Variant, preset, variants_by_name
-from taskgroup.lab.compare.results import Table
-from taskgroup.lab.compare.workers import Listener
 from taskgroup.lab.importing import name_of
 from taskgroup.lab.problem import Problem, make_problem
 from taskgroup.lab.recipe import Recipe, read_recipe
+from taskgroup.lab.studies import comparison_report
+from taskgroup.lab.studies.comparison import Comparison
+from taskgroup.lab.studies.presets import JOINT, Variant, preset, variants_by_name
+from taskgroup.lab.studies.results import Table
+from taskgroup.lab.studies.workers import Listener
 from taskgroup.lab.train.trainer import task_names
 
 __all__ = ["Compared", "compare"]

@@ -8,11 +8,11 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from taskgroup.lab.compare.cell import Result
-from taskgroup.lab.compare.intervals import Estimate, estimate, noise_floor
-from taskgroup.lab.compare.presets import Variant
 from taskgroup.lab.problem import Problem
 from taskgroup.lab.recipe import Recipe
+from taskgroup.lab.studies.cell import Result
+from taskgroup.lab.studies.intervals import Estimate, estimate, noise_floor
+from taskgroup.lab.studies.presets import Variant
 from taskgroup.lab.train.evaluation import delta_m
 from taskgroup.lab.words import counted
 
