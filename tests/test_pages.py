@@ -182,6 +182,7 @@ def small_training():
 RUN_ABOVE = (
     "architecture.md",  # in test_architecture.py
     "cost.md",
+    "own-data.md",  # in lab/test_own_problem.py
     "reproduce.md",
     "several-data-sets.md",  # in test_several_data_sets.py
     "trainers.md",

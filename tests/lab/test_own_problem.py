@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -381,7 +382,22 @@ def test_a_comparison_checks_the_problem_before_it_makes_a_folder(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# By the command line.
+# In files of the current folder: the page, and the command line.
+
+
+def test_the_page(folder, trained):
+    page = (Path(__file__).parents[2] / "docs" / "own-data.md").read_text("utf-8")
+    module, *programs = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    (folder / "my_problem.py").write_text(module)
+    names = {}
+    for program in programs:
+        exec(program, names)
+    assert len(programs) == 2
+    assert {record["variant"] for record in names["records"]} == {"gd", "selective", "single-task"}
+    assert "# my_problem:Numbers: 2 tasks, 10 batches of 32, 2 seeds" in names["text"]
+    (recipe,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)
+    (folder / "mine.yaml").write_text(recipe)
+    assert read_recipe("mine.yaml").data == "storms.py:YourProblem"
 
 
 def invoke(*words, status=0):
