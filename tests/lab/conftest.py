@@ -1,6 +1,5 @@
 import importlib
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -73,8 +72,7 @@ def made_up(monkeypatch):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A current folder for modules, which is not on sys.path, as for a program of pip's."""
-    elsewhere = [path for path in sys.path if path not in ("", str(Path.cwd()))]
-    monkeypatch.setattr(sys, "path", elsewhere)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     for name, module in list(sys.modules.items()):
