@@ -37,7 +37,7 @@ copybutton_prompt_is_regexp = True
 
 # Types of torch, NumPy and the standard library are not here, and their inventories need network.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|collections|os|pathlib|numpy|typing|nn|np|npt)\..*"),
+    ("py:.*", r"(torch|collections|concurrent|os|pathlib|numpy|typing|nn|np|npt)\..*"),
     ("py:class", r"Tensor|ProcessGroup|Path"),
     # Ours, but not part of the reference.
     ("py:class", r"(.*\.)?(Cell|Ranks|Result|Score|Step|Summary|Transform|Variant)"),

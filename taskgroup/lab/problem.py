@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from taskgroup.lab.importing import find
-from taskgroup.lab.recipe import PROBLEMS, Recipe
+from taskgroup.lab.recipe import PROBLEMS, ProblemSettings, Recipe
 from taskgroup.lab.streams import endless
 from taskgroup.lab.words import listed
 
@@ -28,8 +29,9 @@ class Problem:
 
     A problem sets ``tasks`` and ``better``, and defines :meth:`model`, :meth:`losses`,
     :meth:`evaluate`, and either :meth:`loader` or :meth:`batches`. Everything else has a default.
-    It is made with the settings of a run, ``MyProblem(settings)``; a class whose ``__init__`` takes
-    no argument is made without.
+    It is made with the settings of data and network, ``MyProblem(settings)``; a class whose
+    ``__init__`` takes no argument is made without. The runs of a process share an object if these
+    settings are equal, so that the data are in memory once; its methods must not change it.
 
     Attributes:
         tasks: the names of the tasks, or ``{name: name as shown}``.
@@ -48,7 +50,7 @@ class Problem:
     splits: Sequence[str] = ("held_out",)
     score: Callable[[Mapping[str, Tensor]], Mapping[str, float]] | None = None
 
-    def __init__(self, settings: Recipe) -> None:
+    def __init__(self, settings: ProblemSettings) -> None:
         """Take the settings of the run; the default ignores them."""
 
     def model(self, tasks: Sequence[str]) -> nn.Module:
@@ -197,7 +199,9 @@ def make_problem(recipe: Recipe) -> Problem:
             )
         if isinstance(found, type):
             _check_whole(found, name)
-        made = _call(found, recipe, name)
+        # model() is told which tasks are trained, so that runs on some of them share the data too.
+        own = {field: getattr(recipe, field) for field in ProblemSettings.model_fields}
+        made = _call(found, ProblemSettings(**{**own, "tasks": None}), name)
     if not isinstance(made, Problem):
         raise ValueError(
             f"{name} must return an object of a class that derives from taskgroup.lab.Problem; "
@@ -251,10 +255,11 @@ def _number(value: Any, task: str, problem: Problem) -> float:
         ) from None
 
 
-def _call(found: Callable[..., Any], recipe: Recipe, name: str) -> Any:
+@lru_cache(maxsize=2)
+def _call(found: Callable[..., Any], settings: ProblemSettings, name: str) -> Any:
     """Call a class or function with the settings, or with nothing if it takes nothing."""
     signature = inspect.signature(found)
-    for arguments in ((recipe,), ()):
+    for arguments in ((settings,), ()):
         try:
             signature.bind(*arguments)
         except TypeError:

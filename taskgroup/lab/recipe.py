@@ -30,6 +30,7 @@ __all__ = [
     "GroupSettings",
     "NetworkSettings",
     "OptimizerSettings",
+    "ProblemSettings",
     "Recipe",
     "is_own",
     "parse_changes",
@@ -201,6 +202,10 @@ class NetworkSettings(_Section):
         return self
 
 
+class ProblemSettings(NetworkSettings, DataSettings):
+    """What a problem is made with: the settings of the data and of the network."""
+
+
 class OptimizerSettings(_Section):
     """How long Adam trains, and at which learning rates.
 
@@ -276,7 +281,7 @@ class GroupSettings(_Section):
 
 
 # Pydantic collects the fields of the last base first: data, network, optimizer, groups, the run.
-class Recipe(GroupSettings, OptimizerSettings, NetworkSettings, DataSettings):
+class Recipe(GroupSettings, OptimizerSettings, ProblemSettings):
     """All settings of a run: those of the four sections it inherits from, and of the run itself.
 
     Attributes:

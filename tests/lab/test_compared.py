@@ -65,6 +65,18 @@ def test_variants_with_settings_of_their_own(trained):
     assert all(not math.isnan(row.delta["batches", "held_out"].mean) for row in table.rows)
 
 
+def test_delta_m_of_a_metric_that_ends_at_zero_is_unknown(trained):
+    class Perfect(Small):
+        def evaluate(self, model, split):
+            return {"first": 0.5, "second": 0.0}
+
+    with pytest.warns(UserWarning, match="Other processes cannot import"):
+        table = lab.compare(Perfect, ["selective"], seeds=1, budgets=["batches"], **SETTINGS)
+    assert all(math.isnan(row.delta["batches", "held_out"].mean) for row in table.rows)
+    assert "Δm is unknown" in table.markdown()
+    assert "those of ['second'] are not above zero" in table.markdown()
+
+
 def test_all_methods_that_work_are_compared(monkeypatch):
     chosen = []
 

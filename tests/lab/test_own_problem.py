@@ -89,6 +89,18 @@ def test_a_problem_is_made_of(thing):
     assert problem.metric_names == {"first": "metric", "second": "metric"}
 
 
+def test_runs_of_a_process_share_the_data():
+    """Whatever their method, rate, seed and tasks: a problem may load gigabytes."""
+    made_with = []
+    mine = made(__init__=lambda self, settings: made_with.append(settings))
+    for changes in ({}, {"method": "uw", "lr": 1.0, "seed": 3}, {"tasks": ("first",)}):
+        Trainer(recipe(mine, **changes))
+    assert [settings.tasks for settings in made_with] == [None]
+    assert not hasattr(made_with[0], "lr")
+    make_problem(recipe(mine, dim=3, root="here"))
+    assert (made_with[1].dim, made_with[1].root) == (3, "here")
+
+
 def test_names_and_directions_by_task():
     problem = make_problem(
         recipe(

@@ -83,6 +83,7 @@ def compare(
     """Compare methods over seeds, at equal batches and equal time; run it again to continue."""
     import taskgroup as tg
     from taskgroup.lab.problem import make_problem
+    from taskgroup.lab.recipe import is_own
     from taskgroup.lab.studies import comparison_report as report
     from taskgroup.lab.studies.comparison import Comparison
     from taskgroup.lab.studies.comparison_display import ComparisonDisplay
@@ -102,6 +103,8 @@ def compare(
         numbers = [float(rate) for rate in tried]
     except ValueError:
         raise ValueError(f"--rates takes numbers, got {', '.join(tried)}.") from None
+    if is_own(chosen.data):
+        common.say(f"Checking {chosen.data} on one batch of every method")
     comparison = Comparison(
         chosen,
         variants,

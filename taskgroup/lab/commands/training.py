@@ -70,6 +70,7 @@ def train(
     else:
         chosen = common.settings(recipe, set_, **options)
         if is_own(chosen.data):
+            common.say(f"Checking {chosen.data} on one batch")
             rehearse(chosen)
         name = f"{common.label(recipe)}-{chosen.method}-{chosen.seed}"
         run = Run(chosen, out or _free(Path("runs") / name))

@@ -31,7 +31,7 @@ from taskgroup.lab.data.dense_dataset import Transform
 from taskgroup.lab.data.files import read_photo
 from taskgroup.lab.data.motorcycle import Motorcycle
 from taskgroup.lab.problem import Problem
-from taskgroup.lab.recipe import Recipe
+from taskgroup.lab.recipe import ProblemSettings
 from taskgroup.lab.vision import predictions
 from taskgroup.lab.vision.backbones import ViTFeatures, backbone, save_config
 from taskgroup.lab.vision.dense_losses import criterion
@@ -53,7 +53,9 @@ class DenseProblem(Problem):
     upper bound, so there is no score in (0, 1).
     """
 
-    def __init__(self, settings: Recipe, kind: type[DenseDataset], splits: Sequence[str]) -> None:
+    def __init__(
+        self, settings: ProblemSettings, kind: type[DenseDataset], splits: Sequence[str]
+    ) -> None:
         self._settings = settings
         self._kind = kind
         self._tasks = kind.TASKS
@@ -127,7 +129,7 @@ class DenseProblem(Problem):
 class MotorcycleProblem(DenseProblem):
     """Crops of the embedded photograph; all metrics are errors."""
 
-    def __init__(self, settings: Recipe) -> None:
+    def __init__(self, settings: ProblemSettings) -> None:
         super().__init__(settings, Taskonomy, ("train", "held_out"))
         self.scene = _scene(settings.size)
 
@@ -172,7 +174,7 @@ class BenchmarkProblem(DenseProblem):
     in which something is missing is refused before the first batch; predictions need no data.
     """
 
-    def __init__(self, settings: Recipe) -> None:
+    def __init__(self, settings: ProblemSettings) -> None:
         kind = DATASETS[settings.data]
         super().__init__(settings, kind, tuple(kind.ROLES))
         size = settings.size

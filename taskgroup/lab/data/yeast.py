@@ -18,7 +18,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 import taskgroup as tg
 from taskgroup.lab.problem import Problem
-from taskgroup.lab.recipe import NetworkSettings
+from taskgroup.lab.recipe import ProblemSettings
 
 try:
     from river.datasets import Yeast as Records
@@ -60,7 +60,7 @@ class Yeast(Problem):
     metrics = "AUC"
     splits = ("train", "validation", "held_out")
 
-    def __init__(self, settings: NetworkSettings) -> None:
+    def __init__(self, settings: ProblemSettings) -> None:
         self._settings = settings
         self._train = _tables()["train"]
 

@@ -25,7 +25,7 @@ __all__ = ["Compared", "compare"]
 
 
 class Compared(Table):
-    """What :func:`compare` found: a :class:`Table` that writes itself as Markdown.
+    """What a comparison found: a :class:`~taskgroup.lab.studies.results.Table` and its Markdown.
 
     ``rows`` has an object per method, and ``records()`` the same numbers as flat dicts. A notebook
     shows the tables.

@@ -11,6 +11,7 @@ from rich.text import Text
 from taskgroup.lab.studies.formats import TerminalTable, markdown_table, save_csv
 from taskgroup.lab.studies.intervals import Estimate
 from taskgroup.lab.studies.results import BUDGETS, Table
+from taskgroup.lab.words import listed
 
 __all__ = ["markdown", "tables", "write_csv"]
 
@@ -105,7 +106,9 @@ def _task_rows(table: Table, budget: str, split: str) -> Rows:
         metrics = row.metrics.get((budget, split), {})
         for task in table.tasks:
             cells.append("")
-            if task in metrics:
+            if task in metrics and single[task] <= 0:  # nothing can be divided by it
+                cells[-1] = f"{metrics[task]:.4f}"
+            elif task in metrics:
                 sign = -1 if table.problem.lower_is_better[task] else 1
                 gain = sign * 100 * (metrics[task] - single[task]) / single[task]
                 cells[-1] = f"{metrics[task]:.4f} ({gain:+.1f})"
@@ -140,6 +143,11 @@ def _notes(table: Table) -> list[str]:
         notes.append(
             f"Best rate: equal time, at the one of {len(table.rates)} learning rates with the best "
             "held-out Δm over other seeds, for encoder and heads alike; the rate is in brackets."
+        )
+    if useless := [task for task, value in table.single["held_out"].items() if value <= 0]:
+        notes.append(
+            "Δm is unknown: it divides by the held-out metrics of single-task training, and those "
+            f"of {listed(useless)} are not above zero."
         )
     batches = table.seeds * table.recipe.batches
     notes += [

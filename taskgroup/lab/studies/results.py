@@ -166,11 +166,16 @@ class Table:
 def delta_of(
     result: Result, split: str, single: Mapping[str, Mapping[str, float]], problem: Problem
 ) -> float:
-    """Δm of a run against single-task training, in percent; NaN if the run diverged."""
+    """Δm of a run against single-task training, in percent.
+
+    NaN if the run diverged, or if a metric of single-task training is not above zero.
+    """
     if result["diverged"] is not None:
         return math.nan
     metrics = result["metrics"][split]
     baseline = {task: value for task, value in single[split].items() if task in metrics}
+    if not all(value > 0 for value in baseline.values()):  # nothing can be divided by it
+        return math.nan
     return delta_m(metrics, baseline, problem)
 
 
