@@ -124,6 +124,14 @@ def test_reproduce(tmp_path):
     assert names["groups"].affinity.matrix.any()
 
 
+def test_clusters(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    assert run_blocks("clusters.md", names) == 1
+    assert len(list((tmp_path / "runs/mine/cells").iterdir())) == 4
+    assert [row.variant.name for row in names["table"].rows] == ["gd", "selective"]
+
+
 def test_nothing_is_left_open():
     for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         assert not re.search(r"@[A-Z_]+@|TODO", page.read_text("utf-8")), page
@@ -181,6 +189,7 @@ def small_training():
 # Pages that need more than small_training(); test_page runs all other pages.
 RUN_ABOVE = (
     "architecture.md",  # in test_architecture.py
+    "clusters.md",
     "cost.md",
     "own-data.md",  # in lab/test_own_problem.py
     "reproduce.md",

@@ -109,7 +109,8 @@ def _prepare(gpus: SimpleQueue[str] | None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C at the terminal: no traceback
+    # A Ctrl-C at the terminal goes to all processes; the parent ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

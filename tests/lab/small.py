@@ -35,7 +35,7 @@ class InThisProcess(Executor):
 
     jobs: int
 
-    def __init__(self, jobs, *_):
+    def __init__(self, jobs=1, *_):
         type(self).jobs = jobs
 
     def submit(self, function, /, *arguments):

@@ -1,5 +1,6 @@
 """``taskgroup compare`` and ``affinity-gain``: what they leave and say, and being stopped."""
 
+import os
 import re
 import signal
 import subprocess
@@ -58,6 +59,13 @@ def test_affinity_gain_leaves_tables_and_a_picture(tmp_path, trained, monkeypatc
     assert "measuring affinities, run 3 of 3" in result.output
 
 
+def test_a_gpu_that_is_missing_leaves_no_folder(tmp_path, trained):
+    result = invoke("compare", "--out", tmp_path / "out", device="cuda")
+    assert result.exit_code == 2
+    assert "device: cuda needs a GPU" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -75,6 +83,7 @@ def test_affinity_gain_leaves_tables_and_a_picture(tmp_path, trained, monkeypatc
         (["--batches", "1"], "at least two batches"),
         (["--jobs", "0"], "jobs must be at least 1, got 0"),
         (["--jobs", "-2"], "jobs must be at least 1, got -2"),
+        (["--jobs", "2", "--dask", "tcp://127.0.0.1:1"], "give one of --jobs and --dask"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, said, tmp_path, trained):
@@ -194,20 +203,27 @@ def wait_for(condition, seconds=180):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_another_is_refused_and_killed_in_the_middle_it_goes_on(tmp_path, trained):
+def test_a_worker_is_killed_another_is_refused_and_killed_itself_it_goes_on(tmp_path, trained):
     running = start(tmp_path, batches=20)
     try:
         wait_for(lambda: (tmp_path / "cells").is_dir() and cells(tmp_path))
-        spawned = children(running.pid)
+        (first,) = children(running.pid)
+        os.kill(first, signal.SIGKILL)
+        # Another process takes its place.
+        wait_for(lambda: set(children(running.pid)) - {first})
+        spawned = set(children(running.pid)) - {first}
         running.send_signal(signal.SIGSTOP)  # it has the folder all the same
         other = start(tmp_path, batches=20)
         said = other.communicate(timeout=120)[0]
         assert other.returncode == 2
         assert f"{tmp_path} is in use by process {running.pid} on" in said
+        there = cells(tmp_path)
+        running.send_signal(signal.SIGCONT)
+        wait_for(lambda: cells(tmp_path).keys() > there.keys())
     finally:
         running.send_signal(signal.SIGKILL)
-        running.communicate()
-    assert spawned
+        said = running.communicate()[0]
+    assert "A worker process died" in said
     # Its workers end with it, and do not train on.
     wait_for(lambda: all(gone(pid) for pid in spawned))
     before = cells(tmp_path)

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 import taskgroup as tg
 from taskgroup.lab.report.page import write_report
 from taskgroup.lab.report.run_data import load_run_data
-from taskgroup.lab.studies import cost, workers
+from taskgroup.lab.studies import cost
 from taskgroup.lab.studies.cell import Cell, train_cell
 from taskgroup.lab.studies.cost import step_seconds
 from taskgroup.lab.train import trainer as of_trainer
@@ -17,7 +17,7 @@ from taskgroup.lab.train.run import Run
 from taskgroup.lab.train.trainer import Trainer, find_device
 from taskgroup.recording import Clock
 from tests.fake_gpu import FakeGPU
-from tests.lab.small import InThisProcess, yeast
+from tests.lab.small import yeast
 from tests.lab.written_runs import load_metrics, write_run
 
 WAYS = {
@@ -188,7 +188,7 @@ def test_recording_the_affinity_waits_for_nothing(tmp_path, saved_from_the_host)
     assert seen == [0] * 6
 
 
-def test_a_cell_on_the_gpu(tmp_path):
+def test_a_cell_on_the_gpu():
     with FakeGPU():
         result = train_cell(Cell("selective", recipe()))
     assert result["diverged"] is None
@@ -228,13 +228,6 @@ def test_a_loss_that_is_not_finite_is_said_first():
                 next(trainer.model.parameters()).fill_(torch.nan)
             with pytest.raises(FloatingPointError, match="is not finite after batch 0"):
                 trainer.step()
-
-
-@pytest.mark.parametrize(("jobs", "device", "expected"), [(None, "cuda", 1), (3, "cuda", 3)])
-def test_runs_share_a_gpu_only_where_asked_to(jobs, device, expected, monkeypatch, tmp_path):
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", InThisProcess)
-    with workers.Workers(tmp_path, jobs, torch.device(device)):
-        assert InThisProcess.jobs == expected
 
 
 def test_the_memory_is_in_the_report_of_runs_on_a_gpu(tmp_path):

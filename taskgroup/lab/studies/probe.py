@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import socket
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TypedDict
 
 import torch
 
@@ -18,14 +18,14 @@ from taskgroup.lab.train.trainer import find_device, task_names
 __all__ = ["Environment", "check_workers", "probe"]
 
 
-class Environment(NamedTuple):
-    """What a process trains with."""
+class Environment(TypedDict):
+    """What a process trains with, in builtin types, which pass through any cluster."""
 
     taskgroup: str  # version
     torch: str  # version, without the part that names the build
     device: str  # "cpu" or "cuda"
     host: str
-    gpus: tuple[str, ...]  # as CUDA_VISIBLE_DEVICES names them; none on the CPU
+    gpus: list[str]  # as CUDA_VISIBLE_DEVICES names them; none on the CPU
 
 
 def probe(recipe: Recipe) -> Environment:
@@ -42,7 +42,7 @@ def probe(recipe: Recipe) -> Environment:
         torch=torch.__version__.partition("+")[0],
         device=device,
         host=socket.gethostname(),
-        gpus=tuple(visible_gpus()) if device == "cuda" else (),
+        gpus=visible_gpus() if device == "cuda" else [],
     )
 
 
@@ -63,29 +63,29 @@ def check_workers(recipe: Recipe, found: Mapping[str, Environment | BaseExceptio
                 f"{worker} cannot train {recipe.data}: {reason}. Every worker needs taskgroup "
                 f"{tg.__version__} with its extra [compare], and the code and files of the data."
             )
-        if environment.taskgroup != tg.__version__:
+        if environment["taskgroup"] != tg.__version__:
             raise RuntimeError(
-                f"{worker} has taskgroup {environment.taskgroup}, and this process has "
+                f"{worker} has taskgroup {environment['taskgroup']}, and this process has "
                 f"{tg.__version__}; install the same version everywhere."
             )
-    known = {worker: env for worker, env in found.items() if isinstance(env, Environment)}
+    known = {w: env for w, env in found.items() if not isinstance(env, BaseException)}
     for (one, here), (other, there) in itertools.pairwise(known.items()):
-        if here.torch != there.torch:
+        if here["torch"] != there["torch"]:
             raise RuntimeError(
-                f"{one} has torch {here.torch}, and {other} has {there.torch}; runs on both could "
-                "not be compared, so install the same version everywhere."
+                f"{one} has torch {here['torch']}, and {other} has {there['torch']}; runs on both "
+                "could not be compared, so install the same version everywhere."
             )
-        if here.device != there.device:
+        if here["device"] != there["device"]:
             raise RuntimeError(
-                f"{one} trains on {here.device}, and {other} on {there.device}; runs on both could "
-                "not be compared, so take workers of one kind, or --set device=cpu."
+                f"{one} trains on {here['device']}, and {other} on {there['device']}; runs on both "
+                "could not be compared, so take workers of one kind, or --set device=cpu."
             )
-    by_gpus: dict[tuple[str, tuple[str, ...]], str] = {}
+    by_gpus: dict[tuple[str, ...], str] = {}
     for worker, env in known.items():
-        other = by_gpus.setdefault((env.host, env.gpus), worker)
-        if other != worker and len(env.gpus) > 1:
+        other = by_gpus.setdefault((env["host"], *env["gpus"]), worker)
+        if other != worker and len(env["gpus"]) > 1:
             raise RuntimeError(
-                f"{other} and {worker} on {env.host} see the same {len(env.gpus)} GPUs and would "
-                "both train on the first; give each a GPU of its own with CUDA_VISIBLE_DEVICES, "
-                "as `dask cuda worker` does."
+                f"{other} and {worker} on {env['host']} see the same {len(env['gpus'])} GPUs and "
+                "would both train on the first; give each a GPU of its own with "
+                "CUDA_VISIBLE_DEVICES, as `dask cuda worker` does."
             )

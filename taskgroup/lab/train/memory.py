@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -32,16 +34,48 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with _no_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with (
+        _no_collection(),
+        _no_stderr(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace,
+    ):
         function()
     assert trace.profiler is not None
-    events = trace.profiler.kineto_results.events()
-    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    events = list(_flat(trace.profiler.kineto_results.experimental_event_tree()))
+    live = set()
     held = peak = 0
-    for _, n_bytes in sorted(changes, key=lambda change: change[0]):
+    for event in sorted(events, key=lambda event: event.start_time_ns):
+        if event.name != "[memory]":
+            continue
+        n_bytes, address = event.extra_fields.alloc_size, event.extra_fields.ptr
+        if n_bytes > 0:
+            live.add(address)
+        elif address in live:
+            live.remove(address)
+        else:  # of a block that is older than the call, with whatever size an earlier profile noted
+            continue
         held += n_bytes
         peak = max(peak, held)
     return peak
+
+
+def _flat(events: Iterable[Any]) -> Iterator[Any]:
+    """The profiler's events and those inside them, in order."""
+    for event in events:
+        yield event
+        yield from _flat(event.children)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Leave Python's garbage where it is: when it is collected depends on earlier calls."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
