@@ -17,12 +17,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from taskgroup.lab.words import nearest
+from taskgroup.lab.words import listed, nearest
 
-__all__ = ["find", "name_of", "sources"]
+__all__ = ["check_unchanged", "find", "name_of", "sources"]
 
 # Objects that no name leads to, such as a class of a notebook, by the name that they were given.
 _GIVEN: dict[str, Any] = {}
+# What was found by each name, and the sources at that time.
+_FOUND: dict[str, tuple[Any, dict[str, str]]] = {}
 
 
 def find(name: str) -> Any:
@@ -103,6 +105,26 @@ def sources(name: str) -> dict[str, str]:
             found[label] = _digest(text)
             modules += _imported(text, module)
     return dict(sorted(found.items()))
+
+
+def check_unchanged(name: str) -> None:
+    """Raise if the source behind a name has changed since this process first found it.
+
+    A process keeps what it has imported. One that lives long, such as a worker of a cluster or a
+    notebook, would train the old version while the file holds the new one.
+
+    Raises:
+        ValueError: if it has changed; the sentence names the files.
+    """
+    thing, now = find(name), sources(name)
+    seen, then = _FOUND.setdefault(name, (thing, now))
+    if seen is not thing:  # imported again
+        _FOUND[name] = thing, now
+    elif changed := [file for file in sorted({*now, *then}) if now.get(file) != then.get(file)]:
+        raise ValueError(
+            f"{listed(changed)} changed after this process imported {name}, so it would use the "
+            "old version; start the process (the notebook, or the workers of the cluster) again."
+        )
 
 
 def _import(place: str) -> ModuleType:

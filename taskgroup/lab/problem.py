@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from taskgroup.lab.importing import find
+from taskgroup.lab.importing import check_unchanged, find
 from taskgroup.lab.recipe import PROBLEMS, ProblemSettings, Recipe
 from taskgroup.lab.streams import endless
 from taskgroup.lab.words import listed
@@ -188,6 +188,7 @@ def make_problem(recipe: Recipe) -> Problem:
         return problem
     name = recipe.data
     found = find(name)
+    check_unchanged(name)
     if isinstance(found, type) and not issubclass(found, Problem):
         raise ValueError(f"{name} must derive from taskgroup.lab.Problem: class X(lab.Problem).")
     made = found

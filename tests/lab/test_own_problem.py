@@ -21,6 +21,7 @@ from taskgroup.lab.problem import Problem, make_problem, measure
 from taskgroup.lab.recipe import read_recipe
 from taskgroup.lab.studies.comparison import Comparison
 from taskgroup.lab.studies.presets import Variant
+from taskgroup.lab.studies.probe import check_workers, probe
 from taskgroup.lab.train.evaluation import load_summary
 from taskgroup.lab.train.rehearsal import rehearse, rehearse_step
 from taskgroup.lab.train.trainer import Trainer, make_model
@@ -501,6 +502,9 @@ def test_results_of_another_version_are_not_mixed(template, trained):
     assert len(trained) == n_runs  # all of them are kept
     template.write_text(text.replace("0.3 *", "0.9 *"))
     said = invoke(*arguments, status=2)
+    assert "['storms.py'] changed after this process imported storms:YourProblem" in said
+    del sys.modules["storms"]  # a new process
+    said = invoke(*arguments, status=2)
     assert (
         "out holds results of another version of storms:YourProblem: ['storms.py'] changed" in said
     )
@@ -508,6 +512,17 @@ def test_results_of_another_version_are_not_mixed(template, trained):
     (template.parent / "out" / "source.yaml").unlink()
     invoke(*arguments)
     assert len(trained) == n_runs
+
+
+def test_workers_with_another_version_are_refused(template):
+    chosen = read_recipe("storms:YourProblem")
+    here = probe(chosen)
+    assert list(here["source"]) == ["storms.py"]
+    check_workers(chosen, {"a": here})
+    with pytest.raises(
+        RuntimeError, match=r"b has another version of storms:YourProblem .*\['storm"
+    ):
+        check_workers(chosen, {"a": here, "b": {**here, "source": {"storms.py": "0"}}})
 
 
 def test_worker_processes_import_a_problem_of_the_current_folder(template):

@@ -15,6 +15,7 @@ HERE = {
     "device": "cuda",
     "host": "node1",
     "gpus": ["0"],
+    "source": {},
 }
 
 
