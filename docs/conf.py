@@ -55,8 +55,8 @@ TREES: dict[str, dict[str, list[str]]] = {
     "index": {
         "Begin": ["quickstart", "how-it-works", "your-model", "choosing"],
         "Training": [
-            *("training", "several-data-sets", "own-data", "clusters", "trainers", "trackers"),
-            *("report", "examples", "faq"),
+            *("training", "recording", "trackers", "report", "trainers", "several-data-sets"),
+            *("own-data", "clusters", "examples", "faq"),
         ],
         "Cost": ["cost", "kernels", "benchmarks"],
         "Results": ["Results <results/README>", "reproduce", "migration"],

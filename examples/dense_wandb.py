@@ -10,10 +10,21 @@ from torch.nn import functional as F
 
 import taskgroup as tg
 
-HEADS = {"material": 4, "depth": 1, "normals": 3, "edges": 1, "shading": 1}  # channels
+
+def angular(output, normals):
+    return 1 - F.cosine_similarity(output, normals).mean()
 
 
-def render(n, size=32):
+TASKS = {  # channels and loss
+    "material": (4, F.cross_entropy),
+    "depth": (1, F.l1_loss),
+    "normals": (3, angular),
+    "edges": (1, F.binary_cross_entropy_with_logits),
+    "shading": (1, F.l1_loss),
+}
+
+
+def render(n, size=24):
     """Images [n, 3, H, W] of shaded spheres before a wall, and labels ``{task: [n, ...]}``."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
     material = torch.zeros(n, size, size, dtype=torch.long)
@@ -33,8 +44,12 @@ def render(n, size=32):
     edges = (F.max_pool2d(depth, 3, 1, 1) + F.max_pool2d(-depth, 3, 1, 1) > 0.2).float()
     colours = torch.tensor([[0.6, 0.6, 0.6], [0.9, 0.3, 0.2], [0.2, 0.7, 0.3], [0.2, 0.4, 0.9]])
     images = colours[material].movedim(-1, 1) * shading[:, None]
-    labels = (material, depth, normals, edges, shading)
-    return images + 0.05 * torch.randn_like(images), dict(zip(HEADS, labels, strict=True))
+    labels = (material, depth[:, None], normals, edges[:, None], shading[:, None])
+    return images + 0.05 * torch.randn_like(images), dict(zip(TASKS, labels, strict=True))
+
+
+def norm(width):
+    return nn.BatchNorm2d(width, momentum=0.3)  # there are few batches
 
 
 class Block(nn.Module):
@@ -42,14 +57,13 @@ class Block(nn.Module):
 
     def __init__(self, inside, width, stride):
         super().__init__()
-        self.convs = nn.Sequential(
-            *(nn.Conv2d(inside, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
-            *(nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)),
-        )
-        self.skip = nn.Sequential(nn.Conv2d(inside, width, 1, stride), nn.BatchNorm2d(width))
+        first = nn.Conv2d(inside, width, 3, stride, padding=1, bias=False)
+        second = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.layers = nn.Sequential(first, norm(width), nn.ReLU(), second, norm(width))
+        self.skip = nn.Sequential(nn.Conv2d(inside, width, 1, stride, bias=False), norm(width))
 
     def forward(self, x):
-        return F.relu(self.convs(x) + self.skip(x))
+        return F.relu(self.layers(x) + self.skip(x))
 
 
 def head(channels):
@@ -58,17 +72,7 @@ def head(channels):
 
 
 def criterion(outputs, labels):
-    losses = {}
-    for task, output in outputs.items():
-        if task == "material":
-            losses[task] = F.cross_entropy(output, labels[task])
-        elif task == "normals":
-            losses[task] = 1 - F.cosine_similarity(output, labels[task]).mean()
-        elif task == "edges":
-            losses[task] = F.binary_cross_entropy_with_logits(output[:, 0], labels[task])
-        else:
-            losses[task] = F.l1_loss(output[:, 0], labels[task])
-    return losses
+    return {task: TASKS[task][1](output, labels[task]) for task, output in outputs.items()}
 
 
 torch.manual_seed(0)
@@ -76,17 +80,17 @@ torch.set_num_threads(1)
 images, labels = render(192)
 held_out = render(48)
 encoder = nn.Sequential(Block(3, 16, 2), Block(16, 32, 1), Block(32, 48, 2), Block(48, 48, 1))
-model = tg.MultiTaskModel(encoder, {task: head(channels) for task, channels in HEADS.items()})
+model = tg.MultiTaskModel(encoder, {task: head(channels) for task, (channels, _) in TASKS.items()})
 optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-groups = tg.TaskGroups(list(HEADS), warmup=5, affinity=tg.ProximalAffinity(decay=0.05))
+groups = tg.TaskGroups(list(TASKS), warmup=5, affinity=tg.ProximalAffinity(decay=0.05))
 
-with wandb.init(project="scenes", mode="offline") as run:
-    recorder = tg.Recorder(groups, "runs/scenes", log=run, pairs=[("depth", "normals")])
+run = wandb.init(project="scenes", mode="offline")
+with run, tg.Recorder(groups, "runs/scenes", log=run, log_every=1) as recorder:
     for epoch in range(4):
         for batch in torch.randperm(192).split(32):
             for group in groups:
                 outputs = model(images[batch], group=group)
-                losses = criterion(outputs, {task: labels[task][batch] for task in HEADS})
+                losses = criterion(outputs, {task: labels[task][batch] for task in TASKS})
                 optimizer.zero_grad()
                 group.loss(losses).backward()
                 optimizer.step()
@@ -95,5 +99,5 @@ with wandb.init(project="scenes", mode="offline") as run:
         model.train()
         errors = {task: round(float(loss), 3) for task, loss in losses.items()}
         print(f"epoch {epoch}, held-out losses {errors}")
-        recorder.metrics(errors, better=dict.fromkeys(HEADS, "lower"))
+        recorder.metrics(errors, better=dict.fromkeys(TASKS, "lower"))
     print(groups.partition, recorder.report())

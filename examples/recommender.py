@@ -61,8 +61,8 @@ optimizers = [torch.optim.SparseAdam(tables, lr=1e-2), torch.optim.Adam(dense, l
 groups = tg.TaskGroups(TASKS, groups_per_batch=4, observe_every=2, warmup=2)
 groups.attach(optimizers)
 
-with SummaryWriter("runs/recommender/tensorboard") as writer:
-    recorder = tg.Recorder(groups, "runs/recommender", log=writer, pairs=[("click/uk", "buy/uk")])
+writer = SummaryWriter("runs/recommender-tensorboard")
+with writer, tg.Recorder(groups, "runs/recommender", log=writer) as recorder:
     for epoch in range(3):
         for batch in torch.randperm(20_000).split(500):
             users, items, labels = (column[batch] for column in train)

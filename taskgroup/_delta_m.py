@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 __all__ = ["delta_m"]
@@ -60,6 +60,11 @@ def delta_m(
         raise TypeError(
             f"lower_is_better takes a collection of tasks, got the string {lower_is_better!r}; "
             f"write {{{lower_is_better!r}}}."
+        )
+    elif not isinstance(lower_is_better, Iterable):
+        raise TypeError(
+            "lower_is_better takes the tasks whose metric is better if lower, such as {'depth'}, "
+            f"got {lower_is_better!r}."
         )
     else:
         lower = set(lower_is_better)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -28,7 +29,17 @@ class HostGenerator(torch.Generator):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        self.manual_seed(seed)
+        try:
+            # True is an integer to Python, and never the seed that was meant.
+            number = None if isinstance(seed, bool) else operator.index(seed)
+        except TypeError:
+            number = None
+        if number is None or not -(2**63) <= number < 2**64:
+            raise ValueError(
+                f"seed must be an integer of at most 64 bits, got {seed!r}. Without one, the seed "
+                "is 0, and every run draws the same."
+            )
+        self.manual_seed(number)
 
     def permutation(self, n: int) -> list[int]:
         """The numbers 0 to n-1 in random order."""

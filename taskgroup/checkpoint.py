@@ -15,6 +15,7 @@ import os
 import re
 import socket
 import warnings
+import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
@@ -104,8 +105,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
                 "tg.checkpoint.save(), which says what to change."
             ) from error
         raise ValueError(
-            f"{path} cannot be read as a checkpoint ({_short(error)}); resume from another one, or "
-            "start again."
+            f"{path} cannot be read as a checkpoint: {_fault(path, error)}. Resume from another "
+            "one, or start again."
         ) from error
     if not isinstance(state, dict):
         raise ValueError(
@@ -166,6 +167,36 @@ def _remove_abandoned(path: Path) -> None:
             partial.unlink(missing_ok=True)
         except (OSError, OverflowError):
             pass  # the process may be alive
+
+
+def _fault(path: Path, error: Exception) -> str:
+    """Why a file is no checkpoint that can be read, in a few words."""
+    if path.is_dir():
+        return "it is a folder"
+    try:
+        with path.open("rb") as file:
+            begin = file.read(len(_ZIP))
+    except OSError as refused:
+        return f"the system says {_short(refused)!r}"
+    if not begin:
+        return "it is empty, as after a copy or a download that did not begin"
+    if not begin.startswith(_ZIP[: len(begin)]):
+        return "it is not a file that tg.checkpoint.save() wrote"
+    if not zipfile.is_zipfile(path):  # the list of contents stands at the end
+        return "it is cut short or damaged, as after a copy that was stopped"
+    with zipfile.ZipFile(path) as archive:
+        names = [PurePath(name).name for name in archive.namelist()]
+    if "data.pkl" not in names:
+        return "it is a zip archive of something else"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            whole = archive.testzip() is None
+    except Exception:  # zipfile may raise anything for a damaged file
+        whole = False
+    return f"torch does not load what it holds ({_short(error)})" if whole else "it is damaged"
+
+
+_ZIP = b"PK\x03\x04"  # the first bytes of what torch.save writes
 
 
 def _short(error: BaseException) -> str:

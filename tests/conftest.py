@@ -6,6 +6,7 @@ two cores. Tests whose result must hold for any rounding also run with more: TES
 """
 
 import os
+import threading
 
 import pytest
 import torch
@@ -42,6 +43,36 @@ def accelerate():
     yield accelerate
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """W&B in offline mode, writing to tmp_path; its process ends after the test."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CONSOLE", "off")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    threads = set(threading.enumerate())
+    import wandb
+
+    yield wandb
+    wandb.finish()
+    wandb.teardown()
+    assert set(threading.enumerate()) <= threads
+
+
+@pytest.fixture
+def mlflow(tmp_path, monkeypatch):
+    """MLflow with files in tmp_path (mlflow-skinny has no database)."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"file:{tmp_path}/mlruns")
+    yield mlflow
+    while mlflow.active_run():
+        mlflow.end_run()
+    mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture(scope="session")

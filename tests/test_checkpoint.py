@@ -9,9 +9,11 @@ import fractions
 import math
 import pathlib
 import random
+import re
 import threading
 import types
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -455,3 +457,53 @@ def test_sharded_tensors(tmp_path):
         assert torch.equal(loaded.to_local(), sharded.to_local())
     finally:
         dist.destroy_process_group()
+
+
+def damaged(kind, path):
+    """Write a file that is no checkpoint, or a part of one."""
+    tg.checkpoint.save(path, {"model": torch.arange(1000.0), "batch": 7})
+    whole = path.read_bytes()
+    if isinstance(kind, float):
+        path.write_bytes(whole[: int(kind * len(whole))])
+    elif kind == "changed":
+        middle = whole.index(torch.arange(500.0, 502.0).numpy().tobytes())
+        path.write_bytes(whole[:middle] + b"\xff" * 8 + whole[middle + 8 :])
+    elif kind == "changed pickle":
+        place = whole.index(b"model")
+        path.write_bytes(whole[: place - 8] + b"\xff" * 8 + whole[place:])
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+    elif kind == "archive":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.txt", "text")
+    else:
+        path.write_bytes(kind)
+
+
+CUT = "it is cut short or damaged, as after a copy that was stopped"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        *((part, CUT) for part in (0.01, 0.3, 0.5, 0.9, 0.999)),
+        (0.0, "it is empty"),
+        (b"PK", CUT),
+        ("changed pickle", "it is damaged"),
+        ("folder", "it is a folder"),
+        ("archive", "it is a zip archive of something else"),
+        (b"a text\n", "it is not a file that tg.checkpoint.save() wrote"),
+        (b"\x80\x02", "it is not a file that tg.checkpoint.save() wrote"),
+    ],
+)
+def test_damaged_files_are_explained_without_torchs_words(kind, said, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    damaged(kind, path)
+    with pytest.raises(ValueError, match=re.escape(f"as a checkpoint: {said}")) as raised:
+        tg.checkpoint.load(path)
+    message = str(raised.value)
+    assert message.startswith(str(path))
+    assert message.endswith(". Resume from another one, or start again.")
+    assert not any(word in message for word in ("PytorchStreamReader", "pickle", "archive:"))
+    assert isinstance(raised.value.__cause__, Exception)

@@ -194,6 +194,7 @@ RUN_ABOVE = (
     "own-data.md",  # in lab/test_own_problem.py
     "reproduce.md",
     "several-data-sets.md",  # in test_several_data_sets.py
+    "trackers.md",
     "trainers.md",
     "training.md",
     "your-model.md",
@@ -217,6 +218,48 @@ def test_page(page, capsys):
         assert (
             names["groups"].affinity.matrix.sign() == torch.eye(2).kron(torch.ones(2, 2)) * 2 - 1
         ).all()
+
+
+def test_trackers(tmp_path, monkeypatch, wandb, mlflow, capsys):
+    """The recorders of the page pass values to all trackers."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recorders, make = [], tg.Recorder
+    monkeypatch.setattr(
+        tg, "Recorder", lambda *args, **kwargs: recorders.append(make(*args, **kwargs))
+    )
+    monkeypatch.chdir(tmp_path)
+    names = small_training()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Lightning's own making
+        assert run_blocks("trackers.md", names) == len(recorders) == 5
+    assert isinstance(names["run"], wandb.Run)
+    run_id = mlflow.active_run().info.run_id
+
+    batches = [batch for _ in range(4) for batch in names["loader"]]
+    for images, labels in batches[:10]:
+        for group in names["groups"]:
+            losses = names["criterion"](names["model"](images, group=group), labels)
+            names["optimizer"].zero_grad()
+            group.loss(losses).backward()
+            names["optimizer"].step()
+    for recorder in recorders:
+        recorder.close()
+    names["writer"].close()
+    names["logger"].save()
+    names["run"].finish()
+
+    events = EventAccumulator("runs/tensorboard").Reload()
+    page = (ROOT / "docs" / "trackers.md").read_text("utf-8")
+    listed = set(re.findall(r"^\| `(\S+)`", page, re.MULTILINE))
+    logged = {name for kind in ("scalars", "images") for name in events.Tags()[kind]}
+    # No metric was recorded, and no optimizer is attached.
+    assert listed - logged <= {"taskgroup/metric/depth", "taskgroup/lr/0"}
+    assert list(Path("wandb").glob("offline-run-*/files/media/images/taskgroup/affinity_*.png"))
+    assert mlflow.get_run(run_id).data.metrics["taskgroup/groups"] >= 1
+    (table,) = Path("runs/lightning").rglob("metrics.csv")
+    assert "taskgroup/loss/depth" in table.read_text("utf-8")
+    assert re.search(r"^10 \d", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_readme():
@@ -295,7 +338,7 @@ def test_the_reference_is_whole():
     pages = "".join(path.read_text("utf-8") for path in (ROOT / "docs/api").glob("*.md"))
     shown = {name.split(".")[-1] for name in re.findall(r"^\.\. auto\w+:: (\S+)", pages, re.M)}
     public = {*tg.__all__, *tg.ops.__all__, *tg.methods.__all__, *tg.checkpoint.__all__}
-    assert public - shown == {"checkpoint", "methods", "ops"}  # modules
+    assert public - shown == {"checkpoint", "methods", "ops", "recording"}  # modules
     import taskgroup.lab.data
 
     assert not {*taskgroup.lab.vision.__all__, *taskgroup.lab.data.__all__} - shown

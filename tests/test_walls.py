@@ -16,6 +16,7 @@ STANDS_ON = {  # what each part of the core may import of the others
     "nn": {"ops"},
     "methods": {"ops", "gradients"},
     "loop": {"ops", "gradients", "grouping", "affinity", "nn"},
+    "recording": {"ops", "gradients", "methods", "loop"},
 }
 # The parts of the lab, from the bottom to the top: each may import those that come before it.
 LAB = (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from taskgroup._arguments import whole_number
+from taskgroup._arguments import parameters_of, whole_number
 from taskgroup._generator import HostGenerator
 from taskgroup.affinity.base import Affinity
 from taskgroup.gradients.per_task import task_gradients
@@ -77,16 +77,10 @@ class GradientAffinity(Affinity):
         sample: int | None = None,
     ) -> None:
         super().__init__(decay)
-        found = shared.parameters() if isinstance(shared, nn.Module) else shared
-        self._shared = list(dict.fromkeys(found))  # without duplicates, which would count twice
+        # Without duplicates, which would count twice.
+        self._shared = list(dict.fromkeys(parameters_of("shared", shared)))
         if not self._shared:
             raise ValueError("shared is empty: name the parameters that the tasks share.")
-        for parameter in self._shared:
-            if not isinstance(parameter, Tensor):
-                raise TypeError(
-                    "shared takes a module or its parameters, model.encoder for instance; got a "
-                    f"{type(parameter).__name__} among them."
-                )
         self.every = whole_number("every", every, at_least=1)
         self._sample = None
         if sample is not None:

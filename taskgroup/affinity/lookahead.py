@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from taskgroup._arguments import parameters_of
 from taskgroup._losses import Losses, check_graph, losses_by_task
 from taskgroup._random_state import RandomState
 from taskgroup.gradients.per_task import task_gradients
@@ -66,6 +67,11 @@ def lookahead_affinity(
         tensor([[ 0.7500, -0.2500],
                 [-0.2500,  0.7500]])
     """
+    if not callable(closure) or isinstance(closure, type):
+        raise TypeError(
+            "lookahead_affinity takes a closure, a function without arguments that returns the "
+            f"losses on one batch, lambda: criterion(model(images), labels); got {closure!r}."
+        )
     optimizer = _unwrapped(optimizer)
     moving = _moving(shared, optimizer)
     kept = _Kept(optimizer, moving)
@@ -143,15 +149,7 @@ def _step(optimizer: Optimizer) -> None:
 
 def _moving(shared: nn.Module | Iterable[Tensor], optimizer: Optimizer) -> list[Tensor]:
     """The shared parameters that require a gradient."""
-    if isinstance(shared, Tensor):
-        shared = [shared]
-    found = list(shared.parameters() if isinstance(shared, nn.Module) else shared)
-    for parameter in found:
-        if not isinstance(parameter, Tensor):
-            raise TypeError(
-                "shared must be the encoder or its parameters, encoder.parameters(), got "
-                f"{type(parameter).__name__} in it."
-            )
+    found = parameters_of("shared", shared)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     moving = list(dict.fromkeys(parameter for parameter in found if parameter.requires_grad))
     if not any(id(parameter) in held for parameter in moving):

@@ -122,5 +122,9 @@ def _least_norm_weights(gram: np.ndarray[Any, np.dtype[np.float64]]) -> Any:
 
 
 def _check_square(gram: Tensor) -> None:
+    if not isinstance(gram, Tensor):
+        raise TypeError(
+            f"gram takes the tensor [K, K] that task_gram() returns, got a {type(gram).__name__}."
+        )
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"gram must have shape [K, K], got {list(gram.shape)}.")

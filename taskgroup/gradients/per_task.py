@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from taskgroup._arguments import parameters_of
 from taskgroup._losses import Losses, check_graph, losses_by_task
 from taskgroup.gradients.through_grad import gradients_through_grad
 from taskgroup.gradients.vectorised import check_vanishing, cotangents, explained, is_constant
@@ -68,7 +69,7 @@ def task_gradients(
         [[tensor([2., 4.]), None], [tensor([1., 1.]), tensor(1.)]]
     """
     scalars = scalars_with_graph(losses)
-    params = list(params)
+    params = parameters_of("params", params)
     if not params:
         raise ValueError("params is empty: name at least one parameter that the tasks share.")
     seen: dict[Tensor, int] = {}
@@ -125,9 +126,10 @@ def task_gradients(
 
 def scalars_with_graph(losses: Losses | Sequence[Tensor]) -> list[Tensor]:
     """The losses one by one, each checked to be a scalar with a graph."""
-    by_task = losses_by_task(
-        losses if isinstance(losses, Mapping | Tensor) else dict(enumerate(losses))
-    )
+    if isinstance(losses, Mapping | Tensor | str) or not isinstance(losses, Iterable):
+        by_task = losses_by_task(losses)
+    else:
+        by_task = losses_by_task(dict(enumerate(losses)))
     check_graph(by_task)
     return list(by_task.values())
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taskgroup._arguments import parameters_of
 from taskgroup._graph import graph_nodes
 from taskgroup._losses import Losses
 from taskgroup.gradients.per_task import scalars_with_graph
@@ -67,7 +68,7 @@ def streaming_task_gram(
     scalars = scalars_with_graph(losses)
     n_tasks = len(scalars)
     check_number_of_tasks(n_tasks)
-    active = list(dict.fromkeys(parameter for parameter in params if parameter.requires_grad))
+    active = list(dict.fromkeys(p for p in parameters_of("params", params) if p.requires_grad))
     if any_sharded(active):
         raise ValueError(
             "Sharded parameters have no vectorised backward pass: call "

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from taskgroup._arguments import described
 from taskgroup.grouping.base import Grouping
 from taskgroup.ops.normalised_affinity import normalised_affinity
 
@@ -29,6 +30,11 @@ class Clustering(Grouping):
 
         None keeps the partition.
         """
+        if not isinstance(matrix, Tensor) or matrix.dim() != 2 or len(matrix) != len(matrix.T):
+            raise ValueError(
+                f"{type(self).__name__} takes an affinity, a tensor [K, K], got "
+                f"{described(matrix)}."
+            )
         affinity = matrix.detach().cpu().contiguous()
         if affinity.dtype not in (torch.float32, torch.float64):
             affinity = affinity.double()  # NumPy has no bfloat16

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from taskgroup._arguments import number
 from taskgroup.grouping.clustering import Clustering, Floats, Mask
 
 __all__ = ["GraphColoring"]
@@ -57,9 +58,7 @@ class GraphColoring(Clustering):
     """
 
     def __init__(self, threshold: float = 0.0) -> None:
-        if not np.isfinite(threshold):
-            raise ValueError(f"threshold must be a finite number, got {threshold!r}.")
-        self.threshold = threshold
+        self.threshold = number("threshold", threshold)
 
     def _cluster(self, similarity: Floats, known: Mask | None) -> npt.NDArray[Any]:
         conflict = similarity < self.threshold

@@ -56,7 +56,12 @@ class Fixed(Grouping):
 
     def __init__(self, partition: Iterable[Iterable[str]]) -> None:
         self._group_of: dict[str, int] = {}
+        wanted = "Fixed takes groups of task names, such as [['depth', 'normal'], ['edges']]"
+        if not isinstance(partition, Iterable):
+            raise TypeError(f"{wanted}, got {partition!r}.")
         for label, members in enumerate(partition):
+            if not isinstance(members, Iterable):
+                raise TypeError(f"{wanted}, got {members!r} as a group.")
             if isinstance(members, str):
                 raise TypeError(
                     f"Fixed takes groups of task names, got the string {members!r} as a group; "

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from taskgroup._arguments import whole_number
+from taskgroup._arguments import number, whole_number
 from taskgroup.grouping.clustering import Clustering, Floats, Integers, Mask
 from taskgroup.ops.affinity_propagation import propagate
 
@@ -55,12 +54,12 @@ class AffinityPropagation(Clustering):
         max_iter: int = 200,
         convergence_iter: int = 50,
     ) -> None:
-        if preference is not None and not math.isfinite(preference):
-            raise ValueError(f"preference must be finite, got {preference!r}.")
-        if not 0.5 <= damping < 1.0:
+        self.preference: float | None = None
+        if preference is not None:
+            self.preference = number("preference", preference, "finite, or None")
+        self.damping = number("damping", damping, "in [0.5, 1)")
+        if not 0.5 <= self.damping < 1.0:
             raise ValueError(f"damping must be in [0.5, 1), got {damping!r}.")
-        self.preference = preference
-        self.damping = damping
         self.max_iter = whole_number("max_iter", max_iter, at_least=1)
         self.convergence_iter = whole_number("convergence_iter", convergence_iter, at_least=1)
 

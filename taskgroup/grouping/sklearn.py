@@ -26,7 +26,7 @@ class _ScikitLearn(Clustering):
             raise ImportError(
                 f"{name} needs scikit-learn; install it with: pip install 'taskgroup[compare]'"
             ) from error
-        self.seed = seed
+        self.seed = whole_number("seed", seed, at_least=0)
 
     def _cluster(self, similarity: Floats, known: Mask | None) -> npt.NDArray[Any]:
         if self.m >= len(similarity):

@@ -16,7 +16,7 @@ except ImportError as error:
         "install it with: pip install 'taskgroup[train]' (python -m taskgroup runs without)"
     ) from None
 
-from taskgroup.lab.commands import comparing, data, new, reporting, training
+from taskgroup.lab.commands import common, comparing, data, new, reporting, training
 
 __all__ = ["app"]
 
@@ -37,6 +37,8 @@ def _errors_in_words() -> Iterator[None]:
         yield
     except typer.Exit:  # which is a RuntimeError too
         raise
+    except KeyboardInterrupt:  # where no command has said more
+        common.stop("Stopped.")
     except (ValueError, ImportError, OSError, RuntimeError, FloatingPointError) as error:
         # Escaped, since rich reads brackets, as in taskgroup[train], as markup.
         rich.get_console().print(f"[bold red]taskgroup:[/] {escape(str(error))}", soft_wrap=True)

@@ -15,7 +15,15 @@ from typing import TypeVar, cast
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["alone", "begin_worker", "in_processes", "process_pool", "terminate", "visible_gpus"]
+__all__ = [
+    "alone",
+    "begin_worker",
+    "hold_interrupts",
+    "in_processes",
+    "process_pool",
+    "terminate",
+    "visible_gpus",
+]
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -119,3 +127,20 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+@contextmanager
+def hold_interrupts() -> Iterator[None]:
+    """Hold back a Ctrl-C until the end of the block, in this process and in those it starts there.
+
+    A terminal sends Ctrl-C to all processes. One that is still importing would answer with a
+    traceback, so it starts with the signal blocked, and its parent ends it.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
-from taskgroup._arguments import listed
+import numpy as np
+from torch import Tensor
+
+from taskgroup._arguments import described, listed
 from taskgroup.loop.rounds import Members
 
-__all__ = ["check_part", "check_state", "checked_present", "checked_tasks"]
+__all__ = ["check_part", "check_share", "check_state", "checked_present", "checked_tasks"]
 
 
 def checked_tasks(tasks: Sequence[str]) -> tuple[str, ...]:
     """The task names as plain strings."""
     if isinstance(tasks, str):
-        raise TypeError(f"tasks takes a list of names, got the string {tasks!r}; put it in [].")
+        split = [name.strip() for name in tasks.split(",")]
+        raise TypeError(f"tasks takes a list of names, got the string {tasks!r}; write {split}.")
+    if isinstance(tasks, Set) or not isinstance(tasks, Iterable):
+        raise TypeError(
+            f"tasks takes a list of names, whose order is that of stacked losses; got {tasks!r}."
+        )
     names = tuple(tasks)
     if not names:
         raise ValueError("tasks is empty; name at least one.")
@@ -34,8 +43,45 @@ def check_part(name: str, part: object, fits: bool, examples: str) -> None:
         raise TypeError(
             f"{name} takes an object, got the class {part.__name__}; call it, as in {examples}."
         )
+    if isinstance(part, str) and (meant := _meant(name, part)):
+        raise TypeError(
+            f"{name} takes an object such as {examples}; got the string {part!r}. Write "
+            f"{name}={meant}."
+        )
     if not fits:
         raise TypeError(f"{name} takes an object such as {examples}; got {part!r}.")
+
+
+_SHORTEST = 3  # letters that tell what is meant
+_PARTS = {
+    "affinity": ("tg.ProximalAffinity()", "tg.GradientAffinity(model.encoder)"),
+    "grouping": (
+        *("tg.AffinityPropagation()", "tg.GraphColoring()", "tg.Exhaustive(m)", "tg.KMeans(m)"),
+        *("tg.Spectral(m)", "tg.Together()", "tg.Singletons()", "tg.Fixed(partition)"),
+        *("tg.RandomGroups(m)", "tg.Heterogeneous()"),
+    ),
+}
+
+
+def _meant(name: str, text: str) -> str | None:
+    """The object that a string such as ``"graph-coloring"`` or ``"random:3"`` means."""
+
+    def letters(text: str) -> str:
+        return re.sub("[^a-z]", "", text.lower())
+
+    wanted = letters(text)
+    if len(wanted) < _SHORTEST:
+        return None
+    return next(
+        (p for p in _PARTS[name] if letters(p.split("(")[0]).startswith(f"tg{wanted}")), None
+    )
+
+
+def check_share(share: object) -> None:
+    """Raise unless a share of a step is a number in (0, 1]."""
+    number = isinstance(share, int | float | np.floating | Tensor) and not isinstance(share, bool)
+    if not number or not 0.0 < share <= 1.0:  # type: ignore[operator]
+        raise ValueError(f"share must be in (0, 1], got {share!r}.")
 
 
 def checked_present(present: Iterable[str], tasks: tuple[str, ...]) -> Members:
@@ -48,6 +94,13 @@ def checked_present(present: Iterable[str], tasks: tuple[str, ...]) -> Members:
             "would not look at: write groups.batch([task for task, mask in masks.items() if "
             "mask.any()]), or groups.batch(labels.keys()) if every task in it is labelled."
         )
+    if not isinstance(present, Iterable):
+        raise TypeError(f"batch() takes the names of the labelled tasks, got {present!r}.")
+    present = list(present)
+    if wrong := [task for task in present if not isinstance(task, str)]:
+        raise TypeError(
+            f"batch() takes the names of the labelled tasks, got {wrong[0]!r} among them."
+        )
     present = set(present)
     if unknown := sorted(present.difference(tasks), key=repr):
         raise ValueError(f"batch() got unknown tasks {listed(unknown)}; they are {listed(tasks)}.")
@@ -56,7 +109,11 @@ def checked_present(present: Iterable[str], tasks: tuple[str, ...]) -> Members:
 
 def check_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise unless ``state`` fits the TaskGroups whose state is ``own``."""
-    if differing := sorted(set(own) ^ set(state)):
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"load_state_dict() takes the dict that state_dict() returned, got {described(state)}."
+        )
+    if differing := sorted(map(str, set(own) ^ set(state))):
         raise ValueError(
             f"This is not the state of a TaskGroups: {', '.join(differing)} missing or "
             "unexpected; pass what state_dict() returned."

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from taskgroup._arguments import listed
 from taskgroup.affinity.base import Losses
 from taskgroup.loop.batch import Batch
+from taskgroup.loop.checks import check_share
 from taskgroup.loop.loss_reader import LossReader
 from taskgroup.loop.misuse import Misuse
 from taskgroup.loop.observer import Observer
@@ -127,8 +128,7 @@ class Group:
             raise RuntimeError(
                 f"The group {listed(self.tasks)} was skipped, so it takes no more losses."
             )
-        if not 0.0 < share <= 1.0:
-            raise ValueError(f"share must be in (0, 1], got {share!r}.")
+        check_share(share)
         again = again and self._shares > _WHOLE
         shares = self._shares + (0.0 if again else share)
         if shares > _TOO_MUCH:

@@ -7,10 +7,12 @@ checks are made before anything changes, and none of them synchronises with a GP
 from __future__ import annotations
 
 import math
+import numbers
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -160,7 +162,7 @@ class LossReader:
             mine = values if members == needed else [losses[self.tasks[k]] for k in members]
             measured = torch.stack(values).detach()
             own = torch.stack(mine) if len(mine) > 1 else mine[0].clone()
-        except (AttributeError, KeyError, TypeError, RuntimeError):
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             self._explain(losses, members, needed)
             raise
         if (
@@ -228,17 +230,25 @@ def _checked_weights(
 ) -> list[float] | None:
     if weights is None:
         return None
+    wanted = "weights takes {task: weight}, or a list of one number per task"
+    if isinstance(weights, str) or not isinstance(weights, Mapping | Iterable):
+        raise TypeError(f"{wanted}; got {weights!r}.")
     if isinstance(weights, Mapping):
-        if differing := sorted(set(weights) ^ set(tasks)):
+        if differing := sorted(set(weights) ^ set(tasks), key=repr):
             raise ValueError(
                 f"weights must name every task and no other; {listed(differing)} are missing or "
                 "unknown."
             )
-        floats = [float(weights[task]) for task in tasks]
+        given = [weights[task] for task in tasks]
     else:
-        floats = [float(weight) for weight in weights]
-        if len(floats) != len(tasks):
-            raise ValueError(f"weights has {len(floats)} entries for {len(tasks)} tasks.")
+        given = list(weights)
+        if len(given) != len(tasks):
+            raise ValueError(f"weights has {len(given)} entries for {len(tasks)} tasks.")
+    for task, weight in zip(tasks, given, strict=True):
+        scalar = isinstance(weight, Tensor | np.ndarray) and weight.ndim == 0
+        if not (scalar or isinstance(weight, numbers.Real)) or isinstance(weight, bool):
+            raise TypeError(f"{wanted}; the weight of task {task!r} is {weight!r}.")
+    floats = [float(weight) for weight in given]
     for task, weight in zip(tasks, floats, strict=True):
         if not 0.0 <= weight < math.inf:
             raise ValueError(

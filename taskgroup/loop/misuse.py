@@ -19,7 +19,7 @@ from taskgroup.loop.rounds import Members, Plan
 __all__ = ["LossWatch", "Misuse", "refuse_accumulation"]
 
 _LEFT_EARLY = 20  # consecutive batches, after which it is no accident
-_STILL = 20  # steps in a row that change no loss, before a warning
+_STILL, _STILL_BATCHES = 20, 3  # steps in a row that change no loss, and batches, for a warning
 _TRAINED = 20  # batches with a task, after which it counts as trained
 
 
@@ -109,39 +109,47 @@ class Misuse:
 
 
 class LossWatch:
-    """Warns of losses that no affinity can be measured from, once per task."""
+    """Warns of losses that no affinity can be measured from, once per task or kind.
+
+    A step is seen by the losses after it on the same batch. Where a batch has no second step
+    (``Together``, one labelled task) or its forward passes differ anyway (dropout without
+    ``replay_rng``), a step that was forgotten is not noticed.
+    """
 
     def __init__(self, tasks: tuple[str, ...]) -> None:
         self._tasks = tasks
         self._warned: set[int] = set()
         self._last: list[float] = []
+        self._own: Members = ()  # the tasks that were stepped on since
         self._still = 0  # consecutive steps that changed no loss
+        self._still_batches = 0  # that these steps are from
+        self._told_of_still = False
+        # Steps so far that changed losses of their own groups alone; None once another changed.
+        self._apart: int | None = 0
 
     def look(
         self,
         values: list[float],
         members: Members,
+        own: Members = (),
         absent: frozenset[int] = frozenset(),
         follows: bool = False,
     ) -> None:
         """Warn of the first NaN, infinite, zero or negative loss of each task in ``members``.
 
-        Also warn, once, if many steps in a row change no loss: ``follows`` tells that a step was
-        taken since the last losses, which were of the same tasks. The tasks in ``absent`` have no
+        Also warn, once, if many steps in a row change no loss, and if they change no loss of
+        another group: ``follows`` tells that a step was taken since the last losses, which were of
+        the same tasks. The tasks in ``own`` are stepped on next. The tasks in ``absent`` have no
         label on this rank, so their losses are zero.
         """
-        if follows and self._still <= _STILL:
-            self._still = self._still + 1 if values == self._last else 0
-            if self._still == _STILL:
-                self._still += 1  # to warn once
-                warnings.warn(
-                    f"The last {_STILL} steps changed no loss, so no affinity can be "
-                    "observed. Run the forward pass inside the loop over the groups, call "
-                    "optimizer.step() for every group, and check that the optimizer holds the "
-                    "parameters of the model and that its learning rate is above zero. This "
-                    "warning is shown once.",
-                    stacklevel=5,  # the loop's call of group.loss
-                )
+        follows = follows and len(values) == len(self._last)  # not if the group before was skipped
+        if follows and not self._told_of_still:
+            self._check_moves(values)
+        elif self._still:
+            self._still_batches += 1
+        if follows and self._apart is not None:
+            self._check_others(values, members)
+        self._own = own
         self._last = values
         if values and min(values) > 0.0 and sum(values) < math.inf:  # false if one is NaN
             return
@@ -161,6 +169,46 @@ class LossWatch:
                 "once per task.",
                 stacklevel=5,  # the loop's call of group.loss
             )
+
+    def _check_moves(self, values: list[float]) -> None:
+        """Warn if many steps, in several batches, changed no loss."""
+        if values != self._last:
+            self._still = self._still_batches = 0
+            return
+        self._still += 1
+        # A batch of many steps alone may be the first of a warm-up of the learning rate from zero.
+        if self._still < _STILL or self._still_batches < _STILL_BATCHES:
+            return
+        self._told_of_still = True
+        self._apart = None  # which would be said of the same loop
+        warnings.warn(
+            f"The last {self._still} steps changed no loss, so no affinity can be observed. Run "
+            "the forward pass inside the loop over the groups, call backward() and then "
+            "optimizer.step() for every group, and check that the optimizer holds the parameters "
+            "of the model and that its learning rate is above zero. If a GradScaler skips the "
+            "steps, the gradients are not finite. This warning is shown once.",
+            stacklevel=6,  # the loop's call of group.loss
+        )
+
+    def _check_others(self, values: list[float], members: Members) -> None:
+        """Warn if the first steps changed losses of their own groups alone."""
+        assert self._apart is not None
+        own = frozenset(self._own)
+        moved = [k for k, v, last in zip(members, values, self._last, strict=True) if v != last]
+        if not own.issuperset(moved):
+            self._apart = None
+        elif moved and len(own) < len(members):
+            self._apart += 1
+            if self._apart == _STILL:
+                self._apart = None
+                warnings.warn(
+                    f"The first {_STILL} steps changed the losses of their own groups alone, so "
+                    "the affinity between tasks stays zero, and no tasks will share a group. Check "
+                    "that the parameters that the tasks share require gradients and are in an "
+                    "optimizer that takes a step, and that the losses are float32: a small change "
+                    "of a bfloat16 loss is rounded off. This warning is shown once.",
+                    stacklevel=6,  # the loop's call of group.loss
+                )
 
 
 def refuse_accumulation() -> None:

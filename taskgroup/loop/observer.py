@@ -156,19 +156,22 @@ class Observer:
         watch = partial(
             self.watch.look,
             members=plan.needed,
+            own=plan.members,
             absent=batch.absent,
             follows=plan.observes and plan.place > 0,
         )
         self._look_soon(measured, watch)
-        members = plan.needed
+        told = measured
         # Several ranks exchange the losses of every step, to notice steps on different groups.
         if plan.observes or self._ranks.number > 1:
             losses = self._mean_over_ranks(plan, batch, measured)
             if plan.observes:
                 self._observe(plan, losses)
-            members, measured = self._reader.everyone, losses
+            if self._ranks.number > 1:
+                told = losses  # the means, and NaN for the tasks that the step does not need
         for listener in self._told():
-            listener.losses(members, measured)
+            members = plan.needed if told is measured else self._reader.everyone
+            listener.losses(members, told)
         if plan.last and self._reader.later:
             self._send(measured.device)
 

@@ -24,6 +24,18 @@ __all__ = ["Ranks", "settings_of"]
 _PARTS = 5  # that check_alike() compares
 
 
+def _check_group(group: object) -> None:
+    """Raise unless this is a process group, or what new_group() returns to other ranks."""
+    if group is None or not dist.is_available():
+        return
+    outsider = dist.distributed_c10d.GroupMember.NON_GROUP_MEMBER
+    if not isinstance(group, dist.ProcessGroup) and group is not outsider:
+        raise TypeError(
+            "process_group takes what torch.distributed.new_group(ranks) or DeviceMesh.get_group() "
+            f"returned, or None for all ranks; got {group!r}."
+        )
+
+
 class Ranks:
     """The ranks that train one model, one process each; a single rank without torch.distributed.
 
@@ -42,6 +54,7 @@ class Ranks:
     """
 
     def __init__(self, process_group: ProcessGroup | None) -> None:
+        _check_group(process_group)
         self.number = 1
         self.first = True
         self._joined = False

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 from torch.optim import Optimizer
 
-from taskgroup._arguments import whole_number
+from taskgroup._arguments import flag, whole_number
 from taskgroup._generator import HostGenerator
 from taskgroup._listeners import Listener
 from taskgroup.affinity.base import Affinity
@@ -131,7 +131,7 @@ class TaskGroups:
             "observe_every": whole_number("observe_every", observe_every, at_least=1),
             "groups_per_batch": groups_per_batch,
         }
-        self._replay_rng = replay_rng
+        self._replay_rng = flag("replay_rng", replay_rng)
         self._ranks = Ranks(process_group)
         grouping = AffinityPropagation() if grouping is None else grouping
         self._partitioner = Partitioner(grouping, self._tasks)

@@ -7,11 +7,12 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from taskgroup._arguments import described
+from taskgroup._arguments import described, parameters_of
 from taskgroup._listeners import Listener, Listeners
 from taskgroup._losses import Losses, check_graph, check_one_device, losses_by_task
 
@@ -77,19 +78,20 @@ class JointMethod:
             )
         if isinstance(shared, Tensor):
             raise ValueError("shared must be a module or several parameters: pass [parameter].")
-        found = shared.parameters() if isinstance(shared, nn.Module) else shared
-        self._shared = list(dict.fromkeys(found))  # each once, or it would count twice
+        # Each once, or it would count twice.
+        self._shared = list(dict.fromkeys(parameters_of("shared", shared)))
         if not self._shared:
             raise ValueError("shared is empty: name at least one parameter that the tasks share.")
         for t, parameter in enumerate(self._shared):
-            if not isinstance(parameter, Tensor) or not parameter.is_leaf:
+            if not parameter.is_leaf:
                 raise ValueError(
-                    f"shared must hold parameters, but entry {t} is computed or not a tensor, so "
-                    "it gets no .grad."
+                    f"shared must hold parameters, but entry {t} is computed, so it gets no .grad."
                 )
+        if isinstance(tasks, str | Tensor | np.ndarray) or not isinstance(tasks, Iterable):
+            raise ValueError(f"tasks must be a sequence of different names, got {tasks!r}.")
         # Plain strings: a state that holds NumPy's does not load under weights_only=True.
         self._tasks = tuple(str(task) if isinstance(task, str) else task for task in tasks)
-        if isinstance(tasks, str) or not self._tasks or len(set(self._tasks)) < len(self._tasks):
+        if not self._tasks or len(set(self._tasks)) < len(self._tasks):
             raise ValueError(f"tasks must be a sequence of different names, got {tasks!r}.")
         self._listeners = Listeners()
 

@@ -17,7 +17,7 @@ from taskgroup.nn.batched import BatchedHeads
 from taskgroup.nn.compiled import compile_in_place
 from taskgroup.nn.heads import TaskHeads
 from taskgroup.nn.norm import statistics_once
-from taskgroup.nn.step import Step
+from taskgroup.nn.step import Step, check_step
 
 __all__ = ["MultiTaskModel"]
 
@@ -90,6 +90,7 @@ class MultiTaskModel(nn.Module):
         """
         if group is None:
             return cast(dict[str, Any], self.heads(self.encoder(*args, **kwargs)))
+        check_step(group)
         graph, observed = set(group.graph), set(group.observed)
         if headless := sorted(observed.difference(self.heads)):
             raise ValueError(

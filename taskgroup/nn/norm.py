@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from taskgroup.nn.step import Step
+from taskgroup.nn.step import Step, check_step
 
 __all__ = ["statistics_once"]
 
@@ -55,6 +55,9 @@ def statistics_once(module: nn.Module, group: Step) -> AbstractContextManager[No
         >>> model.running_mean
         tensor([0.1000, 0.1000])
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"statistics_once takes a module, got {module!r}.")
+    check_step(group)
     # A graph that torch compiles for the whole model serves all groups.
     if torch.compiler.is_compiling() or not _layers_of(module):
         return _NOTHING

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import nn
 
-__all__ = ["Step"]
+__all__ = ["Step", "check_step"]
 
 
 class Step(Protocol):
@@ -29,3 +29,12 @@ class Step(Protocol):
 
     def ran(self, model: nn.Module) -> None:
         """Report the model that runs for this step."""
+
+
+def check_step(group: object) -> None:
+    """Raise unless this is the step that a forward pass is for."""
+    if not hasattr(group, "observed") or not hasattr(group, "runs_first"):
+        raise TypeError(
+            f"group= takes the group of the loop, for group in groups, got {group!r}; leave it out "
+            "to run every head."
+        )

@@ -35,6 +35,12 @@ class GradientList(NamedTuple):
 
 def flatten(gradients: Gradients) -> GradientList:
     """Returns the gradients in one flat list, parameter by parameter."""
+    wanted = "gradients takes one list of gradients per task, as task_gradients() returns; got"
+    if not isinstance(gradients, Sequence):
+        raise TypeError(f"{wanted} a {type(gradients).__name__}.")
+    for own in gradients:
+        if not isinstance(own, Sequence):
+            raise TypeError(f"{wanted} a {type(own).__name__} as one.")
     n_tasks = len(gradients)
     check_number_of_tasks(n_tasks)
     n_parameters = len(gradients[0])

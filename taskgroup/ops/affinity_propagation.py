@@ -106,7 +106,10 @@ def _to_numpy(values: Any, name: str) -> Floats:
         values = values.numpy()
     elif np.iscomplexobj(values):
         raise ValueError(f"{name} must be real, got {np.asarray(values).dtype}.")
-    return np.asarray(values, dtype=np.float64)
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} takes numbers, got {values!r}.") from None
 
 
 def _preferences(preference: Any, n_tasks: int) -> Floats:

@@ -138,7 +138,10 @@ def _combine_shards(
 
 def _weights(weights: Tensor | Sequence[float], n_tasks: int, device: torch.device) -> Tensor:
     if not isinstance(weights, Tensor):
-        weights = torch.tensor(weights, dtype=torch.float32, device="cpu")
+        try:
+            weights = torch.tensor(weights, dtype=torch.float32, device="cpu")
+        except (TypeError, ValueError):
+            raise TypeError(f"weights takes one number per task, got {weights!r}.") from None
         weights = weights.to(device, non_blocking=True)
     if weights.shape != (n_tasks,) or not weights.is_floating_point():
         raise ValueError(

@@ -91,9 +91,9 @@ class StepClock:
         seconds: ``{section: seconds}`` so far; on a GPU, those that have been read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[str, float] = {}
-        self._clock = Clock(self.seconds, torch.device("cpu"))
+        self._clock = Clock(self.seconds, torch.device("cpu"), now)
         self._device: torch.device | None = None
         self._in_step = False
         self._has_loss = False  # the step at hand

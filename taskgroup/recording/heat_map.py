@@ -10,18 +10,20 @@ from numpy.typing import NDArray
 
 __all__ = ["heat_map"]
 
-_SERVES, _HARMS = (67, 147, 195), (214, 96, 77)  # lowers the loss, raises it; white is 0
-_BLANK, _INK = (228, 228, 228), (36, 41, 47)
+# Of the report: lowers the losses, nothing, raises them; not measured; frames.
+_SERVES, _ZERO, _HARMS = (67, 147, 195), (236, 236, 236), (214, 96, 77)
+_BLANK, _INK = (255, 255, 255), (36, 41, 47)
 _SIDE = 600  # pixels, about: cells are a whole number of pixels, at least one
 
 
 def heat_map(matrix: NDArray[Any], order: Sequence[int], sizes: Sequence[int]) -> NDArray[np.uint8]:
-    """Draw an affinity matrix with the tasks of a group next to each other and the groups framed.
+    """Draw the affinity as the report does, with the groups next to each other and framed.
 
-    Each column is divided by the self-affinity of its task, so that the diagonal is 1. Row i,
-    column k shows what a step on task i does to task k: blue lowers its loss, red raises it, and
-    grey was not measured. The deepest colour is the 98th percentile of the absolute values off the
-    diagonal, so that a few extreme pairs do not fade the others.
+    These are the values by which tasks are grouped: the mean of what the steps on two tasks do to
+    each other's loss, each relative to the self-affinity of the task of its column. Blue lowers the
+    losses, red raises them, grey is 0, and white is the diagonal and what was not measured. The
+    deepest colour is the 98th percentile of the absolute values, so that a few extreme pairs do not
+    make the others pale.
 
     Args:
         matrix: affinities ``[K, K]``, NaN where nothing was measured.
@@ -33,25 +35,26 @@ def heat_map(matrix: NDArray[Any], order: Sequence[int], sizes: Sequence[int]) -
         number of pixels; 11 tasks give 605 pixels on a side, and 1000 tasks give 1000.
 
     Example:
-        >>> affinity = np.array([[2.0, 1.0], [-1.0, 2.0]])
+        >>> affinity = np.array([[2.0, 1.0], [0.0, 2.0]])
         >>> pixels = heat_map(affinity, order=[0, 1], sizes=[1, 1])
-        >>> pixels.shape
-        (600, 600, 3)
-        >>> pixels[150, 450], pixels[450, 150]  # the effect of task 0 on task 1, and of 1 on 0
-        (array([ 67, 147, 195], dtype=uint8), array([214,  96,  77], dtype=uint8))
+        >>> pixels.shape, pixels[150, 450]  # the pair of both tasks
+        ((600, 600, 3), array([ 67, 147, 195], dtype=uint8))
     """
-    own = matrix.diagonal().astype(np.float64)
-    with np.errstate(invalid="ignore", over="ignore"):
-        values = matrix / np.where(own > 0, own, np.nan)
-    values = values[np.ix_(order, order)]
-    off_diagonal = np.abs(values[np.isfinite(values) & ~np.eye(len(values), dtype=bool)])
-    scale = float(np.quantile(off_diagonal, 0.98)) if off_diagonal.any() else 1.0
-    scale = scale or float(off_diagonal.max())  # nearly all pairs are 0
+    n_tasks = len(order)
+    matrix = np.asarray(matrix, np.float64)[np.ix_(order, order)]
+    own = matrix.diagonal()
+    alive = np.isfinite(own) & (own > 0)
+    known = np.isfinite(matrix) & alive & alive[:, None] & ~np.eye(n_tasks, dtype=bool)
+    effects = np.divide(matrix, own, out=np.zeros_like(matrix), where=known)
+    values = np.where(known | known.T, (effects + effects.T) / 2, np.nan)
+    strength = np.abs(values)
+    measured = strength[np.isfinite(strength)]
+    scale = float(np.quantile(measured, 0.98, method="higher")) if len(measured) else 0.0
 
-    strength = np.clip(np.abs(values) / scale, 0, 1)[..., None]
+    share = np.clip(strength / (scale or 1.0), 0, 1)[..., None]
     ends = np.where(values[..., None] > 0, _SERVES, _HARMS)
-    colours = np.where(np.isnan(strength), _BLANK, 255 + strength * (ends - 255.0))
-    cell = max(1, round(_SIDE / max(1, len(values))))
+    colours = np.where(np.isnan(share), _BLANK, _ZERO + share * np.subtract(ends, _ZERO))
+    cell = max(1, round(_SIDE / max(1, n_tasks)))
     pixels = np.rint(colours).astype(np.uint8).repeat(cell, axis=0).repeat(cell, axis=1)
 
     width = max(1, cell // 20)

@@ -58,6 +58,10 @@ class Logs:
         if log is not None:
             self._trackers.append(tracker(log))
 
+    def end(self) -> None:
+        """Hand on nothing from now on."""
+        self._trackers.clear()
+
     def wants_affinity(self, batch: int) -> bool:
         """Whether the affinity after this batch is shown."""
         if not self._trackers:

@@ -63,8 +63,9 @@ class Recorder:
         folder: the folder of the run, which is made at the first batch.
         log: trackers that are handed the numbers as well: a ``SummaryWriter``, a W&B run, the
             module ``mlflow``, a logger of Lightning, a function ``(dict, step)``, or a list of
-            these. Scalars are named ``loss/depth``, ``groups``, ``lr/0``, ``metric/depth``,
-            ``affinity/depth->edges``; a heat map of the affinity is an image.
+            these. Scalars are named ``taskgroup/loss/depth``, ``.../groups``, ``.../lr/0``,
+            ``.../metric/depth``, ``.../affinity/depth->edges``; a heat map of the affinity is an
+            image.
         log_every: number of batches from one that is handed to the trackers to the next.
         pairs: pairs of tasks whose affinity is handed to the trackers: what a step on the first
             does to the loss of the second, relative to what a step on the second does to it.
@@ -219,9 +220,10 @@ class Recorder:
         self._batches.clock.read(wait=True)
 
     def close(self) -> None:
-        """Write what is left, and end the recording; also done when Python ends.
+        """Write what is left, hand a last heat map to the trackers, and end the recording.
 
-        A ``with`` block closes it as well.
+        Call it before you close the trackers. A ``with`` block calls it at its end. When Python
+        ends, the files are written in any case.
         """
         self._close(ended=True)
 
@@ -366,6 +368,7 @@ def _close_at_exit(recorder: Recorder) -> None:
 
     def close() -> None:
         if (found := alive()) is not None:
+            found._logs.end()  # which may be closed by now
             found.close()
 
     atexit.register(close)

@@ -129,7 +129,7 @@ class Records:
 
     def _open(self) -> None:
         if self._resumed is not None:
-            held = _id_of(self.folder) == self.id
+            held = not _is_run(self.folder) or _id_of(self.folder) == self.id
             wrong = "" if held else "does not hold the run whose state was loaded"
         else:
             wrong = "holds another run, which is kept" if _is_run(self.folder) else ""
@@ -139,7 +139,7 @@ class Records:
                 return
             except FolderInUseError:
                 wrong = "is being written to by another process"
-        taken, self.folder = self.folder, _free(self.folder)
+        taken, self.folder = self.folder, _next(self.folder)
         warnings.warn(
             f"{taken} {wrong}, so this run is recorded in {self.folder}. To continue a run, load "
             "the state_dict() of its recorder before the first batch; for a new run, name another "
@@ -174,10 +174,8 @@ def _id_of(folder: Path) -> str | None:
         return None
 
 
-def _free(folder: Path) -> Path:
-    """The folder, or the next of -2, -3, ... that does not exist."""
-    if not _is_run(folder):
-        return folder
+def _next(folder: Path) -> Path:
+    """The next folder of -2, -3, ... that does not exist."""
     n = 2
     while folder.with_name(f"{folder.name}-{n}").exists():
         n += 1

@@ -6,9 +6,11 @@ The page "The files of a run" of the documentation describes them.
 from __future__ import annotations
 
 import json
+import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO, TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -67,7 +69,10 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._hold = hold(path)
-        self._files: dict[str, TextIO] = {}
+        # Descriptors without a buffer: the system has a line as soon as it is written, so a process
+        # that is killed loses none, and a forked one repeats none.
+        self._files: dict[str, int] = {}
+        self._close_files = weakref.finalize(self, _close, self._files)
         self.write_header(header)
 
     def write_header(self, header: Header) -> None:
@@ -98,15 +103,13 @@ class RunFolder:
 
     def close(self) -> None:
         """Close the files, and let other processes write to the folder."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        self._close_files()
         del self._hold
 
     def _keep(self, name: str, wanted: Callable[[int], bool]) -> None:
         """Keep the lines of a file on the batches that are wanted."""
         if name in self._files:
-            self._files.pop(name).close()
+            os.close(self._files.pop(name))
         path = self.path / name
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         kept = [line for line in lines if wanted(_batch_of(line))]
@@ -115,9 +118,17 @@ class RunFolder:
 
     def _append(self, name: str, line: str) -> None:
         if name not in self._files:
-            # A line goes to the system as it is written, so a killed process loses none.
-            self._files[name] = (self.path / name).open("a", buffering=1, encoding="utf-8")
-        self._files[name].write(line + "\n")
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+            self._files[name] = os.open(self.path / name, flags, 0o666)
+        left = memoryview(f"{line}\n".encode())
+        while left:
+            left = left[os.write(self._files[name], left) :]
+
+
+def _close(files: dict[str, int]) -> None:
+    for file in files.values():
+        os.close(file)
+    files.clear()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -302,7 +302,7 @@ class _Metrics:
         self._logger = logger
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        self._logger.log_metrics(dict(values), step=step)
+        self._logger.log_metrics(values, step=step)
 
     def image(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
         pass
@@ -321,11 +321,11 @@ def _of_logger(logger: Any) -> Tracker:
 
 
 class _Function:
-    def __init__(self, function: Callable[[dict[str, float], int], Any]) -> None:
+    def __init__(self, function: Callable[[Mapping[str, float], int], Any]) -> None:
         self._function = function
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        self._function(dict(values), step)
+        self._function(values, step)
 
     def image(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
         pass

@@ -220,7 +220,7 @@ def test_bad_input_is_named():
         tg.lookahead_affinity(lambda: {**good(), "b": 0.5}, optimizer, [x])
     with pytest.raises(ValueError, match=r"task 'b' must be .* got torch.int64 of shape \[\]"):
         tg.lookahead_affinity(lambda: {**good(), "b": torch.ones((), dtype=int)}, optimizer, [x])
-    with pytest.raises(TypeError, match=r"encoder.parameters\(\), got tuple"):
+    with pytest.raises(TypeError, match=r"its parameters, model.encoder for instance; got a tuple"):
         tg.lookahead_affinity(good, optimizer, nn.Linear(1, 1).named_parameters())
     with pytest.raises(TypeError, match=r"got generator; pass a torch.optim.Optimizer"):
         tg.lookahead_affinity(good, nn.Linear(1, 1).parameters(), [x])

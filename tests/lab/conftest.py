@@ -1,4 +1,5 @@
 import importlib
+import signal
 import sys
 
 import pytest
@@ -14,6 +15,14 @@ def _keep_the_generator():
     """A trainer seeds the global one."""
     with torch.random.fork_rng():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _keep_the_handler_of_ctrl_c():
+    """A command that Ctrl-C has stopped leaves the key to end its process."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture

@@ -31,7 +31,10 @@ def cluster():
     # the one that replaces the worker that is killed.
     with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
         get_mp_context().set_forkserver_preload(
-            ["distributed", "taskgroup.lab.studies.workers", "taskgroup.lab.data.yeast"]
+            [
+                *("distributed", "taskgroup.lab.studies.workers", "taskgroup.lab.data.yeast"),
+                "torch._dynamo",  # which the first step of an optimizer imports
+            ]
         )
         with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, **QUIET) as cluster:
             yield cluster
@@ -59,7 +62,7 @@ def wait_for(condition, seconds=60):
 
 
 def test_runs_of_a_worker_that_is_killed_are_run_elsewhere(cluster, tmp_path, monkeypatch):
-    changes = {"batches": 30, "dropout": 0.5}
+    changes = {"batches": 12, "dropout": 0.5}
     comparison(tmp_path / "here", **changes).run(executor=InThisProcess())
     writes = []
     write = Cell.write

@@ -4,6 +4,8 @@ import base64
 import json
 import re
 import sys
+from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +15,18 @@ from selenium.webdriver.support.wait import WebDriverWait
 from typer.testing import CliRunner
 
 from taskgroup.lab.cli import app
-from taskgroup.lab.report import timing
+from taskgroup.lab.data import DATASETS
+from taskgroup.lab.data.yeast import Yeast
+from taskgroup.lab.problem import make_problem
+from taskgroup.lab.recipe import read_recipe, recipe_names
+from taskgroup.lab.report import affinities, colours, groups, labels, timing
 from taskgroup.lab.report.groups import group_colours
+from taskgroup.lab.report.labels import titles
 from taskgroup.lab.report.page import write_report
 from taskgroup.lab.report.run_data import load_run_data, load_runs
 from taskgroup.lab.report.thinning import evenly, thin
+from taskgroup.lab.vision import TASKONOMY
+from taskgroup.ops.normalised_affinity import normalised_affinity
 from tests.browser import chromium
 from tests.lab.written_runs import put, write_run
 
@@ -36,7 +45,7 @@ def matrix(ab=0.0, ba=0.0, scale=1.0):
 def report(out, *folders):
     """The page and the notes."""
     notes = write_report([load_run_data(folder) for folder in folders], out)
-    return out.read_text("utf-8"), notes
+    return re.sub(' data-column="[^"]*"', "", out.read_text("utf-8")), notes
 
 
 def figures(page):
@@ -57,52 +66,252 @@ def decoded(value):
     return flat.reshape([int(n) for n in value.get("shape", str(flat.size)).split(",")])
 
 
-def test_affinity_is_in_units_of_the_self_affinity_at_every_recorded_batch(tmp_path):
+def test_affinity_is_the_matrix_that_tasks_are_grouped_by_at_every_recorded_batch(tmp_path):
     recorded = [(1, np.zeros((3, 3))), (2, matrix(ab=1.0)), (4, matrix(ab=-1.0, ba=0.25))]
     run = write_run(tmp_path / "run", [ALONE, *[PAIR] * 3], recorded)
     page, _ = report(tmp_path / "page.html", run)
     (figure,) = figures(page)["Affinity over time"]
     assert [frame["name"] for frame in figure["frames"]] == ["1", "2", "4"]
-    steps = figure["layout"]["sliders"][0]["steps"]
-    assert [step["args"][0] for step in steps] == [["1"], ["2"], ["4"]]
     (trace,) = figure["data"]
     assert trace["x"] == trace["y"]
-    a, b = trace["x"].index("a"), trace["x"].index("b")
-    first, second, last = (frame["data"][0]["z"] for frame in figure["frames"])
-    assert np.isnan(first).all()  # nothing is measured
-    assert second[a, b] == 0.5  # a step on a, seen at b: 1 of 2
-    assert last[a, b] == -0.5
-    assert last[b, a] == 0.25
-    np.testing.assert_array_equal(trace["z"], last)
-    np.testing.assert_array_equal(last.diagonal(), 1)
-    assert abs(trace["x"].index("a") - trace["x"].index("c")) == 1  # they share a group
+    a, b, c = (trace["x"].index(task) for task in "abc")
+    first, second, last = (frame["data"][0] for frame in figure["frames"])
+    assert np.isnan(first["z"]).all()  # no task has a self-affinity
+    assert second["z"][a, b] == second["z"][b, a] == 0.25  # half of 1 of 2, and of nothing
+    assert last["z"][a, b] == last["z"][b, a] == (-0.5 + 0.25) / 2
+    assert last["z"][a, c] == 0
+    assert np.isnan(last["z"].diagonal()).all()
+    np.testing.assert_array_equal(trace["z"], last["z"])
+    # The pointer is told the directions.
+    assert [last["customdata"][a, b], last["customdata"][b, a]] == [-0.5, 0.25]
+    assert "effect of %{y} on %{x}: %{customdata:.3f}" in last["hovertemplate"]
+    assert (trace["zmin"], trace["zmax"]) == (-0.125, 0.125)  # zero is in the middle
+    assert abs(a - c) == 1  # they share a group
 
 
-def test_affinity_that_was_never_measured_is_blank(tmp_path):
+@pytest.mark.parametrize("unmeasured", [False, True])
+def test_affinity_is_normalised_as_for_the_grouping(unmeasured):
+    random = np.random.RandomState(0)
+    matrix = random.randn(6, 6)
+    matrix[np.diag_indices(6)] = [1.0, 0.5, -0.1, 2.0, 0.3, 0.0]
+    if unmeasured:
+        matrix[[0, 1], [1, 0]] = np.nan
+        matrix[0, 3] = np.nan
+    tasks, similarity = normalised_affinity(matrix)
+    expected = np.full((6, 6), np.nan)
+    expected[np.ix_(tasks, tasks)] = similarity
+    expected[np.diag_indices(6)] = np.nan
+    if unmeasured:
+        expected[[0, 1], [1, 0]] = np.nan
+    np.testing.assert_allclose(affinities.normalised(matrix[None])[0], expected)
+
+
+def test_one_outlier_does_not_make_all_other_colours_pale():
+    matrix = np.full((20, 20), 0.25)
+    matrix[np.diag_indices(20)] = 9.0
+    matrix[0, 1] = matrix[1, 0] = -5.0
+    assert affinities.largest(matrix) == 0.25
+    assert affinities.largest(matrix[:2, :2]) == 5.0
+    assert affinities.largest(np.full((2, 2), np.nan)) == 1.0
+
+
+def test_affinity_that_was_never_measured_is_empty(tmp_path):
     """Entries of two tasks that never shared a batch; null in the record."""
     apart = matrix(ab=1.0)
     apart[[0, 1], [2, 2]] = apart[2, [0, 1]] = np.nan
-    met = matrix(ab=1.0) + 0.0
-    recorded = [(1, np.full((3, 3), np.nan)), (2, apart), (3, met)]
-    run = write_run(tmp_path / "run", [ALONE, *[PAIR] * 2], recorded)
+    one_way = matrix(ab=1.0)
+    one_way[1, 0] = np.nan
+    recorded = [(1, np.full((3, 3), np.nan)), (2, apart), (3, one_way), (4, matrix(ab=1.0))]
+    run = write_run(tmp_path / "run", [ALONE, *[PAIR] * 3], recorded)
     lines = (run / "affinity.jsonl").read_text().replace("NaN", "null")
     (run / "affinity.jsonl").write_text(lines)
     page, _ = report(tmp_path / "page.html", run)
     (figure,) = figures(page)["Affinity over time"]
-    (trace,) = figure["data"]
-    a, b, c = (trace["x"].index(task) for task in "abc")
-    nothing, some, everything = (frame["data"][0] for frame in figure["frames"])
+    a, b, c = (figure["data"][0]["x"].index(task) for task in "abc")
+    nothing, some, half, everything = (frame["data"][0] for frame in figure["frames"])
     assert np.isnan(nothing["z"]).all()
-    assert set(np.ravel(nothing["customdata"])) == {"never measured"}
-    assert [some["z"][a, b], some["z"][b, a]] == [0.5, 0.0]  # measured, and without an effect
+    assert nothing["customdata"][a][b] == ["never measured", "not known"]
+    assert some["z"][a, b] == some["z"][b, a] == 0.25
     for i, k in ((a, c), (c, a), (b, c), (c, b)):
         assert np.isnan(some["z"][i, k])
-        assert some["customdata"][i][k] == "never measured"
-    assert some["customdata"][a][b] == "0.500"
-    assert "%{customdata}" in some["hovertemplate"]
-    assert not np.isnan(everything["z"]).any()
-    assert "customdata" not in everything
+        assert some["customdata"][i][k] == ["never measured", "not known"]
+    assert some["customdata"][a][b] == ["0.250", "0.500"]
+    assert some["customdata"][a][a][0] == "the task itself"
+    assert "%{customdata[0]}" in some["hovertemplate"]
+    assert half["customdata"][b][a] == ["0.250", "not known"]
+    assert some["hoverongaps"]
+    assert not everything["hoverongaps"]
     assert "%{z:.3f}" in everything["hovertemplate"]
+
+
+def test_groups_are_framed_as_they_were_at_each_moment(tmp_path):
+    """Rectangles of rows and columns in the order of the last groups; c joins a at batch 2."""
+    recorded = [(1, matrix()), (2, matrix()), (3, matrix(ab=1.0))]
+    run = write_run(tmp_path / "run", [ALONE, PAIR, [["a"], ["b", "c"]]], recorded)
+    (figure,) = figures(report(tmp_path / "page.html", run)[0])["Affinity over time"]
+    tasks = figure["data"][0]["x"]
+    assert abs(tasks.index("b") - tasks.index("c")) == 1
+    framed = []
+    for frame in figure["frames"]:
+        below, above = frame["layout"]["shapes"]  # white, and ink on it
+        assert below["path"] == above["path"]
+        blocks = re.findall(r"M([\d.-]+),([\d.-]+)H([\d.-]+)V([\d.-]+)", above["path"])
+        cells = set()
+        for left, top, right, bottom in np.array(blocks, float) + 0.5:
+            cells |= {
+                frozenset((tasks[i], tasks[k]))
+                for i in range(int(top), int(bottom))
+                for k in range(int(left), int(right))
+            }
+        framed.append({"".join(sorted(pair)) for pair in cells})
+    assert framed == [{"a", "b", "c"}, {"a", "b", "c", "ac"}, {"a", "b", "c", "bc"}]
+    assert figure["layout"]["shapes"] == figure["frames"][-1]["layout"]["shapes"]
+
+
+def test_joint_training_has_no_groups_to_frame(tmp_path):
+    cosines = [(1, np.eye(3))]
+    run = write_run(tmp_path / "run", [ALL], method="joint", conflicts=cosines)
+    (figure,) = figures(report(tmp_path / "page.html", run)[0])["Gradient conflicts"]
+    assert "shapes" not in figure["layout"]
+
+
+def test_order_of_tasks_has_groups_side_by_side():
+    """Even where they are no neighbours by the share of the batches."""
+    tasks, rows = tuple("abcd"), [[0, 0, 1, 1]] * 5 + [[0, 1, 0, 1]]
+    run = fake(tasks, rows)
+    order = groups.task_order(run, [run])
+    assert sorted(order) == [0, 1, 2, 3]
+    assert [len(part) for part in groups.blocks(run.groups[-1][order])] == [4, 4]
+    # The tasks of another run in another order, and a run without groups of its own.
+    joint = fake(tasks[::-1], [[0] * 4], "joint")
+    assert [joint.tasks[k] for k in groups.task_order(joint, [run, joint])][:1] in (["a"], ["d"])
+
+
+def fake(tasks, rows, method="selective"):
+    """A run of these groups."""
+    return SimpleNamespace(
+        tasks=tasks,
+        method=method,
+        warmup=0,
+        batches=np.arange(1, len(rows) + 1),
+        groups=np.array(rows, np.int16),
+    )
+
+
+def test_colours_of_runs_and_groups_differ_for_all_readers():
+    apart = distances(colours.RUNS, colours.GROUPS)
+    assert apart.min() > 7
+    for palette in (colours.RUNS, colours.GROUPS[:8]):
+        assert len(set(palette)) == len(palette)
+        for sight in ([], PROTAN, DEUTAN):
+            apart = distances(palette, palette, sight)
+            assert apart[~np.eye(len(palette), dtype=bool)].min() > 5
+    for run in colours.RUNS:
+        for ground in ("#ffffff", "#161b22"):  # of cards, in light and in dark mode
+            assert contrast(run, ground) > 2.7
+
+
+# Machado et al., "A physiologically-based model for simulation of color vision deficiency", 2009.
+PROTAN = [
+    [0.152286, 1.052583, -0.204868],
+    [0.114503, 0.786281, 0.099216],
+    [-0.003882, -0.048116, 1.051998],
+]
+DEUTAN = [
+    [0.367322, 0.860646, -0.227968],
+    [0.280085, 0.672501, 0.047413],
+    [-0.011820, 0.042940, 0.968881],
+]
+
+
+def linear(colour):
+    """The light of ``"#rrggbb"``."""
+    values = np.array([int(colour[k : k + 2], 16) for k in (1, 3, 5)]) / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def distances(some, others, sight=()):
+    """Between colours, in hundredths of the lightness from black to white (Oklab)."""
+    to_cones = [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+    to_lab = [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+
+    def lab(colour):
+        light = linear(colour)
+        if len(sight):
+            light = np.clip(np.array(sight) @ light, 0, 1)
+        return 100 * np.array(to_lab) @ np.cbrt(np.array(to_cones) @ light)
+
+    return np.array([[np.linalg.norm(lab(one) - lab(other)) for other in others] for one in some])
+
+
+def contrast(one, other):
+    """Of WCAG, from 1 to 21."""
+    dark, light = sorted(float(linear(c) @ [0.2126, 0.7152, 0.0722]) for c in (one, other))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_tasks_have_the_names_that_the_terminal_shows(tmp_path):
+    recipe = read_recipe("motorcycle")
+    shown = make_problem(recipe).titles
+    partition = [["normal", "reshading"], ["keypoints2d"]]
+    run = write_run(
+        tmp_path / "run",
+        [partition] * 3,
+        [(1, np.eye(3))],
+        data="motorcycle",
+        metrics={"normal": 0.5},
+        conflicts=[(1, np.eye(3))],
+    )
+    page, _ = report(tmp_path / "page.html", run)
+    expected = {shown[task] for group in partition for task in group}
+    found = figures(page)
+    for heading in ("Affinity over time", "Groups over time", "Gradient conflicts"):
+        assert set(found[heading][0]["data"][0]["y"]) == expected
+    assert {title for title in expected if f"<h3>{title}</h3>" in page} == expected
+    assert f"<td>{shown['normal']}</td>" in page
+    for task in shown:
+        assert f">{task}<" not in page
+    assert titles(load_run_data(run)) == {task: shown[task] for g in partition for task in g}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_titles_are_those_of_the_data_set(name):
+    recipe = read_recipe(name)
+    tasks = DATASETS[recipe.data].TASKS if recipe.data in DATASETS else TASKONOMY
+    known = {task: value.title for task, value in tasks.items()}
+    if recipe.data == "yeast":
+        known = dict(Yeast.titles)
+    run = SimpleNamespace(tasks=tuple(known), settings={"data": recipe.data})
+    assert titles(run) == known
+
+
+def test_tasks_that_share_a_title_keep_their_names(monkeypatch):
+    monkeypatch.setattr(labels, "_titles", lambda data: {"a": "Depth", "b": "Depth", "c": "Edges"})
+    run = SimpleNamespace(tasks=("a", "b", "c", "d"), settings={})
+    assert titles(run) == {"a": "a", "b": "b", "c": "Edges", "d": "d"}
+
+
+def test_a_run_that_has_no_settings_but_its_method(tmp_path):
+    """As one recorded in a loop of the user's own."""
+    recorded = [(1, matrix()), (2, matrix(ab=1.0))]
+    data = load_run_data(write_run(tmp_path / "run", [ALONE, PAIR], recorded, seconds={
+        "everything": 1.0
+    }))  # fmt: skip
+    object.__setattr__(data, "settings", {"method": "selective"})
+    write_report([data], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert 'data-column="method">selective<' in page
+    assert 'data-column="batches">2<' in page
+    (course,) = affinities.affinity_courses([data], ("a", "b"))
+    assert course.label == "affinity"
 
 
 def test_a_run_in_which_nothing_was_measured_has_no_picture_of_it(tmp_path):
@@ -130,14 +339,14 @@ def test_two_groups_of_one_batch_never_share_a_colour():
     random = np.random.RandomState(0)
     groups = random.randint(5, size=(60, 20)).astype(np.int16)
     groups = np.stack([np.unique(row, return_inverse=True)[1] for row in groups]).astype(np.int16)
-    for labels, colours in zip(groups, group_colours(groups), strict=True):
-        for label in range(labels.max() + 1):
-            members = labels == label
-            assert len(set(colours[members])) == 1
+    for of_batch, found in zip(groups, group_colours(groups), strict=True):
+        for label in range(of_batch.max() + 1):
+            members = of_batch == label
+            assert len(set(found[members])) == 1
             if members.sum() == 1:
-                assert colours[members] == -1
+                assert found[members] == -1
             else:
-                assert not np.isin(colours[~members], colours[members]).any()
+                assert not np.isin(found[~members], found[members]).any()
 
 
 def test_a_group_of_new_company_takes_no_colour_that_was_just_in_use():
@@ -181,7 +390,16 @@ def test_losses_that_are_not_positive_have_a_linear_axis(tmp_path):
     losses = [{"a": 1.0, "b": -1.0, "c": 0.0}] * 2
     run = write_run(tmp_path / "run", [ALL] * 2, losses=losses, method="joint")
     cards = figures(report(tmp_path / "page.html", run)[0])["Losses"]
-    assert [card["layout"]["yaxis"].get("type") for card in cards] == ["log", None, None]
+    assert not any("type" in card["layout"]["yaxis"] for card in cards)
+
+
+def test_log_axes_say_so(tmp_path):
+    losses = [{"a": 1.0, "b": 1.0, "c": 1.0}, {"a": 0.09, "b": 0.11, "c": -0.1}]
+    run = write_run(tmp_path / "run", [ALL] * 2, losses=losses, method="joint")
+    cards = figures(report(tmp_path / "page.html", run)[0])["Losses"]
+    axes = [card["layout"]["yaxis"] for card in cards]
+    assert [axis.get("type") for axis in axes] == ["log", None, None]
+    assert [axis["title"]["text"] for axis in axes] == ["loss (log scale)", "loss", "loss"]
 
 
 def test_conflicts_and_metrics(tmp_path):
@@ -199,7 +417,10 @@ def test_conflicts_and_metrics(tmp_path):
     page, _ = report(tmp_path / "page.html", *runs)
     cards = figures(page)["Gradient conflicts"]
     assert len(cards) == 2
-    np.testing.assert_array_equal(cards[0]["data"][0]["z"], cosines.astype(np.float32))
+    z = cards[0]["data"][0]["z"]
+    apart = ~np.eye(3, dtype=bool)
+    np.testing.assert_array_equal(z[apart], cosines[apart].astype(np.float32))
+    assert np.isnan(z.diagonal()).all()
     assert "<td>b</td><td>RMSE ↓</td><td>0.2500</td><td><b>0.1250</b></td>" in page
 
 
@@ -272,7 +493,7 @@ def test_more_groups_than_colours_are_told(tmp_path):
     run = write_run(tmp_path / "run", [[[task] for task in tasks], *[pairs] * 3])
     page, _ = report(tmp_path / "page.html", run)
     assert re.search(r"50 groups share \d+ colours, so some look alike", page)
-    assert re.search(r"[ ;](t0, t1|t1, t0)[;.]", page)  # today's groups, to be copied
+    assert re.search(r"</i>(t0, t1|t1, t0)</span>", page)  # today's groups, to be copied
 
 
 def test_runs_that_cannot_be_read(tmp_path):
@@ -322,9 +543,9 @@ def test_many_batches_are_thinned_to_means_and_bounds():
     assert len(evenly(400, 50)) == 50
 
 
-def test_names_are_text_wherever_they_stand(tmp_path):
+def test_names_are_text_wherever_they_stand(tmp_path, browser):
     hostile = '</script><script>document.title = "x"</script>'
-    task = "a</script><b>.$plotly & ü"
+    task = "a</script><b>.$plot & ü"
     run = write_run(tmp_path / "run", [[[task], ["b"]]] * 3, [(1, np.eye(2))])
     data = load_run_data(run)
     object.__setattr__(data, "name", hostile)
@@ -334,12 +555,11 @@ def test_names_are_text_wherever_they_stand(tmp_path):
     assert "a</script>" not in page
     (trace,) = figures(page)["Affinity over time"][0]["data"]
     assert set(trace["x"]) == {task, "b"}
-    with chromium() as browser:
-        browser.get((tmp_path / "page.html").as_uri())
-        wait_for_plots(browser)
-        shown = browser.find_elements(By.CSS_SELECTOR, ".ytick")
-        assert task in {label.text for label in shown}
-        assert browser.title.startswith("taskgroup: ")
+    browser.get((tmp_path / "page.html").as_uri())
+    wait_for_plots(browser)
+    shown = browser.find_elements(By.CSS_SELECTOR, ".ytick")
+    assert task in {label.text for label in shown}
+    assert browser.title.startswith("taskgroup: ")
 
 
 def test_a_run_that_is_training_and_one_that_has_just_begun(tmp_path):
@@ -384,6 +604,25 @@ def test_command_line(tmp_path, monkeypatch):
     assert "pip install 'taskgroup[report]'" in result.output
 
 
+@pytest.fixture(scope="module")
+def chrome():
+    with chromium() as driver:
+        yield driver
+
+
+@pytest.fixture
+def browser(chrome):
+    """A window of 1400 pixels, in light mode."""
+    chrome.set_window_size(1400, 900)
+    emulate(chrome, "light")
+    return chrome
+
+
+def emulate(browser, scheme):
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+
 def wait_for_plots(browser):
     """Scroll through the page until every figure is drawn."""
     for plot in browser.find_elements(By.CSS_SELECTOR, ".plot"):
@@ -411,83 +650,207 @@ def many(folder, n_tasks, n_batches):
     )
 
 
-def test_in_a_browser(tmp_path):
+def test_in_a_browser(tmp_path, browser):
     runs = [many(tmp_path / f"run-{n}", 11, 100) for n in range(2)]
     page, _ = report(tmp_path / "page.html", *runs)
     matrices = [frame["data"][0]["z"] for frame in figures(page)["Affinity over time"][0]["frames"]]
-    with chromium() as browser:
-        browser.get((tmp_path / "page.html").as_uri())
-        wait_for_plots(browser)
-        assert len(browser.find_elements(By.CSS_SELECTOR, ".plot")) == 2 + 2 + 1 + 11 + 2
-        plot = browser.find_element(By.CSS_SELECTOR, ".plot")
-        browser.execute_script("arguments[0].scrollIntoView()", plot)
+    browser.get((tmp_path / "page.html").as_uri())
+    wait_for_plots(browser)
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".plot")) == 2 + 2 + 1 + 11 + 2
+    card = browser.find_element(By.CSS_SELECTOR, ".card")
+    browser.execute_script("arguments[0].scrollIntoView()", card)
 
-        def numbers():
-            """As they stand in the picture, row by row."""
-            texts = browser.execute_script(
-                "return [...arguments[0].querySelectorAll('.heatmap-label')].map("
-                "label => label.textContent)",
-                plot,
-            )
-            return np.array([float(text.replace("−", "-")) for text in texts])
+    def shows(matrix):
+        """Whether the numbers in the picture are those of a matrix, row by row."""
+        texts = browser.execute_script(
+            "return [...arguments[0].querySelectorAll('.heatmap-label')].map("
+            "label => label.textContent)",
+            card,
+        )
+        found = np.array([float(text.replace("−", "-")) for text in texts])
+        known = matrix[~np.isnan(matrix)]
+        return len(found) == len(known) == 110 and np.allclose(found, known, atol=0.0501)
 
-        def shows(matrix):
-            found = numbers()
-            return len(found) == matrix.size and np.allclose(found, matrix.ravel(), atol=0.0501)
+    def framed():
+        """The rectangles of the frames, in cells."""
+        found = browser.execute_script(
+            "const at = element => { const { x, y, width, height } ="
+            "  element.getBoundingClientRect(); return [x, y, x + width, y + height]; };"
+            "return [at(arguments[0].querySelector('.hm image')),"
+            "  arguments[0].querySelector('.shapelayer path').getAttribute('d'),"
+            "  at(arguments[0].querySelector('.shapelayer path'))]",
+            card,
+        )
+        (left, _, right, _), path, outer = found
+        assert np.allclose(outer, found[0], atol=4)  # from the first cell to the last
+        sides = re.findall(r"M([\d.]+),([\d.]+)H([\d.]+)", path)
+        return [round(11 * (float(end) - float(begin)) / (right - left)) for begin, _, end in sides]
 
-        assert shows(matrices[-1])
-        picture = plot.find_element(By.CSS_SELECTOR, ".hm image").get_attribute("href")
-        # The left end of the slider, with the mouse.
-        rail = plot.find_element(By.CSS_SELECTOR, ".slider-rail-touch-rect")
-        left = -int(rail.rect["width"] / 2) + 2
-        ActionChains(browser).move_to_element_with_offset(rail, left, 0).click().perform()
-        WebDriverWait(browser, 20).until(lambda _: shows(matrices[0]))
-        assert plot.find_element(By.CSS_SELECTOR, ".hm image").get_attribute("href") != picture
-        assert "batch 1" in plot.find_element(By.CSS_SELECTOR, ".slider-container").text
-        assert not shows(matrices[-1])
-        # The button moves it on.
-        plot.find_element(By.CSS_SELECTOR, ".updatemenu-button").click()
-        WebDriverWait(browser, 30).until(lambda _: shows(matrices[-1]))
+    assert shows(matrices[-1])
+    assert sorted(framed()) == [1, 5, 5]
+    slider, button, output = (
+        card.find_element(By.CSS_SELECTOR, f".player {name}")
+        for name in ("input", "button", "output")
+    )
+    assert output.text == "batch 100"
+    # The left end of the slider, with the mouse.
+    left = -int(slider.rect["width"] / 2) + 2
+    ActionChains(browser).move_to_element_with_offset(slider, left, 0).click().perform()
+    WebDriverWait(browser, 20).until(lambda _: shows(matrices[0]))
+    assert output.text == "batch 1"
+    assert framed() == [1] * 11  # the warm-up
+    assert not shows(matrices[-1])
+    # The button moves it on, to the end.
+    button.click()
+    assert button.text == "Pause"
+    WebDriverWait(browser, 30).until(lambda _: shows(matrices[-1]))
+    WebDriverWait(browser, 30).until(lambda _: button.text == "Play")
+    # Nothing is fetched.
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
 
-        # Nothing is fetched, and nothing is wider than a narrow window.
-        assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
-        browser.set_window_size(500, 900)
-        width = "return document.documentElement.scrollWidth - innerWidth"
-        WebDriverWait(browser, 20).until(lambda _: browser.execute_script(width) <= 0)
+
+def names_and_losses(folder):
+    """Runs with much that could overlap: long names, losses over decades, settings that differ."""
+    tasks = [f"{'a long name of a task, ' if k % 3 else ''}number {k:02d}" for k in range(14)]
+    random = np.random.RandomState(0)
+    halves = [tasks[:9], tasks[9:]]
+    runs = []
+    for n in range(3):
+        matrix = np.eye(14) - 0.4 * random.rand(14, 14)
+        losses = [
+            {task: 10.0 ** (-b * k / 40) for k, task in enumerate(tasks)} for b in range(1, 30)
+        ]
+        run = write_run(
+            folder / f"a-run-with-a-name-that-is-long-{n}",
+            [[[task] for task in tasks], *[halves] * 28],
+            [(b, matrix * b) for b in (1, 10, 29)],
+            {"forward": 1.0, "backward": 2.0, "everything": 4.0},
+            losses=losses,
+            conflicts=[(1, matrix)],
+            metrics=dict.fromkeys(tasks, 0.5),
+            batches=30,
+            lr=0.1 * (n + 1),
+            warmup=n,
+        )
+        put(run / "evaluations.jsonl", [{"batch": b, "metrics": losses[b - 1]} for b in (5, 9, 29)])
+        runs.append(run)
+    return runs
 
 
-def test_few_tasks_of_many_runs_in_a_browser(tmp_path):
+def test_nothing_is_cut_off_and_nothing_overlaps(tmp_path, browser):
+    report(tmp_path / "page.html", *names_and_losses(tmp_path))
+    browser.get((tmp_path / "page.html").as_uri())
+    wait_for_plots(browser)
+    for width in (1400, 500):
+        browser.set_window_size(width, 900)
+        fits = "return [...document.querySelectorAll('.plot')].every(plot => Math.abs("
+        fits += "plot.clientWidth - plot.querySelector('.main-svg').clientWidth) < 2)"
+        WebDriverWait(browser, 20).until(lambda _: browser.execute_script(fits))  # noqa: B023
+        assert browser.execute_script(BEYOND) == []
+        crowds = browser.execute_script(CROWDS)
+        assert any(crowds)
+        for _, places in crowds:
+            for (name, one), (another, other) in combinations(places, 2):
+                apart = max(
+                    other[0] - one[2], one[0] - other[2], other[1] - one[3], one[1] - other[3]
+                )
+                assert apart > -2, f"{name} overlaps {another} in a window of {width} pixels"
+        # The slider is above the figure, so its text is far from the names.
+        assert browser.execute_script(
+            "return [...document.querySelectorAll('.player')].every(player => "
+            "player.getBoundingClientRect().bottom <= "
+            "player.nextElementSibling.getBoundingClientRect().top)"
+        )
+    numbers = "return [...document.querySelectorAll('.heatmap-label')].some("
+    numbers += "label => label.getBoundingClientRect().width)"
+    assert not browser.execute_script(numbers)  # 14 of them have no room
+    for scheme in ("light", "dark"):
+        emulate(browser, scheme)
+        ink, ground = browser.execute_script(
+            "const of = (name, key) => getComputedStyle(document.querySelector(name))[key];"
+            "return [['.xtick text', 'body', '.player output', 'button', '.colorbar text'].map("
+            "name => of(name, name.endsWith('text') ? 'fill' : 'color')),"
+            "of('.card', 'backgroundColor')]"
+        )
+        assert all(contrast(hexadecimal(colour), hexadecimal(ground)) > 7 for colour in ink)
+
+
+def hexadecimal(rgb):
+    """``"rgb(0, 0, 0)"`` as ``"#000000"``."""
+    return "#" + "".join(f"{int(value):02x}" for value in re.findall(r"\d+", rgb)[:3])
+
+
+# What reaches out of the window, or out of its card, and words that need a scrollbar.
+BEYOND = """
+const found = [], at = (element) => element.getBoundingClientRect();
+for (const element of document.querySelectorAll("body > :not(#js-plotly-tester) *")) {
+  const box = at(element);
+  if (box.width && (box.left < -1 || box.right > innerWidth + 1)) {
+    found.push(element.outerHTML.slice(0, 80));
+  }
+}
+for (const plot of document.querySelectorAll(".plot")) {
+  const card = at(plot.parentElement);
+  for (const text of plot.querySelectorAll("text")) {
+    const box = at(text);
+    if (box.width && (box.left < card.left - 1 || box.right > card.right + 1 ||
+                      box.top < card.top - 1 || box.bottom > card.bottom + 1)) {
+      found.push(text.textContent);
+    }
+  }
+}
+for (const table of document.querySelectorAll(".wide")) {
+  if (table.scrollWidth > table.clientWidth + 1) found.push(table.textContent.slice(0, 80));
+}
+return found;
+"""
+# For each figure and axis: the texts of the ticks, and their places.
+CROWDS = """
+const found = [];
+for (const plot of document.querySelectorAll(".plot")) {
+  for (const axis of ["xtick", "ytick"]) {
+    const places = [...plot.querySelectorAll(`.${axis} text`)].map((text) => {
+      const { left, top, right, bottom } = text.getBoundingClientRect();
+      return [text.textContent, [left, top, right, bottom]];
+    });
+    found.push([axis, places.filter(([, [left, top, right]]) => right > left)]);
+  }
+}
+return found;
+"""
+
+
+def test_few_tasks_of_many_runs_in_a_browser(tmp_path, browser):
     three = [(batch, matrix(ab=0.1 * batch)) for batch in range(1, 31)]
     runs = [write_run(tmp_path / f"{n}", [ALONE, *[PAIR] * 29], three) for n in range(4)]
     runs.append(write_run(tmp_path / "one", [[["a"]]] * 3, [(1, [[1.0]])]))
     report(tmp_path / "page.html", *runs)
-    with chromium(1000) as browser:
-        browser.get((tmp_path / "page.html").as_uri())
-        wait_for_plots(browser)
-        rails = browser.find_elements(By.CSS_SELECTOR, ".slider-rail-rect")
-        assert len(rails) == 4
-        assert all(rail.rect["width"] > 80 for rail in rails)
-        buttons = browser.find_elements(By.CSS_SELECTOR, ".modebar-btn")
-        titles = {button.get_attribute("data-title") or "" for button in buttons}
-        assert "Zoom in" in titles
-        assert not [title for title in titles if re.search("share|cloud|edit", title, re.I)]
+    browser.set_window_size(1000, 900)
+    browser.get((tmp_path / "page.html").as_uri())
+    wait_for_plots(browser)
+    sliders = browser.find_elements(By.CSS_SELECTOR, ".player input")
+    assert len(sliders) == 4
+    assert all(slider.rect["width"] > 80 for slider in sliders)
+    buttons = browser.find_elements(By.CSS_SELECTOR, ".modebar-btn")
+    said = {button.get_attribute("data-title") or "" for button in buttons}
+    assert "Zoom in" in said
+    assert not [title for title in said if re.search("share|cloud|edit", title, re.I)]
 
 
-def test_a_hundred_tasks_and_many_batches_in_a_browser(tmp_path):
+def test_a_hundred_tasks_and_many_batches_in_a_browser(tmp_path, browser):
     run = many(tmp_path / "run", 100, 2000)
     page, _ = report(tmp_path / "page.html", run)
     (partition,) = figures(page)["Groups over time"]
     assert len(partition["data"][0]["x"]) == 800
     assert "800 of 2,000 are shown" in partition["layout"]["xaxis"]["title"]["text"]
     assert len(page) < 16_000_000
-    with chromium() as browser:
-        browser.get((tmp_path / "page.html").as_uri())
-        wait_for_plots(browser)
-        maps = browser.execute_script(
-            "return [...document.querySelectorAll('.plot')].map(plot => "
-            "[...plot.querySelectorAll('.ytick text')].map(text => "
-            "[parseFloat(getComputedStyle(text).fontSize), text.getBoundingClientRect().top]))"
-        )
+    browser.get((tmp_path / "page.html").as_uri())
+    wait_for_plots(browser)
+    maps = browser.execute_script(
+        "return [...document.querySelectorAll('.plot')].map(plot => "
+        "[...plot.querySelectorAll('.ytick text')].map(text => "
+        "[parseFloat(getComputedStyle(text).fontSize), text.getBoundingClientRect().top]))"
+    )
     named = [np.array(names) for names in maps if len(names) == 100]
     assert len(named) == 4  # all but the number of groups
     for names in named:

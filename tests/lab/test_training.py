@@ -307,7 +307,7 @@ class Scaled(nn.Module):
         return self.linear(x) * scale if scale % 2 else self.linear(x) + scale
 
 
-@pytest.mark.filterwarnings("ignore:The last 20 steps changed no loss")  # none is taken
+@pytest.mark.filterwarnings("ignore:The last .* steps changed no loss")  # none is taken
 @pytest.mark.parametrize("kind", HEADS)
 def test_number_of_graphs(kind):
     """At most 1 + 2K over 50 random groups, and no part is left uncompiled."""

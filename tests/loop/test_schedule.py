@@ -512,7 +512,7 @@ def test_bad_settings_are_named(arguments, said):
 
 
 def test_bad_arguments_that_are_easy_to_write():
-    with pytest.raises(TypeError, match="put it in"):
+    with pytest.raises(TypeError, match=r"write \['depth'\]"):
         tg.TaskGroups("depth")
     with pytest.raises(TypeError, match="put it in"):
         tg.TaskGroups(TASKS).batch("a")

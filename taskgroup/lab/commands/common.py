@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import rich
 import typer
@@ -25,6 +26,7 @@ __all__ = [
     "say",
     "settings",
     "split",
+    "stop",
 ]
 
 
@@ -105,3 +107,11 @@ def split(text: str) -> list[str]:
 def say(text: str) -> None:
     """Print a sentence as it is: not wrapped, so that paths in it can be copied."""
     rich.get_console().print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def stop(text: str) -> NoReturn:
+    """Say why the command stops after Ctrl-C, and exit with status 130."""
+    say(text)
+    # Another Ctrl-C ends the process at once, instead of with a traceback from Python's own exit.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise typer.Exit(130)

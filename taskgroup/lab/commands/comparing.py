@@ -203,8 +203,7 @@ def _stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        common.say("Stopped; finished runs are kept. Run the same command again to continue.")
-        raise typer.Exit(130) from None
+        common.stop("Stopped; finished runs are kept. Run the same command again to continue.")
 
 
 def _command() -> str:

@@ -80,8 +80,7 @@ def train(
         with Display(str(run.out), titles, console) as display:
             summary = run.train(display.update)
     except Interrupted as stopped:
-        common.say(str(stopped))
-        raise typer.Exit(130) from None
+        common.stop(str(stopped))
     draw_run(run)
     console.print(summary_table(summary, titles))
     common.say(f"Pictures and numbers are in {run.out}")

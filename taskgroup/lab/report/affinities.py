@@ -14,6 +14,7 @@ from taskgroup.lab.report.labels import (
     left_out,
     of_common_tasks,
     settings_in_words,
+    titles,
     values,
 )
 from taskgroup.lab.report.run_data import RunData
@@ -26,6 +27,8 @@ __all__ = [
     "changed_most",
     "check_pair",
     "has_affinity",
+    "largest",
+    "normalised",
     "relative",
     "with_affinity",
 ]
@@ -65,13 +68,48 @@ def relative(matrices: NDArray[Any]) -> NDArray[Any]:
     return found
 
 
+def normalised(matrices: NDArray[Any]) -> NDArray[Any]:
+    """The matrices that tasks are grouped by, of affinities [..., K, K].
+
+    An entry is the mean of the two entries of a pair in :func:`relative`. A direction that was
+    never measured counts as 0. NaN on the diagonal, for pairs that were measured in neither
+    direction, and for tasks without a positive self-affinity.
+
+    Example:
+        >>> normalised(np.array([[2.0, 1.0], [-1.0, 4.0]]))
+        array([[   nan, -0.125],
+               [-0.125,    nan]])
+    """
+    effects = relative(matrices)
+    own = matrices.diagonal(axis1=-2, axis2=-1)
+    own = np.isfinite(own) & (own > 0)
+    known = np.isfinite(matrices) & own[..., :, None] & own[..., None, :]
+    known &= ~np.eye(matrices.shape[-1], dtype=bool)
+    effects = np.where(known, effects, 0)
+    found = (effects + effects.swapaxes(-1, -2)) / 2
+    return np.where(known | known.swapaxes(-1, -2), found, np.nan)
+
+
+def largest(matrix: NDArray[Any]) -> float:
+    """The end of the colour scale of a matrix [K, K], whose other end is its negative.
+
+    The largest absolute value off the diagonal, without the top 2 %, so that one outlier does not
+    make all other values pale; 1 if there is none.
+    """
+    values = np.abs(matrix[~np.eye(len(matrix), dtype=bool)])
+    values = values[np.isfinite(values)]
+    found = float(np.quantile(values, 0.98, method="higher")) if len(values) else 0.0
+    return found or 1.0
+
+
 def with_affinity(runs: Sequence[RunData], pair: Pair | None) -> tuple[list[RunData], list[str]]:
     """The runs whose affinity is drawn, and why the others are not."""
     recorded = [run for run in runs if has_affinity(run)]
     wanted = [run for run in recorded if pair is None or set(pair) <= set(run.tasks)]
     met = [run for run in wanted if pair is None or np.isfinite(_entries(run, pair)).any()]
     if not met:
-        of = "" if pair is None else f" between {pair[0]} and {pair[1]}"
+        shown = titles(wanted[0]) if wanted else {}
+        of = "" if pair is None else " between {} and {}".format(*(shown.get(k, k) for k in pair))
         why = "it was never measured" if wanted else "no run has recorded it"
         return [], [f"The affinity{of} is not drawn: {why}."]
     drawn = of_common_tasks(met)
@@ -121,7 +159,7 @@ def affinity_courses(runs: Sequence[RunData], pair: Pair) -> list[Course]:
     names = sorted({name for run in runs for name in run.settings} - INCIDENTAL - {"decay"})
     differ = differing(runs, names)
     alike: dict[Hashable, list[RunData]] = {}
-    for run in sorted(runs, key=lambda run: float(run.settings["decay"])):
+    for run in sorted(runs, key=lambda run: float(run.settings.get("decay") or 0)):
         alike.setdefault(values(run, ["decay", *names]), []).append(run)
     courses = []
     for group in alike.values():
@@ -133,8 +171,10 @@ def affinity_courses(runs: Sequence[RunData], pair: Pair) -> list[Course]:
             np.stack([np.interp(batches, b, found[:, d]) for d in range(2)], 1)
             for b, found in lines
         ]
-        decay = float(group[0].settings["decay"])
-        label = ", ".join([f"decay {decay:g}", *settings_in_words(group[0], differ, runs)])
+        words = settings_in_words(group[0], differ, runs)
+        if (decay := group[0].settings.get("decay")) is not None:
+            words.insert(0, f"decay {float(decay):g}")
+        label = ", ".join(words) or "affinity"
         courses.append(Course(label, lines, batches, np.mean(through, 0)))
     return courses
 

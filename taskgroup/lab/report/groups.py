@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,13 @@ from taskgroup.lab.words import listed
 
 __all__ = [
     "average_share",
+    "blocks",
     "group_colours",
     "group_counts",
     "learned",
     "order_by_share",
     "share",
+    "task_order",
     "with_groups",
 ]
 
@@ -94,6 +97,45 @@ def order_by_share(share: Floats) -> list[int]:
     distance = squareform(1 - share, checks=False)
     order = [int(k) for k in leaves_list(linkage(distance, "average", optimal_ordering=True))]
     return order if order[0] < order[-1] else order[::-1]
+
+
+def task_order(run: RunData, runs: Sequence[RunData]) -> list[int]:
+    """Positions of a run's tasks as figures show them.
+
+    The tasks of a group of the last batch are neighbours. Otherwise the order is that of
+    :func:`order_by_share` over all runs on the same tasks, whatever order these have them in.
+    """
+    peers = [
+        other
+        for other in runs
+        if other.method == "selective"
+        and set(other.tasks) == set(run.tasks)
+        and len(learned(other))
+    ]
+    order = list(range(len(run.tasks)))
+    if peers:
+        found = order_by_share(average_share(peers))
+        order = [run.tasks.index(peers[0].tasks[k]) for k in found]
+    labels = run.groups[-1]
+    rank = {label: n for n, label in enumerate(dict.fromkeys(labels[order].tolist()))}
+    return sorted(order, key=lambda k: rank[int(labels[k])])
+
+
+def blocks(labels: Groups) -> list[tuple[int, int, int, int]]:
+    """The blocks of a matrix in which the tasks of the row and of the column share a group.
+
+    Rows from the first number up to the second, columns from the third up to the fourth. Groups
+    whose tasks are no neighbours have several blocks.
+
+    Example:
+        >>> blocks(np.array([0, 0, 1]))
+        [(0, 2, 0, 2), (2, 3, 2, 3)]
+        >>> blocks(np.array([0, 1, 0]))
+        [(0, 1, 0, 1), (0, 1, 2, 3), (1, 2, 1, 2), (2, 3, 0, 1), (2, 3, 2, 3)]
+    """
+    edges = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist(), len(labels)]
+    parts = [(begin, end, int(labels[begin])) for begin, end in pairwise(edges)]
+    return [(*a[:2], *b[:2]) for a in parts for b in parts if a[2] == b[2]]
 
 
 def group_counts(run: RunData, points: int = 60) -> Thinned:

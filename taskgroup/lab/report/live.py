@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from taskgroup.lab.report.labels import short
 from taskgroup.lab.train.trainer import Progress as BatchProgress
 from taskgroup.lab.words import counted
 
@@ -20,6 +21,7 @@ __all__ = ["Display", "LiveDisplay"]
 
 _Shown = TypeVar("_Shown", bound="LiveDisplay")
 _LONGEST, _SHORTEST, _GAP = 30, 8, 2  # characters of a name, and between columns
+_NARROWEST = 20  # characters of the frame
 _SMOOTHING = 0.95  # of the losses shown
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
 
@@ -43,17 +45,25 @@ class LiveDisplay:
             expand=True,
         )
         self._next_line = 0.0
+        self._cleared = False
 
     def __enter__(self: _Shown) -> _Shown:
         self._started = time.monotonic()
         # A thread of its own draws four times a second, so an update only stores numbers.
-        self._live = Live(console=self._console, get_renderable=self._draw, refresh_per_second=4)
+        self._live = Live(
+            console=self._console,
+            get_renderable=self._draw,
+            refresh_per_second=4,
+            vertical_overflow="crop",  # the usual "..." would fill the last line, see _draw()
+        )
         if self._console.is_terminal:
             self._live.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._console.is_terminal:
+            # What ended it is said in a sentence, without half a bar above.
+            self._live.transient = self._cleared = kind is not None
             self._live.stop()
 
     def _begin(self, description: str) -> None:
@@ -75,9 +85,14 @@ class LiveDisplay:
                 highlight=False,
             )
 
-    def _draw(self) -> Panel:
+    def _draw(self) -> RenderableType:
+        if self._cleared:  # a frame higher than the terminal could not be taken back
+            return ""
         shown = Group(self._bar, "", *self._details())
-        return Panel(shown, title=Text(self._title), border_style="dim")
+        # A terminal writes ^C after the frame. In a full line it would go on to the next line, and
+        # the frame would be drawn again in the wrong place.
+        width = max(_NARROWEST, self._console.width - len("^C^C"))
+        return Panel(shown, title=Text(self._title), border_style="dim", width=width)
 
     def _details(self) -> Sequence[RenderableType]:
         raise NotImplementedError
@@ -87,7 +102,7 @@ class LiveDisplay:
 
         Long names are shortened, numbers never.
         """
-        room = self._console.width - 4  # within the frame
+        room = self._console.width - 8  # within the frame
         value = max((number.cell_len for _, number in entries), default=0)
         longest = max((name.cell_len for name, _ in entries), default=0)
         name = max(_SHORTEST, min(longest, _LONGEST, room - value - 1))
@@ -114,6 +129,7 @@ class Display(LiveDisplay):
     def __init__(self, title: str, titles: Mapping[str, str], console: Console) -> None:
         super().__init__(title, "batches", console)
         self._titles = titles
+        self._widest = max([22, *(len(short(title)) for title in titles.values())])
         self._smoothed: dict[str, float] = {}
         self._partition: Sequence[Sequence[str]] = []
         self._begin("training")

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
 from taskgroup.lab.report import affinities, groups
 from taskgroup.lab.report.affinities import Pair
-from taskgroup.lab.report.colours import BLANK, RUNS, SECTIONS, colour_of_run
-from taskgroup.lab.report.labels import mean_of, short, short_names
+from taskgroup.lab.report.colours import (
+    HARMS,
+    INK,
+    RUNS,
+    SECTIONS,
+    SERVES,
+    ZERO,
+    colour_of_run,
+)
+from taskgroup.lab.report.labels import mean_of, short, short_names, titles
 from taskgroup.lab.report.run_data import RunData, load_run_data
 from taskgroup.lab.report.thinning import Floats
 from taskgroup.lab.report.timing import scale_of, seconds_per_batch
@@ -30,6 +39,7 @@ __all__ = ["affinity_over_time", "draw_run", "figures", "grouping", "open_axes",
 PathLike = str | os.PathLike[str]
 
 _DPI = 150
+_AFFINITY = LinearSegmentedColormap.from_list("affinity", [HARMS, ZERO, SERVES])
 _SHARE = "share of the batches in one group"
 _READABLE = 20  # tasks of a matrix whose numbers are written into it
 
@@ -137,7 +147,8 @@ def grouping(runs: Sequence[RunData], path: PathLike) -> tuple[bool, list[str]]:
     order = groups.order_by_share(shared)
 
     cell = max(3.0, min(12.0, 0.36 * len(order))) / len(order)  # inches
-    names = [short(drawn[0].tasks[k]) for k in order]
+    shown = titles(drawn[0])
+    names = [short(shown[drawn[0].tasks[k]]) for k in order]
     size = max(2.0, min(9.0, 0.75 * 72 * cell))  # points
     room = max(map(len, names)) * 0.62 * size / 72  # inches of the longest name
     of_runs = short_names(drawn)
@@ -179,17 +190,18 @@ def affinity_over_time(
         for course in courses
         if any(batches[-1] > course.batches[-1] for batches, _ in course.runs)
     ]
-    titles = [course.label + mean_of(len(course.runs)) for course in courses]
-    columns = max(1, min(len(titles), 130 // (8 + max(map(len, titles)))))
-    height = 4.0 + 0.18 * -(-len(titles) // columns)
+    labels = [course.label + mean_of(len(course.runs)) for course in courses]
+    columns = max(1, min(len(labels), 130 // (8 + max(map(len, labels)))))
+    height = 4.0 + 0.18 * -(-len(labels) // columns)
     figure = Figure(figsize=(10.5, height), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    shown = titles(drawn[0])
     shades = colormaps["viridis"](np.linspace(0, 0.88, len(courses)))
     for direction, axes in enumerate(panels):
-        step, effect = short(pair[direction]), short(pair[1 - direction])
+        step, effect = (short(shown[pair[d]]) for d in (direction, 1 - direction))
         open_axes(axes, f"step on {step}, effect on {effect}", size=10)
         axes.axhline(0, color="#bbbbbb", linewidth=0.8)
-        for course, title, colour in zip(courses, titles, shades, strict=True):
+        for course, label, colour in zip(courses, labels, shades, strict=True):
             for batches, values in course.runs if len(course.runs) > 1 else ():
                 axes.plot(batches, values[:, direction], color=colour, lw=0.6, alpha=0.45)
             axes.plot(
@@ -198,7 +210,7 @@ def affinity_over_time(
                 color=colour,
                 marker="." if len(course.batches) < 3 else "",  # a line of one point is invisible
                 linewidth=1.6,
-                label=title,
+                label=label,
             )
         axes.set_xlabel("batch")
     panels[0].set_ylabel("affinity, entry of the matrix as recorded")
@@ -211,52 +223,55 @@ def affinity_over_time(
 def draw_run(run: Run) -> None:
     """Draw the pictures of a finished run into its folder.
 
-    ``affinity.png`` and ``cogrouping.png`` are matrices, in which the tasks of a group are
-    neighbours, and the groups of the last batch are framed. ``groups.png`` is the number of groups
-    over time. ``predictions.png`` shows what the network predicts, if the data are images.
+    For a selective run, ``affinity.png`` is the matrix that tasks are grouped by,
+    ``cogrouping.png`` shows which tasks shared a group, and ``groups.png`` is the number of groups
+    over time. In the first two, the tasks of a group are neighbours, and the groups of the last
+    batch are framed. If the data are images, ``predictions.png`` shows what the network predicts.
     """
-    trainer, problem = run.trainer, run.trainer.problem
+    trainer, data = run.trainer, load_run_data(run.out)
     affinity = trainer.affinity().cpu().double().numpy()
-    titles = {task: problem.titles[task] for task in trainer.tasks}
-    _draw_groups(load_run_data(run.out), affinity, titles, run.out)
-    problem.draw(trainer.model, run.out)
+    at = [list(trainer.tasks).index(task) for task in data.tasks]
+    if data.method == "selective":
+        _draw_groups(data, affinity[np.ix_(at, at)], run.out)
+    trainer.problem.draw(trainer.model, run.out)
 
 
-def _draw_groups(run: RunData, affinity: Floats, titles: Mapping[str, str], out: Path) -> None:
-    """Draw the pictures of affinity and groups; ``affinity`` has its tasks in titles' order."""
-    tasks = list(titles)
-    columns = [run.tasks.index(task) for task in tasks]
-    partitions = run.groups[:, columns]
-    order = np.argsort(partitions[-1], kind="stable").tolist()
-    names = [titles[tasks[k]] for k in order]
-    sizes = np.bincount(partitions[-1])
-    size = 9 if len(tasks) <= _READABLE else max(3, 180 / len(tasks))
-    side = 3.0 + 0.42 * min(len(tasks), 40)
+def _draw_groups(run: RunData, affinity: Floats, out: Path) -> None:
+    """Draw the pictures of affinity and groups; ``affinity`` is [K, K] in the run's task order."""
+    order = groups.task_order(run, [run])
+    shown = titles(run)
+    names = [short(shown[run.tasks[k]]) for k in order]
+    framed = groups.blocks(run.groups[-1][order])
+    matrix = 0.42 * min(len(names), 40)  # inches of its side
+    size = max(3.0, min(9.0, 0.75 * 72 * matrix / len(names)))
+    room = max(map(len, names)) * 0.62 * size / 72  # inches of the longest name
+    sides = (matrix + room + 1.8, matrix + 0.75 * room + 1.1)
+    bar_size: dict[str, Any] = {"fraction": 0.046, "pad": 0.03, "aspect": max(20, len(names))}
 
-    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    figure = Figure(figsize=sides, layout="constrained")
     axes = figure.subplots()
-    values = affinities.relative(affinity)[np.ix_(order, order)]
-    if np.isnan(values).any():
-        axes.set_facecolor(BLANK)
-        place = ((1, 1), (0, 4), "axes fraction", "offset points")
-        axes.annotate("grey: not measured", *place, ha="right", fontsize=8)
-    image = axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1)
+    values = affinities.normalised(affinity)[np.ix_(order, order)]
+    end = affinities.largest(values)
+    image = axes.imshow(values, cmap=_AFFINITY, vmin=-end, vmax=end)
     _name_tasks(axes, names, size, turned=45)
-    axes.set(xlabel="effect on task", ylabel="step on task")
-    _write_values(axes, values, 1)
-    _frame(axes, sizes)
-    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03, extend="both")
-    bar.set_label("raises the loss   ←   affinity / self-affinity   →   lowers it")
-    axes.set_title("Proximal inter-task affinity", loc="left", pad=12)
+    _write_values(axes, values, 2, [INK] * 2)
+    _frame(axes, framed)
+    bar = figure.colorbar(image, ax=axes, extend="both", extendfrac=0.03, **bar_size)
+    bar.set_label("raise each other's losses   ←   normalised affinity   →   lower them")
+    axes.set_title("Affinity by which tasks are grouped", loc="left", pad=12)
+    unmeasured = np.isnan(values) & ~np.eye(len(values), dtype=bool)
+    if unmeasured.any():
+        place = ((1, 1), (0, 4), "axes fraction", "offset points")
+        axes.annotate("empty: not measured", *place, ha="right", fontsize=8)
     save(figure, out / "affinity.png")
 
-    learned = groups.learned(run)[:, columns]
-    after = learned if len(learned) else partitions
-    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    learned = groups.learned(run)
+    after = learned if len(learned) else run.groups
+    figure = Figure(figsize=sides, layout="constrained")
     axes = figure.subplots()
     image = _draw_share(axes, groups.share(after), order, names, size, digits=1, turned=45)
-    _frame(axes, sizes)
-    figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03).set_label(_SHARE)
+    _frame(axes, framed)
+    figure.colorbar(image, ax=axes, **bar_size).set_label(_SHARE)
     axes.set_title(f"Who shared a group, over {len(after)} batches", loc="left", pad=12)
     save(figure, out / "cogrouping.png")
 
@@ -269,12 +284,12 @@ def _draw_smoothed_count(axes: Axes, run: RunData) -> None:
     """Draw the number of groups after every batch, and its running mean after the warm-up."""
     counts, n_batches = run.groups.max(1) + 1, len(run.batches)
     axes.step(run.batches, counts, where="mid", color="#9ecae1", linewidth=1)
-    width = max(1, min(25, n_batches // 10))
+    begin = min(run.warmup, n_batches - 1)
+    settled = counts[begin:]
+    width = max(1, min(25, len(settled) // 10))
     kernel = np.ones(width)
-    mean = np.convolve(counts, kernel, "same") / np.convolve(np.ones(n_batches), kernel, "same")
-    settled = slice(min(run.warmup, n_batches - 1), None)
-    label = f"mean of {width} batches"
-    axes.plot(run.batches[settled], mean[settled], color="#08519c", label=label)
+    mean = np.convolve(settled, kernel, "same") / np.convolve(np.ones_like(settled), kernel, "same")
+    axes.plot(run.batches[begin:], mean, color="#08519c", label=f"mean of {width} batches")
     if 0 < run.warmup < n_batches:
         axes.axvspan(1, run.warmup, color="#e8e8e8", zorder=0, label="warm-up")
     open_axes(axes, "Number of groups")
@@ -294,7 +309,7 @@ def _draw_counts(axes: Axes, runs: Sequence[RunData], names: Sequence[str]) -> N
         faint = min(0.15, 0.4 / len(runs))  # or the bands of many runs hide the lines
         band = (points.batches, points.low, points.high)
         axes.fill_between(*band, color=colour_of_run(n), alpha=faint, linewidth=0)
-        style = "-" if n < len(RUNS) else "--"
+        style = ("-", "--", ":")[n // len(RUNS) % 3]
         # The first line is the widest, so that all of the runs that agree are seen.
         wide = 1.4 + 4 * (len(runs) - 1 - n) / max(3, len(runs) - 1)
         line = (points.batches, points.mean, style)
@@ -303,13 +318,13 @@ def _draw_counts(axes: Axes, runs: Sequence[RunData], names: Sequence[str]) -> N
         axes.axvspan(0, warmup, color="#e8e8e8", zorder=0, linewidth=0, label="warm-up")
     last = max(int(run.batches[-1]) for run in runs)
     most = max(int(run.groups.max()) for run in runs) + 1
-    axes.set(xlabel="batch", ylabel="groups", xlim=(0, last), ylim=(0, 1.05 * most + 0.2))
+    of = f" (means of {width} batches; shaded: minimum to maximum)" if width > 1 else ""
+    axes.set(xlabel=f"batch{of}", ylabel="groups", xlim=(0, last), ylim=(0, 1.05 * most + 0.2))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set_box_aspect(0.55)
     axes.set_anchor("N")
-    of = f" (mean of {width} batches, shaded: minimum to maximum)" if width > 1 else ""
-    open_axes(axes, f"Number of groups{of}")
+    open_axes(axes, "Number of groups")
 
 
 def _draw_share(
@@ -337,8 +352,13 @@ def _name_tasks(axes: Axes, names: Sequence[str], size: float, turned: int | Non
     axes.spines[:].set_visible(False)
 
 
-def _write_values(axes: Axes, values: Floats, digits: int) -> None:
-    """Write the values into the cells of a matrix that is small enough to read them."""
+def _write_values(
+    axes: Axes, values: Floats, digits: int, colours: Sequence[str] = ("black", "white")
+) -> None:
+    """Write the values into the cells of a matrix that is small enough to read them.
+
+    The second of the ``colours`` is for values above 0.6.
+    """
     if len(values) > _READABLE:
         return
     for (row, column), value in np.ndenumerate(values):
@@ -350,15 +370,27 @@ def _write_values(axes: Axes, values: Floats, digits: int) -> None:
                 ha="center",
                 va="center",
                 fontsize=7,
-                color="white" if abs(value) > 0.6 else "black",
+                color=colours[int(abs(value) > 0.6)],
             )
 
 
-def _frame(axes: Axes, sizes: NDArray[np.int64]) -> None:
-    """Frame groups of these sizes along the diagonal of a matrix."""
-    for end, size in zip(np.cumsum(sizes), sizes, strict=True):
-        corner = (end - size - 0.5, end - size - 0.5)
-        axes.add_patch(Rectangle(corner, size, size, fill=False, linewidth=1.8))
+def _frame(axes: Axes, blocks: Iterable[tuple[int, int, int, int]]) -> None:
+    """Frame the blocks of a matrix in which tasks share a group, so that any colour shows it."""
+    lines = (("white", 3.6, 2), ("black", 1.8, 3))  # the white ones below all black ones
+    for top, bottom, left, right in blocks:
+        corner, sides = (left - 0.5, top - 0.5), (right - left, bottom - top)
+        for colour, width, above in lines:
+            axes.add_patch(
+                Rectangle(
+                    corner,
+                    *sides,
+                    fill=False,
+                    edgecolor=colour,
+                    linewidth=width,
+                    zorder=above,
+                    clip_on=False,
+                )
+            )
 
 
 def open_axes(axes: Axes, title: str, size: float | str = "large") -> Axes:

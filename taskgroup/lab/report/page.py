@@ -17,8 +17,8 @@ import taskgroup as tg
 from taskgroup.lab.report import plotly_figures as figures
 from taskgroup.lab.report.affinities import has_affinity
 from taskgroup.lab.report.colours import colour_of_run
-from taskgroup.lab.report.groups import average_share, learned, order_by_share
-from taskgroup.lab.report.labels import differences, short, short_names
+from taskgroup.lab.report.groups import task_order
+from taskgroup.lab.report.labels import differences, short, short_names, titles
 from taskgroup.lab.report.plotly_figures import Card, Shown
 from taskgroup.lab.report.run_data import RunData
 from taskgroup.lab.report.timing import seconds_per_batch
@@ -26,18 +26,20 @@ from taskgroup.lab.words import listed
 
 __all__ = ["write_report"]
 
+_FEW_COLUMNS = 4  # of a table that a narrow window has room for
+
 
 class _Section(NamedTuple):
     """A heading, a text, and figures (side by side where there is room) or a table in HTML.
 
-    If ``lines``, a line is a run, so that the section needs a legend.
+    ``lines`` are the runs whose colours the figures use, if they show several.
     """
 
     title: str
     words: str
     cards: Sequence[Card] = ()
     table: str = ""
-    lines: bool = False
+    lines: Sequence[Shown] = ()
 
 
 def write_report(
@@ -72,37 +74,38 @@ def write_report(
     ]
     names = short_names(begun)
     shown = [
-        Shown(run, name, _order(run, begun), n)
+        Shown(run, name, task_order(run, begun), n, titles(run))
         for n, (run, name) in enumerate(zip(begun, names, strict=True))
     ]
     related = [run for run in shown if len(run.data.tasks) > 1]
     bars, left_out = seconds_per_batch(begun)
-    words, loss_cards, lines = figures.losses(shown)
+    losses, loss_cards, lines = figures.losses(shown)
+    counts, count_cards = figures.number_of_groups(shown)
     sections = [
         _Section("Runs", "", table=_runs_table(shown)),
         _Section(
             "Affinity over time",
-            "How a step on one task (row) changes the loss of another task (column), relative to "
-            "how a step on the column's task changes its own loss. Blue: the step lowers the loss. "
-            "Red: it raises the loss. Grey: the two tasks were never measured together, or the "
-            "column's task has no positive self-affinity yet. Tasks that often share a group are "
-            "neighbours.",
+            "How much the steps on two tasks lower each other's losses: the mean of both effects, "
+            "each relative to the effect of a task's own step. Affinity propagation groups the "
+            "tasks by these values; frames show the groups after the batch. Blue: the steps help. "
+            "Red: they harm. Empty: the tasks were never measured together, or one of them has no "
+            "positive self-affinity yet. Point at a cell for the effect of its row on its column.",
             [figures.affinity(run) for run in shown if has_affinity(run.data)],
         ),
         _Section(
             "Groups over time",
-            "A row for each task, a colour for each group. Grey: the task is alone in its group. A "
-            "group keeps its colour while tasks join and leave it. The dotted line marks the end "
-            "of the warm-up.",
+            "A row for each task, a colour for each group; below are the groups after the last "
+            "batch. Grey: the task is alone in its group. A group keeps its colour while tasks "
+            "join and leave it. The dotted line marks the end of the warm-up.",
             [figures.partition(run) for run in related if run.data.method == "selective"],
         ),
         _Section(
             "Number of groups",
-            "The number of groups after each batch of the selective runs.",
-            figures.number_of_groups(shown),
-            lines=True,
+            counts,
+            count_cards,
+            lines=figures.with_groups(shown),
         ),
-        _Section("Losses", words, loss_cards, lines=lines),
+        _Section("Losses", losses, loss_cards, lines=shown if lines else ()),
         _Section(
             "Time per batch",
             "The time that each section of a batch takes, averaged over all batches so far, the "
@@ -112,15 +115,16 @@ def write_report(
         ),
         _Section(
             "Gradient conflicts",
-            "Cosine similarity of the gradients of two tasks on the shared parameters. Red: the "
-            "gradients point in opposite directions. Blue: they point in the same direction.",
+            "Cosine similarity of the gradients of two tasks on the shared parameters. Blue: the "
+            "gradients point in the same direction. Red: they point in opposite directions. "
+            "Frames: the groups after the batch.",
             [figures.conflicts(run) for run in related if len(run.data.conflicts.batches)],
         ),
         _Section(
             "Held-out data over time",
             "The metric of each task on held-out data, evaluated during training.",
             figures.evaluations(shown),
-            lines=True,
+            lines=[run for run in shown if len(run.data.evaluations.batches)],
         ),
         _Section(
             "Held-out data",
@@ -132,7 +136,8 @@ def write_report(
     if not any(len(run.conflicts.batches) for run in begun):
         notes.append(
             "Gradient conflicts are not shown because no run has measured them. To measure them "
-            "every 100 batches, train with: taskgroup train --set conflicts_every=100"
+            "every 100 batches, train with: taskgroup train --set conflicts_every=100. In your own "
+            "loop, call the recorder's method conflicts()."
         )
     notes += left_out
     page = _page([s for s in sections if s.cards or s.table], names, notes)
@@ -140,37 +145,26 @@ def write_report(
     return notes
 
 
-def _order(run: RunData, runs: Sequence[RunData]) -> list[int]:
-    """Positions of the tasks as figures show them: the same for all runs on the same tasks."""
-    peers = [
-        other
-        for other in runs
-        if other.method == "selective"
-        and set(other.tasks) == set(run.tasks)
-        and len(learned(other))
-    ]
-    if not peers:
-        return list(range(len(run.tasks)))
-    order = order_by_share(average_share(peers))
-    return [run.tasks.index(peers[0].tasks[k]) for k in order]
-
-
 def _runs_table(runs: Sequence[Shown]) -> str:
     rows = []
     for run, other in zip(runs, differences([run.data for run in runs]), strict=True):
         data, settings, finished = run.data, run.data.settings, run.data.finished
-        batches, planned = int(data.batches[-1]), int(settings["batches"])
+        batches, planned = int(data.batches[-1]), settings.get("batches")
         selective = data.method == "selective"
         delta = peak = ""
         if finished is not None and finished.delta_m is not None:
-            delta = f"{finished.delta_m:+.2f} % against {short(str(settings['baseline']))}"
+            delta = f"{finished.delta_m:+.2f} % against {short(str(settings.get('baseline')))}"
         if finished is not None and finished.peak_bytes is not None:
             peak = f"{finished.peak_bytes / 2**30:.2f} GiB"
+        state = "" if finished is None else "finished"
+        if finished is None and planned:
+            state = f"{100 * batches // planned} %"
+        ways = [data.method, str(settings.get("grouping", ""))] if selective else [data.method]
         cells = {
-            "method": f"selective, {settings['grouping']}" if selective else data.method,
-            "seed": str(settings["seed"]),
-            "batches": f"{batches:,} of {planned:,}",
-            "state": f"{100 * batches // planned} %" if finished is None else "finished",
+            "method": ", ".join(filter(None, ways)),
+            "seed": str(settings.get("seed", "")),
+            "batches": f"{batches:,} of {planned:,}" if planned else f"{batches:,}",
+            "state": state,
             "groups": str(int(data.groups[-1].max()) + 1) if selective else "",
             "time per batch": _duration(data.seconds["everything"]) if data.seconds else "",
             "GPU memory": peak,
@@ -187,7 +181,11 @@ def _runs_table(runs: Sequence[Shown]) -> str:
 
 def _key(name: str, n: int) -> str:
     """The name of the n-th run behind its colour."""
-    return f'<i style="background:{colour_of_run(n)}"></i>{html.escape(name)}'
+    return f"{_swatch(colour_of_run(n))}{html.escape(name)}"
+
+
+def _swatch(colour: str) -> str:
+    return f'<i style="background:{colour}"></i>'
 
 
 def _duration(seconds: float) -> str:
@@ -200,10 +198,11 @@ def _metrics_table(runs: Sequence[Shown]) -> str:
     found: dict[tuple[str, str, str], dict[int, float]] = {}
     for run, finished in measured:
         for task, value in finished.metrics.items():
-            key = str(run.data.settings["data"]), task, finished.metric_names.get(task, "")
+            title = run.titles.get(task, task)
+            key = str(run.data.settings.get("data")), title, finished.metric_names.get(task, "")
             found.setdefault(key, {})[run.number] = value
     rows = []
-    for (_, task, metric), values in found.items():
+    for (_, title, metric), values in found.items():
         best = None
         if len(values) > 1:
             finite = filter(np.isfinite, values.values())
@@ -213,41 +212,65 @@ def _metrics_table(runs: Sequence[Shown]) -> str:
             for n, value in values.items()
         }
         cells = (shown.get(run.number, "") for run, _ in measured)
-        rows.append([html.escape(task), html.escape(metric), *cells])
+        rows.append([html.escape(title), html.escape(metric), *cells])
     header = ["task", "metric", *(html.escape(run.name) for run, _ in measured)]
     return _table(header, rows) if rows else ""
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; in a narrow window each row of one with many columns becomes a list."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    body = "".join(f"<tr>{''.join(map(_cell, header, row))}</tr>" for row in rows)
+    kind = ' class="many"' if len(header) > _FEW_COLUMNS else ""
+    return f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead>{body}</table></div>'
+
+
+def _cell(column: str, cell: str) -> str:
+    return f'<td data-column="{html.escape(column)}">{cell}</td>'
+
+
+def _key_line(entries: Iterable[tuple[str, str]]) -> str:
+    """A legend: the colour and the text of each entry."""
+    spans = [f"<span>{_swatch(colour)}{html.escape(text)}</span>" for colour, text in entries]
+    return f'<p class="key">{"".join(spans)}</p>' if spans else ""
+
+
+def _player(card: Card) -> str:
+    """The controls of a figure of several moments; the page's script moves the figure."""
+    moments = len(card.figure.frames) - 1
+    if moments < 1:
+        return ""
+    return (
+        '<div class="player"><button type="button" disabled>Play</button>'
+        f'<input type="range" min="0" max="{moments}" value="{moments}" disabled '
+        'aria-label="batch">'
+        f"<output>batch {card.figure.frames[-1].name}</output></div>"
+    )
 
 
 def _page(sections: Sequence[_Section], names: Sequence[str], notes: Sequence[str]) -> str:
     from plotly.offline import get_plotlyjs  # plotly_figures has said so if plotly is missing
 
-    key = "".join(f"<span>{_key(name, n)}</span>" for n, name in enumerate(names))
     body: list[str] = []
     scripts: list[str] = []
     for section in sections:
         body.append(f"<section><h2>{html.escape(section.title)}</h2>")
         if section.words:
             body.append(f"<p>{html.escape(section.words)}</p>")
-        if section.lines and len(names) > 1:
-            body.append(f'<p class="key">{key}</p>')
+        if len(names) > 1:
+            body.append(_key_line((colour_of_run(run.number), run.name) for run in section.lines))
         body.append(section.table)
         least = max((card.width for card in section.cards), default=0)
         body.append(f'<div class="cards" style="--least:{least}px">' if section.cards else "")
         for card in section.cards:
             title = f"<h3>{html.escape(card.title)}</h3>" if card.title else ""
-            size = f"height:{card.figure.layout.height:.0f}px;min-width:{card.width}px"
-            below = f"<p>{html.escape(card.below)}</p>" if card.below else ""
+            height = f"height:{card.figure.layout.height:.0f}px"
             widest = "" if card.widest is None else f' style="max-width:{card.widest}px"'
             body.append(
-                f'<div class="card"{widest}>{title}<div class="wide">'
-                f'<div class="plot" data-figure="figure-{len(scripts)}" style="{size}"></div>'
-                f"</div>{below}</div>"
+                f'<div class="card"{widest}>{title}{_player(card)}'
+                f'<div class="plot" data-figure="figure-{len(scripts)}" '
+                f'data-numbers="{card.numbers}" style="{height}"></div>'
+                f"{_key_line(card.key)}</div>"
             )
             scripts.append(
                 f'<script type="application/json" id="figure-{len(scripts)}">{card.json()}</script>'

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import html
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from taskgroup.lab.report.affinities import relative
-from taskgroup.lab.report.colours import BLANK, HARMS, INK, RUNS, SECTIONS, SERVES, colour_of_run
-from taskgroup.lab.report.groups import group_colours, group_counts
+from taskgroup.lab.report.affinities import largest, normalised, relative
+from taskgroup.lab.report.colours import (
+    ALONE,
+    GROUPS,
+    HARMS,
+    INK,
+    RUNS,
+    SECTIONS,
+    SERVES,
+    ZERO,
+    colour_of_run,
+)
+from taskgroup.lab.report.groups import blocks, group_colours, group_counts
 from taskgroup.lab.report.labels import short
 from taskgroup.lab.report.run_data import Recorded, RunData
 from taskgroup.lab.report.thinning import Thinned, evenly, thin
@@ -37,56 +47,58 @@ __all__ = [
     "number_of_groups",
     "partition",
     "time_per_batch",
+    "with_groups",
 ]
 
-_FEW = 24  # tasks that have a figure each, and numbers in their matrices
+_FEW = 24  # tasks that have a figure each, names at their columns, and numbers in their matrices
 _ENTRIES = 500_000  # of all matrices of a slider: 3 MB
 _MATRICES = 200  # on a slider
 _COLUMNS = 800  # of a partition
 _POINTS = 200  # of a line
-_SLIDER = 260  # pixels that it and its buttons take at least
-_LETTER = 6.7  # pixels, of a name
+_LETTER = 6.4  # pixels, of a name
 _LABEL = 26  # letters of a line of a bar's label
-_GROUPS = [
-    colour.lower()
-    for colour in (*RUNS, *colors.qualitative.Dark24)
-    if colour.lower() not in ("#7f7f7f", "#1ca71c")  # grey marks single tasks; a second green
-]
-_DIVERGING = [(0, HARMS), (0.5, "#ffffff"), (1, SERVES)]
-_ALONE = "#dddddd"
-_FAINT = "#d0d7de"
+_NAME = 24  # letters of a task's name beside a row; the pointer shows all of it
+_SCALE = [(0, HARMS), (0.5, ZERO), (1, SERVES)]
+_FAINT = "rgba(128,128,128,0.22)"  # lines, on white and on black
+_MUTED = "#6e7781"
 _CLEAR = "rgba(0,0,0,0)"
-_COLORBAR = {"thickness": 12, "outlinewidth": 0}
+_DASHES = ("solid", "dash", "dot")
 
 
 class Shown(NamedTuple):
     """A run on the page, with its name there, in plain text, and its number, which is its colour.
 
-    ``order`` holds the positions of its tasks in the order in which figures show them.
+    ``order`` holds the positions of its tasks in the order in which figures show them, and
+    ``titles`` is ``{task: name as shown}``.
     """
 
     data: RunData
     name: str
     order: list[int]
     number: int
+    titles: Mapping[str, str]
 
     @property
     def tasks(self) -> list[str]:
-        """Its tasks in the order in which figures show them."""
-        return [self.data.tasks[k] for k in self.order]
+        """Its tasks in the order in which figures show them, as they are shown."""
+        return [self.titles[self.data.tasks[k]] for k in self.order]
 
 
 class Card(NamedTuple):
     """A figure on the page, drawn when it comes into view; the texts are plain.
 
-    In a window narrower than ``width`` pixels it scrolls; up to ``widest`` pixels it looks well.
+    Cards stand side by side where each has ``width`` pixels; up to ``widest`` pixels they look
+    well. In a card that is narrower than ``numbers`` pixels the numbers in the cells are hidden.
+    The key below the figure has a colour and a text for each of its entries. The frames of the
+    figure, if there are several, are moments, from which the reader chooses.
     """
 
     title: str
     figure: go.Figure
     width: int
     widest: int | None = None
-    below: str = ""
+    numbers: int = 0
+    key: Sequence[tuple[str, str]] = ()
 
     def json(self) -> str:
         """The figure for a script of the page, in which a "<" must not end the element."""
@@ -94,24 +106,28 @@ class Card(NamedTuple):
 
 
 def affinity(run: Shown) -> Card:
-    """Each column in units of the self-affinity of its task, over the batches."""
+    """The matrix that tasks are grouped by, over the batches."""
     recorded, title = _with_room(run.data.affinity, run.name)
-    blank = np.where(np.isnan(recorded.values), "never measured", "no self-affinity yet")
-    values = recorded._replace(values=relative(recorded.values))
-    return _matrices(run, title, values, "step on %{y}<br>effect on %{x}<br>affinity: ", blank)
+    effects = relative(recorded.values)
+    measured = ~np.isnan(recorded.values)
+    measured |= measured.swapaxes(1, 2)
+    unmeasured = np.where(measured, "no positive self-affinity yet", "never measured")
+    matrices = recorded._replace(values=normalised(recorded.values))
+    return _matrices(run, title, matrices, "normalised affinity", effects, unmeasured)
 
 
 def conflicts(run: Shown) -> Card:
     """Cosines between gradients over the batches."""
     recorded, title = _with_room(run.data.conflicts, run.name)
-    blank = np.full(recorded.values.shape, "not measured")
-    return _matrices(run, title, recorded, "%{y}<br>%{x}<br>cosine: ", blank)
+    itself = np.eye(len(run.tasks), dtype=bool)
+    values = np.where(itself, np.float32(np.nan), recorded.values)
+    return _matrices(run, title, recorded._replace(values=values), "cosine")
 
 
 def _with_room(recorded: Recorded, name: str) -> tuple[Recorded, str]:
     """As many matrices as a slider has room for, and the title of their figure."""
     batches, values = recorded
-    most = min(_MATRICES, _ENTRIES // values[0].size)
+    most = min(_MATRICES, _ENTRIES // (2 * values[0].size))
     chosen = evenly(len(values), max(3, most))
     if len(batches) == 1:
         name = f"{name}, batch {batches[0]}"
@@ -121,92 +137,108 @@ def _with_room(recorded: Recorded, name: str) -> tuple[Recorded, str]:
 
 
 def _matrices(
-    run: Shown, title: str, recorded: Recorded, hover: str, blank: NDArray[np.str_]
+    run: Shown,
+    title: str,
+    recorded: Recorded,
+    meaning: str,
+    effects: NDArray[np.float32] | None = None,
+    unmeasured: NDArray[np.str_] | None = None,
 ) -> Card:
-    """A heatmap with a slider over the batches, which starts at the last one.
+    """Symmetric matrices with the groups framed; the last one is shown first.
 
-    The pointer shows ``hover`` and the value, or the text in ``blank`` where the value is NaN.
+    The pointer shows a value and, if there are ``effects``, the effect of the row on the column;
+    where the value is NaN, the text in ``unmeasured``.
     """
-    matrices = recorded.values[:, run.order][:, :, run.order] + np.float32(0)  # turns -0.0 into 0.0
-    blank = blank[:, run.order][:, :, run.order]
-    traces = [_with_hover(z, hover, words) for z, words in zip(matrices, blank, strict=True)]
-    frames = [
-        go.Frame(name=str(batch), data=[{"type": "heatmap", **trace}])
-        for batch, trace in zip(recorded.batches, traces, strict=True)
-    ]
     tasks = run.tasks
-    cell = _cell(len(tasks))
-    room = _room(tasks, cell)
-    few = len(tasks) <= _FEW
+    order = np.ix_(run.order, run.order)
+    grouped = run.data.method == "selective" and len(tasks) > 1
+    frames = []
+    for n, batch in enumerate(recorded.batches):
+        matrix = recorded.values[n][order] + np.float32(0)  # turns -0.0 into 0.0
+        trace = {"z": matrix, "hovertemplate": f"%{{y}}, %{{x}}<br>{meaning}: %{{z:.3f}}"}
+        if effects is not None and unmeasured is not None:
+            trace |= _at_the_pointer(matrix, meaning, effects[n][order], unmeasured[n][order])
+        trace["hovertemplate"] += "<extra></extra>"
+        framed = _group_frames(run, int(batch)) if grouped else []
+        frames.append(
+            go.Frame(
+                name=str(batch), data=[{"type": "heatmap", **trace}], layout={"shapes": framed}
+            )
+        )
+    cell, few = _cell(len(tasks)), len(tasks) <= _FEW
+    end = largest(recorded.values[-1])
+    digits = 1 if end >= 0.5 else 2
+    number = 17 + 6 * digits  # pixels, with a sign
     figure = _heatmap(
         tasks,
         cell,
         {
             "x": tasks,
-            **traces[-1],
-            "zmin": -1,
-            "zmax": 1,
-            "colorscale": _DIVERGING,
+            **trace,
+            "zmin": -end,
+            "zmax": end,
+            "colorscale": _SCALE,
             "xgap": 1 if few else 0,
             "ygap": 1 if few else 0,
-            "texttemplate": "%{z:.1f}" if few else None,
+            "hoverongaps": unmeasured is not None,
+            "texttemplate": f"%{{z:.{digits}f}}" if few else None,
             "textfont": {"size": 10, "color": INK},
-            "colorbar": {**_COLORBAR, "tickvals": [-1, -0.5, 0, 0.5, 1]},
+            "colorbar": _colorbar(
+                meaning, tickvals=[-end, 0, end], ticktext=[f"−{end:.2g}", "0", f"{end:.2g}"]
+            ),
         },
-        {"r": 56, "t": 84, "b": room},
+        {"r": 10, "t": 60, "b": _room(tasks, cell) if few else 14},
         frames,
-        xaxis=_task_axis(tasks, cell, tickangle=-90),
-        plot_bgcolor=BLANK if np.isnan(matrices).any() else _CLEAR,
-        **(_player([frame.name for frame in frames]) if len(frames) > 1 else {}),
+        xaxis=_task_axis(
+            tasks,
+            cell,
+            tickangle=-90,
+            tickfont={"size": min(_letters(cell), 250 / len(tasks))},
+            showticklabels=few,
+            showline=False,
+        ),
+        shapes=framed,
     )
-    width, least = (
-        max(_SLIDER, round(side * len(tasks))) + room + 56 for side in (cell, min(cell, 25))
+    figure.update_yaxes(showline=False)
+    sides = _room(tasks, cell) + 10
+    return Card(
+        title,
+        figure,
+        sides + max(260, round(min(cell, number) * len(tasks))),
+        widest=sides + max(400, round(1.7 * cell * len(tasks))),
+        numbers=sides + number * len(tasks),
     )
-    return Card(title, figure, least, max(width, min(800, 2 * width)))
 
 
-def _with_hover(matrix: NDArray[np.float32], hover: str, blank: NDArray[np.str_]) -> dict[str, Any]:
-    """A matrix and the text at the pointer; words take more room than numbers."""
-    if not np.isnan(matrix).any():
-        return {"z": matrix, "hovertemplate": f"{hover}%{{z:.3f}}<extra></extra>"}
-    return {
-        "z": matrix,
-        "customdata": np.where(np.isnan(matrix), blank, np.char.mod("%.3f", matrix)),
-        "hovertemplate": f"{hover}%{{customdata}}<extra></extra>",
-    }
+def _at_the_pointer(
+    matrix: NDArray[np.float32],
+    meaning: str,
+    effects: NDArray[np.float32],
+    unmeasured: NDArray[np.str_],
+) -> dict[str, Any]:
+    """The text at the pointer; words take more room than numbers."""
+    pair = np.isnan(matrix) & ~np.eye(len(matrix), dtype=bool)
+    effect = "<br>effect of %{y} on %{x}: "
+    if not (pair | np.isnan(effects)).any():
+        numbers = f"%{{y}}, %{{x}}<br>{meaning}: %{{z:.3f}}{effect}%{{customdata:.3f}}"
+        return {"customdata": effects, "hovertemplate": numbers, "hoverongaps": False}
+    value = np.where(np.isnan(matrix), unmeasured, np.char.mod("%.3f", matrix))
+    value[np.diag_indices(len(matrix))] = "the task itself"
+    there = np.where(np.isnan(effects), "not known", np.char.mod("%.3f", effects))
+    words = f"%{{y}}, %{{x}}<br>{meaning}: %{{customdata[0]}}{effect}%{{customdata[1]}}"
+    return {"customdata": np.stack([value, there], 2), "hovertemplate": words, "hoverongaps": True}
 
 
-def _player(frames: Sequence[str]) -> dict[str, Any]:
-    """A slider with a step for each frame, and buttons to play and pause, above the figure."""
-    above = {"x": 0.0, "xanchor": "left", "y": 1.0, "yanchor": "bottom"}
-
-    def animate(label: str, to: list[str | None] | None, how: dict[str, Any]) -> dict[str, Any]:
-        how = {"mode": "immediate", "transition": {"duration": 0}, **how}
-        return {"label": label, "method": "animate", "args": [to, how]}
-
-    show = {"frame": {"duration": 0, "redraw": True}}
-    play = {"frame": {"duration": 120, "redraw": True}, "fromcurrent": True}
-    stop = {"frame": {"duration": 0, "redraw": False}}
-    slider = {
-        **above,
-        "active": len(frames) - 1,
-        "currentvalue": {"prefix": "batch ", "xanchor": "left", "font": {"size": 12}},
-        "pad": {"b": 2, "l": 122, "r": 4},  # beside the buttons
-        "ticklen": 0,
-        "minorticklen": 0,
-        "font": {"size": 10},
-        "steps": [animate(name, [name], show) for name in frames],
-    }
-    buttons = {
-        **above,
-        "type": "buttons",
-        "direction": "right",
-        "showactive": False,
-        "pad": {"b": 26, "r": 4, "t": 0},
-        "font": {"size": 11},
-        "buttons": [animate("Play", None, play), animate("Pause", [None], stop)],
-    }
-    return {"sliders": [slider], "updatemenus": [buttons]}
+def _group_frames(run: Shown, batch: int) -> list[dict[str, Any]]:
+    """A frame around the pairs of tasks that share a group after a batch, seen on any colour."""
+    data = run.data
+    n = min(int(np.searchsorted(data.batches, batch)), len(data.batches) - 1)
+    path = "".join(
+        f"M{left - 0.5},{top - 0.5}H{right - 0.5}V{bottom - 0.5}H{left - 0.5}Z"
+        for top, bottom, left, right in blocks(data.groups[n][run.order])
+    )
+    lines = ({"color": "#ffffff", "width": 4}, {"color": INK, "width": 2})
+    return [{"type": "path", "path": path, "line": line} for line in lines]
 
 
 def partition(run: Shown) -> Card:
@@ -218,8 +250,8 @@ def partition(run: Shown) -> Card:
     colours = group_colours(groups)
     sizes = np.stack([np.bincount(row)[row] for row in groups])
     cell = _cell(len(tasks), most=24)
-    values = np.where(colours < 0, 0, 1 + colours % len(_GROUPS))
-    palette = [_ALONE, *_GROUPS][: int(values.max()) + 1]
+    values = np.where(colours < 0, 0, 1 + colours % len(GROUPS))
+    palette = [ALONE, *GROUPS][: int(values.max()) + 1]
     counts = np.broadcast_to(groups.max(1) + 1, sizes.T.shape)
     figure = _heatmap(
         tasks,
@@ -236,38 +268,42 @@ def partition(run: Shown) -> Card:
             "hovertemplate": "%{y}, batch %{x}<br>tasks in its group: %{customdata[0]}"
             "<br>groups in all: %{customdata[1]}<extra></extra>",
         },
-        {"r": 10, "t": 30, "b": 50},
+        {"r": 10, "t": 30, "b": 44},
         xaxis=_batch_axis(
             "" if every else f"{len(chosen)} of {len(data.batches):,} are shown", showgrid=False
         ),
         shapes=_end_of_warmup(data),
     )
     title = run.name
-    if (n_colours := int(colours.max()) + 1) > len(_GROUPS):
-        title += f": {n_colours} groups share {len(_GROUPS)} colours, so some look alike"
-    last = data.groups[-1]
-    now = [
-        ", ".join(data.tasks[k] for k in run.order if last[k] == group)
-        for group in dict.fromkeys(last[run.order].tolist())
-    ]
-    below = f"Groups after batch {data.batches[-1]:,}: {'; '.join(now)}."
-    return Card(title, figure, _room(tasks, cell) + 260, below=below)
+    if (n_colours := int(colours.max()) + 1) > len(GROUPS):
+        title += f": {n_colours} groups share {len(GROUPS)} colours, so some look alike"
+    now: dict[tuple[int, str], list[str]] = {}
+    for task, group, colour in zip(tasks, groups[-1], values[-1], strict=True):
+        now.setdefault((int(group), [ALONE, *GROUPS][colour]), []).append(task)
+    key = [(colour, ", ".join(names)) for (_, colour), names in now.items()]
+    return Card(title, figure, _room(tasks, cell) + 260, key=key)
 
 
-def number_of_groups(runs: Sequence[Shown]) -> list[Card]:
-    """A line for each selective run; no card if there is none."""
-    selective = [run for run in runs if run.data.method == "selective"]
+def with_groups(runs: Sequence[Shown]) -> list[Shown]:
+    """The runs whose number of groups is drawn."""
+    return [run for run in runs if run.data.method == "selective"]
+
+
+def number_of_groups(runs: Sequence[Shown]) -> tuple[str, list[Card]]:
+    """A line for each selective run: a text on what it shows, and the figure, if there is one."""
+    words = "The number of groups after each batch of the selective runs"
+    selective = with_groups(runs)
     if not selective:
-        return []
+        return "", []
     found = [group_counts(run.data, _POINTS) for run in selective]
     width = max(points.width for points in found)
     most = max(points.high.max() for points in found)
     figure = go.Figure(
         layout=_layout(
-            300,
-            margin={"l": 46, "r": 10, "t": 10, "b": 50},
-            xaxis=_batch_axis(_means(width)),
-            yaxis={"title": {"text": "groups"}, "rangemode": "tozero"},
+            260,
+            margin={"l": 50, "r": 12, "t": 30, "b": 44},
+            xaxis=_batch_axis(""),
+            yaxis={"title": {"text": "groups", "standoff": 8}, "rangemode": "tozero"},
         )
     )
     for run, points in zip(selective, found, strict=True):
@@ -276,7 +312,7 @@ def number_of_groups(runs: Sequence[Shown]) -> list[Card]:
         figure.update_yaxes(dtick=1)
     if width == 1:
         figure.update_traces(line_shape="hv")
-    return [Card("", figure, 300)]
+    return _with_means(words, width), [Card("", figure, 300)]
 
 
 def losses(runs: Sequence[Shown]) -> tuple[str, list[Card], bool]:
@@ -284,21 +320,26 @@ def losses(runs: Sequence[Shown]) -> tuple[str, list[Card], bool]:
 
     Returns a text on what the figures show, the figures, and whether their lines are runs.
     """
-    if len(_tasks(runs)) > _FEW:
+    if len(_titles(runs)) > _FEW:
         words = (
-            "The loss of each task divided by its first loss, on a scale of powers of two. Green: "
-            "the loss has fallen. Brown: it has risen."
+            "The loss of each task divided by its first loss. Green: the loss has fallen. Brown: "
+            "it has risen."
         )
         return words, [_loss_map(run) for run in runs], False
     spread = [thin(run.data.batches, run.data.losses, points=_POINTS) for run in runs]
-    means = _means(max(points.width for points in spread))
     words = "The loss of each task before the first step of a batch"
-    words += f" ({means})." if means else "."
-    return words, _lines(_tasks(runs), runs, spread), True
+    words = _with_means(words, max(points.width for points in spread))
+    labels = dict.fromkeys(_titles(runs), "loss")
+    return words, _lines(labels, runs, spread), True
 
 
-def _tasks(runs: Iterable[Shown]) -> list[str]:
-    return list(dict.fromkeys(task for run in runs for task in run.data.tasks))
+def _titles(runs: Iterable[Shown]) -> dict[str, str]:
+    """The tasks of all runs, and their names as shown."""
+    found: dict[str, str] = {}
+    for run in runs:
+        for task in run.data.tasks:
+            found.setdefault(task, run.titles[task])
+    return found
 
 
 def evaluations(runs: Sequence[Shown]) -> list[Card]:
@@ -310,24 +351,42 @@ def evaluations(runs: Sequence[Shown]) -> list[Card]:
         for task, values in zip(run.data.tasks, run.data.evaluations.values.T, strict=True)
         if np.isfinite(values).any()
     }
-    tasks = [task for task in _tasks(runs) if task in known]
-    return _lines(tasks, runs, spread) if len(tasks) <= _FEW else []
+    labels = {task: "metric" for task in _titles(runs) if task in known}
+    for run in runs:
+        if run.data.finished is not None:
+            names = run.data.finished.metric_names
+            labels |= {task: name for task, name in names.items() if task in labels}
+    return _lines(labels, runs, spread) if len(labels) <= _FEW else []
 
 
-def _lines(tasks: Sequence[str], runs: Sequence[Shown], spread: Sequence[Thinned]) -> list[Card]:
-    """A figure for each task with a line for each run, of values ``[P, K]``."""
+def _lines(
+    labels: Mapping[str, str], runs: Sequence[Shown], spread: Sequence[Thinned]
+) -> list[Card]:
+    """A figure for each task with a line for each run, of values ``[P, K]``.
+
+    ``labels`` is ``{task: what is measured}``. Where the largest value is ten times the smallest
+    or more, the axis is logarithmic, and says so.
+    """
+    titles = _titles(runs)
     cards = []
-    for task in tasks:
-        figure = go.Figure(layout=_layout(190, margin={"l": 46, "r": 8, "t": 6, "b": 28}))
-        least = np.inf
+    for task, label in labels.items():
+        figure = go.Figure(layout=_layout(200, margin={"l": 62, "r": 8, "t": 8, "b": 40}))
+        seen = []
         for run, points in zip(runs, spread, strict=True):
             if task in run.data.tasks and len(points.batches):
                 of_task = points.of(run.data.tasks.index(task))
                 figure.add_traces(_line(of_task, run, "%{y:.4~g}"))
-                least = np.nanmin(of_task.low, initial=least)
-        if least > 0:
-            figure.update_yaxes(type="log", nticks=5, tickformat="~g", minor={"nticks": 2})
-        cards.append(Card(task, figure, 250))
+                seen += [of_task.low, of_task.high]
+        values = np.concatenate(seen)
+        values = values[np.isfinite(values)]
+        # With three ticks in a decade or more, plotly writes 1, 2 and 5, or powers of ten.
+        axis: dict[str, Any] = {"nticks": 5, "title": {"text": label, "standoff": 6}}
+        if len(values) and 0 < 10 * values.min() <= values.max():
+            axis |= {"type": "log", "nticks": 3, "tickformat": "~g"}
+            axis["title"]["text"] = f"{label} (log scale)"
+        figure.update_yaxes(axis)
+        figure.update_xaxes(title={"text": "batch", "standoff": 4}, nticks=6)
+        cards.append(Card(titles[task], figure, 250))
     return cards
 
 
@@ -338,9 +397,9 @@ def _loss_map(run: Shown) -> Card:
     first = np.isfinite(mean).argmax(1)[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         change = np.log2(mean / np.take_along_axis(mean, first, 1))
-    largest = float(np.nanmax(np.abs(np.where(np.isfinite(change), change, np.nan)), initial=0.1))
-    step = max(1, round(largest / 4)) if largest >= 1 else 0.25
-    powers = np.arange(-(largest // step), largest // step + 1) * step
+    most = float(np.nanmax(np.abs(np.where(np.isfinite(change), change, np.nan)), initial=0.1))
+    step = max(1, round(most / 2)) if most >= 1 else 0.5 * most
+    powers = np.arange(-(most // step), most // step + 1) * step
     cell = _cell(len(run.tasks))
     figure = _heatmap(
         run.tasks,
@@ -348,18 +407,18 @@ def _loss_map(run: Shown) -> Card:
         {
             "x": points.batches,
             "z": change.astype(np.float32),
-            "zmin": -largest,
-            "zmax": largest,
+            "zmin": -most,
+            "zmax": most,
             "colorscale": "BrBG_r",
             "customdata": mean.astype(np.float32),
             "hovertemplate": "%{y}, batch %{x:.0f}<br>loss %{customdata:.4~g}<extra></extra>",
-            "colorbar": {
-                **_COLORBAR,
-                "tickvals": powers,
-                "ticktext": [f"{2.0**power:.3g}" for power in powers],
-            },
+            "colorbar": _colorbar(
+                "loss / first loss (log scale)",
+                tickvals=powers,
+                ticktext=[f"{2.0**power:.3g}" for power in powers],
+            ),
         },
-        {"r": 60, "t": 30, "b": 50},
+        {"r": 10, "t": 60, "b": 44},
         xaxis=_batch_axis(
             f"means of up to {points.width} batches" if points.width > 1 else "", showgrid=False
         ),
@@ -373,30 +432,36 @@ def time_per_batch(bars: Sequence[Bar]) -> Card:
     scale, unit = scale_of(bars[0].seconds)
     labels = [_wrapped(bar.label) for bar in bars]
     lines = max(label.count("<br>") + 1 for label in labels)
-    room = 16 + round(_LETTER * _LABEL)
+    room = 12 + round(_LETTER * max(len(line) for label in labels for line in label.split("<br>")))
     places = list(range(len(bars)))
     figure = go.Figure(
         layout=_layout(
-            100 + (18 + 16 * lines) * len(bars),
+            64 + (18 + 16 * lines) * len(bars),
             barmode="stack",
-            margin={"l": room, "r": 90, "t": 40, "b": 50},
-            showlegend=True,
-            legend={"orientation": "h", "y": 1, "yanchor": "bottom", "traceorder": "normal"},
-            xaxis={"title": {"text": f"{unit} per batch"}, "rangemode": "tozero"},
+            margin={"l": room, "r": 20, "t": 10, "b": 54},
+            xaxis={
+                "title": {"text": f"{unit} per batch", "standoff": 8},
+                "rangemode": "tozero",
+                "nticks": 6,
+            },
             yaxis={"showgrid": False, "tickvals": places, "ticktext": labels},
         )
     )
-    for section, colour in SECTIONS.items():
-        if any(section in bar.sections for bar in bars):
-            figure.add_bar(
-                orientation="h",
-                name=section,
-                x=[scale * bar.sections.get(section, 0.0) for bar in bars],
-                y=places,
-                customdata=labels,
-                marker={"color": colour},
-                hovertemplate=f"{section}: %{{x:.3~g}} {unit}<extra>%{{customdata}}</extra>",
-            )
+    sections = {
+        section: colour
+        for section, colour in SECTIONS.items()
+        if any(section in bar.sections for bar in bars)
+    }
+    for section, colour in sections.items():
+        figure.add_bar(
+            orientation="h",
+            name=section,
+            x=[scale * bar.sections.get(section, 0.0) for bar in bars],
+            y=places,
+            customdata=labels,
+            marker={"color": colour},
+            hovertemplate=f"{section}: %{{x:.3~g}} {unit}<extra>%{{customdata}}</extra>",
+        )
     for place, bar in zip(places, bars, strict=True):
         ratio = "" if bar.ratio is None else f", {bar.ratio:.2f}x joint"
         figure.add_annotation(
@@ -407,7 +472,8 @@ def time_per_batch(bars: Sequence[Bar]) -> Card:
             xanchor="left",
             xshift=4,
         )
-    return Card("", figure, room + 320)
+    key = [(colour, section) for section, colour in sections.items()]
+    return Card("", figure, room + 320, key=key)
 
 
 def _line(points: Thinned, run: Shown, value: str) -> list[go.Scatter]:
@@ -421,7 +487,8 @@ def _line(points: Thinned, run: Shown, value: str) -> list[go.Scatter]:
         x=points.batches,
         y=points.mean,
         mode="lines" if len(points.batches) > 1 else "markers",
-        line={"color": colour, "width": 1.6, "dash": "solid" if run.number < len(RUNS) else "dot"},
+        opacity=0.85,
+        line={"color": colour, "width": 1.6, "dash": _DASHES[run.number // len(RUNS) % 3]},
         connectgaps=True,
         name=name,
         hovertemplate=f"batch %{{x:.0f}}: {value}<extra>{name}</extra>",
@@ -454,7 +521,7 @@ def _heatmap(
 
 
 def _layout(height: float, **more: Any) -> dict[str, Any]:
-    axis = {"gridcolor": "#eaeef2", "zeroline": False, "linecolor": _FAINT, "ticks": ""}
+    axis = {"gridcolor": _FAINT, "zeroline": False, "linecolor": _FAINT, "ticks": ""}
     layout = {
         "template": "none",
         "height": height,
@@ -462,8 +529,8 @@ def _layout(height: float, **more: Any) -> dict[str, Any]:
         "paper_bgcolor": _CLEAR,
         "plot_bgcolor": _CLEAR,
         "showlegend": False,
-        "hoverlabel": {"font": {"size": 12}},
-        "modebar": {"bgcolor": _CLEAR, "color": "#8c959f", "activecolor": INK},
+        "hoverlabel": {"font": {"size": 12, "color": "#ffffff"}, "bgcolor": INK},
+        "modebar": {"bgcolor": _CLEAR, "color": "#8c959f", "activecolor": "#57606a"},
         **more,
     }
     return {**layout, **{name: {**axis, **more.get(name, {})} for name in ("xaxis", "yaxis")}}
@@ -480,8 +547,8 @@ def _letters(cell: float) -> float:
 
 def _room(names: Iterable[str], cell: float) -> int:
     """Pixels that the longest name takes."""
-    longest = max(len(short(name)) for name in names)
-    return round(16 + _LETTER * _letters(cell) / 12 * longest)
+    longest = max(len(short(name, _NAME)) for name in names)
+    return round(12 + _LETTER * _letters(cell) / 12 * longest)
 
 
 def _task_axis(names: Sequence[str], cell: float, **more: Any) -> dict[str, Any]:
@@ -492,13 +559,34 @@ def _task_axis(names: Sequence[str], cell: float, **more: Any) -> dict[str, Any]
         "showgrid": False,
         "tickfont": {"size": _letters(cell)},
         "tickvals": list(named),
-        "ticktext": [_escaped(names[k]) for k in named],
+        "ticktext": [_escaped(names[k], _NAME) for k in named],
+        **more,
+    }
+
+
+def _colorbar(title: str, **more: Any) -> dict[str, Any]:
+    """A short one above the figure, beside plotly's buttons, so that it takes no width."""
+    return {
+        "orientation": "h",
+        "title": {"text": title, "side": "top", "font": {"size": 12}},
+        "thickness": 9,
+        "lenmode": "pixels",
+        "len": 170,
+        "x": 0,
+        "xanchor": "left",
+        "xpad": 0,
+        "y": 1,
+        "yanchor": "bottom",
+        "ypad": 6,
+        "outlinewidth": 0,
+        "tickfont": {"size": 10.5},
         **more,
     }
 
 
 def _batch_axis(note: str, **more: Any) -> dict[str, Any]:
-    return {"title": {"text": f"batch ({note})" if note else "batch"}, **more}
+    text = f"batch ({note})" if note else "batch"
+    return {"title": {"text": text, "standoff": 6}, "nticks": 8, **more}
 
 
 def _stepped(palette: Sequence[str]) -> list[tuple[float, str]]:
@@ -509,18 +597,19 @@ def _stepped(palette: Sequence[str]) -> list[tuple[float, str]]:
 def _end_of_warmup(run: RunData) -> list[dict[str, Any]]:
     if not 0 < run.warmup < run.batches[-1]:
         return []
-    line = {"color": INK, "width": 1, "dash": "dot"}
+    line = {"color": _MUTED, "width": 1, "dash": "dot"}
     x = run.warmup + 0.5
     return [{"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": line}]
 
 
-def _means(width: int) -> str:
-    """What a point of a line is, if it stands for several batches."""
-    return f"means of up to {width} batches; shaded: minimum to maximum" if width > 1 else ""
+def _with_means(words: str, width: int) -> str:
+    """A sentence that says what a point of a line is, if it stands for several batches."""
+    means = f" (means of up to {width} batches; shaded: minimum to maximum)" if width > 1 else ""
+    return f"{words}{means}."
 
 
-def _escaped(name: str) -> str:
-    return html.escape(short(name), quote=False)
+def _escaped(name: str, longest: int = 40) -> str:
+    return html.escape(short(name, longest), quote=False)
 
 
 def _wrapped(label: str) -> str:

@@ -38,7 +38,7 @@ def dask_cluster(
         say: gets a sentence about the workers.
 
     Yields:
-        The executor, for :meth:`Comparison.run`.
+        The executor, for :meth:`~taskgroup.lab.studies.comparison.Comparison.run`.
 
     Raises:
         ImportError: if dask's ``distributed`` is not installed.

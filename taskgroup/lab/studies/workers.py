@@ -9,7 +9,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from taskgroup.lab.processes import process_pool, terminate, visible_gpus
+from taskgroup.lab.processes import hold_interrupts, process_pool, terminate, visible_gpus
 from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.studies.cell import Cell, Result, train_cell
 from taskgroup.lab.studies.cost import step_seconds
@@ -149,8 +149,9 @@ class Workers:
             n_left = len(left)
             self._running.clear()
             try:
-                for argument in left:
-                    self._running[self._executor.submit(function, argument)] = argument
+                with hold_interrupts():  # the processes of the pool start here
+                    for argument in left:
+                        self._running[self._executor.submit(function, argument)] = argument
             except BrokenExecutor:  # so are the calls before
                 pass
             for future in as_completed(self._running):
