@@ -57,7 +57,7 @@ TREES: dict[str, dict[str, list[str]]] = {
         "Begin": ["quickstart", "how-it-works", "your-model", "choosing"],
         "Training": [
             *("training", "recording", "trackers", "report", "trainers", "several-data-sets"),
-            *("clusters", "examples", "faq"),
+            *("own-data", "clusters", "examples", "faq"),
         ],
         "Cost": ["cost", "kernels", "benchmarks"],
         "Results": ["Results <results/README>", "reproduce", "migration"],

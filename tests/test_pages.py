@@ -177,6 +177,7 @@ RUN_ABOVE = (
     "architecture.md",  # in test_architecture.py
     "clusters.md",
     "cost.md",
+    "own-data.md",  # in lab/test_own_problem.py
     "reproduce.md",
     "several-data-sets.md",  # in test_several_data_sets.py
     "trackers.md",

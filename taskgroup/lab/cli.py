@@ -1,4 +1,4 @@
-"""The command line: ``taskgroup train | compare | evaluate | report | data | ...``."""
+"""The command line: ``taskgroup train | compare | evaluate | report | data | new | ...``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ except ImportError as error:
         "install it with: pip install 'taskgroup[train]' (python -m taskgroup runs without)"
     ) from None
 
-from taskgroup.lab.commands import common, comparing, data, reporting, training
+from taskgroup.lab.commands import common, comparing, data, new, reporting, training
 
 __all__ = ["app"]
 
@@ -27,6 +27,7 @@ app = typer.Typer(
     help="Selective task group updates for multi-task learning.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Check a data set, or write a tiny one.")
+new_app = typer.Typer(no_args_is_help=True, help="Write a file to begin with.")
 
 
 @contextmanager
@@ -52,7 +53,9 @@ def _add(group: typer.Typer, *commands: Callable[..., None]) -> None:
 _add(app, training.train, comparing.compare, comparing.affinity_gain, training.evaluate)
 _add(app, training.predict, reporting.figures, reporting.report)
 _add(data_app, data.check, data.mini)
+_add(new_app, new.problem)
 app.add_typer(data_app, name="data")
+app.add_typer(new_app, name="new")
 
 
 @app.command()

@@ -10,6 +10,7 @@ spelled the same in YAML files, in ``--set``, in the ``config.yaml`` of a run an
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,7 +30,9 @@ __all__ = [
     "GroupSettings",
     "NetworkSettings",
     "OptimizerSettings",
+    "ProblemSettings",
     "Recipe",
+    "is_own",
     "parse_changes",
     "read_recipe",
     "recipe_names",
@@ -51,14 +54,23 @@ PROBLEMS = {
 }
 
 _SHIPPED = Path(__file__).parent / "recipes"
+#: Settings of a problem that is named without a recipe: for a run of a few hundred batches.
+_OWN = {"batch_size": 32, "lr": 3e-3, "decay": 0.05, "warmup": 10}
 
 
-def _shipped(data: str) -> str:
-    """The name of a data set that ships with the package."""
-    if data in PROBLEMS:
+def is_own(data: str) -> bool:
+    """Whether a name is ``MODULE:NAME`` or ``FILE.py:NAME``, a problem of the user's own."""
+    return re.fullmatch(r"[^:\s](.*\S)?:[^\W\d][\w.]*", data) is not None
+
+
+def _known_data(data: str) -> str:
+    """The name of a data set that ships with the package, or of a problem of the user's own."""
+    if data in PROBLEMS or is_own(data):
         return data
-    *most, last = map(repr, PROBLEMS)
-    raise ValueError(f"data must be {', '.join(most)} or {last}, got {data!r}.")
+    raise ValueError(
+        f"data must be {', '.join(map(repr, PROBLEMS))} or a problem of your own, such as "
+        f"'my_package.my_module:MyProblem'; got {data!r}."
+    )
 
 
 def _number(value: object) -> object:
@@ -123,8 +135,10 @@ class DataSettings(_Section):
     """What is trained on.
 
     Attributes:
-        data: the data set: ``"motorcycle"`` (the embedded photograph), ``"yeast"``, or one that is
-            read from ``root``: ``"nyud-v2"``, ``"pascal-context"``, ``"taskonomy"``.
+        data: the data set: ``"motorcycle"`` (the embedded photograph), ``"yeast"``, one that is
+            read from ``root`` (``"nyud-v2"``, ``"pascal-context"``, ``"taskonomy"``), or a
+            :class:`~taskgroup.lab.problem.Problem` of your own, as ``"my_package.my_module:name"``
+            or ``"folder/file.py:name"``.
         root: folder of a data set that is read from disk.
         subset: which of Taskonomy's buildings: ``"tiny"``, ``"medium"`` or ``"fullplus"``.
         tasks: the tasks to train, in the order of the data set; None trains all.
@@ -136,7 +150,7 @@ class DataSettings(_Section):
             reads it between the steps.
     """
 
-    data: Annotated[str, AfterValidator(_shipped)] = "motorcycle"
+    data: Annotated[str, AfterValidator(_known_data)] = "motorcycle"
     root: str | None = None
     subset: Literal["tiny", "medium", "fullplus"] = "tiny"
     tasks: Annotated[tuple[str, ...], BeforeValidator(_words)] | None = None
@@ -186,6 +200,10 @@ class NetworkSettings(_Section):
                 "weights are loaded into a backbone such as vit-t; backbone: tiny has random ones."
             )
         return self
+
+
+class ProblemSettings(NetworkSettings, DataSettings):
+    """What a problem is made with: the settings of the data and of the network."""
 
 
 class OptimizerSettings(_Section):
@@ -263,7 +281,7 @@ class GroupSettings(_Section):
 
 
 # Pydantic collects the fields of the last base first: data, network, optimizer, groups, the run.
-class Recipe(GroupSettings, OptimizerSettings, NetworkSettings, DataSettings):
+class Recipe(GroupSettings, OptimizerSettings, ProblemSettings):
     """All settings of a run: those of the four sections it inherits from, and of the run itself.
 
     Attributes:
@@ -343,7 +361,9 @@ def read_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
     """Read a recipe.
 
     Args:
-        name: a recipe that ships with the package, or the path of a YAML file.
+        name: a recipe that ships with the package, the path of a YAML file, or a problem of your
+            own, as in ``data``; a problem is trained for 300 batches of 32 unless ``changes`` say
+            otherwise.
         changes: ``{key: value}``, settings that override those of the recipe.
 
     Raises:
@@ -356,9 +376,11 @@ def read_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
     """
     path = _SHIPPED / f"{name}.yaml" if str(name) in recipe_names() else Path(name)
     if not path.is_file():
+        if is_own(str(name)):
+            return Recipe(**{"data": str(name), **_OWN, **(changes or {})})
         raise ValueError(
-            f"There is no recipe {str(name)!r}; name a YAML file or one of: "
-            f"{', '.join(recipe_names())}."
+            f"There is no recipe {str(name)!r}; name a YAML file, a problem of your own as "
+            f"MODULE:NAME, or one of: {', '.join(recipe_names())}."
         )
     try:
         settings = yaml.safe_load(path.read_text())

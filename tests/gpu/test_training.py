@@ -11,8 +11,9 @@ import taskgroup as tg
 pytest.importorskip("yaml", reason="recipes need PyYAML, which is not installed")
 pytest.importorskip("pydantic", reason="recipes need pydantic, which is not installed")
 
-from taskgroup.lab.compare.cost import step_seconds
+from taskgroup.lab.problem import Problem
 from taskgroup.lab.recipe import read_recipe
+from taskgroup.lab.studies.cost import step_seconds
 from taskgroup.lab.train import trainer as of_trainer
 from taskgroup.lab.train.trainer import Trainer
 from taskgroup.lab.vision.dense_losses import criterion
@@ -30,14 +31,11 @@ WAYS = {
 }
 
 
-class RandomImages:
+class RandomImages(Problem):
     """Tasks and losses of the photograph, whose other parts need libraries, on random numbers."""
 
-    titles = {name: task.title for name, task in TASKONOMY.items()}  # noqa: RUF012
-    lower_is_better = dict.fromkeys(TASKONOMY, True)
-    metrics = dict.fromkeys(TASKONOMY, "loss")
-    score = None
-    splits = ("held_out",)
+    tasks = {name: task.title for name, task in TASKONOMY.items()}  # noqa: RUF012
+    better = "lower"
 
     def __init__(self, settings):
         self._settings = settings

@@ -1,10 +1,12 @@
+import importlib
 import signal
+import sys
 
 import pytest
 import torch
 
 from taskgroup.lab import processes
-from taskgroup.lab.compare import workers
+from taskgroup.lab.studies import workers
 from tests.lab.small import InThisProcess
 
 
@@ -74,3 +76,15 @@ def made_up(monkeypatch):
         return cells
 
     return use
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A current folder for modules, which is not on sys.path, as for a program of pip's."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+    importlib.invalidate_caches()

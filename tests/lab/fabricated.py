@@ -2,11 +2,11 @@
 
 import math
 
-from taskgroup.lab.compare.intervals import Estimate
-from taskgroup.lab.compare.presets import preset
-from taskgroup.lab.compare.results import BUDGETS, Row, Table
 from taskgroup.lab.problem import make_problem
 from taskgroup.lab.recipe import read_recipe
+from taskgroup.lab.studies.intervals import Estimate
+from taskgroup.lab.studies.presets import preset
+from taskgroup.lab.studies.results import BUDGETS, Row, Table
 
 SPLITS = ("train", "validation", "held_out")
 

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from taskgroup.lab.compare import affinity_gain_report as report
-from taskgroup.lab.compare import intervals
-from taskgroup.lab.compare.affinity_gain import AffinityGain
-from taskgroup.lab.compare.intervals import spearman
+from taskgroup.lab.studies import affinity_gain_report as report
+from taskgroup.lab.studies import intervals
+from taskgroup.lab.studies.affinity_gain import AffinityGain
+from taskgroup.lab.studies.intervals import spearman
 from tests.lab.small import yeast
 
 TASKS = ["class1", "class2", "class3"]

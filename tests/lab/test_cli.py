@@ -511,7 +511,10 @@ def test_recipe_from_a_file(tmp_path):
             "lr must be a valid number, got 'fast'. Unknown setting 'dimm'; did you mean 'dim'",
         ),
         (["--set", "tasks=normal,edges"], "motorcycle has no task 'edges'; its tasks are depth_"),
-        (["--set", "data=nyud"], "data must be 'motorcycle', .* or 'taskonomy', got 'nyud'"),
+        (
+            ["--set", "data=nyud"],
+            "data must be 'motorcycle', .*, 'taskonomy' or a problem of your own, .*; got 'nyud'",
+        ),
         (["--grouping", "random:12"], "cannot fill 12 groups with 11 tasks"),
         (["--baseline", "nowhere"], "nowhere has no summary.json"),
     ],

@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from taskgroup.lab.cli import app
-from taskgroup.lab.compare import intervals, workers
-from taskgroup.lab.compare.comparison import Comparison
-from taskgroup.lab.compare.presets import Variant
+from taskgroup.lab.studies import intervals, workers
+from taskgroup.lab.studies.comparison import Comparison
+from taskgroup.lab.studies.presets import Variant
 from tests.lab.small import options, yeast
 
 

@@ -8,13 +8,13 @@ import statistics
 import pytest
 
 import taskgroup as tg
-from taskgroup.lab.compare import cost, workers
-from taskgroup.lab.compare.comparison import Comparison
-from taskgroup.lab.compare.intervals import Estimate
-from taskgroup.lab.compare.presets import PRESETS, Variant, preset, variants_by_name
-from taskgroup.lab.compare.results import Row
 from taskgroup.lab.problem import make_problem
 from taskgroup.lab.recipe import Recipe, read_recipe
+from taskgroup.lab.studies import cost, workers
+from taskgroup.lab.studies.comparison import Comparison
+from taskgroup.lab.studies.intervals import Estimate
+from taskgroup.lab.studies.presets import PRESETS, Variant, preset, variants_by_name
+from taskgroup.lab.studies.results import Row
 from taskgroup.lab.train.trainer import Trainer, task_names
 from tests.lab.small import InThisProcess, yeast
 
@@ -137,7 +137,7 @@ def test_metrics_that_are_not_numbers_are_a_divergence(tmp_path, trained, monkey
     problem = type(make_problem(yeast()))
     evaluate = problem.evaluate
 
-    def lose(self, model, split, quick=False):
+    def lose(self, model, split):
         return dict.fromkeys(evaluate(self, model, split), math.nan)
 
     monkeypatch.setattr(problem, "evaluate", lose)

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from taskgroup.lab.compare import comparison_plot
-from taskgroup.lab.compare.comparison_plot import delta_m_plot
-from taskgroup.lab.compare.intervals import Estimate
-from taskgroup.lab.compare.limits import limits
-from taskgroup.lab.compare.presets import Variant
-from taskgroup.lab.compare.results import BUDGETS
+from taskgroup.lab.studies import comparison_plot
+from taskgroup.lab.studies.comparison_plot import delta_m_plot
+from taskgroup.lab.studies.intervals import Estimate
+from taskgroup.lab.studies.limits import limits
+from taskgroup.lab.studies.presets import Variant
+from taskgroup.lab.studies.results import BUDGETS
 from tests.lab.fabricated import fabricated, variants
 
 KINDS = {"selective updates", "joint training (GD)", "other methods"}

@@ -8,10 +8,10 @@ import re
 import pytest
 from rich.console import Console
 
-from taskgroup.lab.compare import comparison_report as report
-from taskgroup.lab.compare.intervals import Estimate
-from taskgroup.lab.compare.presets import PRESETS
-from taskgroup.lab.compare.results import BUDGETS
+from taskgroup.lab.studies import comparison_report as report
+from taskgroup.lab.studies.intervals import Estimate
+from taskgroup.lab.studies.presets import PRESETS
+from taskgroup.lab.studies.results import BUDGETS
 from tests.lab.fabricated import fabricated, variants
 
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from taskgroup.lab.cli import app
-from taskgroup.lab.compare import comparison
 from taskgroup.lab.report.live import Display
+from taskgroup.lab.studies import comparison
 from taskgroup.lab.train.trainer import Progress
 from tests.lab.small import options
 from tests.terminal import interrupted, screen

@@ -14,11 +14,11 @@ from distributed.utils import get_mp_context
 from typer.testing import CliRunner
 
 from taskgroup.lab.cli import app
-from taskgroup.lab.compare import dask_cluster
-from taskgroup.lab.compare.cell import Cell
-from taskgroup.lab.compare.comparison import Comparison
-from taskgroup.lab.compare.comparison_display import ComparisonDisplay
-from taskgroup.lab.compare.presets import Variant
+from taskgroup.lab.studies import dask_cluster
+from taskgroup.lab.studies.cell import Cell
+from taskgroup.lab.studies.comparison import Comparison
+from taskgroup.lab.studies.comparison_display import ComparisonDisplay
+from taskgroup.lab.studies.presets import Variant
 from tests.lab.small import InThisProcess, options, yeast
 
 GD, SELECTIVE = (Variant(name, name, {"method": name}) for name in ("gd", "selective"))
@@ -32,7 +32,7 @@ def cluster():
     with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
         get_mp_context().set_forkserver_preload(
             [
-                *("distributed", "taskgroup.lab.compare.workers", "taskgroup.lab.data.yeast"),
+                *("distributed", "taskgroup.lab.studies.workers", "taskgroup.lab.data.yeast"),
                 "torch._dynamo",  # which the first step of an optimizer imports
             ]
         )

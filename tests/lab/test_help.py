@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 import taskgroup as tg
 from taskgroup.lab.cli import app
-from taskgroup.lab.compare.presets import PRESETS
 from taskgroup.lab.recipe import recipe_names
+from taskgroup.lab.studies.presets import PRESETS
 
 
 def pages(app, path=()):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from taskgroup.lab.compare.intervals import estimate, noise_floor
+from taskgroup.lab.studies.intervals import estimate, noise_floor
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 20])

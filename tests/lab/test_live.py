@@ -6,10 +6,10 @@ import re
 import pytest
 from rich.console import Console
 
-from taskgroup.lab.compare.cell import Cell
-from taskgroup.lab.compare.comparison_display import ComparisonDisplay
 from taskgroup.lab.recipe import read_recipe
 from taskgroup.lab.report.live import Display
+from taskgroup.lab.studies.cell import Cell
+from taskgroup.lab.studies.comparison_display import ComparisonDisplay
 from taskgroup.lab.train.trainer import Progress
 
 

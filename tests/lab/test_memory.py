@@ -4,7 +4,7 @@ import gc
 
 import torch
 
-from taskgroup.lab.compare.cell import Cell, train_cell
+from taskgroup.lab.studies.cell import Cell, train_cell
 from taskgroup.lab.train.memory import peak_bytes
 from tests.lab.small import yeast
 

@@ -7,11 +7,11 @@ import torch
 from torch.utils._pytree import tree_map
 
 import taskgroup as tg
-from taskgroup.lab.compare import cost
-from taskgroup.lab.compare.cell import Cell, train_cell
-from taskgroup.lab.compare.cost import step_seconds
 from taskgroup.lab.report.page import write_report
 from taskgroup.lab.report.run_data import load_run_data
+from taskgroup.lab.studies import cost
+from taskgroup.lab.studies.cell import Cell, train_cell
+from taskgroup.lab.studies.cost import step_seconds
 from taskgroup.lab.train import trainer as of_trainer
 from taskgroup.lab.train.run import Run
 from taskgroup.lab.train.trainer import Trainer, find_device

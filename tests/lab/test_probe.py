@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import taskgroup as tg
-from taskgroup.lab.compare.comparison import Comparison
-from taskgroup.lab.compare.presets import Variant
-from taskgroup.lab.compare.probe import check_workers, probe
+from taskgroup.lab.studies.comparison import Comparison
+from taskgroup.lab.studies.presets import Variant
+from taskgroup.lab.studies.probe import check_workers, probe
 from tests.lab.small import InThisProcess, yeast
 
 HERE = {
@@ -15,6 +15,7 @@ HERE = {
     "device": "cuda",
     "host": "node1",
     "gpus": ["0"],
+    "source": {},
 }
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from taskgroup.lab import processes
-from taskgroup.lab.compare import workers
-from taskgroup.lab.compare.cell import Cell
-from taskgroup.lab.compare.comparison import Comparison
-from taskgroup.lab.compare.presets import Variant
+from taskgroup.lab.studies import workers
+from taskgroup.lab.studies.cell import Cell
+from taskgroup.lab.studies.comparison import Comparison
+from taskgroup.lab.studies.presets import Variant
 from tests.lab.small import InThisProcess, yeast
 
 GD, SELECTIVE = (Variant(name, name, {"method": name}) for name in ("gd", "selective"))

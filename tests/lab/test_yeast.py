@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from taskgroup.lab.data.yeast import _SPLITS, Yeast, _tables
-from taskgroup.lab.problem import make_problem
+from taskgroup.lab.problem import make_problem, measure
 from tests.lab.small import yeast
 
 
@@ -45,7 +45,7 @@ def test_splits_are_the_whole_data_set(records, order):
 
 def test_titles_are_the_columns():
     _, labels = next(iter(datasets.Yeast()))
-    assert [title.replace(" ", "") for title in Yeast.titles.values()] == list(labels)
+    assert [title.replace(" ", "") for title in Yeast.tasks.values()] == list(labels)
 
 
 def test_losses_of_the_raw_records(records, order):
@@ -68,7 +68,7 @@ def test_metric_is_the_area_under_the_roc_curve(split, records, order):
     problem = make_problem(yeast(dropout=0.5))
     torch.manual_seed(0)
     model = problem.model(["class3", "class14"]).train()
-    found = problem.evaluate(model, split)
+    found = measure(problem, model, ["class3", "class14"], split)
     assert model.training
     with torch.no_grad():
         scores = model.eval()(_tables()[split].features)

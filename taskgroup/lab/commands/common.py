@@ -22,6 +22,7 @@ __all__ = [
     "RunFolders",
     "Size",
     "given",
+    "label",
     "say",
     "settings",
     "split",
@@ -37,7 +38,11 @@ def _absolute(folder: str | None) -> str | None:
 # Read here, since importing taskgroup.lab.recipe would make --help slow.
 _RECIPES = sorted(file.stem for file in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 RecipeName = Annotated[
-    str, typer.Argument(help=f"Recipe: {', '.join(_RECIPES)}; or the path of a YAML file.")
+    str,
+    typer.Argument(
+        help=f"Recipe: {', '.join(_RECIPES)}; the path of a YAML file; or a problem of your own, "
+        "such as my_package.my_module:MyProblem or my_file.py:MyProblem."
+    ),
 ]
 RunFolders = Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")]
 Batches = Annotated[int | None, typer.Option(help="Number of batches of a run.")]
@@ -83,6 +88,15 @@ def settings(recipe: str, changes: list[str] | None, **options: object) -> Recip
     from taskgroup.lab.recipe import parse_changes, read_recipe
 
     return read_recipe(recipe, {**parse_changes(changes or []), **given(**options)})
+
+
+def label(recipe: str) -> str:
+    """What the folder of a recipe's results is named after."""
+    place, colon, name = recipe.rpartition(":")
+    if not colon or Path(recipe).is_file():
+        return Path(recipe).stem
+    module = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
+    return f"{module}-{name}"
 
 
 def split(text: str) -> list[str]:

@@ -82,13 +82,14 @@ def compare(
 ) -> None:
     """Compare methods over seeds, at equal batches and equal time; run it again to continue."""
     import taskgroup as tg
-    from taskgroup.lab.compare import comparison_report as report
-    from taskgroup.lab.compare.comparison import Comparison
-    from taskgroup.lab.compare.comparison_display import ComparisonDisplay
-    from taskgroup.lab.compare.comparison_plot import delta_m_plot
-    from taskgroup.lab.compare.presets import JOINT, variants_by_name
-    from taskgroup.lab.compare.presets import preset as variants_of
     from taskgroup.lab.problem import make_problem
+    from taskgroup.lab.recipe import is_own
+    from taskgroup.lab.studies import comparison_report as report
+    from taskgroup.lab.studies.comparison import Comparison
+    from taskgroup.lab.studies.comparison_display import ComparisonDisplay
+    from taskgroup.lab.studies.comparison_plot import delta_m_plot
+    from taskgroup.lab.studies.presets import JOINT, variants_by_name
+    from taskgroup.lab.studies.presets import preset as variants_of
     from taskgroup.lab.train.trainer import task_names
 
     options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
@@ -102,11 +103,13 @@ def compare(
         numbers = [float(rate) for rate in tried]
     except ValueError:
         raise ValueError(f"--rates takes numbers, got {', '.join(tried)}.") from None
+    if is_own(chosen.data):
+        common.say(f"Checking {chosen.data} on one batch of every method")
     comparison = Comparison(
         chosen,
         variants,
         seeds,
-        out or Path("runs") / f"compare-{Path(recipe).stem}",
+        out or Path("runs") / f"compare-{common.label(recipe)}",
         budgets=common.split(budgets),
         rates=numbers or [chosen.lr / 3, chosen.lr, 3 * chosen.lr],
         strict=methods is not None,
@@ -145,9 +148,9 @@ def affinity_gain(
 ) -> None:
     """Train every pair of tasks, and test whether affinities predict what the tasks gain."""
     import taskgroup as tg
-    from taskgroup.lab.compare import affinity_gain_report as report
-    from taskgroup.lab.compare.affinity_gain import AFFINITIES, AffinityGain
-    from taskgroup.lab.compare.comparison_display import ComparisonDisplay
+    from taskgroup.lab.studies import affinity_gain_report as report
+    from taskgroup.lab.studies.affinity_gain import AFFINITIES, AffinityGain
+    from taskgroup.lab.studies.comparison_display import ComparisonDisplay
 
     options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
     chosen = common.settings(recipe, set_, **options)
@@ -155,7 +158,7 @@ def affinity_gain(
     measured = AffinityGain(
         chosen,
         seeds,
-        out or Path("runs") / f"affinity-gain-{Path(recipe).stem}",
+        out or Path("runs") / f"affinity-gain-{common.label(recipe)}",
     )
     console = rich.get_console()
     display = ComparisonDisplay(str(measured.out), AFFINITIES, console)
@@ -185,7 +188,7 @@ def _check(recipe: Recipe, jobs: int | None, dask: str | None) -> None:
 @contextmanager
 def _executor(dask: str | None, recipe: Recipe) -> Iterator[Executor | None]:
     """The workers of a dask cluster; None stands for processes on this machine."""
-    from taskgroup.lab.compare.dask_cluster import dask_cluster
+    from taskgroup.lab.studies.dask_cluster import dask_cluster
 
     if dask is None:
         yield None

@@ -8,9 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from taskgroup.lab.compare.formats import TerminalTable
 from taskgroup.lab.data.check import Checked
 from taskgroup.lab.problem import Problem
+from taskgroup.lab.studies.formats import TerminalTable
 from taskgroup.lab.train.evaluation import Summary
 from taskgroup.lab.words import counted
 
@@ -51,7 +51,8 @@ def evaluation_table(
     rows = []
     for task, value in metrics.items():
         lower = problem.lower_is_better[task]
-        rows.append((_named(problem.titles[task], problem.metrics[task], lower), f"{value:.4f}"))
+        name = _named(problem.titles[task], problem.metric_names[task], lower)
+        rows.append((name, f"{value:.4f}"))
     gain = [] if delta is None else [(f"Δm against {baseline}", f"{delta:+.2f} %")]
     return _table(title, ("↑ higher is better, ↓ lower", ""), [rows, gain])
 

@@ -59,16 +59,20 @@ def train(
             "training."
         )
     from taskgroup.lab.commands.tables import summary_table
-    from taskgroup.lab.recipe import parse_changes
+    from taskgroup.lab.recipe import is_own, parse_changes
     from taskgroup.lab.report.live import Display
     from taskgroup.lab.report.matplotlib_figures import draw_run
+    from taskgroup.lab.train.rehearsal import rehearse
     from taskgroup.lab.train.run import Interrupted, Run
 
     if resume is not None:
         run = Run.resume(resume, {**parse_changes(set_ or []), **options})
     else:
         chosen = common.settings(recipe, set_, **options)
-        name = f"{Path(recipe).stem}-{chosen.method}-{chosen.seed}"
+        if is_own(chosen.data):
+            common.say(f"Checking {chosen.data} on one batch")
+            rehearse(chosen)
+        name = f"{common.label(recipe)}-{chosen.method}-{chosen.seed}"
         run = Run(chosen, out or _free(Path("runs") / name))
     console = rich.get_console()
     titles = dict(run.trainer.problem.titles)
@@ -108,8 +112,10 @@ def evaluate(
 
     import taskgroup as tg
     from taskgroup.lab.commands.tables import evaluation_table
+    from taskgroup.lab.problem import measure
     from taskgroup.lab.recipe import parse_changes
     from taskgroup.lab.train.evaluation import delta_m, load_trained, read_baseline
+    from taskgroup.lab.train.trainer import task_names
 
     changes = parse_changes(set_ or []) | common.given(root=data)
     against: dict[Path, dict[str, float]] = {}
@@ -121,7 +127,7 @@ def evaluate(
                 f"{trained.recipe.data} has no split {split}; it has "
                 f"{', '.join(trained.problem.splits)}."
             )
-        tasks = list(trained.model.heads)
+        tasks = task_names(trained.recipe, trained.problem)
         if baseline is not None:
             against[run] = read_baseline(baseline, tasks)
         if save is not None and (twice := [task for task in tasks if task in of_run]):
@@ -136,7 +142,8 @@ def evaluate(
     for run in runs:
         trained = load_trained(run, changes)
         problem = trained.problem
-        metrics = problem.evaluate(trained.model, split)
+        tasks = task_names(trained.recipe, problem)
+        metrics = measure(problem, trained.model, tasks, split)
         delta = delta_m(metrics, against[run], problem) if run in against else None
         saved |= metrics
         title = f"{run}, {trained.batch} batches, {split}"

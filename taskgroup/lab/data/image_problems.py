@@ -31,7 +31,7 @@ from taskgroup.lab.data.dense_dataset import Transform
 from taskgroup.lab.data.files import read_photo
 from taskgroup.lab.data.motorcycle import Motorcycle
 from taskgroup.lab.problem import Problem
-from taskgroup.lab.recipe import Recipe
+from taskgroup.lab.recipe import ProblemSettings
 from taskgroup.lab.vision import predictions
 from taskgroup.lab.vision.backbones import ViTFeatures, backbone, save_config
 from taskgroup.lab.vision.dense_losses import criterion
@@ -53,14 +53,19 @@ class DenseProblem(Problem):
     upper bound, so there is no score in (0, 1).
     """
 
-    def __init__(self, settings: Recipe, kind: type[DenseDataset], splits: Sequence[str]) -> None:
+    def __init__(
+        self, settings: ProblemSettings, kind: type[DenseDataset], splits: Sequence[str]
+    ) -> None:
         self._settings = settings
         self._kind = kind
         self._tasks = kind.TASKS
         self.splits = splits
-        self.titles: Mapping[str, str] = {name: task.title for name, task in self._tasks.items()}
+        self.tasks = {name: task.title for name, task in self._tasks.items()}
         self.metrics = {name: task.metric_name for name, task in self._tasks.items()}
-        self.lower_is_better = {name: task.lower_is_better for name, task in self._tasks.items()}
+        self.better = {
+            name: "lower" if task.lower_is_better else "higher"
+            for name, task in self._tasks.items()
+        }
 
     def model(self, tasks: Sequence[str]) -> tg.MultiTaskModel:
         """The backbone with a head for each of the tasks."""
@@ -124,7 +129,7 @@ class DenseProblem(Problem):
 class MotorcycleProblem(DenseProblem):
     """Crops of the embedded photograph; all metrics are errors."""
 
-    def __init__(self, settings: Recipe) -> None:
+    def __init__(self, settings: ProblemSettings) -> None:
         super().__init__(settings, Taskonomy, ("train", "held_out"))
         self.scene = _scene(settings.size)
 
@@ -134,7 +139,7 @@ class MotorcycleProblem(DenseProblem):
         drawn = (self.scene.sample(batch_size, generator) for _ in count())
         return islice(drawn, start, None)
 
-    def evaluate(self, model: nn.Module, split: str, quick: bool = False) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """The error of every task on the fixed crops of a split."""
         return evaluate(model, _crops(self._settings.size, split))
 
@@ -169,7 +174,7 @@ class BenchmarkProblem(DenseProblem):
     in which something is missing is refused before the first batch; predictions need no data.
     """
 
-    def __init__(self, settings: Recipe) -> None:
+    def __init__(self, settings: ProblemSettings) -> None:
         kind = DATASETS[settings.data]
         super().__init__(settings, kind, tuple(kind.ROLES))
         size = settings.size
@@ -214,17 +219,17 @@ class BenchmarkProblem(DenseProblem):
         data.transform = self._augmented
         return training_batches(data, batch_size, seed=seed, start=start, workers=self._workers)
 
-    def evaluate(self, model: nn.Module, split: str, quick: bool = False) -> dict[str, float]:
-        """The metric of every task on a split; for ``"train"`` on 64 images, not augmented.
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """The metric of every task on a split; for ``"train"`` on 64 images, not augmented."""
+        return self._evaluate(model, split, self._split(split))
 
-        ``quick`` leaves edges out, whose metric takes seconds per image.
-        """
-        data = self._split(split)
-        if quick:
-            data = copy.copy(data)
-            data.tasks = [name for name in data.tasks if self._tasks[name].metric != "ods_f"]
-        if not data.tasks:
-            return {}
+    def evaluate_quickly(self, model: nn.Module, split: str) -> dict[str, float]:
+        """The same without edges, whose metric takes seconds per image."""
+        data = copy.copy(self._split(split))
+        data.tasks = [name for name in data.tasks if self._tasks[name].metric != "ods_f"]
+        return self._evaluate(model, split, data) if data.tasks else {}
+
+    def _evaluate(self, model: nn.Module, split: str, data: DenseDataset) -> dict[str, float]:
         batches = all_batches(
             data,
             self._settings.batch_size,

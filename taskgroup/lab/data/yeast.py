@@ -18,7 +18,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 import taskgroup as tg
 from taskgroup.lab.problem import Problem
-from taskgroup.lab.recipe import NetworkSettings
+from taskgroup.lab.recipe import ProblemSettings
 
 try:
     from river.datasets import Yeast as Records
@@ -55,12 +55,12 @@ class Yeast(Problem):
     label.
     """
 
-    titles: Mapping[str, str] = {f"class{k}": f"Class {k}" for k in range(1, 15)}
-    lower_is_better: Mapping[str, bool] = dict.fromkeys(titles, False)
-    metrics: Mapping[str, str] = dict.fromkeys(titles, "AUC")
+    tasks: Mapping[str, str] = {f"class{k}": f"Class {k}" for k in range(1, 15)}
+    better = "higher"
+    metrics = "AUC"
     splits = ("train", "validation", "held_out")
 
-    def __init__(self, settings: NetworkSettings) -> None:
+    def __init__(self, settings: ProblemSettings) -> None:
         self._settings = settings
         self._train = _tables()["train"]
 
@@ -97,22 +97,18 @@ class Yeast(Problem):
 
     def losses(self, outputs: Mapping[str, Tensor], batch: Table) -> dict[str, Tensor]:
         """Binary cross-entropy of every task."""
-        column = {task: k for k, task in enumerate(self.titles)}
+        column = {task: k for k, task in enumerate(self.tasks)}
         return {
             task: F.binary_cross_entropy_with_logits(output[:, 0], batch.labels[:, column[task]])
             for task, output in outputs.items()
         }
 
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, split: str, quick: bool = False) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """The area under the ROC curve of every task."""
         table = _tables()[split]
-        training = model.training
-        model.eval()
         device = next(model.parameters()).device
         outputs = model(table.features.to(device))
-        model.train(training)
-        labels = dict(zip(self.titles, table.labels.long().unbind(1), strict=True))
+        labels = dict(zip(self.tasks, table.labels.long().unbind(1), strict=True))
         return {
             task: binary_auroc(output[:, 0].cpu(), labels[task]).item()
             for task, output in outputs.items()

@@ -63,7 +63,7 @@ def _titles(data: str) -> Mapping[str, str]:
             from taskgroup.lab.data.yeast import Yeast  # imports torchmetrics, which takes seconds
         except ImportError:
             return {}
-        return Yeast.titles
+        return Yeast.tasks
     return {name: task.title for name, task in _TASKS.get(data, {}).items()}
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -49,7 +52,11 @@ class Batches:
         except Exception as error:  # the batch before it must be counted first
             self._error = error
 
-    def _send(self, tensor: Tensor) -> Tensor:
+    def _send(self, tensor: Any) -> Any:
+        if isinstance(tensor, Mapping):  # one that torch does not know, as of Hugging Face
+            return tree_map(self._send, dict(tensor))
+        if not isinstance(tensor, Tensor):  # such as the name of a file
+            return tensor
         if self._device.type == "cuda" and not tensor.is_pinned():
             # Copies the tensor's own numbers alone, if it is a part of a larger one.
             tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
 import taskgroup as tg
 from taskgroup.lab.problem import Problem, make_problem
@@ -58,7 +59,7 @@ class Trained(NamedTuple):
 
     recipe: Recipe
     problem: Problem
-    model: tg.MultiTaskModel
+    model: nn.Module
     batch: int
 
 

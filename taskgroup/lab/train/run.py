@@ -193,7 +193,7 @@ class Run:
                 conflicts = self.recipe.conflicts_every
                 if conflicts is not None and trainer.batch % conflicts == 0:
                     with trainer.losses_ahead() as losses:
-                        recorder.conflicts(losses, trainer.model.encoder.parameters())
+                        recorder.conflicts(losses, trainer.parts.shared)
                 if trainer.method is not None:
                     trainer.batches.peek()  # loading the batch is no part of its forward pass
                     recorder.begin_batch()
@@ -242,7 +242,7 @@ class Run:
             "method": self.recipe.method,
             "batches": trainer.batch,
             "steps": sum(line["steps"] for line in lines) - trainer.skipped,
-            "metric": {task: problem.metrics[task] for task in metrics},
+            "metric": {task: problem.metric_names[task] for task in metrics},
             "lower_is_better": {task: problem.lower_is_better[task] for task in metrics},
             "metrics": metrics,
             "delta_m": delta,

@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import PolynomialLR
 
 import taskgroup as tg
-from taskgroup.lab.problem import Batch, Problem, make_problem
+from taskgroup.lab.problem import Batch, Problem, make_problem, measure
 from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.batches import Batches
 from taskgroup.lab.train.credit import PublishedCredit
+from taskgroup.lab.train.network import find_parts, in_float32, run_network
 
 __all__ = ["Progress", "Trainer", "find_device", "make_model", "task_names"]
 
@@ -53,6 +54,7 @@ class Trainer:
         problem: the data set.
         tasks: the tasks that are trained, in the order of the data set.
         model: the network.
+        parts: its parameters: those of each task alone, and the shared ones.
         batches: the training data, batch after batch.
         groups: the task groups; a joint method has all tasks in one group.
         method: the joint method; None for those that step on the groups.
@@ -81,12 +83,13 @@ class Trainer:
             self.model = make_model(self.problem, self.tasks, self.device)
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
+        self.parts = find_parts(self.problem, self.model, self.tasks)
         self.groups = self._make_groups()
         self.method = self._make_method()
         head_lr = recipe.lr if recipe.head_lr is None else recipe.head_lr
         parameters = [
-            {"params": list(self.model.encoder.parameters()), "lr": recipe.lr},
-            {"params": list(self.model.heads.parameters()), "lr": head_lr},
+            {"params": self.parts.shared, "lr": recipe.lr},
+            {"params": self.parts.alone, "lr": head_lr},
         ]
         if self.method is not None and self.method.parameters():
             learned = {"params": self.method.parameters(), "lr": recipe.lr, "weight_decay": 0.0}
@@ -96,7 +99,7 @@ class Trainer:
             weight_decay=recipe.weight_decay,
             fused=True,  # on a CPU it takes a third of the default's time
         )
-        self.groups.attach(self.optimizer, self.model.heads, outside=recipe.outside)
+        self.groups.attach(self.optimizer, self.parts.heads, outside=recipe.outside)
         self.scheduler = PolynomialLR(self.optimizer, recipe.batches, recipe.poly_power)
         self.model.train()
 
@@ -105,7 +108,7 @@ class Trainer:
         affinity: tg.Affinity = tg.ProximalAffinity(decay=recipe.decay)
         grouping = recipe.make_grouping() if self._steps_on_groups else tg.Together()
         if recipe.affinity == "gradient":
-            affinity = tg.GradientAffinity(self.model.encoder, decay=recipe.decay)
+            affinity = tg.GradientAffinity(self.parts.shared, decay=recipe.decay)
         elif recipe.credit == "published" and grouping.reads_affinity:
             affinity = PublishedCredit(decay=recipe.decay)
         return tg.TaskGroups(
@@ -136,7 +139,7 @@ class Trainer:
         elif self.recipe.method == "dwa":
             options["epoch"] = max(1, self.recipe.batches // _EPOCHS)
         method = tg.methods.find(self.recipe.method)
-        return method(self.model.encoder, self.tasks, **options)
+        return method(self.parts.shared, self.tasks, **options)
 
     def step(self) -> Progress:
         """Train on one batch.
@@ -164,15 +167,15 @@ class Trainer:
             partition=self.groups.partition,
         )
 
-    def _outputs(self, batch: Batch, group: tg.Group | None = None) -> dict[str, Tensor]:
+    def _outputs(self, batch: Batch, group: tg.Group | None = None) -> dict[str, Any]:
         enabled = self.recipe.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            outputs: dict[str, Tensor] = self.model(self.problem.inputs(batch), group=group)
-        return outputs
+            return run_network(self.model, self.problem.inputs(batch), self.tasks, group)
 
-    def _losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    def _losses(self, outputs: Mapping[str, Any], batch: Batch) -> dict[str, Tensor]:
         """In float32: a bfloat16 has too few digits to tell what one step changed."""
-        return self.problem.losses({task: out.float() for task, out in outputs.items()}, batch)
+        outputs = {task: in_float32(output) for task, output in outputs.items()}
+        return self.problem.losses(outputs, batch)
 
     def _forward(self, batch: Batch, group: tg.Group | None = None) -> dict[str, Tensor]:
         """The losses of a batch, with the gradients set to zero."""
@@ -264,15 +267,14 @@ class Trainer:
     def lookahead(self) -> Tensor:
         """The inter-task affinity by its definition, ``[K, K]``, on a new batch."""
         batch = next(self.batches)
-        inputs = self.problem.inputs(batch)
         return tg.lookahead_affinity(
-            lambda: self._losses(self.model(inputs), batch), self.optimizer, self.model.encoder
+            lambda: self._losses(self._outputs(batch), batch), self.optimizer, self.parts.shared
         )
 
     def evaluate(self, split: str, quick: bool = False) -> dict[str, float]:
         """``{task: metric}`` on a split of the data; ``quick`` may leave out slow metrics."""
         with _memory_in_words(self.recipe):
-            return self.problem.evaluate(self.model, split, quick)
+            return measure(self.problem, self.model, self.tasks, split, quick)
 
     @property
     def peak_bytes(self) -> int | None:
@@ -366,7 +368,7 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def make_model(problem: Problem, tasks: Sequence[str], device: torch.device) -> tg.MultiTaskModel:
+def make_model(problem: Problem, tasks: Sequence[str], device: torch.device) -> nn.Module:
     """A problem's network in float32 on a device, whatever torch's default dtype and device are.
 
     Its weights are drawn on the CPU, so they are the same for every device.
@@ -375,9 +377,15 @@ def make_model(problem: Problem, tasks: Sequence[str], device: torch.device) -> 
     torch.set_default_dtype(torch.float32)
     try:
         with torch.device("cpu"):
-            return problem.model(tasks).to(device)
+            model = problem.model(tasks)
     finally:
         torch.set_default_dtype(dtype)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model() of {type(problem).__name__} must return a torch.nn.Module, got an object of "
+            f"type {type(model).__name__}."
+        )
+    return model.to(device)
 
 
 def task_names(recipe: Recipe, problem: Problem) -> list[str]:

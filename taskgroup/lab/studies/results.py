@@ -8,15 +8,17 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from taskgroup.lab.compare.cell import Result
-from taskgroup.lab.compare.intervals import Estimate, estimate, noise_floor
-from taskgroup.lab.compare.presets import Variant
 from taskgroup.lab.problem import Problem
 from taskgroup.lab.recipe import Recipe
+from taskgroup.lab.studies.cell import Result
+from taskgroup.lab.studies.intervals import Estimate, estimate, noise_floor
+from taskgroup.lab.studies.presets import Variant
 from taskgroup.lab.train.evaluation import delta_m
 from taskgroup.lab.words import counted
 
 __all__ = ["BUDGETS", "Row", "Runs", "Table", "delta_of", "make_row", "mean", "median"]
+
+_PER_VARIANT = ("time", "memory", "steps", "groups", "changes")  # of a row, in every record
 
 Runs = Mapping[int, Result]  # the finished runs of a variant, by seed
 Key = tuple[str, str]  # budget and split
@@ -106,6 +108,47 @@ class Table:
     refused: dict[str, str]
     failed: list[str]
 
+    def records(self) -> list[dict[str, Any]]:
+        """All numbers, a flat dict per variant, budget and split, as ``pandas.DataFrame`` takes.
+
+        ``delta_m`` and ``gain`` have the half-width of their 95% interval in ``..._half``. The
+        metric of each task is in a column of the metric's and the task's name. Unknown numbers are
+        NaN. The last records are those of single-task training, to which Δm refers.
+        """
+        records: list[dict[str, Any]] = []
+        for row in self.rows:
+            for (budget, split), delta in row.delta.items():
+                gain = row.gain[budget, split]
+                records.append(
+                    {
+                        "variant": row.variant.name,
+                        "budget": budget,
+                        "split": split,
+                        "batches": row.batches[budget],
+                        "rate": row.rate if budget == "tuned" else self.recipe.lr,
+                        "runs": delta.n,
+                        "diverged": row.diverged[budget],
+                        "delta_m": delta.mean,
+                        "delta_m_half": delta.half,
+                        "gain": gain.mean,
+                        "gain_half": gain.half,
+                        "noise_floor": row.floor[budget, split],
+                        "verdict": row.verdict(budget, split),
+                        **{name: getattr(row, name) for name in _PER_VARIANT},
+                        **self._by_column(row.metrics.get((budget, split), {})),
+                    }
+                )
+        for split, metrics in self.single.items():
+            known = {"variant": "single-task", "budget": "batches", "split": split}
+            numbers = {"batches": self.recipe.batches, "rate": self.recipe.lr, "runs": self.seeds}
+            records.append({**known, **numbers, **self._by_column(metrics)})
+        return records
+
+    def _by_column(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Metrics by the names of their columns; NaN if they are missing."""
+        names = self.problem.metric_names
+        return {f"{names[task]} {task}": metrics.get(task, math.nan) for task in self.tasks}
+
     @property
     def headline(self) -> str:
         """What was compared, in one line."""
@@ -123,11 +166,16 @@ class Table:
 def delta_of(
     result: Result, split: str, single: Mapping[str, Mapping[str, float]], problem: Problem
 ) -> float:
-    """Δm of a run against single-task training, in percent; NaN if the run diverged."""
+    """Δm of a run against single-task training, in percent.
+
+    NaN if the run diverged, or if a metric of single-task training is not above zero.
+    """
     if result["diverged"] is not None:
         return math.nan
     metrics = result["metrics"][split]
     baseline = {task: value for task, value in single[split].items() if task in metrics}
+    if not all(value > 0 for value in baseline.values()):  # nothing can be divided by it
+        return math.nan
     return delta_m(metrics, baseline, problem)
 
 

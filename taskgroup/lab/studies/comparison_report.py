@@ -8,13 +8,12 @@ import os
 from rich.console import RenderableType
 from rich.text import Text
 
-from taskgroup.lab.compare.formats import TerminalTable, markdown_table, save_csv
-from taskgroup.lab.compare.intervals import Estimate
-from taskgroup.lab.compare.results import BUDGETS, Table
+from taskgroup.lab.studies.formats import TerminalTable, markdown_table, save_csv
+from taskgroup.lab.studies.intervals import Estimate
+from taskgroup.lab.studies.results import BUDGETS, Table
+from taskgroup.lab.words import listed
 
 __all__ = ["markdown", "tables", "write_csv"]
-
-_PER_VARIANT = ("time", "memory", "steps", "groups", "changes")  # columns of the CSV
 
 Rows = tuple[list[str], list[list[str]]]  # header and rows
 
@@ -28,13 +27,13 @@ def tables(table: Table) -> list[RenderableType]:
     return [*shown, *(Text(f"{note}\n", style="dim") for note in _notes(table))]
 
 
-def markdown(table: Table, command: str) -> str:
-    """The results as Markdown, with the command line that made them."""
-    names = {table.problem.metrics[task] for task in table.tasks}
+def markdown(table: Table, command: str | None = None) -> str:
+    """The results as Markdown, with the command line that made them, if there was one."""
+    names = {table.problem.metric_names[task] for task in table.tasks}
     metric = names.pop() if len(names) == 1 else "Metric"
     parts = [
         f"# {table.headline}",
-        f"```\n{command}\n```",
+        *([] if command is None else [f"```\n{command}\n```"]),
         markdown_table(*_gain_rows(table)),
         markdown_table(*_difference_rows(table)),
         "\n".join(f"- {note}" for note in _notes(table)),
@@ -45,6 +44,8 @@ def markdown(table: Table, command: str) -> str:
             "Mean over the seeds. In brackets: the gain over single-task training, in percent.",
         ]
         for split, title in (("held_out", "Held-out data"), ("train", "Fixed training data")):
+            if split not in table.problem.splits:
+                continue
             parts += [f"{title}:", markdown_table(*_task_rows(table, budget, split))]
     groups = [
         [row.variant.title, f"{row.groups:.1f}", f"{100 * row.changes:.0f} %"]
@@ -62,41 +63,9 @@ def markdown(table: Table, command: str) -> str:
 
 def write_csv(table: Table, path: str | os.PathLike[str]) -> None:
     """Write all numbers, a line per variant, budget and split."""
-    lines: list[dict[str, object]] = []
-    for row in table.rows:
-        for (budget, split), delta in row.delta.items():
-            gain = row.gain[budget, split]
-            metrics = row.metrics.get((budget, split), {})
-            lines.append(
-                {
-                    "variant": row.variant.name,
-                    "budget": budget,
-                    "split": split,
-                    "batches": row.batches[budget],
-                    "rate": row.rate if budget == "tuned" else table.recipe.lr,
-                    "runs": delta.n,
-                    "diverged": row.diverged[budget],
-                    "delta_m": delta.mean,
-                    "delta_m_half": delta.half,
-                    "gain": gain.mean,
-                    "gain_half": gain.half,
-                    "noise_floor": row.floor[budget, split],
-                    "verdict": row.verdict(budget, split),
-                    **{name: getattr(row, name) for name in _PER_VARIANT},
-                    **_named(table, metrics),
-                }
-            )
-    for split, metrics in table.single.items():
-        known = {"variant": "single-task", "budget": "batches", "split": split}
-        numbers = {"batches": table.recipe.batches, "rate": table.recipe.lr, "runs": table.seeds}
-        lines.append({**known, **numbers, **_named(table, metrics)})
+    lines = table.records()
     header = list(lines[0])
     save_csv(path, header, ([line.get(column, "") for column in header] for line in lines))
-
-
-def _named(table: Table, metrics: dict[str, float]) -> dict[str, float]:
-    """Metrics by the names of their columns; NaN if they are missing."""
-    return {f"{table.problem.metrics[t]} {t}": metrics.get(t, math.nan) for t in table.tasks}
 
 
 def _gain_rows(table: Table) -> Rows:
@@ -113,7 +82,11 @@ def _gain_rows(table: Table) -> Rows:
 
 def _difference_rows(table: Table) -> Rows:
     last = table.budgets[-1]
-    keys = [*((budget, "held_out") for budget in table.budgets), (last, "train")]
+    keys = [(budget, "held_out") for budget in table.budgets]
+    columns = [f"held-out, {BUDGETS[budget]}" for budget in table.budgets]
+    if "train" in table.problem.splits:
+        keys.append((last, "train"))
+        columns.append(f"training data, {BUDGETS[last]}")
     rows = [
         [
             row.variant.title,
@@ -122,8 +95,7 @@ def _difference_rows(table: Table) -> Rows:
         for row in table.rows
         if row.variant.name != row.variant.against
     ]
-    held_out = [f"held-out, {BUDGETS[budget]}" for budget in table.budgets]
-    return ["Δm minus that of GD", *held_out, f"training data, {BUDGETS[last]}"], rows
+    return ["Δm minus that of GD", *columns], rows
 
 
 def _task_rows(table: Table, budget: str, split: str) -> Rows:
@@ -134,7 +106,9 @@ def _task_rows(table: Table, budget: str, split: str) -> Rows:
         metrics = row.metrics.get((budget, split), {})
         for task in table.tasks:
             cells.append("")
-            if task in metrics:
+            if task in metrics and single[task] <= 0:  # nothing can be divided by it
+                cells[-1] = f"{metrics[task]:.4f}"
+            elif task in metrics:
                 sign = -1 if table.problem.lower_is_better[task] else 1
                 gain = sign * 100 * (metrics[task] - single[task]) / single[task]
                 cells[-1] = f"{metrics[task]:.4f} ({gain:+.1f})"
@@ -169,6 +143,11 @@ def _notes(table: Table) -> list[str]:
         notes.append(
             f"Best rate: equal time, at the one of {len(table.rates)} learning rates with the best "
             "held-out Δm over other seeds, for encoder and heads alike; the rate is in brackets."
+        )
+    if useless := [task for task, value in table.single["held_out"].items() if value <= 0]:
+        notes.append(
+            "Δm is unknown: it divides by the held-out metrics of single-task training, and those "
+            f"of {listed(useless)} are not above zero."
         )
     batches = table.seeds * table.recipe.batches
     notes += [

@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from taskgroup.lab.compare.intervals import Estimate
-from taskgroup.lab.compare.limits import limits
-from taskgroup.lab.compare.results import BUDGETS, Row, Table
 from taskgroup.lab.report.colours import HARMS, SERVES
 from taskgroup.lab.report.matplotlib_figures import open_axes, save
+from taskgroup.lab.studies.intervals import Estimate
+from taskgroup.lab.studies.limits import limits
+from taskgroup.lab.studies.results import BUDGETS, Row, Table
 from taskgroup.lab.words import counted
 
 __all__ = ["delta_m_plot"]

@@ -10,10 +10,12 @@ from typing import TypedDict
 import torch
 
 import taskgroup as tg
+from taskgroup.lab.importing import sources
 from taskgroup.lab.problem import make_problem
 from taskgroup.lab.processes import visible_gpus
-from taskgroup.lab.recipe import Recipe
+from taskgroup.lab.recipe import Recipe, is_own
 from taskgroup.lab.train.trainer import find_device, task_names
+from taskgroup.lab.words import listed
 
 __all__ = ["Environment", "check_workers", "probe"]
 
@@ -26,6 +28,7 @@ class Environment(TypedDict):
     device: str  # "cpu" or "cuda"
     host: str
     gpus: list[str]  # as CUDA_VISIBLE_DEVICES names them; none on the CPU
+    source: dict[str, str]  # digests of the files of a problem of the user's own
 
 
 def probe(recipe: Recipe) -> Environment:
@@ -43,6 +46,7 @@ def probe(recipe: Recipe) -> Environment:
         device=device,
         host=socket.gethostname(),
         gpus=visible_gpus() if device == "cuda" else [],
+        source=_source(recipe),
     )
 
 
@@ -68,6 +72,14 @@ def check_workers(recipe: Recipe, found: Mapping[str, Environment | BaseExceptio
                 f"{worker} has taskgroup {environment['taskgroup']}, and this process has "
                 f"{tg.__version__}; install the same version everywhere."
             )
+        own = _source(recipe)
+        theirs = environment["source"]
+        if differing := [f for f in sorted({*own, *theirs}) if own.get(f) != theirs.get(f)]:
+            raise RuntimeError(
+                f"{worker} has another version of {recipe.data} than this process: "
+                f"{listed(differing)} differ; give all workers the same files, and start them "
+                "again if the files have changed."
+            )
     known = {w: env for w, env in found.items() if not isinstance(env, BaseException)}
     for (one, here), (other, there) in itertools.pairwise(known.items()):
         if here["torch"] != there["torch"]:
@@ -89,3 +101,7 @@ def check_workers(recipe: Recipe, found: Mapping[str, Environment | BaseExceptio
                 "would both train on the first; give each a GPU of its own with "
                 "CUDA_VISIBLE_DEVICES, as `dask cuda worker` does."
             )
+
+
+def _source(recipe: Recipe) -> dict[str, str]:
+    return sources(recipe.data) if is_own(recipe.data) else {}

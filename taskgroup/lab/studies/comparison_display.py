@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from taskgroup.lab.compare.cell import Cell, Result
 from taskgroup.lab.report.live import LiveDisplay
+from taskgroup.lab.studies.cell import Cell, Result
 
 __all__ = ["ComparisonDisplay"]
 

@@ -11,12 +11,14 @@ from typing import Any
 import yaml
 
 import taskgroup as tg
-from taskgroup.lab.compare.cell import Cell, Result, open_folder
-from taskgroup.lab.compare.presets import JOINT, REFERENCE, Variant
-from taskgroup.lab.compare.results import BUDGETS, Runs, Table, delta_of, make_row, mean, median
-from taskgroup.lab.compare.workers import Listener, Workers
 from taskgroup.lab.problem import make_problem
-from taskgroup.lab.recipe import Recipe
+from taskgroup.lab.recipe import Recipe, is_own
+from taskgroup.lab.studies.cell import Cell, Result, open_folder
+from taskgroup.lab.studies.presets import JOINT, REFERENCE, Variant
+from taskgroup.lab.studies.results import BUDGETS, Runs, Table, delta_of, make_row, mean, median
+from taskgroup.lab.studies.source import check_source
+from taskgroup.lab.studies.workers import Listener, Workers
+from taskgroup.lab.train.rehearsal import rehearse, rehearse_step
 from taskgroup.lab.train.trainer import Trainer, task_names
 
 __all__ = ["Comparison"]
@@ -27,8 +29,10 @@ _TUNING_SEEDS = 1000  # rates are chosen on other seeds than those that are comp
 class Comparison:
     """Trains variants of a recipe over several seeds, in parallel worker processes.
 
-    The folder holds ``base.yaml``, the recipe; ``cells/``, a small file per finished run; and
-    ``costs.yaml`` and ``batches.yaml``, the measured costs and the budgets that follow from them.
+    The folder holds ``base.yaml``, the recipe; ``cells/``, a small file per finished run;
+    ``costs.yaml`` and ``batches.yaml``, the measured costs and the budgets that follow from them;
+    and ``source.yaml``, digests of the source of a problem of the user's own. Such a problem is
+    checked on one batch of every method before the first run.
     Finished runs are not run again: a comparison that was stopped continues, and one with more
     seeds or variants adds to the folder.
 
@@ -43,7 +47,8 @@ class Comparison:
         strict: raise if a variant cannot work on the data, instead of leaving it out.
 
     Raises:
-        ValueError: if a setting is out of range or, with ``strict``, a variant cannot work.
+        ValueError: if a setting is out of range, a problem of the user's own lacks something or has
+            changed since the folder was begun, or, with ``strict``, a variant cannot work.
     """
 
     def __init__(
@@ -88,16 +93,24 @@ class Comparison:
         if len(self.tasks) < 2:
             raise ValueError("A comparison needs at least two tasks, which can share a group.")
         self._single_metrics: dict[str, dict[str, float]] | None = None
+        if is_own(recipe.data):
+            rehearse(recipe, relative=True)
         self.refused: dict[str, str] = {}
         self.variants = [variant for variant in variants if self._can_work(variant, strict)]
         self._by_name = {variant.name: variant for variant in self.variants}
         self._folder = open_folder(self.out, recipe)
+        check_source(self.out, recipe.data)
 
     def _can_work(self, variant: Variant, strict: bool) -> bool:
-        """Whether the method can be set up, before hours are spent on the others."""
+        """Whether the method can be set up, before hours are spent on the others.
+
+        On a problem of the user's own, it is also trained on one batch.
+        """
         try:
             # On the CPU, because the memory of a GPU is for the processes that train.
-            Trainer(self.recipe.replace(**{**variant.settings, "device": "cpu"}))
+            trainer = Trainer(self.recipe.replace(**{**variant.settings, "device": "cpu"}))
+            if is_own(self.recipe.data):
+                rehearse_step(trainer, variant.title)
         except (ValueError, ImportError) as error:
             if strict:
                 raise ValueError(f"{variant.title} cannot be compared here: {error}") from error

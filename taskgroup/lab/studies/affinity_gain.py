@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 
 import taskgroup as tg
-from taskgroup.lab.compare.cell import Cell, Result, open_folder
-from taskgroup.lab.compare.intervals import Correlation, Floats, spearman
-from taskgroup.lab.compare.workers import Listener, Workers
 from taskgroup.lab.problem import Problem, make_problem
-from taskgroup.lab.recipe import Recipe
+from taskgroup.lab.recipe import Recipe, is_own
 from taskgroup.lab.report.affinities import relative
+from taskgroup.lab.studies.cell import Cell, Result, open_folder
+from taskgroup.lab.studies.intervals import Correlation, Floats, spearman
+from taskgroup.lab.studies.source import check_source
+from taskgroup.lab.studies.workers import Listener, Workers
+from taskgroup.lab.train.rehearsal import rehearse
 from taskgroup.lab.train.trainer import task_names
 
 __all__ = ["AFFINITIES", "AffinityGain", "Gains"]
@@ -89,7 +91,10 @@ class AffinityGain:
             )
         self.seeds = seeds
         self.out = Path(out)
+        if is_own(recipe.data):
+            rehearse(recipe, relative=True)
         self._folder = open_folder(self.out, recipe)
+        check_source(self.out, recipe.data)
 
     def run(
         self,

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from taskgroup.lab.compare.probe import check_workers, probe
 from taskgroup.lab.recipe import Recipe
+from taskgroup.lab.studies.probe import check_workers, probe
 from taskgroup.lab.words import counted
 
 __all__ = ["dask_cluster"]
@@ -38,7 +38,7 @@ def dask_cluster(
         say: gets a sentence about the workers.
 
     Yields:
-        The executor, for :meth:`~taskgroup.lab.compare.comparison.Comparison.run`.
+        The executor, for :meth:`~taskgroup.lab.studies.comparison.Comparison.run`.
 
     Raises:
         ImportError: if dask's ``distributed`` is not installed.

@@ -11,12 +11,12 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import RenderableType
 from rich.text import Text
 
-from taskgroup.lab.compare.affinity_gain import AFFINITIES, Gains
-from taskgroup.lab.compare.formats import TerminalTable, markdown_table, save_csv
-from taskgroup.lab.compare.intervals import Correlation, Floats
-from taskgroup.lab.compare.limits import limits
 from taskgroup.lab.report.colours import SERVES
 from taskgroup.lab.report.matplotlib_figures import open_axes, save
+from taskgroup.lab.studies.affinity_gain import AFFINITIES, Gains
+from taskgroup.lab.studies.formats import TerminalTable, markdown_table, save_csv
+from taskgroup.lab.studies.intervals import Correlation, Floats
+from taskgroup.lab.studies.limits import limits
 from taskgroup.lab.words import counted
 
 __all__ = ["affinity_gain_plot", "markdown", "tables", "write_csv"]

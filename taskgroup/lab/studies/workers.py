@@ -9,11 +9,11 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from taskgroup.lab.compare.cell import Cell, Result, train_cell
-from taskgroup.lab.compare.cost import step_seconds
-from taskgroup.lab.compare.probe import check_workers, probe
 from taskgroup.lab.processes import hold_interrupts, process_pool, terminate, visible_gpus
 from taskgroup.lab.recipe import Recipe
+from taskgroup.lab.studies.cell import Cell, Result, train_cell
+from taskgroup.lab.studies.cost import step_seconds
+from taskgroup.lab.studies.probe import check_workers, probe
 from taskgroup.lab.train.trainer import find_device
 
 __all__ = ["Listener", "Workers"]
@@ -93,7 +93,7 @@ class Workers:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def measure(self, recipes: Mapping[str, Recipe]) -> dict[str, float]:
-        """Call :func:`~taskgroup.lab.compare.cost.step_seconds` in one worker; the others idle."""
+        """Call :func:`~taskgroup.lab.studies.cost.step_seconds` in one worker; the others idle."""
         ((future, _),) = self._calls(step_seconds, [recipes])
         return future.result()
 

@@ -181,7 +181,7 @@ def open_folder(folder: Path, recipe: Recipe) -> Path:
 
 def _holds_no_run(folder: Path) -> bool:
     """Whether a folder that was opened for runs holds no result and nothing measured."""
-    made = {"base.yaml", "cells", tg.recording.LOCK}
+    made = {"base.yaml", "source.yaml", "cells", tg.recording.LOCK}
     return {path.name for path in folder.iterdir()} <= made and not any(
         (folder / "cells").glob("*.json")
     )

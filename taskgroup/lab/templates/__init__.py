@@ -1,0 +1,1 @@
+"""The files that ``taskgroup new`` writes."""
