@@ -74,6 +74,7 @@ class Recorder:
             are then thinned; with K tasks it starts at K * K / 10,000.
         settings: of your run, such as ``{"lr": 1e-3, "seed": 0}``; the report tells runs apart by
             them. They may replace those of the groups.
+        titles: ``{task: name}`` as the report shows it; the tasks' own names by default.
 
     Raises:
         TypeError: if ``groups`` or ``log`` is none of these.
@@ -108,6 +109,7 @@ class Recorder:
         pairs: Iterable[tuple[str, str]] = (),
         every: int | None = None,
         settings: Mapping[str, Any] | None = None,
+        titles: Mapping[str, str] | None = None,
     ) -> None:
         if not isinstance(groups, TaskGroups | JointMethod):
             raise TypeError(
@@ -123,6 +125,7 @@ class Recorder:
             "taskgroup": __version__,
             "id": os.urandom(8).hex(),
             "tasks": list(self._tasks),
+            "titles": {task: str(title) for task, title in (titles or {}).items()},
             "settings": {**own, **(settings or {})},
             "ended": False,
         }

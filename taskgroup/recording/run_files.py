@@ -49,6 +49,7 @@ class Header(TypedDict):
     taskgroup: str  # the version that wrote the run
     id: str  # by which a resumed run knows its folder
     tasks: list[str]  # in the order of all matrices
+    titles: dict[str, str]  # names as shown, of the tasks that have one
     settings: dict[str, Any]  # "method" is always there
     ended: bool  # whether the recorder was closed
 

@@ -340,10 +340,18 @@ def drawn_of(run, matrix, monkeypatch, tmp_path):
     return found
 
 
+SHOWN = {
+    "depth_zbuffer": "Z-buffer depth",
+    "keypoints2d": "2D keypoints",
+    "normal": "Surface normals",
+    "reshading": "Reshading",
+}
+
+
 def test_affinity_of_a_run_is_the_matrix_of_the_page(write, monkeypatch, tmp_path):
     """In the order of the last groups, which are framed; its tasks have titles."""
     partition = [["normal", "reshading"], ["keypoints2d", "depth_zbuffer"]]
-    run = load_run_data(write("run", [partition] * 3, [(1, np.eye(4))], data="motorcycle"))
+    run = load_run_data(write("run", [partition] * 3, [(1, np.eye(4))], titles=SHOWN))
     assert run.tasks == ("depth_zbuffer", "keypoints2d", "normal", "reshading")
     random = np.random.RandomState(0)
     matrix = np.eye(4) + 0.2 * random.randn(4, 4) * (1 - np.eye(4))

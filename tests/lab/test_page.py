@@ -15,17 +15,14 @@ from selenium.webdriver.support.wait import WebDriverWait
 from typer.testing import CliRunner
 
 from taskgroup.lab.cli import app
-from taskgroup.lab.data import DATASETS
-from taskgroup.lab.data.yeast import Yeast
 from taskgroup.lab.problem import make_problem
-from taskgroup.lab.recipe import read_recipe, recipe_names
-from taskgroup.lab.report import affinities, colours, groups, labels, timing
+from taskgroup.lab.recipe import read_recipe
+from taskgroup.lab.report import affinities, colours, groups, timing
 from taskgroup.lab.report.groups import group_colours
 from taskgroup.lab.report.labels import titles
 from taskgroup.lab.report.page import write_report
 from taskgroup.lab.report.run_data import load_run_data, load_runs
 from taskgroup.lab.report.thinning import evenly, thin
-from taskgroup.lab.vision import TASKONOMY
 from taskgroup.ops.normalised_affinity import normalised_affinity
 from tests.browser import chromium
 from tests.lab.written_runs import put, write_run
@@ -268,6 +265,7 @@ def test_tasks_have_the_names_that_the_terminal_shows(tmp_path):
         [partition] * 3,
         [(1, np.eye(3))],
         data="motorcycle",
+        titles=shown,
         metrics={"normal": 0.5},
         conflicts=[(1, np.eye(3))],
     )
@@ -283,20 +281,9 @@ def test_tasks_have_the_names_that_the_terminal_shows(tmp_path):
     assert titles(load_run_data(run)) == {task: shown[task] for g in partition for task in g}
 
 
-@pytest.mark.parametrize("name", recipe_names())
-def test_titles_are_those_of_the_data_set(name):
-    recipe = read_recipe(name)
-    tasks = DATASETS[recipe.data].TASKS if recipe.data in DATASETS else TASKONOMY
-    known = {task: value.title for task, value in tasks.items()}
-    if recipe.data == "yeast":
-        known = dict(Yeast.titles)
-    run = SimpleNamespace(tasks=tuple(known), settings={"data": recipe.data})
-    assert titles(run) == known
-
-
-def test_tasks_that_share_a_title_keep_their_names(monkeypatch):
-    monkeypatch.setattr(labels, "_titles", lambda data: {"a": "Depth", "b": "Depth", "c": "Edges"})
-    run = SimpleNamespace(tasks=("a", "b", "c", "d"), settings={})
+def test_tasks_that_share_a_title_keep_their_names():
+    shared = {"a": "Depth", "b": "Depth", "c": "Edges"}
+    run = SimpleNamespace(tasks=("a", "b", "c", "d"), titles=shared)
     assert titles(run) == {"a": "a", "b": "b", "c": "Edges", "d": "d"}
 
 

@@ -19,6 +19,7 @@ def write_run(
     metrics=None,
     lower_is_better=True,
     delta_m=None,
+    titles=None,
     **settings,
 ):
     """Write a run; with ``seconds`` or ``metrics`` it is finished. Returns its folder.
@@ -30,6 +31,7 @@ def write_run(
     recipe = Recipe(**settings)
     tasks = sorted({task for group in partitions[0] for task in group}) if partitions else []
     header = {"format": 1, "taskgroup": "0", "id": "0", "tasks": tasks, "ended": False}
+    header["titles"] = titles or {}
     header["settings"] = recipe.model_dump(mode="json")
     (folder / "run.json").write_text(json.dumps(header), "utf-8")
     lines = []

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from pathlib import Path
 
 from taskgroup.lab.report.run_data import RunData
-from taskgroup.lab.vision.tasks import NYUD, PASCAL, TASKONOMY
 from taskgroup.lab.words import listed
 
 __all__ = [
@@ -31,12 +30,6 @@ INCIDENTAL = {
     *("seed", "checkpoint_every", "evaluate_every", "conflicts_every", "baseline"),
     *("root", "bad", "workers", "method", "tasks"),
 }
-_TASKS = {
-    "motorcycle": TASKONOMY,
-    "taskonomy": TASKONOMY,
-    "nyud-v2": NYUD,
-    "pascal-context": PASCAL,
-}
 _SPEAKING = {"data", "grouping", "backbone", "device", "precision"}  # their values need no name
 
 
@@ -50,21 +43,10 @@ def titles(run: RunData) -> dict[str, str]:
 
     A task without a title is shown by its name, and so is one that shares its title with another.
     """
-    known = _titles(str(run.settings.get("data")))
+    known = run.titles
     shown = Counter(known.get(task, task) for task in run.tasks)
     found = {task: known.get(task, task) for task in run.tasks}
     return {task: title if shown[title] == 1 else task for task, title in found.items()}
-
-
-def _titles(data: str) -> Mapping[str, str]:
-    """The titles that a data set gives its tasks; its files are not needed."""
-    if data == "yeast":
-        try:
-            from taskgroup.lab.data.yeast import Yeast  # imports torchmetrics, which takes seconds
-        except ImportError:
-            return {}
-        return Yeast.tasks
-    return {name: task.title for name, task in _TASKS.get(data, {}).items()}
 
 
 def short_names(runs: Sequence[RunData]) -> list[str]:

@@ -52,7 +52,8 @@ class RunData:
     Attributes:
         name: the folder of the run.
         settings: of its recipe, or of its :class:`taskgroup.Recorder`.
-        tasks: the K tasks in the order of the matrices; empty before the first batch.
+        tasks: the K tasks in the order of the matrices.
+        titles: ``{task: name as shown}``; a task without one is shown by its name.
         warmup: batches of warm-up; during the warm-up at least as many as there are so far.
         batches: ``[B]``, the number of each batch.
         groups: ``[B, K]``, the group of each task after the batch, counted from 0.
@@ -71,6 +72,7 @@ class RunData:
     name: str
     settings: Mapping[str, Any]
     tasks: tuple[str, ...]
+    titles: Mapping[str, str]
     warmup: int
     batches: NDArray[np.int64]
     groups: NDArray[np.int16]
@@ -145,6 +147,7 @@ def _load(run: Path) -> RunData:
         name=str(run),
         settings=header["settings"],
         tasks=tasks,
+        titles=header.get("titles", {}),
         warmup=warmup,
         batches=np.array(batches, np.int64),
         groups=np.array(groups, np.int16).reshape(len(batches), len(tasks)),

@@ -8,7 +8,14 @@ from typing import NamedTuple
 import numpy as np
 
 from taskgroup.lab.report.colours import SECTIONS
-from taskgroup.lab.report.labels import differing, left_out, settings_in_words, tasks_of, values
+from taskgroup.lab.report.labels import (
+    differing,
+    left_out,
+    settings_in_words,
+    tasks_of,
+    titles,
+    values,
+)
 from taskgroup.lab.report.run_data import RunData
 from taskgroup.lab.words import listed
 
@@ -81,7 +88,7 @@ def seconds_per_batch(runs: Sequence[RunData]) -> tuple[list[Bar], list[str]]:
             label += settings_in_words(run, ways, selective)
         if tasks_differ:
             few = len(run.tasks) <= 3
-            label.append(" + ".join(run.tasks) if few else f"{len(run.tasks)} tasks")
+            label.append(" + ".join(titles(run).values()) if few else f"{len(run.tasks)} tasks")
         mean = sections[done, method, how]
         joint = [sections[done, name, ()] for name in _JOINT if (done, name, ()) in sections]
         ratio = sum(mean.values()) / sum(joint[0].values()) if joint else None

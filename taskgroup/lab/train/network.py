@@ -74,7 +74,7 @@ def run_network(
     if isinstance(model, tg.MultiTaskModel) or "group" in signature(model.forward).parameters:
         named = {**named, "group": group}
     elif group is not None:
-        once = tg.statistics_once(model, group)  # type: ignore[arg-type]
+        once = tg.statistics_once(model, group)
     with once:
         outputs = model(*arguments, **named)
     if not isinstance(outputs, Mapping):
