@@ -195,7 +195,8 @@ RUN_ABOVE = (
         if page not in RUN_ABOVE and PYTHON.search((ROOT / "docs" / page).read_text("utf-8"))
     ],
 )
-def test_page(page, capsys):
+def test_page(page, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # some pages write a run
     names = small_training()
     run_blocks(page, names)
     if page == "quickstart.md":  # does what it says

@@ -379,7 +379,7 @@ class _MeanLosses:
 
     def over_ranks(self, accelerator: Any) -> dict[str, float]:
         """The means over the batches of all ranks; every rank calls it."""
-        found = torch.zeros(2, len(self._tasks), device=accelerator.device)
+        found = torch.zeros(2, len(self._tasks), dtype=torch.float32, device=accelerator.device)
         for k, task in enumerate(self._tasks):
             found[0, k] = self._sums.get(task, 0.0)
             found[1, k] = self._samples[task]
@@ -420,5 +420,5 @@ def _of_tasks(outputs: Any, needed: Iterable[str], tasks: tuple[str, ...]) -> An
 def _total(losses: Mapping[str, Tensor], device: torch.device) -> Tensor:
     """The sum of the losses; zero if there are none."""
     if not losses:
-        return torch.zeros((), device=device)
+        return torch.zeros((), dtype=torch.float32, device=device)
     return torch.stack([loss.detach().float() for loss in losses.values()]).sum()

@@ -87,7 +87,8 @@ class JointMethod:
                 raise ValueError(
                     f"shared must hold parameters, but entry {t} is computed, so it gets no .grad."
                 )
-        if isinstance(tasks, str | Tensor | np.ndarray) or not isinstance(tasks, Iterable):
+        rows = isinstance(tasks, np.ndarray) and tasks.ndim != 1
+        if rows or isinstance(tasks, str | Tensor) or not isinstance(tasks, Iterable):
             raise ValueError(f"tasks must be a sequence of different names, got {tasks!r}.")
         # Plain strings: a state that holds NumPy's does not load under weights_only=True.
         self._tasks = tuple(str(task) if isinstance(task, str) else task for task in tasks)

@@ -79,7 +79,7 @@ def test_a_run(width):
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_an_evaluation(width):
-    problem = types.SimpleNamespace(titles=TITLES, metrics=NAMES, lower_is_better=LOWER)
+    problem = types.SimpleNamespace(titles=TITLES, metric_names=NAMES, lower_is_better=LOWER)
     shown = evaluation_table("[run], 300 batches", METRICS, problem, BASELINE, -12.3)
     text = printed(shown, width)
     assert text.startswith("[run], 300 batches")

@@ -689,6 +689,7 @@ def test_ranks_are_copied_with_their_process_group(monkeypatch):
         def __reduce__(self):
             raise TypeError("cannot pickle")
 
+    monkeypatch.setattr(dist, "ProcessGroup", ProcessGroup)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
     monkeypatch.setattr(dist, "get_rank", lambda group: 0)
