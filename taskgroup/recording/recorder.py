@@ -253,6 +253,8 @@ class Recorder:
     def report(self, out: str | os.PathLike[str] | None = None) -> Path:
         """Write the HTML report of the run so far, as ``taskgroup report`` does.
 
+        After :meth:`close` it has a table of the last metrics as well.
+
         Args:
             out: the file; ``report.html`` in the folder by default.
 
