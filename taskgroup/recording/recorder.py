@@ -10,7 +10,7 @@ import pkgutil
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -123,21 +123,8 @@ class Recorder:
         self._groups = groups if isinstance(groups, TaskGroups) else None
         self._tasks = groups.tasks
         self._logs = Logs(self._tasks, log, pairs, whole_number("log_every", log_every, at_least=1))
-        if unknown := sorted(set(titles or ()).difference(self._tasks)):
-            raise ValueError(
-                f"titles names the unknown tasks {listed(unknown)}; the tasks are "
-                f"{listed(self._tasks)}."
-            )
         own = {"method": type(groups).__name__} if self._groups is None else self._groups.settings
-        header: Header = {
-            "format": FORMAT,
-            "taskgroup": __version__,
-            "id": os.urandom(8).hex(),
-            "tasks": list(self._tasks),
-            "titles": {task: str(title) for task, title in (titles or {}).items()},
-            "settings": {**own, **_settings(settings)},
-            "ended": False,
-        }
+        header = _header(self._tasks, titles or {}, {**own, **_settings(settings)})
         every = None if every is None else whole_number("every", every, at_least=1)
         # Absolute: the program may go to another folder.
         self._records = Records(Path(folder).expanduser().absolute(), header, every)
@@ -272,14 +259,7 @@ class Recorder:
                 "call report()."
             )
         path = self.folder / "report.html" if out is None else Path(out)
-        try:
-            # By name: training needs nothing of what draws.
-            load_runs = pkgutil.resolve_name("taskgroup.lab.report.run_data:load_runs")
-            write_report = pkgutil.resolve_name("taskgroup.lab.report.page:write_report")
-        except ImportError as error:
-            raise ImportError(
-                f"The report needs {error.name}: pip install 'taskgroup[report]'"
-            ) from error
+        load_runs, write_report = _drawing()
         if self._first_rank():
             runs, _ = load_runs([self.folder])
             write_report(runs, path)
@@ -404,6 +384,42 @@ def _json(values: Mapping[str, float]) -> dict[str, float | None]:
 
 def _listed(rates: Sequence[float]) -> list[float | None]:
     return [rate if math.isfinite(rate) else None for rate in rates]
+
+
+def _header(tasks: Sequence[str], titles: Mapping[str, str], settings: dict[str, Any]) -> Header:
+    """The header of a new run.
+
+    Raises:
+        ValueError: if ``titles`` holds an unknown task.
+    """
+    if unknown := sorted(set(titles).difference(tasks)):
+        raise ValueError(
+            f"titles names the unknown tasks {listed(unknown)}; the tasks are {listed(tasks)}."
+        )
+    return {
+        "format": FORMAT,
+        "taskgroup": __version__,
+        "id": os.urandom(8).hex(),
+        "tasks": list(tasks),
+        "titles": {task: str(title) for task, title in titles.items()},
+        "settings": settings,
+        "ended": False,
+    }
+
+
+def _drawing() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What reads runs and writes their report; by name, since training needs none of it.
+
+    Raises:
+        ImportError: if a library that draws is missing.
+    """
+    try:
+        load_runs = pkgutil.resolve_name("taskgroup.lab.report.run_data:load_runs")
+        return load_runs, pkgutil.resolve_name("taskgroup.lab.report.page:write_report")
+    except ImportError as error:
+        raise ImportError(
+            f"The report needs {error.name}: pip install 'taskgroup[report]'"
+        ) from error
 
 
 def _metric(name: str, value: object) -> float:
