@@ -416,7 +416,7 @@ def _drawing() -> tuple[Callable[..., Any], Callable[..., Any]]:
     try:
         load_runs = pkgutil.resolve_name("taskgroup.lab.report.run_data:load_runs")
         return load_runs, pkgutil.resolve_name("taskgroup.lab.report.page:write_report")
-    except ImportError as error:
+    except ModuleNotFoundError as error:  # that of plotly says this already
         raise ImportError(
             f"The report needs {error.name}: pip install 'taskgroup[report]'"
         ) from error

@@ -165,6 +165,19 @@ def test_the_report_reads_it(tmp_path):
     assert run.finished.metric_names == {"a": "↓", "b": ""}
 
 
+@pytest.mark.parametrize("library", ["plotly", "yaml"])
+def test_the_report_says_which_library_it_needs(library, monkeypatch, tmp_path):
+    for name in [name for name in sys.modules if name.startswith("taskgroup.lab")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    loop = Loop()
+    recorder = tg.Recorder(loop.groups, tmp_path / "run")
+    loop.step(1)
+    recorder.close()
+    with pytest.raises(ImportError, match=rf"needs {library}\b.*pip install 'taskgroup\[report"):
+        recorder.report()
+
+
 def test_conflicts_are_the_cosines_and_leave_the_gradients(tmp_path):
     loop = Loop()
     recorder = tg.Recorder(loop.groups, tmp_path / "run")
