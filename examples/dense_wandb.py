@@ -100,4 +100,4 @@ with run, tg.Recorder(groups, "runs/scenes", log=run, log_every=1) as recorder:
         errors = {task: round(float(loss), 3) for task, loss in losses.items()}
         print(f"epoch {epoch}, held-out losses {errors}")
         recorder.metrics(errors, better=dict.fromkeys(TASKS, "lower"))
-    print(groups.partition, recorder.report())
+print(groups.partition, recorder.report())

@@ -79,4 +79,4 @@ with writer, tg.Recorder(groups, "runs/recommender", log=writer) as recorder:
         errors = {task: float(loss) for task, loss in losses.items()}
         print(f"epoch {epoch}, mean held-out loss {sum(errors.values()) / len(TASKS):.3f}")
         recorder.metrics(errors, better=dict.fromkeys(TASKS, "lower"))
-    print(len(groups.partition), "groups;", recorder.report())
+print(len(groups.partition), "groups;", recorder.report())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import json
 import math
 import os
 import pkgutil
+import sys
+import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from torch import Tensor
 
@@ -60,7 +63,7 @@ class Recorder:
     Args:
         groups: the :class:`TaskGroups` of the loop; or a method of ``tg.methods``, to
             record joint training for comparison.
-        folder: the folder of the run, which is made at the first batch.
+        folder: the folder of the run, which is made at the first batch; ``~`` is your home.
         log: trackers that are handed the numbers as well: a ``SummaryWriter``, a W&B run, the
             module ``mlflow``, a logger of Lightning, a function ``(dict, step)``, or a list of
             these. Scalars are named ``taskgroup/loss/depth``, ``.../groups``, ``.../lr/0``,
@@ -73,12 +76,13 @@ class Recorder:
             default 1, doubled whenever there are 400 records (fewer for more than 200 tasks), which
             are then thinned; with K tasks it starts at K * K / 10,000.
         settings: of your run, such as ``{"lr": 1e-3, "seed": 0}``; the report tells runs apart by
-            them. They may replace those of the groups.
+            them. They may replace those of the groups. Values that JSON does not have are written
+            as text.
         titles: ``{task: name}`` as the report shows it; the tasks' own names by default.
 
     Raises:
-        TypeError: if ``groups`` or ``log`` is none of these.
-        ValueError: if a pair holds an unknown task, or a number is out of range.
+        TypeError: if ``groups`` or ``log`` is none of these, or JSON cannot hold the settings.
+        ValueError: if a pair or ``titles`` holds an unknown task, or a number is out of range.
 
     Example:
         >>> import tempfile, torch
@@ -120,17 +124,10 @@ class Recorder:
         self._tasks = groups.tasks
         self._logs = Logs(self._tasks, log, pairs, whole_number("log_every", log_every, at_least=1))
         own = {"method": type(groups).__name__} if self._groups is None else self._groups.settings
-        header: Header = {
-            "format": FORMAT,
-            "taskgroup": __version__,
-            "id": os.urandom(8).hex(),
-            "tasks": list(self._tasks),
-            "titles": {task: str(title) for task, title in (titles or {}).items()},
-            "settings": {**own, **(settings or {})},
-            "ended": False,
-        }
+        header = _header(self._tasks, titles or {}, {**own, **_settings(settings)})
         every = None if every is None else whole_number("every", every, at_least=1)
-        self._records = Records(Path(folder), header, every)
+        # Absolute: the program may go to another folder.
+        self._records = Records(Path(folder).expanduser().absolute(), header, every)
         self._closed = False
         self._batches = Batches(self._note, self._take, joint=self._groups is None)
         groups.listen(self._batches)
@@ -171,13 +168,16 @@ class Recorder:
         The time since the last batch is not counted as training.
 
         Args:
-            values: ``{task: metric}``; the report draws them by task.
+            values: ``{task: metric}``; the report draws them by task. A metric of another name,
+                such as a mean over the tasks, is a row of its table alone.
             better: ``{task: "lower" or "higher"}``, which values are better; the report marks the
                 best run.
 
         Raises:
+            TypeError: if a metric is not a number.
             ValueError: if a direction is neither of the two, or of a metric that is not there.
         """
+        numbers = {str(name): _metric(name, value) for name, value in values.items()}
         better = dict(better or {})
         if wrong := [name for name, way in better.items() if way not in ("lower", "higher")]:
             raise ValueError(
@@ -188,9 +188,9 @@ class Recorder:
             raise ValueError(
                 f"better names {listed(unknown)}, and the metrics are {listed(list(values))}."
             )
+        self._warn_if_closed("metrics")
         self.flush()
         self._batches.clock.pause()
-        numbers = {name: float(value) for name, value in values.items()}
         batch = self._batches.whole
         line = {"batch": batch, "metrics": _json(numbers), "better": better}
         if self._first_rank():
@@ -210,11 +210,12 @@ class Recorder:
         Returns:
             The cosines ``[K, K]``, on the device of the losses.
         """
+        self._warn_if_closed("conflicts")
         self.flush()
         self._batches.clock.pause()
         found = conflicts(task_gram(task_gradients(losses, parameters)))
         if self._first_rank():
-            self._records.append_matrix("conflicts.jsonl", self._batches.whole + 1, found)
+            self._records.append_conflicts(self._batches.whole + 1, found)
         return found
 
     def flush(self) -> None:
@@ -239,6 +240,8 @@ class Recorder:
     def report(self, out: str | os.PathLike[str] | None = None) -> Path:
         """Write the HTML report of the run so far, as ``taskgroup report`` does.
 
+        After :meth:`close` it has a table of the last metrics as well.
+
         Args:
             out: the file; ``report.html`` in the folder by default.
 
@@ -250,19 +253,28 @@ class Recorder:
             ValueError: if no batch has been recorded.
         """
         self.flush()
+        if not self._batches.whole:
+            raise ValueError(
+                f"{self.folder} has no batch to report; train on one with these groups, and then "
+                "call report()."
+            )
         path = self.folder / "report.html" if out is None else Path(out)
-        try:
-            # By name: training needs nothing of what draws.
-            load_runs = pkgutil.resolve_name("taskgroup.lab.report.run_data:load_runs")
-            write_report = pkgutil.resolve_name("taskgroup.lab.report.page:write_report")
-        except ImportError as error:
-            raise ImportError(
-                f"The report needs {error.name}: pip install 'taskgroup[report]'"
-            ) from error
+        load_runs, write_report = _drawing()
         if self._first_rank():
             runs, _ = load_runs([self.folder])
             write_report(runs, path)
         return path
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
+        """A copy of a module that keeps a recorder has the same one: its files are open once."""
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse to be pickled, because a copy in another process would hear nothing there."""
+        raise TypeError(
+            "A Recorder cannot be pickled. Create it in the process that trains; in a checkpoint, "
+            "save its state_dict()."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on recording into the same folder.
@@ -280,6 +292,7 @@ class Recorder:
             "batch": self._batches.whole,
             "seconds": self._batches.clock.read(wait=True),
             "every": self._records.every,
+            "conflicts": self._records.last_conflicts,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -300,7 +313,7 @@ class Recorder:
             raise RuntimeError(
                 "load_state_dict() after the first batch; load the state before the loop."
             )
-        self._records.resume(state["run"], state["batch"], state["every"])
+        self._records.resume(state["run"], state["batch"], state["every"], state["conflicts"])
         self._batches.batch = state["batch"]
         self._batches.clock.load(dict(state["seconds"]))
 
@@ -312,6 +325,14 @@ class Recorder:
         if self._batches.batch and self._matrix_is_known():
             self._logs.image(self._affinity(), self._partition(), self._batches.batch)
         self._records.close(ended)
+
+    def _warn_if_closed(self, what: str) -> None:
+        if self._closed:
+            warnings.warn(
+                f"{self.folder} is closed, so these {what} are not recorded; record them before "
+                "close(), or before the trainer ends, which closes its recorder.",
+                stacklevel=3,
+            )
 
     # What the batches hand on.
 
@@ -337,7 +358,7 @@ class Recorder:
         matrix = None if record.matrix is None or record.matrix.isnan().all() else record.matrix
         if self._records.due(batch):
             if matrix is not None:
-                self._records.append_matrix("affinity.jsonl", batch, matrix)
+                self._records.append_affinity(batch, matrix)
             self._records.append_seconds(batch, self.seconds)
         self._logs.batch(record, losses, partition, matrix)
 
@@ -365,14 +386,86 @@ def _listed(rates: Sequence[float]) -> list[float | None]:
     return [rate if math.isfinite(rate) else None for rate in rates]
 
 
+def _header(tasks: Sequence[str], titles: Mapping[str, str], settings: dict[str, Any]) -> Header:
+    """The header of a new run.
+
+    Raises:
+        ValueError: if ``titles`` holds an unknown task.
+    """
+    if unknown := sorted(set(titles).difference(tasks)):
+        raise ValueError(
+            f"titles names the unknown tasks {listed(unknown)}; the tasks are {listed(tasks)}."
+        )
+    return {
+        "format": FORMAT,
+        "taskgroup": __version__,
+        "id": os.urandom(8).hex(),
+        "tasks": list(tasks),
+        "titles": {task: str(title) for task, title in titles.items()},
+        "settings": settings,
+        "ended": False,
+    }
+
+
+def _drawing() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What reads runs and writes their report; by name, since training needs none of it.
+
+    Raises:
+        ImportError: if a library that draws is missing.
+    """
+    try:
+        load_runs = pkgutil.resolve_name("taskgroup.lab.report.run_data:load_runs")
+        return load_runs, pkgutil.resolve_name("taskgroup.lab.report.page:write_report")
+    except ModuleNotFoundError as error:  # that of plotly says this already
+        raise ImportError(
+            f"The report needs {error.name}: pip install 'taskgroup[report]'"
+        ) from error
+
+
+def _metric(name: str, value: object) -> float:
+    """A number, or an array or tensor of one, as a number."""
+    try:
+        return float(value.detach() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"The metric of {name!r} must be a number, got a {type(value).__name__} ({error}); for "
+            "several values of a task record their mean."
+        ) from None
+
+
+def _settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings as JSON gives them back.
+
+    Raises:
+        TypeError: if JSON cannot hold them.
+    """
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(dict(settings or {}), default=_plain))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"settings must be a dict that JSON can hold, got {type(settings).__name__} ({error}); "
+            'write such as {"lr": 1e-3}.'
+        ) from None
+    return found
+
+
+def _plain(value: object) -> object:
+    """A value that JSON does not have: a number of torch or numpy, or its text."""
+    one = getattr(value, "size", None) == 1 or (isinstance(value, Tensor) and value.numel() == 1)
+    return value.item() if one else str(value)  # type: ignore[attr-defined]
+
+
 def _close_at_exit(recorder: Recorder) -> None:
     """Close the recorder when Python ends, if it is still there."""
-    alive = weakref.ref(recorder)
+    alive, owner = weakref.ref(recorder), os.getpid()
 
     def close() -> None:
-        if (found := alive()) is not None:
-            found._logs.end()  # which may be closed by now
-            found.close()
+        found = alive()
+        if found is None or os.getpid() != owner:  # a forked process leaves the files alone
+            return
+        found._logs.end()  # which may be closed by now
+        # Set if an exception ended the program.
+        found._close(ended=getattr(sys, "last_value", None) is None)
 
     atexit.register(close)
     weakref.finalize(recorder, atexit.unregister, close).atexit = False

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from taskgroup.recording.lock import FolderInUseError
-from taskgroup.recording.run_files import HEADER, Header, Line, RunFolder, read_header, read_lines
+from taskgroup.recording.run_files import (
+    HEADER,
+    RECORDS,
+    Header,
+    Line,
+    RunFolder,
+    read_header,
+    read_lines,
+)
 
 __all__ = ["Records"]
 
@@ -35,6 +44,7 @@ class Records:
     Attributes:
         folder: the folder that was taken.
         every: the distance at the moment.
+        last_conflicts: the batch of the last line of ``conflicts.jsonl``; 0 if there is none.
     """
 
     def __init__(self, folder: Path, header: Header, every: int | None) -> None:
@@ -43,11 +53,12 @@ class Records:
         self.every = max(1, squared // 10_000) if every is None else every
         self._thins = every is None
         self._most = max(20, min(_RECORDS, _NUMBERS // squared))
+        self.last_conflicts = 0
         self._timed = 0  # lines of seconds.jsonl
         self._last: dict[str, Any] = {}  # the entries of metrics.jsonl in _RARE
         self._header = header
         self._run: RunFolder | None = None
-        self._resumed: int | None = None  # the batch from which the run goes on
+        self._resumed: dict[str, int] | None = None  # the last batch of each file to go on from
         self._over = False  # closed, or given up
 
     @property
@@ -55,10 +66,12 @@ class Records:
         """By which a resumed run knows its folder."""
         return self._header["id"]
 
-    def resume(self, run_id: str, batch: int, every: int) -> None:
+    def resume(self, run_id: str, batch: int, every: int, last_conflicts: int) -> None:
         """Go on with this run after this batch, if the folder still holds it."""
         self._header["id"] = run_id
-        self._resumed = batch
+        # Conflicts are of the network before a batch, so those of the next one may be known.
+        self._resumed = {**dict.fromkeys(RECORDS, batch), "conflicts.jsonl": last_conflicts}
+        self.last_conflicts = last_conflicts
         if self._thins:
             self.every = every
 
@@ -85,10 +98,16 @@ class Records:
                 line[name] = self._last[name] = value
         self.append("metrics.jsonl", line)
 
-    def append_matrix(self, name: str, batch: int, matrix: Tensor) -> None:
-        """Append a matrix ``[K, K]`` to one of the files."""
+    def append_affinity(self, batch: int, matrix: Tensor) -> None:
+        """Append the affinity ``[K, K]`` after a batch."""
         if (run := self.open()) is not None:
-            self._try(run.append_matrix, name, batch, matrix)
+            self._try(run.append_matrix, "affinity.jsonl", batch, matrix)
+
+    def append_conflicts(self, batch: int, matrix: Tensor) -> None:
+        """Append the cosines ``[K, K]`` before a batch."""
+        if (run := self.open()) is not None:
+            self._try(run.append_matrix, "conflicts.jsonl", batch, matrix)
+            self.last_conflicts = batch
 
     def append_seconds(self, batch: int, seconds: Mapping[str, float]) -> None:
         """Append a line on the time so far; thin the records if there are too many."""
@@ -139,7 +158,7 @@ class Records:
                 return
             except FolderInUseError:
                 wrong = "is being written to by another process"
-        taken, self.folder = self.folder, _next(self.folder)
+        taken, self.folder = self.folder, _make_next(self.folder)
         warnings.warn(
             f"{taken} {wrong}, so this run is recorded in {self.folder}. To continue a run, load "
             "the state_dict() of its recorder before the first batch; for a new run, name another "
@@ -174,9 +193,13 @@ def _id_of(folder: Path) -> str | None:
         return None
 
 
-def _next(folder: Path) -> Path:
-    """The next folder of -2, -3, ... that does not exist."""
-    n = 2
-    while folder.with_name(f"{folder.name}-{n}").exists():
-        n += 1
-    return folder.with_name(f"{folder.name}-{n}")
+def _make_next(folder: Path) -> Path:
+    """Make the next folder of -2, -3, ... that does not exist; no other process gets it."""
+    for n in count(2):
+        found = folder.with_name(f"{folder.name}-{n}")
+        try:
+            found.mkdir()
+        except FileExistsError:
+            continue
+        return found
+    raise AssertionError

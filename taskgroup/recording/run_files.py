@@ -9,6 +9,7 @@ import json
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -85,29 +86,30 @@ class RunFolder:
         self._append(name, json.dumps(line))
 
     def append_matrix(self, name: str, batch: int, matrix: Tensor) -> None:
-        """Append a matrix ``[K, K]`` with five digits; NaN, which JSON does not have, is null."""
+        """Append a matrix ``[K, K]`` with five digits; NaN and infinity are null."""
         # One format for a row: a million numbers take a fifth of a second.
         row = f"[{', '.join(['%.5g'] * matrix.shape[1])}]"
         rows = ", ".join(row % tuple(numbers) for numbers in matrix.tolist())
-        rows = rows.replace("nan", "null").replace("inf", "Infinity")
+        for unknown in ("nan", "-inf", "inf"):  # which JSON does not have
+            rows = rows.replace(unknown, "null")
         self._append(name, f'{{"batch": {batch}, "matrix": [{rows}]}}')
 
-    def cut(self, batch: int) -> None:
-        """Drop the lines on batches after this one, and lines that were cut short."""
-        for name in RECORDS:
-            self._keep(name, lambda of: 1 <= of <= batch)
+    def cut(self, last: Mapping[str, int]) -> None:
+        """Drop the lines of each file on batches after the last one, and lines cut short."""
+        for name, batch in last.items():
+            self._keep(name, partial(_is_until, batch))
 
     def thin(self, names: Sequence[str], every: int) -> None:
         """Drop the lines of these files on batches that are not a multiple of ``every``."""
         for name in names:
-            self._keep(name, lambda of: of > 0 and of % every == 0)
+            self._keep(name, lambda of: of is not None and of % every == 0)
 
     def close(self) -> None:
         """Close the files, and let other processes write to the folder."""
         self._close_files()
         del self._hold
 
-    def _keep(self, name: str, wanted: Callable[[int], bool]) -> None:
+    def _keep(self, name: str, wanted: Callable[[int | None], bool]) -> None:
         """Keep the lines of a file on the batches that are wanted."""
         if name in self._files:
             os.close(self._files.pop(name))
@@ -183,9 +185,13 @@ def read_lines(path: Path) -> Iterator[Line]:
                 ) from None
 
 
-def _batch_of(line: bytes) -> int:
-    """The batch that a line is about; 0 if it cannot be read."""
+def _batch_of(line: bytes) -> int | None:
+    """The batch that a line is about, 0 before the first one; None if it cannot be read."""
     try:
-        return int(json.loads(line)["batch"]) if line.endswith(b"\n") else 0
+        return int(json.loads(line)["batch"]) if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError):
-        return 0
+        return None
+
+
+def _is_until(last: int, batch: int | None) -> bool:
+    return batch is not None and batch <= last

@@ -1,5 +1,6 @@
 """``taskgroup train``: the files a run leaves, stopping and going on, and what bad input says."""
 
+import errno
 import json
 import os
 import re
@@ -34,6 +35,7 @@ from taskgroup.lab.train.run import Interrupted, Run
 from taskgroup.lab.train.trainer import Trainer
 from taskgroup.lab.vision import TASKONOMY, criterion, predictions, vit
 from taskgroup.recording import LOCK
+from taskgroup.recording.run_files import RunFolder
 from tests.lab.written_runs import load_metrics
 from tests.processes import PROCESSES
 
@@ -362,6 +364,29 @@ def test_stopped_in_its_evaluation_it_goes_on_to_it(tmp_path, monkeypatch):
     again = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "run")])
     assert again.exit_code == 0, again.output
     assert len(load_metrics(tmp_path / "run")) == 8
+
+
+def test_a_full_disk_does_not_evaluate_for_ever(tmp_path, monkeypatch):
+    evaluated, evaluate = [], Trainer.evaluate
+
+    def counted(trainer, *args, **kwargs):
+        evaluated.append(trainer.batch)
+        assert len(evaluated) < 9
+        return evaluate(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "evaluate", counted)
+    append = RunFolder.append
+
+    def full(run, name, line):
+        if name == "evaluations.jsonl":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(run, name, line)
+
+    monkeypatch.setattr(RunFolder, "append", full)
+    with pytest.warns(UserWarning, match="No space left on device"):
+        result = invoke("--out", tmp_path / "run", "--set", "evaluate_every=3")
+    assert result.exit_code == 0, result.output
+    assert evaluated == [3, 6, 8]
 
 
 def test_diverged_run_says_so(tmp_path):

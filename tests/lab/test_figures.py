@@ -98,6 +98,15 @@ def test_time_is_relative_to_joint_training_of_the_same_work(write):
     assert "no joint run of the same tasks" in note
 
 
+def test_the_label_of_a_loop_of_the_users_own_has_what_it_knows(write):
+    runs = [write(name, [ALONE], seconds=SECONDS) for name in ("recipe", "own")]
+    header = json.loads((runs[1] / "run.json").read_text())
+    header["settings"] = {"method": "selective", "grouping": "KMeans", "groups_per_batch": 2}
+    (runs[1] / "run.json").write_text(json.dumps(header))
+    bars, _ = timing.seconds_per_batch([load_run_data(run) for run in runs])
+    assert bars[1].label == "selective, KMeans, groups per batch 2, a + b + c"
+
+
 def test_time_of_a_run_that_is_training(write):
     run = write("running", [ALL] * 3, method="joint")
     spent = [{"batch": b, "seconds": {**SECONDS, "everything": 4.0 * b}} for b in (1, 2)]

@@ -412,6 +412,37 @@ def test_conflicts_and_metrics(tmp_path):
     assert "<td>b</td><td>RMSE ↓</td><td>0.2500</td><td><b>0.1250</b></td>" in page
 
 
+def test_the_best_run_is_not_marked_without_a_direction(tmp_path):
+    runs = [write_run(tmp_path / name, [ALL] * 2) for name in ("one", "two")]
+    for run, value in zip(runs, (0.25, 0.5), strict=True):
+        header = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps({**header, "ended": True}))
+        metrics = {"a": value, "mean": 2 * value}
+        put(run / "evaluations.jsonl", [{"batch": 1, "metrics": metrics, "better": {"a": "lower"}}])
+    page, _ = report(tmp_path / "page.html", *runs)
+    assert "<td>a</td><td>↓</td><td><b>0.2500</b></td><td>0.5000</td>" in page
+    assert "<td>mean</td><td></td><td>0.5000</td><td>1.0000</td>" in page
+
+
+def test_metrics_recorded_a_few_tasks_at_a_time_are_one_evaluation(tmp_path):
+    run = write_run(tmp_path / "run", [ALL] * 2)
+    found = [(0, {"a": 1.0}), (2, {"a": 0.5, "b": 4.0}), (2, {"b": 0.25}), (2, {"c": None})]
+    put(run / "evaluations.jsonl", [{"batch": n, "metrics": values} for n, values in found])
+    put(run / "conflicts.jsonl", [{"batch": 1, "matrix": np.eye(3).tolist()}] * 2)
+    data = load_run_data(run)
+    assert data.evaluations.batches.tolist() == [0, 2]
+    np.testing.assert_array_equal(
+        data.evaluations.values, np.float32([[1, np.nan, np.nan], [0.5, 0.25, np.nan]])
+    )
+    assert data.conflicts.values.shape == (1, 3, 3)
+
+
+def test_more_tasks_than_letters_fit(tmp_path):
+    page, _ = report(tmp_path / "page.html", many(tmp_path / "run", 260, 2))
+    (card,) = figures(page)["Affinity over time"]
+    assert not card["layout"]["xaxis"]["showticklabels"]
+
+
 def test_metrics_of_other_data_are_no_rivals(tmp_path):
     runs = [
         write_run(tmp_path / "diverged", [ALL] * 2, metrics={"a": float("nan")}),

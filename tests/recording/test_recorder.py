@@ -4,12 +4,14 @@ import copy
 import gc
 import json
 import math
+import pickle
 import subprocess
 import sys
 import textwrap
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,7 +20,7 @@ from torch.optim import optimizer as of_optimizers
 
 import taskgroup as tg
 from taskgroup.lab.report.run_data import load_run_data
-from taskgroup.recording import read_header, read_lines, records
+from taskgroup.recording import read_header, read_lines, records, run_files
 from taskgroup.recording.clock import StepClock
 from tests.ranks import on_ranks
 
@@ -161,6 +163,19 @@ def test_the_report_reads_it(tmp_path):
     assert set(run.seconds) >= {"forward", "backward", "optimizer", "everything"}
     assert run.finished.metrics == {"a": 0.5, "b": 0.25}
     assert run.finished.metric_names == {"a": "↓", "b": ""}
+
+
+@pytest.mark.parametrize("library", ["plotly", "yaml"])
+def test_the_report_says_which_library_it_needs(library, monkeypatch, tmp_path):
+    for name in [name for name in sys.modules if name.startswith("taskgroup.lab")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    loop = Loop()
+    recorder = tg.Recorder(loop.groups, tmp_path / "run")
+    loop.step(1)
+    recorder.close()
+    with pytest.raises(ImportError, match=rf"needs {library}\b.*pip install 'taskgroup\[report"):
+        recorder.report()
 
 
 def test_conflicts_are_the_cosines_and_leave_the_gradients(tmp_path):
@@ -315,6 +330,46 @@ def test_a_resumed_run_has_the_files_of_one_that_was_not_stopped(tmp_path):
     assert last["seconds"]["everything"] > first["seconds"]["everything"] > 0
 
 
+def test_what_was_measured_before_the_checkpoint_is_kept(tmp_path):
+    loop = Loop()
+    recorder = tg.Recorder(loop.groups, tmp_path / "run")
+    recorder.metrics({"a": 3.0})  # before training
+    loop.step(2)
+    recorder.metrics({"a": 2.0})
+    recorder.conflicts(loop.losses(), loop.model.encoder.parameters())
+    state = {**loop.state(), "recorder": recorder.state_dict()}
+    loop.step(1)
+    recorder.conflicts(loop.losses(), loop.model.encoder.parameters())
+    recorder.flush()
+    resumed = Loop()
+    resumed.load(state)
+    recorder = tg.Recorder(resumed.groups, tmp_path / "run")
+    recorder.load_state_dict(state["recorder"])
+    resumed.step(2)
+    again = recorder.state_dict()
+    recorder.close()
+    found = [(line["batch"], line["metrics"]) for line in lines_of(tmp_path / "run", "evaluations")]
+    assert found == [(0, {"a": 3.0}), (2, {"a": 2.0})]
+    assert [line["batch"] for line in lines_of(tmp_path / "run", "conflicts")] == [3]
+    assert again["conflicts"] == 3
+
+
+def test_conflicts_after_the_checkpoint_are_measured_again(tmp_path):
+    loop = Loop()
+    recorder = tg.Recorder(loop.groups, tmp_path / "run")
+    loop.step(2)
+    state = {**loop.state(), "recorder": recorder.state_dict()}
+    for n in range(2):
+        recorder.conflicts(loop.losses(), loop.model.encoder.parameters())
+        recorder.flush()
+        if not n:
+            loop = Loop()
+            loop.load(state)
+            recorder = tg.Recorder(loop.groups, tmp_path / "run")
+            recorder.load_state_dict(state["recorder"])
+    assert [line["batch"] for line in lines_of(tmp_path / "run", "conflicts")] == [3]
+
+
 def test_evaluating_a_loaded_state_drops_nothing(tmp_path):
     loop = Loop()
     recorder = tg.Recorder(loop.groups, tmp_path / "run")
@@ -353,6 +408,45 @@ def test_a_folder_that_holds_another_run_is_kept(tmp_path):
         lost.conflicts(loops[0].losses(), loops[0].model.encoder.parameters())
     assert lost.folder == tmp_path / "run-4"
     assert len(lines_of(runs[0])) == 3
+
+
+def test_two_processes_never_take_the_same_next_folder(monkeypatch, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    mkdir = Path.mkdir
+
+    def slower(path, *args, **kwargs):
+        if path.name == "run-2":
+            mkdir(path)  # by another process, just before
+            monkeypatch.setattr(Path, "mkdir", mkdir)
+        return mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", slower)
+    loop = Loop()
+    recorder = tg.Recorder(loop.groups, tmp_path / "run")
+    with pytest.warns(UserWarning, match="holds another run"):
+        loop.step(2)
+    recorder.close()
+    assert recorder.folder == tmp_path / "run-3"
+    assert not any((tmp_path / "run-2").iterdir())
+
+
+def test_the_folder_stays_when_the_program_goes_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    loop = Loop()
+    recorders = [tg.Recorder(loop.groups, folder) for folder in ("run", "~/run")]
+    loop.step(1)
+    monkeypatch.chdir("elsewhere")
+    loop.step(1)
+    for recorder, parent in zip(recorders, (tmp_path, tmp_path / "home"), strict=True):
+        recorder.metrics({"a": 1.0})
+        recorder.close()
+        assert recorder.folder == parent / "run"
+        assert len(lines_of(parent / "run")) == 2
+        assert len(lines_of(parent / "run", "evaluations")) == 1
+    assert not any((tmp_path / "elsewhere").iterdir())
 
 
 HELD = """
@@ -434,7 +528,9 @@ KILLED = """
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 4, False),
         ("pass", 5, True),  # nobody has closed it
-        ("raise SystemExit(3)", 5, True),
+        ("1 / 0", 5, False),
+        # A forked process that ends as a program does, while the first goes on.
+        ("import os; os.fork() or sys.exit(); os.wait(); os._exit(0)", 4, False),
     ],
 )
 def test_a_process_that_ends_in_any_way_leaves_readable_files(end, batches, ended, tmp_path):
@@ -507,9 +603,59 @@ def test_what_is_handed_to_a_tracker(tmp_path):
     assert matrix.shape == (3, 3)
 
 
+def test_numbers_of_torch_and_numpy(tmp_path):
+    loop = Loop()
+    settings = {"lr": torch.tensor(0.5), "n": np.int64(3), "path": Path("x"), "betas": (0.5, 1)}
+    recorder = tg.Recorder(loop.groups, tmp_path / "run", settings=settings)
+    loop.step(1)
+    values = {"a": torch.tensor([0.5], requires_grad=True), "b": np.float32(0.25), "c": np.nan}
+    recorder.metrics(values)
+    recorder.close()
+    (line,) = lines_of(tmp_path / "run", "evaluations")
+    assert line["metrics"] == {"a": 0.5, "b": 0.25, "c": None}
+    found = read_header(tmp_path / "run")["settings"]
+    assert found.items() >= {"lr": 0.5, "n": 3, "path": "x", "betas": [0.5, 1]}.items()
+
+
+def test_a_matrix_that_is_not_finite_is_null(tmp_path):
+    folder = run_files.RunFolder(tmp_path, {})
+    folder.append_matrix(
+        "conflicts.jsonl", 1, torch.tensor([[1.5, math.inf], [-math.inf, math.nan]])
+    )
+    folder.close()
+    line = json.loads((tmp_path / "conflicts.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line == {"batch": 1, "matrix": [[1.5, None], [None, None]]}
+
+
+def test_what_comes_after_the_end_is_told(tmp_path):
+    loop = Loop()
+    recorder = tg.Recorder(loop.groups, tmp_path / "run")
+    loop.step(1)
+    recorder.close()
+    loop.step(1)
+    with pytest.warns(UserWarning, match="run is closed, so these metrics are not recorded"):
+        recorder.metrics({"a": 1.0})
+    with pytest.warns(UserWarning, match="run is closed, so these conflicts are not recorded"):
+        recorder.conflicts(loop.losses(), loop.model.encoder.parameters())
+    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
+
+
+def test_copies_share_the_open_files_and_pickles_are_refused(tmp_path):
+    loop = Loop()
+    recorder = tg.Recorder(loop.groups, tmp_path / "run")
+    loop.step(1)
+    assert copy.deepcopy({"recorder": recorder})["recorder"] is recorder
+    with pytest.raises(TypeError, match=r"A Recorder cannot be pickled.*save its state_dict\(\)"):
+        pickle.dumps(recorder)
+    recorder.close()
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "sentence"),
     [
+        ({"titles": {"z": "Z"}}, ValueError, r"titles names the unknown tasks \['z'\]"),
+        ({"settings": {"x": {(1, 2): 3}}}, TypeError, "settings must be a dict that JSON can hold"),
+        ({"settings": 3}, TypeError, "a dict that JSON can hold, got int"),
         ({"pairs": [("a", "z")]}, ValueError, r"such as \[\('a', 'c'\)\], got \('a', 'z'\)"),
         ({"pairs": ["ab"]}, ValueError, "pairs must hold pairs of tasks"),
         ({"every": 0}, ValueError, "every must be an integer of at least 1, got 0"),
@@ -534,6 +680,11 @@ def test_other_wrong_calls(tmp_path):
         recorder.metrics({"a": 1.0}, better={"a": "less"})
     with pytest.raises(ValueError, match=r"better names \['b'\], and the metrics are \['a'\]"):
         recorder.metrics({"a": 1.0}, better={"b": "lower"})
+    for value in (None, "x", torch.ones(2)):
+        with pytest.raises(TypeError, match="The metric of 'a' must be a number, got a "):
+            recorder.metrics({"a": value})
+    with pytest.raises(ValueError, match="run has no batch to report; train on one"):
+        recorder.report()
     with pytest.raises(ValueError, match="has version 9, and this taskgroup"):
         recorder.load_state_dict({"version": 9})
     state = recorder.state_dict()

@@ -88,10 +88,13 @@ def values(run: RunData, names: Iterable[str]) -> tuple[Hashable, ...]:
 def settings_in_words(run: RunData, names: Iterable[str], runs: Collection[RunData]) -> list[str]:
     """Some settings of a run, for its label.
 
-    A setting whose value needs its name to be understood is left out if most of ``runs`` share it.
+    A setting whose value needs its name to be understood is left out if most of ``runs`` share it,
+    and so is one that the run does not know, since a recorded loop has its own settings.
     """
     words = []
     for name in names:
+        if name not in run.settings:
+            continue
         usual = Counter(values(other, [name]) for other in runs).most_common(1)[0][0]
         if name in _SPEAKING:
             words.append(str(run.settings.get(name)))

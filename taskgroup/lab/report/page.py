@@ -204,7 +204,7 @@ def _metrics_table(runs: Sequence[Shown]) -> str:
     rows = []
     for (_, title, metric), values in found.items():
         best = None
-        if len(values) > 1:
+        if len(values) > 1 and metric.endswith(("↓", "↑")):
             finite = filter(np.isfinite, values.values())
             best = (min if metric.endswith("↓") else max)(finite, default=None)
         shown = {

@@ -193,7 +193,7 @@ def _matrices(
             tasks,
             cell,
             tickangle=-90,
-            tickfont={"size": min(_letters(cell), 250 / len(tasks))},
+            tickfont={"size": max(1, min(_letters(cell), 250 / len(tasks)))},  # plotly's least
             showticklabels=few,
             showline=False,
         ),

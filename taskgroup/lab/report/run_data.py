@@ -176,10 +176,17 @@ def _seconds(run: Path, summary: Summary | None) -> dict[str, float] | None:
 def _recorded(
     path: Path, shape: tuple[int, ...], value: Callable[[tg.recording.Line], Sequence[Any]]
 ) -> Recorded:
-    """What a file holds, if there is one and the tasks are known."""
-    lines = list(tg.recording.read_lines(path)) if shape[0] else []
-    batches = np.array([line["batch"] for line in lines], np.int64)
-    return Recorded(batches, _float32([value(line) for line in lines], shape))
+    """What a file holds, if there is one and the tasks are known.
+
+    Lines on the same batch are one: an evaluation may be recorded a few tasks at a time.
+    """
+    lines: dict[int, tg.recording.Line] = {}
+    for line in tg.recording.read_lines(path) if shape[0] else ():
+        same = lines.get(line["batch"], {})
+        metrics = {"metrics": same["metrics"] | line["metrics"]} if "metrics" in same else {}
+        lines[line["batch"]] = line | metrics
+    batches = np.array(list(lines), np.int64)
+    return Recorded(batches, _float32([value(line) for line in lines.values()], shape))
 
 
 def _in_order(values: Mapping[str, float], tasks: Iterable[str]) -> list[float]:

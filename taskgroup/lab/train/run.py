@@ -124,6 +124,7 @@ class Run:
         self.recipe = recipe
         self.out = out
         self._saved: int | None = None  # the batch of the last checkpoint
+        self._evaluated: int | None = None  # the batch of the last evaluation
         self._baseline: dict[str, float] | None = None
         if recipe.baseline:
             tasks = task_names(recipe, make_problem(recipe))
@@ -217,12 +218,15 @@ class Run:
         return self.batch % every == 0
 
     def _has_evaluated(self) -> bool:
+        if self._evaluated == self.batch:
+            return True  # even if the disk is full
         lines = tg.recording.read_lines(self.out / "evaluations.jsonl")
         return any(line["batch"] == self.batch for line in lines)
 
     def _record_evaluation(self) -> None:
         lower = self.trainer.problem.lower_is_better
         metrics = self.trainer.evaluate("held_out", quick=True)
+        self._evaluated = self.batch
         self.recorder.metrics(
             metrics, {task: "lower" if lower[task] else "higher" for task in metrics}
         )
