@@ -16,9 +16,9 @@ from taskgroup.lab.recipe import Recipe, is_own
 from taskgroup.lab.studies.cell import Cell, Result, open_folder
 from taskgroup.lab.studies.presets import JOINT, REFERENCE, Variant
 from taskgroup.lab.studies.results import BUDGETS, Runs, Table, delta_of, make_row, mean, median
-from taskgroup.lab.studies.source import check_source
 from taskgroup.lab.studies.workers import Listener, Workers
 from taskgroup.lab.train.rehearsal import rehearse, rehearse_step
+from taskgroup.lab.train.source import check_source
 from taskgroup.lab.train.trainer import Trainer, task_names
 
 __all__ = ["Comparison"]

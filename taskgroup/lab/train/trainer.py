@@ -18,6 +18,7 @@ from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.batches import Batches
 from taskgroup.lab.train.credit import PublishedCredit
 from taskgroup.lab.train.network import find_parts, in_float32, run_network
+from taskgroup.lab.words import kind_of
 
 __all__ = ["Progress", "Trainer", "find_device", "make_model", "task_names"]
 
@@ -382,8 +383,8 @@ def make_model(problem: Problem, tasks: Sequence[str], device: torch.device) -> 
         torch.set_default_dtype(dtype)
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"model() of {type(problem).__name__} must return a torch.nn.Module, got an object of "
-            f"type {type(model).__name__}."
+            f"model() of {type(problem).__name__} must return a torch.nn.Module, got "
+            f"{kind_of(model)}."
         )
     return model.to(device)
 
