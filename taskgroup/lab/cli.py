@@ -49,7 +49,13 @@ def _errors_in_words() -> Iterator[None]:
         warnings.formatwarning = usual
 
 
-def _warning_in_words(message: Warning | str, *_: object) -> str:
+def _warning_in_words(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
     """A warning without the line of code that gave it, which is none of the user's."""
     return f"Warning: {message}\n"
 

@@ -27,6 +27,7 @@ from taskgroup.lab.studies.probe import check_workers, probe
 from taskgroup.lab.train.evaluation import load_summary
 from taskgroup.lab.train.rehearsal import rehearse, rehearse_step
 from taskgroup.lab.train.trainer import Trainer, make_model
+from tests.fake_gpu import FakeGPU
 from tests.lab.small import yeast
 
 GD = Variant("gd", "GD", {"method": "gd"})
@@ -396,6 +397,40 @@ def test_an_error_of_a_run_reaches_other_processes():
     with pytest.raises(ValueError, match=r"fails: StuckError: one and two \(test_") as caught:
         train_cell(Cell("gd", recipe(made(losses=get_stuck), method="gd")))
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+class OnGPUAlone(nn.Linear):
+    """As a network with kernels for the GPU alone."""
+
+    def forward(self, x):
+        if x.device.type != "cuda":
+            raise NotImplementedError("there is no kernel for the CPU")
+        return super().forward(x)
+
+
+def evaluate_on_device(self, model, split):
+    x, y = (tensor.to(next(model.parameters()).device) for tensor in data(1).tensors)
+    return {t: e.abs().mean() for t, e in self.errors(model(x), y).items()}
+
+
+def test_a_network_for_the_gpu_alone(tmp_path):
+    def network(self, tasks):
+        return tg.MultiTaskModel(OnGPUAlone(3, 4), {task: nn.Linear(4, 1) for task in tasks})
+
+    mine = made(model=network, evaluate=evaluate_on_device)
+    with pytest.raises(
+        ValueError, match=r"no kernel for the CPU \(test_own_problem.py, line \d+\)\.$"
+    ):
+        rehearse(recipe(mine))
+    on_gpu = recipe(mine, device="auto")
+    with pytest.raises(ValueError, match="tried on the CPU, because this machine has no GPU"):
+        rehearse(on_gpu)
+    with FakeGPU():
+        assert rehearse(on_gpu) == "cuda"
+        assert rehearse(recipe(made(evaluate=evaluate_on_device), device="auto")) == "cpu"
+        uw = Variant("uw", "UW", {"method": "uw"})
+        compared = Comparison(on_gpu, [GD, uw], 1, tmp_path / "out", budgets=["batches"])
+        assert compared.refused == {}
 
 
 def test_metrics_below_zero_cannot_be_compared():

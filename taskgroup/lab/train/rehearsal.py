@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_flatten
 import taskgroup as tg
 from taskgroup.lab.problem import Batch, Problem
 from taskgroup.lab.recipe import Recipe
-from taskgroup.lab.train.network import in_float32, run_network
 from taskgroup.lab.train.trainer import Trainer
 from taskgroup.lab.user_code import in_words
 from taskgroup.lab.words import kind_of, listed
@@ -23,24 +22,47 @@ from taskgroup.lab.words import kind_of, listed
 __all__ = ["rehearse", "rehearse_step"]
 
 
-def rehearse(recipe: Recipe, relative: bool = False) -> None:
+def rehearse(recipe: Recipe, relative: bool = False) -> Literal["cpu", "cuda"]:
     """Check a problem on one batch: its batches, network, losses, gradients and metrics.
 
     Batch 1 of the stream must also be the first of a stream that begins there. Every task must have
     a finite scalar loss with a gradient on shared parameters, and one task alone must have a loss
-    too. Every split must have a finite metric of every task. All of this runs on the CPU, in this
-    process, and takes a forward and K backward passes and a quick evaluation of every split.
+    too. Every split must have a finite metric of every task. All of this runs in this process, and
+    takes a forward and K backward passes and a quick evaluation of every split. It runs on the CPU,
+    because the memory of a GPU is for the processes that train; a problem that fails there is tried
+    on a GPU, if the recipe asks for one.
 
     Args:
         recipe: the settings.
         relative: also raise for a negative metric, of which no relative gain can be computed.
+
+    Returns:
+        The device on which the problem works.
 
     Raises:
         ValueError: if something is not true. The sentence names the method of the problem and the
             task, and says what to do.
         ImportError: if the problem needs a library that is not installed.
     """
-    recipe = recipe.replace(device="cpu", workers=0)
+    try:
+        _rehearse(recipe.replace(device="cpu", workers=0), relative)
+    except ValueError as error:
+        if recipe.device == "cpu" or error.__cause__ is None:  # no error of the user's code
+            raise
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"{error} This was tried on the CPU, because this machine has no GPU."
+            ) from error
+    else:
+        return "cpu"
+    try:
+        _rehearse(recipe.replace(device="cuda", workers=0), relative)
+    finally:
+        torch.cuda.empty_cache()
+    return "cuda"
+
+
+def _rehearse(recipe: Recipe, relative: bool) -> None:
     trainer = in_words(f"{recipe.data} cannot be set up", lambda: Trainer(recipe))
     _check_batches(trainer)
     _check_losses(trainer)
@@ -104,18 +126,17 @@ def _check_losses(trainer: Trainer) -> None:
     problem, tasks, name = trainer.problem, trainer.tasks, trainer.recipe.data
     of = f"of {name}" if len(tasks) > 1 else f"of {name}, trained on {tasks[0]!r} alone,"
     batch = trainer.batches.peek()
-    inputs = in_words(f"inputs() {of} fails", lambda: problem.inputs(batch))
+    in_words(f"inputs() {of} fails", lambda: problem.inputs(batch))
     outputs = in_words(
         f"The network {of} fails, called with the result of inputs()",
-        lambda: run_network(trainer.model, inputs, tasks),
+        lambda: trainer.outputs(batch),
     )
     if missing := [task for task in tasks if task not in outputs]:
         raise ValueError(
             f"The network {of} gives no output for {listed(missing)}; it must return {{task: "
             "output} for the tasks that model(tasks) is called with."
         )
-    given = {task: in_float32(output) for task, output in outputs.items()}
-    losses = in_words(f"losses() {of} fails", lambda: problem.losses(given, batch))
+    losses = in_words(f"losses() {of} fails", lambda: trainer.losses(outputs, batch))
     if not isinstance(losses, Mapping):
         raise ValueError(f"losses() {of} must return {{task: loss}}, got {kind_of(losses)}.")
     if differing := sorted(set(losses) ^ set(tasks)):
