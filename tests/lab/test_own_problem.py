@@ -4,6 +4,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from itertools import count
 from pathlib import Path
 
@@ -427,10 +428,10 @@ def test_a_network_for_the_gpu_alone(tmp_path):
         rehearse(on_gpu)
     with FakeGPU():
         assert rehearse(on_gpu) == "cuda"
-        assert rehearse(recipe(made(evaluate=evaluate_on_device), device="auto")) == "cpu"
         uw = Variant("uw", "UW", {"method": "uw"})
         compared = Comparison(on_gpu, [GD, uw], 1, tmp_path / "out", budgets=["batches"])
         assert compared.refused == {}
+        assert rehearse(recipe(made(evaluate=evaluate_on_device), device="auto")) == "cpu"
 
 
 def test_metrics_below_zero_cannot_be_compared():
@@ -530,6 +531,10 @@ def test_a_run_whose_source_changed(template):
     del sys.modules["storms"]
     with pytest.warns(UserWarning, match=r"\['storms.py'\] changed since run was trained; the net"):
         invoke("evaluate", "run")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        invoke("evaluate", "run")
+    assert len(told) == 1
     with pytest.warns(UserWarning, match=r"\['storms.py'\] changed since run was last trained. Th"):
         invoke("train", "--resume", "run")
     invoke("train", "--resume", "run")  # it is told once

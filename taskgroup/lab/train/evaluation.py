@@ -87,7 +87,7 @@ def load_trained(run: str | Path, changes: Mapping[str, Any] | None = None) -> T
         warnings.warn(
             f"{listed(changed)} changed since {run} was trained; the network is built, and "
             "evaluated, by the new version.",
-            stacklevel=2,
+            stacklevel=1,  # one place in the code, so that it is shown once
         )
     return Trained(recipe, problem, model.eval(), state["trainer"]["batch"])
 
