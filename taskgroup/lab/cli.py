@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -33,6 +34,7 @@ new_app = typer.Typer(no_args_is_help=True, help="Write a file to begin with.")
 @contextmanager
 def _errors_in_words() -> Iterator[None]:
     """Print what went wrong as a sentence, not as a traceback, and exit with status 2."""
+    usual, warnings.formatwarning = warnings.formatwarning, _warning_in_words
     try:
         yield
     except typer.Exit:  # which is a RuntimeError too
@@ -43,6 +45,19 @@ def _errors_in_words() -> Iterator[None]:
         # Escaped, since rich reads brackets, as in taskgroup[train], as markup.
         rich.get_console().print(f"[bold red]taskgroup:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
+    finally:
+        warnings.formatwarning = usual
+
+
+def _warning_in_words(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """A warning without the line of code that gave it, which is none of the user's."""
+    return f"Warning: {message}\n"
 
 
 def _add(group: typer.Typer, *commands: Callable[..., None]) -> None:

@@ -12,14 +12,15 @@ import pkgutil
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from taskgroup.lab.user_code import is_of_user
 from taskgroup.lab.words import listed, nearest
 
-__all__ = ["check_unchanged", "find", "name_of", "sources"]
+__all__ = ["check_unchanged", "differing", "find", "forget", "name_of", "sources"]
 
 # Objects that no name leads to, such as a class of a notebook, by the name that they were given.
 _GIVEN: dict[str, Any] = {}
@@ -45,8 +46,9 @@ def find(name: str) -> Any:
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
-            public = [known for known in vars(found) if not known.startswith("_")]
-            near = f"; it has {nearest(part, public)}" if public else ""
+            public = {key: value for key, value in vars(found).items() if not key.startswith("_")}
+            own = [key for key in public if _home(public[key]) == module.__name__]
+            near = f"; it has {nearest(part, own or public)}" if public else ""
             raise ValueError(f"{place} has no {part!r}{near}.")
         found = getattr(found, part)
     return found
@@ -68,6 +70,11 @@ def name_of(thing: Any) -> tuple[str, bool]:
     name = f"{module}:{re.sub(r'[^0-9A-Za-z_]', '', label.rpartition('.')[2])}"
     _GIVEN[name] = thing
     return name, False
+
+
+def forget(name: str) -> None:
+    """Let a name of :func:`name_of` that stood for an object stand for what the module has."""
+    _GIVEN.pop(name, None)
 
 
 def sources(name: str) -> dict[str, str]:
@@ -97,7 +104,7 @@ def sources(name: str) -> dict[str, str]:
     while modules:
         module = modules.pop()
         file = _file(module)
-        if file is None or not file.is_relative_to(root) or not _own(file):
+        if file is None or not file.is_relative_to(root) or not is_of_user(file):
             continue
         label = file.relative_to(root).as_posix()
         if label not in found:
@@ -105,6 +112,11 @@ def sources(name: str) -> dict[str, str]:
             found[label] = _digest(text)
             modules += _imported(text, module)
     return dict(sorted(found.items()))
+
+
+def differing(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The files whose digests differ, or that one of two results of :func:`sources` lacks."""
+    return [file for file in sorted({*then, *now}) if then.get(file) != now.get(file)]
 
 
 def check_unchanged(name: str) -> None:
@@ -120,7 +132,7 @@ def check_unchanged(name: str) -> None:
     seen, then = _FOUND.setdefault(name, (thing, now))
     if seen is not thing:  # imported again
         _FOUND[name] = thing, now
-    elif changed := [file for file in sorted({*now, *then}) if now.get(file) != then.get(file)]:
+    elif changed := differing(then, now):
         raise ValueError(
             f"{listed(changed)} changed after this process imported {name}, so it would use the "
             "old version; start the process (the notebook, or the workers of the cluster) again."
@@ -180,16 +192,14 @@ def _add_path(folder: Path) -> None:
         importlib.invalidate_caches()
 
 
+def _home(thing: object) -> object:
+    """The name of the module that defines an object; imported objects have another."""
+    return getattr(thing, "__module__", None)
+
+
 def _file(module: ModuleType | None) -> Path | None:
     file = getattr(module, "__file__", None)
     return Path(file).resolve() if file and file.endswith(".py") else None
-
-
-def _own(file: Path) -> bool:
-    """Whether a file is the user's: not of an installed package, nor of this one."""
-    package = Path(__file__).resolve().parents[1]
-    installed = {"site-packages", "dist-packages"} & set(file.parts)
-    return not installed and not file.is_relative_to(package)
 
 
 def _digest(text: str) -> str:

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from taskgroup.lab.importing import check_unchanged, find
 from taskgroup.lab.recipe import PROBLEMS, ProblemSettings, Recipe
 from taskgroup.lab.streams import endless
-from taskgroup.lab.words import listed
+from taskgroup.lab.user_code import in_words
+from taskgroup.lab.words import kind_of, listed
 
 __all__ = ["Batch", "Problem", "make_problem", "measure"]
 
@@ -96,7 +97,7 @@ class Problem:
         if not isinstance(loader, DataLoader):
             raise ValueError(
                 f"loader() of {_name(self)} must return a torch.utils.data.DataLoader, got "
-                f"{_a(loader)}."
+                f"{kind_of(loader)}."
             )
         return endless(loader, seed, start)
 
@@ -138,9 +139,12 @@ class Problem:
         """Write a picture of what the model predicts for an image file.
 
         Raises:
-            ValueError: by default, because the data are not images.
+            ValueError: by default, because not all data are images.
         """
-        raise ValueError("taskgroup predict draws images, and this run was not trained on images.")
+        raise ValueError(
+            f"taskgroup predict draws what a network predicts for an image, and {_name(self)} does "
+            "not define predict(model, image, out)."
+        )
 
     @property
     def titles(self) -> dict[str, str]:
@@ -186,6 +190,11 @@ def make_problem(recipe: Recipe) -> Problem:
             recipe
         )
         return problem
+    return in_words(f"{recipe.data} cannot be set up", lambda: _own_problem(recipe))
+
+
+def _own_problem(recipe: Recipe) -> Problem:
+    """The problem of the user's own that a recipe names."""
     name = recipe.data
     found = find(name)
     check_unchanged(name)
@@ -196,7 +205,7 @@ def make_problem(recipe: Recipe) -> Problem:
         if not callable(found):
             raise ValueError(
                 f"{name} must be a class that derives from taskgroup.lab.Problem, an object of "
-                f"one, or a function that returns one; it is {_a(found)}."
+                f"one, or a function that returns one; it is {kind_of(found)}."
             )
         if isinstance(found, type):
             _check_whole(found, name)
@@ -206,7 +215,7 @@ def make_problem(recipe: Recipe) -> Problem:
     if not isinstance(made, Problem):
         raise ValueError(
             f"{name} must return an object of a class that derives from taskgroup.lab.Problem; "
-            f"it returned {_a(made)}."
+            f"it returned {kind_of(made)}."
         )
     _check_whole(made, name)
     _check_words(made, name)
@@ -236,7 +245,7 @@ def measure(
             module.training = mode
     if not isinstance(found, Mapping):
         raise ValueError(
-            f"evaluate() of {_name(problem)} must return {{task: metric}}, got {_a(found)}."
+            f"evaluate() of {_name(problem)} must return {{task: metric}}, got {kind_of(found)}."
         )
     if unknown := [task for task in found if task not in problem.titles]:
         raise ValueError(
@@ -252,7 +261,7 @@ def _number(value: Any, task: str, problem: Problem) -> float:
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"evaluate() of {_name(problem)} must return one number for each task, got "
-            f"{_a(value)} for {task!r}."
+            f"{kind_of(value)} for {task!r}."
         ) from None
 
 
@@ -309,7 +318,7 @@ def _check_words(problem: Problem, name: str) -> None:
         words = getattr(problem, attribute)
         if not isinstance(words, str | Mapping):
             raise ValueError(
-                f"{attribute} of {name} must be a word or {{task: word}}, got {_a(words)}."
+                f"{attribute} of {name} must be a word or {{task: word}}, got {kind_of(words)}."
             )
         if not isinstance(words, str) and (unknown := [t for t in words if t not in tasks]):
             raise ValueError(
@@ -334,8 +343,3 @@ def _check_words(problem: Problem, name: str) -> None:
 
 def _name(problem: Problem) -> str:
     return type(problem).__name__
-
-
-def _a(thing: object) -> str:
-    """What kind of object something is, in words."""
-    return f"an object of type {type(thing).__name__}"

@@ -382,6 +382,10 @@ def read_recipe(name: str | Path, changes: Mapping[str, Any] | None = None) -> R
             f"There is no recipe {str(name)!r}; name a YAML file, a problem of your own as "
             f"MODULE:NAME, or one of: {', '.join(recipe_names())}."
         )
+    if path.suffix == ".py":
+        raise ValueError(
+            f"{name} is a Python file; name the problem in it as well: {name}:YourProblem."
+        )
     try:
         settings = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

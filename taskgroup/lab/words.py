@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
-__all__ = ["counted", "listed", "nearest"]
+from torch import Tensor
+
+__all__ = ["counted", "kind_of", "listed", "nearest"]
 
 _MOST = 12
 
@@ -26,6 +28,18 @@ def listed(names: Collection[str]) -> str:
 def counted(number: int, noun: str) -> str:
     """``"1 seed"``, ``"5 seeds"``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def kind_of(thing: object) -> str:
+    """What an object is, for a message about one that does not fit.
+
+    Example:
+        >>> kind_of({}), kind_of(Tensor([1.0, 2.0]))
+        ('an object of type dict', 'a tensor [2]')
+    """
+    if isinstance(thing, Tensor):
+        return f"a tensor {list(thing.shape)}"
+    return f"an object of type {type(thing).__name__}"
 
 
 def nearest(name: str, known: Collection[str]) -> str:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 import taskgroup as tg
 from taskgroup import checkpoint
+from taskgroup.lab import cli
 from taskgroup.lab.cli import app
 from taskgroup.lab.data.motorcycle import Motorcycle
 from taskgroup.lab.recipe import (
@@ -579,3 +581,12 @@ def test_bad_checkpoints(tmp_path):
     torch.save({"version": 99}, run.out / "checkpoint.pt")
     with pytest.raises(ValueError, match="has version 99"):
         Run.resume(run.out)
+
+
+def test_warnings_are_sentences_while_a_command_runs():
+    usual = warnings.formatwarning
+    with cli._errors_in_words():
+        assert warnings.formatwarning("It is late.", UserWarning, "run.py", 3) == (
+            "Warning: It is late.\n"
+        )
+    assert warnings.formatwarning is usual

@@ -11,6 +11,7 @@ import pytest
 import taskgroup as tg
 from taskgroup import lab
 from taskgroup.lab import processes
+from taskgroup.lab.importing import find
 from taskgroup.lab.studies import workers
 from taskgroup.lab.studies.comparison import Comparison
 from taskgroup.lab.studies.presets import preset
@@ -109,6 +110,13 @@ def test_a_problem_of_a_function_is_trained_in_this_process(monkeypatch):
         lab.compare(Local, ["selective"], seeds=1, executor=pool, **SETTINGS)
 
 
+def test_an_object_does_not_stand_for_its_class_afterwards(trained):
+    """Both have the name of the class."""
+    with pytest.warns(UserWarning, match="Other processes cannot import .*:Small, so its runs are"):
+        table = lab.compare(Small(None), ["uw"], seeds=1, budgets=["batches"], **SETTINGS)
+    assert find(table.recipe.data) is Small
+
+
 def test_runs_that_fail_are_told(trained, monkeypatch):
     train = workers.train_cell
 
@@ -127,6 +135,7 @@ def test_runs_that_fail_are_told(trained, monkeypatch):
     ("arguments", "said"),
     [
         ({"methods": "uw"}, r"methods takes a list of names, got 'uw'; write \['uw'\]"),
+        ({"budgets": "time"}, r"budgets takes a list of names, got 'time'; write \['time'\]"),
         ({"methods": ["famous"]}, "no method 'famous' here; there are famo"),
         ({"methods": ["uw"], "dimm": 3}, "Unknown setting 'dimm'; did you mean 'dim'"),
         ({"methods": ["uw"], "seeds": 0}, "at least one seed"),

@@ -1,8 +1,10 @@
 """A problem of the user's own: what it may be, and what is said of it before it is trained."""
 
+import pickle
 import re
 import subprocess
 import sys
+import warnings
 from itertools import count
 from pathlib import Path
 
@@ -19,12 +21,14 @@ from taskgroup.lab.cli import app
 from taskgroup.lab.importing import name_of
 from taskgroup.lab.problem import Problem, make_problem, measure
 from taskgroup.lab.recipe import read_recipe
+from taskgroup.lab.studies.cell import Cell, train_cell
 from taskgroup.lab.studies.comparison import Comparison
 from taskgroup.lab.studies.presets import Variant
 from taskgroup.lab.studies.probe import check_workers, probe
 from taskgroup.lab.train.evaluation import load_summary
 from taskgroup.lab.train.rehearsal import rehearse, rehearse_step
 from taskgroup.lab.train.trainer import Trainer, make_model
+from tests.fake_gpu import FakeGPU
 from tests.lab.small import yeast
 
 GD = Variant("gd", "GD", {"method": "gd"})
@@ -299,6 +303,7 @@ def answer(value):
         ({"loader": answer([1])}, r"loader\(\) of Mine must return .*DataLoader, got .*list"),
         ({"batches": drawn_anew}, r"batches\(\) of .* is not reproducible: .*loader\(batch_size"),
         ({"batches": lambda s, n, seed, start=0: iter([])}, "ends after 0 of its batches"),
+        ({"batches": answer([1, 2])}, r"batches\(\) of .* must return an iterator, got .* list;"),
         (
             {"batches": lambda s, n, seed, start=0: iter([torch.ones(1, device="meta")] * 2)},
             "gives tensors on meta. Give them on the CPU",
@@ -328,6 +333,7 @@ def answer(value):
             {"losses": lambda s, o, b: {t: e.mean() / 0 for t, e in s.errors(o, b[1]).items()}},
             "The loss of 'first' .* is -?inf on the first batch; look for empty masks",
         ),
+        ({"losses": answer({"first": 0.3, "second": 1.0})}, "scalar tensor, got .* type float\\.$"),
         ({"losses": detached}, "The loss of 'first' .* has no graph; compute it from outputs"),
         ({"losses": shape_error}, r"losses\(\) of .* fails: RuntimeError: .*test_own_problem.py,"),
         ({"model": one_shares_nothing}, "The loss of 'second' .* not depend on the shared param"),
@@ -336,7 +342,7 @@ def answer(value):
         ({"evaluate": answer({"third": 0.3})}, r"names \['third'\]; its tasks are"),
         (
             {"evaluate": answer({"first": torch.ones(2), "second": 1.0})},
-            "must return one number for each task, got .* Tensor for 'first'",
+            r"must return one number for each task, got a tensor \[2\] for 'first'",
         ),
         ({"evaluate": answer({"first": 0.1, "second": float("nan")})}, "returns nan for 'second'"),
         (
@@ -350,11 +356,82 @@ def test_what_one_batch_shows(attributes, said):
         rehearse(recipe(made(**attributes)))
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def f(:", r"SyntaxError: .*\(faulty.py, line 1\)\.$"),
+        ("1 / 0", r"ZeroDivisionError: division by zero \(faulty.py, line 1\)\.$"),
+        (
+            "from taskgroup import lab\n\n\ndef Mine():\n    return open('nowhere')\n",
+            r"FileNotFoundError: .*: 'nowhere' \(faulty.py, line 5\)\.$",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "compare", "affinity-gain"])
+def test_an_error_of_the_file_names_its_line(command, text, said, folder, monkeypatch):
+    monkeypatch.delitem(sys.modules, "faulty", raising=False)
+    (folder / "faulty.py").write_text(text)
+    words = invoke(command, "faulty.py:Mine", status=2).splitlines()[-1]
+    assert re.search(f"faulty.py:Mine cannot be set up: {said}", words), words
+
+
 def test_an_error_is_one_sentence_with_its_cause():
     with pytest.raises(ValueError, match="fails") as caught:
         rehearse(recipe(made(losses=shape_error)))
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+class StuckError(Exception):
+    """Pickled, but not unpickled: pickle passes one argument."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+def test_an_error_of_a_run_reaches_other_processes():
+    """One that cannot be unpickled would break the pool, as if a process had died."""
+
+    def get_stuck(self, outputs, batch):
+        raise StuckError("one", "two")
+
+    with pytest.raises(ValueError, match=r"fails: StuckError: one and two \(test_") as caught:
+        train_cell(Cell("gd", recipe(made(losses=get_stuck), method="gd")))
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+class OnGPUAlone(nn.Linear):
+    """As a network with kernels for the GPU alone."""
+
+    def forward(self, x):
+        if x.device.type != "cuda":
+            raise NotImplementedError("there is no kernel for the CPU")
+        return super().forward(x)
+
+
+def evaluate_on_device(self, model, split):
+    x, y = (tensor.to(next(model.parameters()).device) for tensor in data(1).tensors)
+    return {t: e.abs().mean() for t, e in self.errors(model(x), y).items()}
+
+
+def test_a_network_for_the_gpu_alone(tmp_path):
+    def network(self, tasks):
+        return tg.MultiTaskModel(OnGPUAlone(3, 4), {task: nn.Linear(4, 1) for task in tasks})
+
+    mine = made(model=network, evaluate=evaluate_on_device)
+    with pytest.raises(
+        ValueError, match=r"no kernel for the CPU \(test_own_problem.py, line \d+\)\.$"
+    ):
+        rehearse(recipe(mine))
+    on_gpu = recipe(mine, device="auto")
+    with pytest.raises(ValueError, match="tried on the CPU, because this machine has no GPU"):
+        rehearse(on_gpu)
+    with FakeGPU():
+        assert rehearse(on_gpu) == "cuda"
+        uw = Variant("uw", "UW", {"method": "uw"})
+        compared = Comparison(on_gpu, [GD, uw], 1, tmp_path / "out", budgets=["batches"])
+        assert compared.refused == {}
+        assert rehearse(recipe(made(evaluate=evaluate_on_device), device="auto")) == "cpu"
 
 
 def test_metrics_below_zero_cannot_be_compared():
@@ -440,6 +517,35 @@ def test_the_template_trains_resumes_and_is_reported(template, monkeypatch):
     assert set(load_summary(run)["metrics"]) == {"wind", "rain", "heat", "smoke"}
     monkeypatch.chdir(run)  # from elsewhere
     assert "There is no file storms.py" in invoke("train", "--resume", run, status=2)
+
+
+def test_a_run_whose_source_changed(template):
+    """It may go on, since a mistake may have been mended, but not without a word."""
+    invoke("train", "storms.py:YourProblem", "--batches", 3, "--set", "warmup=1", "--out", "run")
+    text = template.read_text()
+    template.write_text(f"# a comment\n{text}")
+    for words in (["train", "--resume", "run"], ["evaluate", "run"]):
+        del sys.modules["storms"]  # a new process
+        invoke(*words)  # a warning would be an error
+    template.write_text(text.replace("0.3 *", "0.9 *"))
+    del sys.modules["storms"]
+    with pytest.warns(UserWarning, match=r"\['storms.py'\] changed since run was trained; the net"):
+        invoke("evaluate", "run")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        invoke("evaluate", "run")
+    assert len(told) == 1
+    with pytest.warns(UserWarning, match=r"\['storms.py'\] changed since run was last trained. Th"):
+        invoke("train", "--resume", "run")
+    invoke("train", "--resume", "run")  # it is told once
+    template.write_text(text.replace("32", "16"))
+    del sys.modules["storms"]
+    for words in (["train", "--resume", "run"], ["evaluate", "run"]):
+        said = invoke(*words, status=2)
+        assert (
+            "run/checkpoint.pt does not fit the settings in run/config.yaml (Error(s) in " in said
+        )
+        assert "['storms.py'] changed since; put back the version that it was trained with" in said
 
 
 @pytest.mark.learned
@@ -538,13 +644,14 @@ def test_worker_processes_import_a_problem_of_the_current_folder(template):
     [
         ("strms.py:YourProblem", "There is no file strms.py"),
         ("strms:YourProblem", "no module 'strms' in the current folder, .*Did you mean storms"),
-        ("storms:YuorProblem", "storms has no 'YuorProblem'; it has YourProblem"),
+        ("storms:YuorProblem", "storms has no 'YuorProblem'; it has YourProblem, make_data\\."),
         ("storms:make_data", "storms:make_data.* must take one argument"),
         (
             "storms:TASKS:",
             "There is no recipe 'storms:TASKS:'; .* a problem of your own as MODULE:N",
         ),
         ("storms", "There is no recipe 'storms'"),
+        ("storms.py", "storms.py is a Python file; name the problem in it as well: storms.py:Your"),
     ],
 )
 def test_names_that_are_wrong(name, said, template):

@@ -16,9 +16,9 @@ from taskgroup.lab.recipe import Recipe, is_own
 from taskgroup.lab.report.affinities import relative
 from taskgroup.lab.studies.cell import Cell, Result, open_folder
 from taskgroup.lab.studies.intervals import Correlation, Floats, spearman
-from taskgroup.lab.studies.source import check_source
 from taskgroup.lab.studies.workers import Listener, Workers
 from taskgroup.lab.train.rehearsal import rehearse
+from taskgroup.lab.train.source import check_source
 from taskgroup.lab.train.trainer import task_names
 
 __all__ = ["AFFINITIES", "AffinityGain", "Gains"]

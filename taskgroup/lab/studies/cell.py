@@ -15,9 +15,11 @@ import yaml
 
 import taskgroup as tg
 from taskgroup.lab.processes import alone
-from taskgroup.lab.recipe import Recipe, read_recipe
+from taskgroup.lab.recipe import Recipe, is_own, read_recipe
 from taskgroup.lab.train.memory import peak_bytes
+from taskgroup.lab.train.source import SOURCE
 from taskgroup.lab.train.trainer import Trainer
+from taskgroup.lab.user_code import in_words
 
 __all__ = ["Cell", "Result", "open_folder", "train_cell"]
 
@@ -86,7 +88,12 @@ def train_cell(cell: Cell) -> Result:
     with alone(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a run that diverges; the result says so
         # Cells run in parallel, one per core, so none has data workers of its own.
-        return _train(cell.recipe.replace(workers=0), cell.lookahead_every)
+        recipe = cell.recipe.replace(workers=0)
+        if not is_own(recipe.data):
+            return _train(recipe, cell.lookahead_every)
+        # In words, since an error of a class that cannot be unpickled would break the pool.
+        what = f"{recipe.data} fails"
+        return in_words(what, lambda: _train(recipe, cell.lookahead_every))
 
 
 def _train(recipe: Recipe, lookahead_every: int | None) -> Result:
@@ -181,7 +188,7 @@ def open_folder(folder: Path, recipe: Recipe) -> Path:
 
 def _holds_no_run(folder: Path) -> bool:
     """Whether a folder that was opened for runs holds no result and nothing measured."""
-    made = {"base.yaml", "source.yaml", "cells", tg.recording.LOCK}
+    made = {"base.yaml", SOURCE, "cells", tg.recording.LOCK}
     return {path.name for path in folder.iterdir()} <= made and not any(
         (folder / "cells").glob("*.json")
     )

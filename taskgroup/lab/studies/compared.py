@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from taskgroup.lab.importing import name_of
+from taskgroup.lab.importing import forget, name_of
 from taskgroup.lab.problem import Problem, make_problem
 from taskgroup.lab.recipe import Recipe, read_recipe
 from taskgroup.lab.studies import comparison_report
@@ -92,10 +92,13 @@ def compare(
         >>> pandas.DataFrame(table.records())  # doctest: +SKIP
     """
     _check_caller()
+    for argument, given in (("methods", methods), ("budgets", budgets)):
+        if isinstance(given, str):
+            raise ValueError(f"{argument} takes a list of names, got {given!r}; write [{given!r}].")
     recipe, importable = _recipe_of(problem, settings)
-    chosen = _variants(methods, recipe)
     with ExitStack() as stack:
         if not importable:
+            stack.callback(forget, recipe.data)
             if executor is not None and not isinstance(executor, ThreadPoolExecutor):
                 raise ValueError(
                     f"Other processes cannot import {recipe.data}; put the problem in a module, or "
@@ -108,6 +111,7 @@ def compare(
                     stacklevel=2,
                 )
                 executor = stack.enter_context(ThreadPoolExecutor(1))
+        chosen = _variants(methods, recipe)
         folder = out if out is not None else stack.enter_context(tempfile.TemporaryDirectory())
         comparison = Comparison(
             recipe,
@@ -142,8 +146,6 @@ def _variants(methods: Sequence[str | Variant] | None, recipe: Recipe) -> list[V
     known = preset("methods", recipe, task_names(recipe, make_problem(recipe)))
     if methods is None:
         return known
-    if isinstance(methods, str):
-        raise ValueError(f"methods takes a list of names, got {methods!r}; write [{methods!r}].")
     given = [method for method in methods if isinstance(method, Variant)]
     names = [method if isinstance(method, str) else method.name for method in methods]
     by_name = {variant.name: variant for variant in [*known, *given]}

@@ -16,9 +16,9 @@ from taskgroup.lab.recipe import Recipe, is_own
 from taskgroup.lab.studies.cell import Cell, Result, open_folder
 from taskgroup.lab.studies.presets import JOINT, REFERENCE, Variant
 from taskgroup.lab.studies.results import BUDGETS, Runs, Table, delta_of, make_row, mean, median
-from taskgroup.lab.studies.source import check_source
 from taskgroup.lab.studies.workers import Listener, Workers
 from taskgroup.lab.train.rehearsal import rehearse, rehearse_step
+from taskgroup.lab.train.source import check_source
 from taskgroup.lab.train.trainer import Trainer, task_names
 
 __all__ = ["Comparison"]
@@ -93,8 +93,7 @@ class Comparison:
         if len(self.tasks) < 2:
             raise ValueError("A comparison needs at least two tasks, which can share a group.")
         self._single_metrics: dict[str, dict[str, float]] | None = None
-        if is_own(recipe.data):
-            rehearse(recipe, relative=True)
+        self._tried_on = rehearse(recipe, relative=True) if is_own(recipe.data) else "cpu"
         self.refused: dict[str, str] = {}
         self.variants = [variant for variant in variants if self._can_work(variant, strict)]
         self._by_name = {variant.name: variant for variant in self.variants}
@@ -107,8 +106,9 @@ class Comparison:
         On a problem of the user's own, it is also trained on one batch.
         """
         try:
-            # On the CPU, because the memory of a GPU is for the processes that train.
-            trainer = Trainer(self.recipe.replace(**{**variant.settings, "device": "cpu"}))
+            # On the CPU if possible: the memory of a GPU is for the processes that train.
+            settings = {**variant.settings, "device": self._tried_on}
+            trainer = Trainer(self.recipe.replace(**settings))
             if is_own(self.recipe.data):
                 rehearse_step(trainer, variant.title)
         except (ValueError, ImportError) as error:

@@ -10,7 +10,7 @@ from typing import TypedDict
 import torch
 
 import taskgroup as tg
-from taskgroup.lab.importing import sources
+from taskgroup.lab.importing import differing, sources
 from taskgroup.lab.problem import make_problem
 from taskgroup.lab.processes import visible_gpus
 from taskgroup.lab.recipe import Recipe, is_own
@@ -72,12 +72,10 @@ def check_workers(recipe: Recipe, found: Mapping[str, Environment | BaseExceptio
                 f"{worker} has taskgroup {environment['taskgroup']}, and this process has "
                 f"{tg.__version__}; install the same version everywhere."
             )
-        own = _source(recipe)
-        theirs = environment["source"]
-        if differing := [f for f in sorted({*own, *theirs}) if own.get(f) != theirs.get(f)]:
+        if changed := differing(_source(recipe), environment["source"]):
             raise RuntimeError(
                 f"{worker} has another version of {recipe.data} than this process: "
-                f"{listed(differing)} differ; give all workers the same files, and start them "
+                f"{listed(changed)} differ; give all workers the same files, and start them "
                 "again if the files have changed."
             )
     known = {w: env for w, env in found.items() if not isinstance(env, BaseException)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -15,6 +16,7 @@ from torch import nn
 import taskgroup as tg
 from taskgroup.lab.problem import Problem, make_problem
 from taskgroup.lab.recipe import CHANGEABLE, Recipe, read_recipe
+from taskgroup.lab.train.source import changed_source
 from taskgroup.lab.train.trainer import find_device, make_model, task_names
 from taskgroup.lab.words import listed
 
@@ -28,6 +30,7 @@ __all__ = [
     "read_baseline",
     "read_checkpoint",
     "read_settings",
+    "unfit_checkpoint",
     "without_source",
 ]
 
@@ -76,8 +79,28 @@ def load_trained(run: str | Path, changes: Mapping[str, Any] | None = None) -> T
     state = read_checkpoint(run)
     problem = make_problem(without_source(recipe, run))
     model = make_model(problem, task_names(recipe, problem), find_device(recipe.device))
-    model.load_state_dict(state["trainer"]["model"])
+    try:
+        model.load_state_dict(state["trainer"]["model"])
+    except RuntimeError as error:
+        raise ValueError(unfit_checkpoint(run, recipe, error)) from error
+    if changed := changed_source(run, recipe.data):
+        warnings.warn(
+            f"{listed(changed)} changed since {run} was trained; the network is built, and "
+            "evaluated, by the new version.",
+            stacklevel=1,  # one place in the code, so that it is shown once
+        )
     return Trained(recipe, problem, model.eval(), state["trainer"]["batch"])
+
+
+def unfit_checkpoint(run: Path, recipe: Recipe, error: Exception) -> str:
+    """A sentence about a checkpoint that does not fit what its run's settings build."""
+    cure = "put back the two files that belong together, or use the taskgroup that wrote them"
+    if changed := changed_source(run, recipe.data):
+        cure = f"{listed(changed)} changed since; put back the version that it was trained with"
+    return (
+        f"{run / 'checkpoint.pt'} does not fit the settings in {run / 'config.yaml'} "
+        f"({' '.join(str(error).split())[:200]}); {cure}."
+    )
 
 
 def without_source(recipe: Recipe, run: Path) -> Recipe:

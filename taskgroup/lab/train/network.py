@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 import taskgroup as tg
 from taskgroup.lab.problem import Problem
-from taskgroup.lab.words import listed
+from taskgroup.lab.words import kind_of, listed
 
 __all__ = ["Parts", "find_parts", "in_float32", "run_network"]
 
@@ -79,8 +79,8 @@ def run_network(
         outputs = model(*arguments, **named)
     if not isinstance(outputs, Mapping):
         raise ValueError(
-            f"The network {type(model).__name__} must return {{task: output}}, got an object of "
-            f"type {type(outputs).__name__}."
+            f"The network {type(model).__name__} must return {{task: output}}, got "
+            f"{kind_of(outputs)}."
         )
     return {task: output for task, output in outputs.items() if task in tasks}
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,36 +15,55 @@ from torch.utils._pytree import tree_flatten
 import taskgroup as tg
 from taskgroup.lab.problem import Batch, Problem
 from taskgroup.lab.recipe import Recipe
-from taskgroup.lab.train.network import in_float32, run_network
 from taskgroup.lab.train.trainer import Trainer
-from taskgroup.lab.words import listed
+from taskgroup.lab.user_code import in_words
+from taskgroup.lab.words import kind_of, listed
 
 __all__ = ["rehearse", "rehearse_step"]
 
-A = TypeVar("A")
 
-_PACKAGE = Path(tg.__file__).parent
-
-
-def rehearse(recipe: Recipe, relative: bool = False) -> None:
+def rehearse(recipe: Recipe, relative: bool = False) -> Literal["cpu", "cuda"]:
     """Check a problem on one batch: its batches, network, losses, gradients and metrics.
 
     Batch 1 of the stream must also be the first of a stream that begins there. Every task must have
     a finite scalar loss with a gradient on shared parameters, and one task alone must have a loss
-    too. Every split must have a finite metric of every task. All of this runs on the CPU, in this
-    process, and takes a forward and K backward passes and a quick evaluation of every split.
+    too. Every split must have a finite metric of every task. All of this runs in this process, and
+    takes a forward and K backward passes and a quick evaluation of every split. It runs on the CPU,
+    because the memory of a GPU is for the processes that train; a problem that fails there is tried
+    on a GPU, if the recipe asks for one.
 
     Args:
         recipe: the settings.
         relative: also raise for a negative metric, of which no relative gain can be computed.
+
+    Returns:
+        The device on which the problem works.
 
     Raises:
         ValueError: if something is not true. The sentence names the method of the problem and the
             task, and says what to do.
         ImportError: if the problem needs a library that is not installed.
     """
-    recipe = recipe.replace(device="cpu", workers=0)
-    trainer = _asked(f"{recipe.data} cannot be set up", lambda: Trainer(recipe))
+    try:
+        _rehearse(recipe.replace(device="cpu", workers=0), relative)
+    except ValueError as error:
+        if recipe.device == "cpu" or error.__cause__ is None:  # no error of the user's code
+            raise
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"{error} This was tried on the CPU, because this machine has no GPU."
+            ) from error
+    else:
+        return "cpu"
+    try:
+        _rehearse(recipe.replace(device="cuda", workers=0), relative)
+    finally:
+        torch.cuda.empty_cache()
+    return "cuda"
+
+
+def _rehearse(recipe: Recipe, relative: bool) -> None:
+    trainer = in_words(f"{recipe.data} cannot be set up", lambda: Trainer(recipe))
     _check_batches(trainer)
     _check_losses(trainer)
     for split in trainer.problem.splits:
@@ -55,7 +72,7 @@ def rehearse(recipe: Recipe, relative: bool = False) -> None:
         task = trainer.tasks[0]
         alone = recipe.replace(tasks=(task,), method="gd")
         what = f"{recipe.data} cannot be set up for the task {task!r} alone"
-        _check_losses(_asked(what, lambda: Trainer(alone)))
+        _check_losses(in_words(what, lambda: Trainer(alone)))
 
 
 def rehearse_step(trainer: Trainer, title: str) -> None:
@@ -64,13 +81,19 @@ def rehearse_step(trainer: Trainer, title: str) -> None:
     Raises:
         ValueError: if that fails; the sentence names the method.
     """
-    _asked(f"{title} fails on the first batch of {trainer.recipe.data}", trainer.step)
+    in_words(f"{title} fails on the first batch of {trainer.recipe.data}", trainer.step)
 
 
 def _check_batches(trainer: Trainer) -> None:
     recipe = trainer.recipe
     what = f"batches() of {recipe.data}"
-    two = _asked(f"{what} fails", lambda: [*islice(_stream(trainer, 0), 2)])
+    stream = in_words(f"{what} fails", lambda: _stream(trainer, 0))
+    if not isinstance(stream, Iterator):
+        raise ValueError(
+            f"{what} must return an iterator, got {kind_of(stream)}; write it as a generator, "
+            "which yields batch after batch without an end."
+        )
+    two = in_words(f"{what} fails", lambda: [*islice(stream, 2)])
     if len(two) < 2:
         raise ValueError(
             f"{what} ends after {len(two)} of its batches, and training needs an endless stream. "
@@ -82,7 +105,7 @@ def _check_batches(trainer: Trainer) -> None:
             f"{what} gives tensors on {', '.join(sorted(elsewhere))}. Give them on the CPU; "
             "training sends them to its device."
         )
-    again = _asked(f"{what} fails", lambda: next(_stream(trainer, 1)))
+    again = in_words(f"{what} fails", lambda: next(_stream(trainer, 1)))
     if not _equal(two[1], again):
         arguments = f"{recipe.batch_size}, seed={recipe.seed}"
         raise ValueError(
@@ -95,7 +118,7 @@ def _check_batches(trainer: Trainer) -> None:
 
 def _stream(trainer: Trainer, start: int) -> Iterator[Batch]:
     recipe = trainer.recipe
-    return iter(trainer.problem.batches(recipe.batch_size, recipe.seed, start))
+    return trainer.problem.batches(recipe.batch_size, recipe.seed, start)
 
 
 def _check_losses(trainer: Trainer) -> None:
@@ -103,20 +126,19 @@ def _check_losses(trainer: Trainer) -> None:
     problem, tasks, name = trainer.problem, trainer.tasks, trainer.recipe.data
     of = f"of {name}" if len(tasks) > 1 else f"of {name}, trained on {tasks[0]!r} alone,"
     batch = trainer.batches.peek()
-    inputs = _asked(f"inputs() {of} fails", lambda: problem.inputs(batch))
-    outputs = _asked(
+    in_words(f"inputs() {of} fails", lambda: problem.inputs(batch))
+    outputs = in_words(
         f"The network {of} fails, called with the result of inputs()",
-        lambda: run_network(trainer.model, inputs, tasks),
+        lambda: trainer.outputs(batch),
     )
     if missing := [task for task in tasks if task not in outputs]:
         raise ValueError(
             f"The network {of} gives no output for {listed(missing)}; it must return {{task: "
             "output} for the tasks that model(tasks) is called with."
         )
-    given = {task: in_float32(output) for task, output in outputs.items()}
-    losses = _asked(f"losses() {of} fails", lambda: problem.losses(given, batch))
+    losses = in_words(f"losses() {of} fails", lambda: trainer.losses(outputs, batch))
     if not isinstance(losses, Mapping):
-        raise ValueError(f"losses() {of} must return {{task: loss}}, got {_kind(losses)}.")
+        raise ValueError(f"losses() {of} must return {{task: loss}}, got {kind_of(losses)}.")
     if differing := sorted(set(losses) ^ set(tasks)):
         raise ValueError(
             f"losses() {of} must return a loss for each task of the outputs, {listed(tasks)}, and "
@@ -136,7 +158,8 @@ def _check_losses(trainer: Trainer) -> None:
 
 def _check_loss(whose: str, task: str, loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.ndim:
-        raise ValueError(f"{whose} must be a scalar tensor, got {_kind(loss)}; take its mean.")
+        cure = "; take its mean" if isinstance(loss, Tensor) else ""
+        raise ValueError(f"{whose} must be a scalar tensor, got {kind_of(loss)}{cure}.")
     if not math.isfinite(loss.item()):
         raise ValueError(
             f"{whose} is {loss.item()} on the first batch; look for empty masks, the logarithm of "
@@ -152,7 +175,7 @@ def _check_loss(whose: str, task: str, loss: Any) -> None:
 def _check_metrics(trainer: Trainer, split: str, relative: bool) -> None:
     problem, name = trainer.problem, trainer.recipe.data
     what = f"evaluate(model, {split!r}) of {name}"
-    found = _asked(f"{what} fails", lambda: trainer.evaluate(split, quick=True))
+    found = in_words(f"{what} fails", lambda: trainer.evaluate(split, quick=True))
     missing = [task for task in trainer.tasks if task not in found]
     if missing and type(problem).evaluate_quickly is Problem.evaluate_quickly:
         raise ValueError(
@@ -170,32 +193,6 @@ def _check_metrics(trainer: Trainer, split: str, relative: bool) -> None:
                 "are never negative, since Δm divides by them; return an error or an accuracy, for "
                 "example 1 - R² in place of R²."
             )
-
-
-def _asked(what: str, ask: Callable[[], A]) -> A:
-    """What a problem answers; its errors become one sentence that names the line.
-
-    A sentence of this package, which says what to do, is passed on.
-    """
-    try:
-        return ask()
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        if isinstance(error, ValueError | ImportError) and _is_ours(frames[-1].filename):
-            raise
-        text = " ".join(str(error).split())[:300]
-        lines = [f for f in frames if not _is_ours(f.filename) and not _is_library(f.filename)]
-        where = f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
-        raise ValueError(f"{what}: {type(error).__name__}: {text}{where}.") from error
-
-
-def _is_ours(file: str) -> bool:
-    return Path(file).is_relative_to(_PACKAGE)
-
-
-def _is_library(file: str) -> bool:
-    installed = {"site-packages", "dist-packages"} & set(Path(file).parts)
-    return bool(installed) or Path(file).is_relative_to(Path(traceback.__file__).parent)
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
@@ -224,9 +221,3 @@ def _same(one: Any, other: Any) -> bool:
         a, b = (torch.as_tensor(x).detach() for x in (one, other))
         return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())  # NaN too
     return bool(type(one) is type(other) and one == other)
-
-
-def _kind(thing: object) -> str:
-    if isinstance(thing, Tensor):
-        return f"a tensor {list(thing.shape)}"
-    return f"an object of type {type(thing).__name__}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,10 @@ from taskgroup.lab.train.evaluation import (
     read_baseline,
     read_checkpoint,
     read_settings,
+    unfit_checkpoint,
     without_source,
 )
+from taskgroup.lab.train.source import changed_source, note_source
 from taskgroup.lab.train.trainer import Progress, Trainer, task_names
 from taskgroup.lab.words import listed
 
@@ -42,8 +45,9 @@ class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
 class Run:
     """One training run in a folder of its own.
 
-    The folder holds ``config.yaml``, the settings; the files of a :class:`taskgroup.Recorder`;
-    ``checkpoint.pt``; TensorBoard events; and, at the end, ``summary.json``. The command line adds
+    The folder holds ``config.yaml``, the settings; ``source.yaml``, digests of the source of a
+    problem of the user's own; the files of a :class:`taskgroup.Recorder`; ``checkpoint.pt``;
+    TensorBoard events; and, at the end, ``summary.json``. The command line adds
     pictures. The first checkpoint is written before the first batch. A run that was stopped, even
     by SIGKILL, resumes exactly from its last checkpoint. No other process can write to the folder
     until the training has ended.
@@ -66,6 +70,7 @@ class Run:
         with self._holding():
             _check_empty(out)  # another process may have been quicker
             self._write_config()
+            note_source(out, recipe.data)
             self.trainer.problem.keep(self.trainer.model, out)
             # Written before the first record: records without a checkpoint mean that it was lost.
             self.save()
@@ -77,6 +82,8 @@ class Run:
     @classmethod
     def resume(cls, out: str | Path, changes: Mapping[str, Any] | None = None) -> Run:
         """Resume a run from its last checkpoint, with other values for some of ``CHANGEABLE``.
+
+        If the source of a problem of the user's own has changed, a warning says so.
 
         Raises:
             ValueError: if there is no run, its checkpoint is lost or cannot be read, or another
@@ -94,6 +101,13 @@ class Run:
             else:  # it has recorded nothing
                 (out / tg.recording.HEADER).unlink(missing_ok=True)
             run._write_config()
+            if state is not None and (changed := changed_source(out, recipe.data)):
+                warnings.warn(
+                    f"{listed(changed)} changed since {out} was last trained. The run goes on with "
+                    "the new version, so its batches are not all of one version.",
+                    stacklevel=2,
+                )
+            note_source(out, recipe.data)
         return run
 
     @contextmanager
@@ -140,11 +154,7 @@ class Run:
             self.trainer.load_state_dict(state["trainer"])
             self.recorder.load_state_dict(state["recorder"])
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{self.out / 'checkpoint.pt'} does not fit the settings in "
-                f"{self.out / 'config.yaml'} ({' '.join(str(error).split())[:200]}); put back the "
-                "two files that belong together, or use the taskgroup that wrote them."
-            ) from error
+            raise ValueError(unfit_checkpoint(self.out, self.recipe, error)) from error
         self._saved = self.batch
 
     @property

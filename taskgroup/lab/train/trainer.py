@@ -18,6 +18,7 @@ from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.train.batches import Batches
 from taskgroup.lab.train.credit import PublishedCredit
 from taskgroup.lab.train.network import find_parts, in_float32, run_network
+from taskgroup.lab.words import kind_of
 
 __all__ = ["Progress", "Trainer", "find_device", "make_model", "task_names"]
 
@@ -167,19 +168,20 @@ class Trainer:
             partition=self.groups.partition,
         )
 
-    def _outputs(self, batch: Batch, group: tg.Group | None = None) -> dict[str, Any]:
+    def outputs(self, batch: Batch, group: tg.Group | None = None) -> dict[str, Any]:
+        """``{task: output}`` of the network, in the recipe's precision."""
         enabled = self.recipe.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
             return run_network(self.model, self.problem.inputs(batch), self.tasks, group)
 
-    def _losses(self, outputs: Mapping[str, Any], batch: Batch) -> dict[str, Tensor]:
-        """In float32: a bfloat16 has too few digits to tell what one step changed."""
+    def losses(self, outputs: Mapping[str, Any], batch: Batch) -> dict[str, Tensor]:
+        """``{task: loss}`` in float32: a bfloat16 has too few digits for what one step changes."""
         outputs = {task: in_float32(output) for task, output in outputs.items()}
         return self.problem.losses(outputs, batch)
 
     def _forward(self, batch: Batch, group: tg.Group | None = None) -> dict[str, Tensor]:
         """The losses of a batch, with the gradients set to zero."""
-        losses = self._losses(self._outputs(batch, group), batch)
+        losses = self.losses(self.outputs(batch, group), batch)
         self.optimizer.zero_grad()
         return losses
 
@@ -226,7 +228,7 @@ class Trainer:
         self._step_optimizer()
         if method.observes_step:
             with torch.no_grad():
-                method.observe(self._losses(self._outputs(batch), batch))
+                method.observe(self.losses(self.outputs(batch), batch))
         return copy, [tuple(self.tasks)]
 
     def _step_optimizer(self) -> None:
@@ -250,8 +252,8 @@ class Trainer:
         batch = self.batches.peek()
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with torch.random.fork_rng([self.device] if self._on_gpu else []):
-            outputs = self._outputs(batch)
-        losses = self._losses(outputs, batch)
+            outputs = self.outputs(batch)
+        losses = self.losses(outputs, batch)
         try:
             yield losses
         finally:
@@ -268,7 +270,7 @@ class Trainer:
         """The inter-task affinity by its definition, ``[K, K]``, on a new batch."""
         batch = next(self.batches)
         return tg.lookahead_affinity(
-            lambda: self._losses(self._outputs(batch), batch), self.optimizer, self.parts.shared
+            lambda: self.losses(self.outputs(batch), batch), self.optimizer, self.parts.shared
         )
 
     def evaluate(self, split: str, quick: bool = False) -> dict[str, float]:
@@ -382,8 +384,8 @@ def make_model(problem: Problem, tasks: Sequence[str], device: torch.device) -> 
         torch.set_default_dtype(dtype)
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"model() of {type(problem).__name__} must return a torch.nn.Module, got an object of "
-            f"type {type(model).__name__}."
+            f"model() of {type(problem).__name__} must return a torch.nn.Module, got "
+            f"{kind_of(model)}."
         )
     return model.to(device)
 
