@@ -21,7 +21,7 @@ from taskgroup.lab.report.groups import task_order
 from taskgroup.lab.report.labels import differences, short, short_names, titles
 from taskgroup.lab.report.plotly_figures import Card, Shown
 from taskgroup.lab.report.run_data import RunData
-from taskgroup.lab.report.timing import seconds_per_batch
+from taskgroup.lab.report.timing import seconds_per_batch, three_digits
 from taskgroup.lab.words import listed
 
 __all__ = ["write_report"]
@@ -115,14 +115,15 @@ def write_report(
         ),
         _Section(
             "Gradient conflicts",
-            "Cosine similarity of the gradients of two tasks on the shared parameters. Blue: the "
-            "gradients point in the same direction. Red: they point in opposite directions. "
-            "Frames: the groups after the batch.",
+            "Cosine similarity of the gradients of two tasks on the shared parameters, measured "
+            "before the batch. Blue: the gradients point in the same direction. Red: they point in "
+            "opposite directions. Frames: the groups after the batch.",
             [figures.conflicts(run) for run in related if len(run.data.conflicts.batches)],
         ),
         _Section(
             "Held-out data over time",
-            "The metric of each task on held-out data, evaluated during training.",
+            "The metric of each task on held-out data, evaluated during training and at its end. "
+            "↑: higher is better. ↓: lower is better.",
             figures.evaluations(shown),
             lines=[run for run in shown if len(run.data.evaluations.batches)],
         ),
@@ -189,7 +190,8 @@ def _swatch(colour: str) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
+    scale, unit = (1e3, "ms") if seconds < 0.9995 else (1.0, "s")
+    return f"{three_digits(scale * seconds)} {unit}"
 
 
 def _metrics_table(runs: Sequence[Shown]) -> str:

@@ -26,7 +26,7 @@ from taskgroup.lab.report.groups import blocks, group_colours, group_counts
 from taskgroup.lab.report.labels import short
 from taskgroup.lab.report.run_data import Recorded, RunData
 from taskgroup.lab.report.thinning import Thinned, evenly, thin
-from taskgroup.lab.report.timing import Bar, scale_of
+from taskgroup.lab.report.timing import Bar, scale_of, three_digits
 
 try:
     from plotly import colors
@@ -62,6 +62,7 @@ _SCALE = [(0, HARMS), (0.5, ZERO), (1, SERVES)]
 _FAINT = "rgba(128,128,128,0.22)"  # lines, on white and on black
 _MUTED = "#6e7781"
 _CLEAR = "rgba(0,0,0,0)"
+_ARROWS = ("↑", "↓")  # after the name of a metric
 _DASHES = ("solid", "dash", "dot")
 
 
@@ -167,6 +168,8 @@ def _matrices(
         )
     cell, few = _cell(len(tasks)), len(tasks) <= _FEW
     end = largest(recorded.values[-1])
+    beyond = np.abs(recorded.values[np.isfinite(recorded.values)]).max(initial=0) > 1.005 * end
+    least, most = ("≤ ", "≥ ") if beyond else ("", "")  # the colours end before the values do
     digits = 1 if end >= 0.5 else 2
     number = 17 + 6 * digits  # pixels, with a sign
     figure = _heatmap(
@@ -184,7 +187,9 @@ def _matrices(
             "texttemplate": f"%{{z:.{digits}f}}" if few else None,
             "textfont": {"size": 10, "color": INK},
             "colorbar": _colorbar(
-                meaning, tickvals=[-end, 0, end], ticktext=[f"−{end:.2g}", "0", f"{end:.2g}"]
+                meaning,
+                tickvals=[-end, 0, end],
+                ticktext=[f"{least}−{end:.2g}", "0", f"{most}{end:.2g}"],
             ),
         },
         {"r": 10, "t": 60, "b": _room(tasks, cell) if few else 14},
@@ -278,9 +283,13 @@ def partition(run: Shown) -> Card:
     if (n_colours := int(colours.max()) + 1) > len(GROUPS):
         title += f": {n_colours} groups share {len(GROUPS)} colours, so some look alike"
     now: dict[tuple[int, str], list[str]] = {}
+    alone = [task for task, colour in zip(tasks, values[-1], strict=True) if not colour]
     for task, group, colour in zip(tasks, groups[-1], values[-1], strict=True):
-        now.setdefault((int(group), [ALONE, *GROUPS][colour]), []).append(task)
+        if colour:
+            now.setdefault((int(group), GROUPS[colour - 1]), []).append(task)
     key = [(colour, ", ".join(names)) for (_, colour), names in now.items()]
+    if alone:
+        key.append((ALONE, f"alone: {', '.join(alone)}"))
     return Card(title, figure, _room(tasks, cell) + 260, key=key)
 
 
@@ -329,8 +338,8 @@ def losses(runs: Sequence[Shown]) -> tuple[str, list[Card], bool]:
     spread = [thin(run.data.batches, run.data.losses, points=_POINTS) for run in runs]
     words = "The loss of each task before the first step of a batch"
     words = _with_means(words, max(points.width for points in spread))
-    labels = dict.fromkeys(_titles(runs), "loss")
-    return words, _lines(labels, runs, spread), True
+    titles = _titles(runs)
+    return words, _lines(titles, dict.fromkeys(titles, "loss"), runs, spread), True
 
 
 def _titles(runs: Iterable[Shown]) -> dict[str, str]:
@@ -351,23 +360,34 @@ def evaluations(runs: Sequence[Shown]) -> list[Card]:
         for task, values in zip(run.data.tasks, run.data.evaluations.values.T, strict=True)
         if np.isfinite(values).any()
     }
-    labels = {task: "metric" for task in _titles(runs) if task in known}
+    titles = {task: title for task, title in _titles(runs).items() if task in known}
+    labels = dict.fromkeys(titles, "metric")
     for run in runs:
-        if run.data.finished is not None:
-            names = run.data.finished.metric_names
-            labels |= {task: name for task, name in names.items() if task in labels}
-    return _lines(labels, runs, spread) if len(labels) <= _FEW else []
+        names = {} if run.data.finished is None else run.data.finished.metric_names
+        for task, name in names.items():
+            if task in titles and (words := name.split()):
+                # The arrow stands in the heading: beside an axis it would be turned.
+                metric = " ".join(word for word in words if word not in _ARROWS)
+                labels[task] = metric or "metric"
+                separator = ", " if metric else " "
+                titles[task] = f"{_titles([run])[task]}{separator}{name.strip()}"
+    if len(labels) > _FEW:
+        return []
+    return _lines(titles, labels, runs, spread, mode="lines+markers")
 
 
 def _lines(
-    labels: Mapping[str, str], runs: Sequence[Shown], spread: Sequence[Thinned]
+    titles: Mapping[str, str],
+    labels: Mapping[str, str],
+    runs: Sequence[Shown],
+    spread: Sequence[Thinned],
+    mode: str = "lines",
 ) -> list[Card]:
     """A figure for each task with a line for each run, of values ``[P, K]``.
 
-    ``labels`` is ``{task: what is measured}``. Where the largest value is ten times the smallest
-    or more, the axis is logarithmic, and says so.
+    ``titles`` is ``{task: heading}``, and ``labels`` is ``{task: what is measured}``. Where the
+    largest value is ten times the smallest or more, the axis is logarithmic, and says so.
     """
-    titles = _titles(runs)
     cards = []
     for task, label in labels.items():
         figure = go.Figure(layout=_layout(200, margin={"l": 62, "r": 8, "t": 8, "b": 40}))
@@ -375,7 +395,7 @@ def _lines(
         for run, points in zip(runs, spread, strict=True):
             if task in run.data.tasks and len(points.batches):
                 of_task = points.of(run.data.tasks.index(task))
-                figure.add_traces(_line(of_task, run, "%{y:.4~g}"))
+                figure.add_traces(_line(of_task, run, "%{y:.4~g}", mode))
                 seen += [of_task.low, of_task.high]
         values = np.concatenate(seen)
         values = values[np.isfinite(values)]
@@ -467,7 +487,7 @@ def time_per_batch(bars: Sequence[Bar]) -> Card:
         figure.add_annotation(
             x=scale * bar.seconds,
             y=place,
-            text=f"{scale * bar.seconds:.3g} {unit}{ratio}",
+            text=f"{three_digits(scale * bar.seconds)} {unit}{ratio}",
             showarrow=False,
             xanchor="left",
             xshift=4,
@@ -476,7 +496,7 @@ def time_per_batch(bars: Sequence[Bar]) -> Card:
     return Card("", figure, room + 320, key=key)
 
 
-def _line(points: Thinned, run: Shown, value: str) -> list[go.Scatter]:
+def _line(points: Thinned, run: Shown, value: str, mode: str = "lines") -> list[go.Scatter]:
     """The mean, and a band from the minimum to the maximum."""
     colour = colour_of_run(run.number)
     name = _escaped(run.name)
@@ -486,7 +506,8 @@ def _line(points: Thinned, run: Shown, value: str) -> list[go.Scatter]:
     mean = go.Scatter(
         x=points.batches,
         y=points.mean,
-        mode="lines" if len(points.batches) > 1 else "markers",
+        mode=mode if len(points.batches) > 1 else "markers",
+        marker={"size": 5},
         opacity=0.95,
         line={"color": colour, "width": 1.6, "dash": _DASHES[run.number // len(RUNS) % 3]},
         connectgaps=True,
