@@ -472,7 +472,7 @@ def test_settings_are_compared_among_runs_that_have_them(tmp_path):
     settings = (
         {"method": "selective", "decay": 0.01, "warmup": 5, "lr": 0.1},
         {"method": "selective", "decay": 0.1, "warmup": 5, "lr": 0.1},
-        {"method": "UW", "lr": 0.2},
+        {"method": "UW", "lr": 0.2, "trick": 1},
     )
     runs = []
     for n, of_run in enumerate(settings):
@@ -480,7 +480,7 @@ def test_settings_are_compared_among_runs_that_have_them(tmp_path):
         header = json.loads((run / "run.json").read_text("utf-8"))
         (run / "run.json").write_text(json.dumps({**header, "settings": of_run}), "utf-8")
         runs.append(load_run_data(run))
-    assert differences(runs) == ["lr 0.1, decay 0.01", "lr 0.1, decay 0.1", "lr 0.2"]
+    assert differences(runs) == ["lr 0.1, decay 0.01", "lr 0.1, decay 0.1", "lr 0.2, trick 1"]
 
 
 def test_tasks_that_are_alone_share_an_entry_of_the_key(tmp_path):
@@ -633,7 +633,7 @@ def test_command_line(tmp_path, monkeypatch):
         assert result.exit_code == 2
         assert said in result.output
         assert "Traceback" not in result.output
-    for module in ("page", "plotly_figures"):
+    for module in ("page", "plotly_figures", "plotly_matrices", "plotly_parts"):
         monkeypatch.delitem(sys.modules, f"taskgroup.lab.report.{module}")
     monkeypatch.setitem(sys.modules, "plotly", None)
     result = invoke(runs[0])

@@ -15,11 +15,12 @@ import numpy as np
 
 import taskgroup as tg
 from taskgroup.lab.report import plotly_figures as figures
+from taskgroup.lab.report import plotly_matrices as matrices
 from taskgroup.lab.report.affinities import has_affinity
 from taskgroup.lab.report.colours import colour_of_run
 from taskgroup.lab.report.groups import task_order
 from taskgroup.lab.report.labels import differences, short, short_names, titles
-from taskgroup.lab.report.plotly_figures import Card, Shown
+from taskgroup.lab.report.plotly_parts import Card, Shown
 from taskgroup.lab.report.run_data import RunData
 from taskgroup.lab.report.timing import seconds_per_batch, three_digits
 from taskgroup.lab.words import listed
@@ -90,7 +91,7 @@ def write_report(
             "tasks by these values; frames show the groups after the batch. Blue: the steps help. "
             "Red: they harm. Empty: the tasks were never measured together, or one of them has no "
             "positive self-affinity yet. Point at a cell for the effect of its row on its column.",
-            [figures.affinity(run) for run in shown if has_affinity(run.data)],
+            [matrices.affinity(run) for run in shown if has_affinity(run.data)],
         ),
         _Section(
             "Groups over time",
@@ -118,7 +119,7 @@ def write_report(
             "Cosine similarity of the gradients of two tasks on the shared parameters, measured "
             "before the batch. Blue: the gradients point in the same direction. Red: they point in "
             "opposite directions. Frames: the groups after the batch.",
-            [figures.conflicts(run) for run in related if len(run.data.conflicts.batches)],
+            [matrices.conflicts(run) for run in related if len(run.data.conflicts.batches)],
         ),
         _Section(
             "Held-out data over time",
@@ -251,7 +252,7 @@ def _player(card: Card) -> str:
 
 
 def _page(sections: Sequence[_Section], names: Sequence[str], notes: Sequence[str]) -> str:
-    from plotly.offline import get_plotlyjs  # plotly_figures has said so if plotly is missing
+    from plotly.offline import get_plotlyjs  # plotly_parts has said so if plotly is missing
 
     body: list[str] = []
     scripts: list[str] = []
