@@ -35,8 +35,8 @@ def test_long_names_keep_the_losses_in_columns(terminal):
     with Display("run", titles, terminal) as display:
         display.update(Progress(1, 10, {"a": 1.0, "b": 2.0}, [("a", "b")], [("a", "b")]))
     text = terminal.file.getvalue()
-    assert "A task whose name takes more room   2.0000" in text
-    assert "Depth                               1.0000" in text
+    assert "A task whose name takes more room 2.0000" in text
+    assert "Depth                             1.0000" in text
 
 
 def test_a_comparison_in_a_terminal(terminal):
