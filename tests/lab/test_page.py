@@ -467,6 +467,21 @@ def test_the_last_evaluation_is_the_end_of_the_line(tmp_path):
     assert [card["layout"]["yaxis"]["title"]["text"] for card in cards] == ["RMSE"] * 3
 
 
+@pytest.mark.parametrize("direction", ["lower", "higher", None])
+def test_nothing_is_the_best_if_its_direction_is_not_known(tmp_path, direction):
+    runs = []
+    for value in (0.25, 0.5):
+        run = write_run(tmp_path / f"{value}", [ALL] * 2)
+        line = {"batch": 2, "metrics": {"a": value}}
+        put(run / "evaluations.jsonl", [line | ({"better": {"a": direction}} if direction else {})])
+        header = json.loads((run / "run.json").read_text("utf-8"))
+        (run / "run.json").write_text(json.dumps({**header, "ended": True}), "utf-8")
+        runs.append(run)
+    page, _ = report(tmp_path / "page.html", *runs)
+    best = {"lower": ["0.2500"], "higher": ["0.5000"], None: []}[direction]
+    assert re.findall("<td><b>(.*?)</b></td>", page) == best
+
+
 def test_settings_are_compared_among_runs_that_have_them(tmp_path):
     """A method without groups has no decay "by default"; settings as a recorder writes them."""
     settings = (

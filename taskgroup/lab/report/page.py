@@ -131,7 +131,7 @@ def write_report(
         _Section(
             "Held-out data",
             "The metric of each task at the end of training. ↑: higher is better. ↓: lower is "
-            "better. The best value in a row is bold.",
+            "better. Where the direction is known, the best value in a row is bold.",
             table=_metrics_table(shown),
         ),
     ]
@@ -207,9 +207,9 @@ def _metrics_table(runs: Sequence[Shown]) -> str:
     rows = []
     for (_, title, metric), values in found.items():
         best = None
-        if len(values) > 1:
-            finite = filter(np.isfinite, values.values())
-            best = (min if metric.endswith("↓") else max)(finite, default=None)
+        choose = {"↓": min, "↑": max}.get(metric[-1:])  # a recorder need not be told
+        if choose is not None and len(values) > 1:
+            best = choose(filter(np.isfinite, values.values()), default=None)
         shown = {
             n: f"<b>{value:.4f}</b>" if value == best else f"{value:.4f}"
             for n, value in values.items()
