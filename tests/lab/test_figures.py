@@ -85,6 +85,29 @@ def test_time_is_that_of_the_summaries(write):
     assert random.ratio == pytest.approx(3.0)
 
 
+def test_sections_add_up_to_the_whole_batch(write):
+    """Runs record the rest of a batch, too."""
+    seconds = {"forward": 2.0, "backward": 3.0, "other": 1.0, "everything": 6.5}
+    (bar,), _ = timing.seconds_per_batch([load_run_data(write("run", [ALL], None, seconds))])
+    assert bar.sections == pytest.approx({"forward": 0.2, "backward": 0.3, "other": 0.15})
+    assert bar.seconds == pytest.approx(bar.totals[0])
+
+
+def test_methods_that_were_recorded_have_the_names_of_the_command_line(write):
+    """A recorder writes the names of classes."""
+    folders = [write(name, [ALL], None, {"everything": 1.0}, method="joint") for name in "ab"]
+    for folder, method in zip(folders, ("GD", "IMTLG"), strict=True):
+        header = json.loads((folder / "run.json").read_text("utf-8"))
+        header["settings"] |= {"method": method, "grouping": "AffinityPropagation"}
+        (folder / "run.json").write_text(json.dumps(header), "utf-8")
+    runs = [load_run_data(folder) for folder in folders]
+    assert [run.method for run in runs] == ["gd", "imtl-g"]
+    assert {run.settings["grouping"] for run in runs} == {"affinity-propagation"}
+    bars, notes = timing.seconds_per_batch(runs)
+    assert [bar.ratio for bar in bars] == [1.0, 1.0]  # gd is joint training
+    assert notes == []
+
+
 def test_time_is_relative_to_joint_training_of_the_same_work(write):
     runs = [
         write("tiny", [ALL], seconds=SECONDS, method="gd"),
@@ -422,3 +445,22 @@ def test_hundred_tasks(write, tmp_path):
     assert is_png(tmp_path / "grouping.png")
     assert report.affinity_over_time(data, tmp_path / "affinity.png") == (True, [])
     assert is_png(tmp_path / "affinity.png")
+
+
+def test_many_names_below_a_matrix_are_upright(write, monkeypatch, tmp_path):
+    """Slanted names touch each other where the cells are small."""
+    tasks = [f"{k:03d}" for k in range(100)]
+    run = load_run_data(write("run", [[[task] for task in tasks]] * 2))
+    axes = drawn_of(run, np.eye(100), monkeypatch, tmp_path)["affinity.png"].axes[0]
+    assert {label.get_rotation() for label in axes.get_xticklabels()} == {90}
+
+
+@pytest.mark.parametrize("extreme", [0.1, 0.8])
+def test_arrows_at_a_colour_bar_that_ends_before_the_values(write, monkeypatch, tmp_path, extreme):
+    tasks = [f"{k:02d}" for k in range(15)]
+    run = load_run_data(write("run", [[[task] for task in tasks]] * 2))
+    matrix = np.where(np.eye(15) > 0, 1.0, 0.1)
+    matrix[0, 1] = matrix[1, 0] = extreme
+    figure = drawn_of(run, matrix, monkeypatch, tmp_path)["affinity.png"]
+    (image,) = figure.axes[0].get_images()
+    assert image.colorbar.extend == ("both" if extreme > 0.1 else "neither")

@@ -31,12 +31,12 @@ def test_a_run_in_a_terminal(terminal):
 
 
 def test_long_names_keep_the_losses_in_columns(terminal):
-    titles = {"a": "Depth", "b": "A name that takes more room"}
+    titles = {"a": "Depth", "b": "A task whose name takes more room"}
     with Display("run", titles, terminal) as display:
         display.update(Progress(1, 10, {"a": 1.0, "b": 2.0}, [("a", "b")], [("a", "b")]))
     text = terminal.file.getvalue()
-    assert "A name that takes more room 2.0000" in text
-    assert "Depth                       1.0000" in text
+    assert "A task whose name takes more room 2.0000" in text
+    assert "Depth                             1.0000" in text
 
 
 def test_a_comparison_in_a_terminal(terminal):

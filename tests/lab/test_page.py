@@ -19,7 +19,7 @@ from taskgroup.lab.problem import make_problem
 from taskgroup.lab.recipe import read_recipe
 from taskgroup.lab.report import affinities, colours, groups, timing
 from taskgroup.lab.report.groups import group_colours
-from taskgroup.lab.report.labels import titles
+from taskgroup.lab.report.labels import differences, titles
 from taskgroup.lab.report.page import write_report
 from taskgroup.lab.report.run_data import load_run_data, load_runs
 from taskgroup.lab.report.thinning import evenly, thin
@@ -484,6 +484,70 @@ def test_metrics_over_time(tmp_path):
     np.testing.assert_array_equal(other["y"], [np.nan, 1.0])
 
 
+def test_the_last_evaluation_is_the_end_of_the_line(tmp_path):
+    """A point for each evaluation; the direction stands where it is not turned."""
+    run = write_run(tmp_path / "run", [ALL] * 10, metrics={"a": 0.25, "b": 1.0, "c": 2.0})
+    put(run / "evaluations.jsonl", [{"batch": 4, "metrics": {"a": 0.5, "b": 1.5}}])
+    page, _ = report(tmp_path / "page.html", run)
+    cards = figures(page)["Held-out data over time"]
+    (line,) = cards[0]["data"]
+    assert line["x"].tolist() == [4, 10]
+    assert line["y"].tolist() == [0.5, 0.25]
+    assert "markers" in line["mode"]
+    assert "<h3>a, RMSE ↓</h3>" in page
+    assert [card["layout"]["yaxis"]["title"]["text"] for card in cards] == ["RMSE"] * 3
+
+
+@pytest.mark.parametrize("direction", ["lower", "higher", None])
+def test_nothing_is_the_best_if_its_direction_is_not_known(tmp_path, direction):
+    runs = []
+    for value in (0.25, 0.5):
+        run = write_run(tmp_path / f"{value}", [ALL] * 2)
+        line = {"batch": 2, "metrics": {"a": value}}
+        put(run / "evaluations.jsonl", [line | ({"better": {"a": direction}} if direction else {})])
+        header = json.loads((run / "run.json").read_text("utf-8"))
+        (run / "run.json").write_text(json.dumps({**header, "ended": True}), "utf-8")
+        runs.append(run)
+    page, _ = report(tmp_path / "page.html", *runs)
+    best = {"lower": ["0.2500"], "higher": ["0.5000"], None: []}[direction]
+    assert re.findall("<td><b>(.*?)</b></td>", page) == best
+
+
+def test_settings_are_compared_among_runs_that_have_them(tmp_path):
+    """A method without groups has no decay "by default"; settings as a recorder writes them."""
+    settings = (
+        {"method": "selective", "decay": 0.01, "warmup": 5, "lr": 0.1},
+        {"method": "selective", "decay": 0.1, "warmup": 5, "lr": 0.1},
+        {"method": "UW", "lr": 0.2, "trick": 1},
+    )
+    runs = []
+    for n, of_run in enumerate(settings):
+        run = write_run(tmp_path / f"{n}", [ALL] * 2)
+        header = json.loads((run / "run.json").read_text("utf-8"))
+        (run / "run.json").write_text(json.dumps({**header, "settings": of_run}), "utf-8")
+        runs.append(load_run_data(run))
+    assert differences(runs) == ["lr 0.1, decay 0.01", "lr 0.1, decay 0.1", "lr 0.2, trick 1"]
+
+
+def test_tasks_that_are_alone_share_an_entry_of_the_key(tmp_path):
+    page, _ = report(tmp_path / "page.html", write_run(tmp_path / "run", [PAIR, ALONE]))
+    assert re.search(r"</i>alone: a, [bc], [bc]</span>", page)
+    page, _ = report(tmp_path / "page.html", write_run(tmp_path / "other", [ALONE, PAIR]))
+    assert re.search(r"</i>(a, c|c, a)</span>", page)
+    assert "</i>alone: b</span>" in page
+
+
+@pytest.mark.parametrize("largest", [0.2, 0.9])
+def test_a_colour_bar_that_ends_before_the_values_says_so(tmp_path, largest):
+    tasks = [f"t{k:02d}" for k in range(15)]
+    cosines = np.full((15, 15), 0.2)
+    cosines[0, 1] = cosines[1, 0] = largest
+    run = write_run(tmp_path / "run", [[[t] for t in tasks]] * 2, conflicts=[(1, cosines)])
+    (figure,) = figures(report(tmp_path / "page.html", run)[0])["Gradient conflicts"]
+    ends = ["−0.2", "0", "0.2"] if largest == 0.2 else ["≤ −0.2", "0", "≥ 0.2"]
+    assert figure["data"][0]["colorbar"]["ticktext"] == ends
+
+
 def test_bars_of_one_name_stand_apart(tmp_path):
     fours = [["a", "b", "c", "d"]], [["a", "b", "c", "e"]]
     runs = [
@@ -615,7 +679,7 @@ def test_command_line(tmp_path, monkeypatch):
         assert result.exit_code == 2
         assert said in result.output
         assert "Traceback" not in result.output
-    for module in ("page", "plotly_figures"):
+    for module in ("page", "plotly_figures", "plotly_matrices", "plotly_parts"):
         monkeypatch.delitem(sys.modules, f"taskgroup.lab.report.{module}")
     monkeypatch.setitem(sys.modules, "plotly", None)
     result = invoke(runs[0])

@@ -277,7 +277,7 @@ def test_a_joint_method(announced, tmp_path):
     assert partitions(tmp_path / "run") == [[TASKS]] * 3
     assert ("forward" in recorder.seconds) == announced
     run = load_run_data(tmp_path / "run")
-    assert run.method == "PCGrad"
+    assert run.method == "pcgrad"  # its name on the command line
     assert not len(run.affinity.batches)
     assert copy.deepcopy(method).backward(loop.losses()) is not None
     assert len(lines_of(tmp_path / "run")) == 3  # a copy is not listened to

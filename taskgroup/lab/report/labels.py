@@ -11,6 +11,7 @@ from taskgroup.lab.words import listed
 
 __all__ = [
     "INCIDENTAL",
+    "WAYS",
     "differences",
     "differing",
     "left_out",
@@ -30,6 +31,11 @@ INCIDENTAL = {
     *("seed", "checkpoint_every", "evaluate_every", "conflicts_every", "baseline"),
     *("root", "bad", "workers", "method", "tasks"),
 }
+#: Settings of selective updates, which mean nothing to another method.
+WAYS = (
+    *("grouping", "affinity", "decay", "credit", "outside", "replay_rng"),
+    *("groups_per_batch", "observe_every", "regroup_every", "warmup", "preference"),
+)
 _SPEAKING = {"data", "grouping", "backbone", "device", "precision"}  # their values need no name
 
 
@@ -66,11 +72,25 @@ def mean_of(runs: int) -> str:
 def differences(runs: Sequence[RunData]) -> list[str]:
     """For each run, its values of the settings in which the runs differ, in words.
 
-    The method, the seed, the batches, and settings that do not change the training are left out.
+    The method, the grouping, the seed, the batches, and settings that do not change the training
+    are left out. Settings of selective updates are compared among selective runs. A setting that a
+    run does not have is not mentioned for it.
     """
-    names = dict.fromkeys(name for run in runs for name in run.settings)
-    differ = differing(runs, [name for name in names if name not in {*INCIDENTAL, "batches"}])
-    return [", ".join(_setting(name, run.settings.get(name)) for name in differ) for run in runs]
+    hidden = {*INCIDENTAL, "batches", "grouping"}
+    names = [n for n in dict.fromkeys(n for run in runs for n in run.settings) if n not in hidden]
+    selective = [run for run in runs if run.method == "selective"]
+    differ = [
+        *differing(runs, [name for name in names if name not in WAYS]),
+        *differing(selective, [name for name in names if name in WAYS]),
+    ]
+    return [
+        ", ".join(
+            _setting(name, run.settings[name])
+            for name in differ
+            if name in run.settings and (name not in WAYS or run.method == "selective")
+        )
+        for run in runs
+    ]
 
 
 def differing(runs: Iterable[RunData], names: Iterable[str]) -> list[str]:

@@ -13,14 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from taskgroup.lab.report.labels import short
 from taskgroup.lab.train.trainer import Progress as BatchProgress
 from taskgroup.lab.words import counted
 
 __all__ = ["Display", "LiveDisplay"]
 
 _Shown = TypeVar("_Shown", bound="LiveDisplay")
-_LONGEST, _SHORTEST, _GAP = 30, 8, 2  # characters of a name, and between columns
+_LONGEST, _SHORTEST, _GAP = 40, 8, 2  # characters of a name, and between columns
 _NARROWEST = 20  # characters of the frame
 _SMOOTHING = 0.95  # of the losses shown
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
@@ -129,7 +128,6 @@ class Display(LiveDisplay):
     def __init__(self, title: str, titles: Mapping[str, str], console: Console) -> None:
         super().__init__(title, "batches", console)
         self._titles = titles
-        self._widest = max([22, *(len(short(title)) for title in titles.values())])
         self._smoothed: dict[str, float] = {}
         self._partition: Sequence[Sequence[str]] = []
         self._begin("training")

@@ -30,7 +30,7 @@ from taskgroup.lab.report.colours import (
 from taskgroup.lab.report.labels import mean_of, short, short_names, titles
 from taskgroup.lab.report.run_data import RunData, load_run_data
 from taskgroup.lab.report.thinning import Floats
-from taskgroup.lab.report.timing import scale_of, seconds_per_batch
+from taskgroup.lab.report.timing import scale_of, seconds_per_batch, three_digits
 from taskgroup.lab.train.run import Run
 
 __all__ = ["affinity_over_time", "draw_run", "figures", "grouping", "open_axes", "save"]
@@ -104,7 +104,7 @@ def time_per_batch(runs: Sequence[RunData], path: PathLike) -> tuple[bool, list[
     for y, bar in enumerate(bars):
         ratio = "" if bar.ratio is None else f"   {bar.ratio:.2f}x"
         axes.annotate(
-            f"{scale * bar.seconds:.3g} {unit}{ratio}",
+            f"{three_digits(scale * bar.seconds)} {unit}{ratio}",
             (scale * max(bar.totals), y),
             xytext=(6, 0),
             textcoords="offset points",
@@ -198,7 +198,7 @@ def affinity_over_time(
     shades = colormaps["viridis"](np.linspace(0, 0.88, len(courses)))
     for direction, axes in enumerate(panels):
         step, effect = (short(shown[pair[d]]) for d in (direction, 1 - direction))
-        open_axes(axes, f"step on {step}, effect on {effect}", size=10)
+        open_axes(axes, f"step on {step}, effect on {effect}", size=10, y=1.06)
         axes.axhline(0, color="#bbbbbb", linewidth=0.8)
         for course, label, colour in zip(courses, labels, shades, strict=True):
             for batches, values in course.runs if len(course.runs) > 1 else ():
@@ -212,6 +212,7 @@ def affinity_over_time(
                 label=label,
             )
         axes.set_xlabel("batch")
+        axes.ticklabel_format(axis="y", scilimits=(-2, 4), useMathText=True)
     panels[0].set_ylabel("affinity, entry of the matrix as recorded")
     lines = panels[0].get_legend_handles_labels()
     figure.legend(*lines, frameon=False, fontsize=8, loc="outside lower left", ncols=columns)
@@ -244,31 +245,38 @@ def _draw_groups(run: RunData, affinity: Floats, out: Path) -> None:
     matrix = 0.42 * max(6, min(len(names), 40))  # inches of its side
     size = max(3.0, min(9.0, 0.75 * 72 * matrix / len(names)))
     room = max(map(len, names)) * 0.62 * size / 72  # inches of the longest name
-    sides = (1.05 * matrix + room + 1.5, matrix + 0.75 * room + 0.9)
+    turned = 45 if len(names) <= 40 else 90  # where slanted names would touch
+    below = 0.75 * room if turned == 45 else room
+    sides = (1.05 * matrix + room + 1.5, matrix + below + 0.9)
 
     figure = Figure(figsize=sides, layout="constrained")
     axes = figure.subplots()
     values = affinities.normalised(affinity)[np.ix_(order, order)]
     end = affinities.largest(values)
     image = axes.imshow(values, cmap=_AFFINITY, vmin=-end, vmax=end)
-    _name_tasks(axes, names, size, turned=45)
+    _name_tasks(axes, names, size, turned)
     _write_values(axes, values, 2, [INK] * 2)
     _frame(axes, framed)
     beside = axes.inset_axes((1.02, 0, 0.03, 1))
-    bar = figure.colorbar(image, cax=beside, extend="both", extendfrac=0.03)
-    bar.set_label("harm   ←   affinity   →   help")
-    axes.set_title("Affinity by which tasks are grouped", loc="left", pad=12)
+    # Arrows where the colours end before the values do.
+    beyond = np.abs(values[np.isfinite(values)]).max(initial=0) > end
+    bar = figure.colorbar(
+        image, cax=beside, extend="both" if beyond else "neither", extendfrac=0.03
+    )
+    bar.set_label("harm   ←   normalised affinity   →   help")
     unmeasured = np.isnan(values) & ~np.eye(len(values), dtype=bool)
     if unmeasured.any():
         place = ((1, 1), (0, 4), "axes fraction", "offset points")
         axes.annotate("empty: not measured", *place, ha="right", fontsize=8)
+    title = "Affinity by which tasks are grouped"
+    axes.set_title(title, loc="left", pad=22 if unmeasured.any() else 12)
     save(figure, out / "affinity.png")
 
     learned = groups.learned(run)
     after = learned if len(learned) else run.groups
     figure = Figure(figsize=sides, layout="constrained")
     axes = figure.subplots()
-    image = _draw_share(axes, groups.share(after), order, names, size, digits=1, turned=45)
+    image = _draw_share(axes, groups.share(after), order, names, size, digits=1, turned=turned)
     _frame(axes, framed)
     figure.colorbar(image, cax=axes.inset_axes((1.02, 0, 0.03, 1))).set_label(_SHARE)
     axes.set_title(f"Who shared a group, over {len(after)} batches", loc="left", pad=12)
@@ -282,7 +290,7 @@ def _draw_groups(run: RunData, affinity: Floats, out: Path) -> None:
 def _draw_smoothed_count(axes: Axes, run: RunData) -> None:
     """Draw the number of groups after every batch, and its running mean after the warm-up."""
     counts, n_batches = run.groups.max(1) + 1, len(run.batches)
-    axes.step(run.batches, counts, where="mid", color="#9ecae1", linewidth=1)
+    axes.step(run.batches, counts, where="mid", color="#9ecae1", linewidth=1, label="each batch")
     begin = min(run.warmup, n_batches - 1)
     settled = counts[begin:]
     width = max(1, min(25, len(settled) // 10))
@@ -295,7 +303,7 @@ def _draw_smoothed_count(axes: Axes, run: RunData) -> None:
     axes.set(
         xlabel="batch", ylabel="groups", xlim=(1, max(2, n_batches)), ylim=(0, max(counts) + 1)
     )
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
     axes.legend(frameon=False, loc="upper right")
 
 
@@ -320,7 +328,7 @@ def _draw_counts(axes: Axes, runs: Sequence[RunData], names: Sequence[str]) -> N
     of = f" (means of {width} batches; shaded: minimum to maximum)" if width > 1 else ""
     axes.set(xlabel=f"batch{of}", ylabel="groups", xlim=(0, last), ylim=(0, 1.05 * most + 0.2))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(8, integer=True))
+        axis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True))
     axes.set_box_aspect(0.55)
     axes.set_anchor("N")
     open_axes(axes, "Number of groups")
@@ -392,10 +400,13 @@ def _frame(axes: Axes, blocks: Iterable[tuple[int, int, int, int]]) -> None:
             )
 
 
-def open_axes(axes: Axes, title: str, size: float | str = "large") -> Axes:
-    """Give axes a title, and remove the frame at the top and on the right."""
+def open_axes(axes: Axes, title: str, size: float | str = "large", y: float | None = None) -> Axes:
+    """Give axes a title, and remove the frame at the top and on the right.
+
+    With ``y`` the title stands at that height of the axes, whatever else stands above them.
+    """
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, loc="left", size=size)
+    axes.set_title(title, loc="left", size=size, y=y)
     return axes
 
 

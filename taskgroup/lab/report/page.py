@@ -15,13 +15,14 @@ import numpy as np
 
 import taskgroup as tg
 from taskgroup.lab.report import plotly_figures as figures
+from taskgroup.lab.report import plotly_matrices as matrices
 from taskgroup.lab.report.affinities import has_affinity
 from taskgroup.lab.report.colours import colour_of_run
 from taskgroup.lab.report.groups import task_order
 from taskgroup.lab.report.labels import differences, short, short_names, titles
-from taskgroup.lab.report.plotly_figures import Card, Shown
+from taskgroup.lab.report.plotly_parts import Card, Shown
 from taskgroup.lab.report.run_data import RunData
-from taskgroup.lab.report.timing import seconds_per_batch
+from taskgroup.lab.report.timing import seconds_per_batch, three_digits
 from taskgroup.lab.words import listed
 
 __all__ = ["write_report"]
@@ -90,7 +91,7 @@ def write_report(
             "tasks by these values; frames show the groups after the batch. Blue: the steps help. "
             "Red: they harm. Empty: the tasks were never measured together, or one of them has no "
             "positive self-affinity yet. Point at a cell for the effect of its row on its column.",
-            [figures.affinity(run) for run in shown if has_affinity(run.data)],
+            [matrices.affinity(run) for run in shown if has_affinity(run.data)],
         ),
         _Section(
             "Groups over time",
@@ -115,21 +116,22 @@ def write_report(
         ),
         _Section(
             "Gradient conflicts",
-            "Cosine similarity of the gradients of two tasks on the shared parameters. Blue: the "
-            "gradients point in the same direction. Red: they point in opposite directions. "
-            "Frames: the groups after the batch.",
-            [figures.conflicts(run) for run in related if len(run.data.conflicts.batches)],
+            "Cosine similarity of the gradients of two tasks on the shared parameters, measured "
+            "before the batch. Blue: the gradients point in the same direction. Red: they point in "
+            "opposite directions. Frames: the groups after the batch.",
+            [matrices.conflicts(run) for run in related if len(run.data.conflicts.batches)],
         ),
         _Section(
             "Held-out data over time",
-            "The metric of each task on held-out data, evaluated during training.",
+            "The metric of each task on held-out data, evaluated during training and at its end. "
+            "↑: higher is better. ↓: lower is better.",
             figures.evaluations(shown),
             lines=[run for run in shown if len(run.data.evaluations.batches)],
         ),
         _Section(
             "Held-out data",
             "The metric of each task at the end of training. ↑: higher is better. ↓: lower is "
-            "better. The best value in a row is bold.",
+            "better. Where the direction is known, the best value in a row is bold.",
             table=_metrics_table(shown),
         ),
     ]
@@ -189,7 +191,8 @@ def _swatch(colour: str) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
+    scale, unit = (1e3, "ms") if seconds < 0.9995 else (1.0, "s")
+    return f"{three_digits(scale * seconds)} {unit}"
 
 
 def _metrics_table(runs: Sequence[Shown]) -> str:
@@ -204,9 +207,9 @@ def _metrics_table(runs: Sequence[Shown]) -> str:
     rows = []
     for (_, title, metric), values in found.items():
         best = None
-        if len(values) > 1 and metric.endswith(("↓", "↑")):
-            finite = filter(np.isfinite, values.values())
-            best = (min if metric.endswith("↓") else max)(finite, default=None)
+        choose = {"↓": min, "↑": max}.get(metric[-1:])  # a recorder need not be told
+        if choose is not None and len(values) > 1:
+            best = choose(filter(np.isfinite, values.values()), default=None)
         shown = {
             n: f"<b>{value:.4f}</b>" if value == best else f"{value:.4f}"
             for n, value in values.items()
@@ -249,7 +252,7 @@ def _player(card: Card) -> str:
 
 
 def _page(sections: Sequence[_Section], names: Sequence[str], notes: Sequence[str]) -> str:
-    from plotly.offline import get_plotlyjs  # plotly_figures has said so if plotly is missing
+    from plotly.offline import get_plotlyjs  # plotly_parts has said so if plotly is missing
 
     body: list[str] = []
     scripts: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -64,8 +65,9 @@ class RunData:
             entry that was never observed until then.
         conflicts: ``[N, K, K]`` before the batch, cosines of the tasks' gradients on the shared
             parameters.
-        evaluations: ``[N, K]`` after the batch, metrics on held-out data; NaN for a task whose
-            metric takes too long to be evaluated during training.
+        evaluations: ``[N, K]`` after the batch, metrics on held-out data, with those at the end if
+            there were some before; NaN for a task whose metric takes too long to be evaluated
+            during training.
         finished: None for a run that is still training.
     """
 
@@ -145,7 +147,7 @@ def _load(run: Path) -> RunData:
     square = (len(tasks), len(tasks))
     return RunData(
         name=str(run),
-        settings=header["settings"],
+        settings=_as_on_the_command_line(header["settings"]),
         tasks=tasks,
         titles=header.get("titles", {}),
         warmup=warmup,
@@ -155,11 +157,22 @@ def _load(run: Path) -> RunData:
         seconds=_seconds(run, summary),
         affinity=_recorded(run / "affinity.jsonl", square, lambda line: line["matrix"]),
         conflicts=_recorded(run / "conflicts.jsonl", square, lambda line: line["matrix"]),
-        evaluations=_recorded(
-            run / "evaluations.jsonl", (len(tasks),), lambda line: _in_order(line["metrics"], tasks)
-        ),
+        evaluations=_evaluations(run, tasks, summary),
         finished=_ended(run, header, summary),
     )
+
+
+def _as_on_the_command_line(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, with the names that ``taskgroup train`` gives to methods and groupings.
+
+    A recorder writes the names of their classes.
+    """
+    found = dict(settings)
+    names = {method.__name__: name for name, method in tg.methods.METHODS.items()}
+    found["method"] = names.get(found["method"], found["method"])
+    if isinstance(found.get("grouping"), str):
+        found["grouping"] = re.sub("(?<=[a-z])(?=[A-Z])", "-", found["grouping"]).lower()
+    return found
 
 
 def _seconds(run: Path, summary: Summary | None) -> dict[str, float] | None:
@@ -187,6 +200,18 @@ def _recorded(
         lines[line["batch"]] = line | metrics
     batches = np.array(list(lines), np.int64)
     return Recorded(batches, _float32([value(line) for line in lines.values()], shape))
+
+
+def _evaluations(run: Path, tasks: Sequence[str], summary: Summary | None) -> Recorded:
+    """The evaluations during training, and the one at the end if there were some before."""
+    found = _recorded(
+        run / "evaluations.jsonl", (len(tasks),), lambda line: _in_order(line["metrics"], tasks)
+    )
+    if summary is None or not len(found.batches) or summary["batches"] <= found.batches[-1]:
+        return found
+    last = _float32([_in_order(summary["metrics"], tasks)], (len(tasks),))
+    batches = np.append(found.batches, summary["batches"])
+    return Recorded(batches, np.concatenate([found.values, last]))
 
 
 def _in_order(values: Mapping[str, float], tasks: Iterable[str]) -> list[float]:

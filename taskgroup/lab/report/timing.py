@@ -19,7 +19,7 @@ from taskgroup.lab.report.labels import (
 from taskgroup.lab.report.run_data import RunData
 from taskgroup.lab.words import listed
 
-__all__ = ["Bar", "scale_of", "seconds_per_batch"]
+__all__ = ["Bar", "scale_of", "seconds_per_batch", "three_digits"]
 
 _JOINT = ("joint", "gd")  # ratios refer to the first of these that was run
 # Settings that change how long a batch takes: for every method, and for selective updates alone.
@@ -58,6 +58,16 @@ class Bar(NamedTuple):
 def scale_of(seconds: float) -> tuple[float, str]:
     """The factor and the unit in which times up to ``seconds`` are shown."""
     return (1e3, "ms") if seconds < 0.5 else (1.0, "s")
+
+
+def three_digits(value: float) -> str:
+    """A positive value with three digits, zeros included.
+
+    Example:
+        >>> three_digits(3.0), three_digits(120.4)
+        ('3.00', '120')
+    """
+    return f"{value:#.3g}".rstrip(".")
 
 
 def seconds_per_batch(runs: Sequence[RunData]) -> tuple[list[Bar], list[str]]:
@@ -109,6 +119,6 @@ def _mean_sections(runs: Sequence[RunData]) -> dict[str, float]:
     total = float(np.mean([s["everything"] for s in seconds]))
     if any(len(s) == 1 for s in seconds):
         return {"not divided": total}
-    names = [name for name in SECTIONS if any(name in s for s in seconds)]
-    means = {name: float(np.mean([s.get(name, 0.0) for s in seconds])) for name in names}
+    named = [name for name in SECTIONS if name != "other" and any(name in s for s in seconds)]
+    means = {name: float(np.mean([s.get(name, 0.0) for s in seconds])) for name in named}
     return {**means, "other": max(0.0, total - sum(means.values()))}

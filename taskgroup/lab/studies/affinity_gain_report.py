@@ -90,7 +90,7 @@ def affinity_gain_plot(gains: Gains, path: str | os.PathLike[str]) -> None:
                 f"affinity {_range(affinity[outside])},\ngain {_range(gain[outside])} %",
                 fontsize=9,
             )
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         correlation = f"rank correlation {_shown(gains.directed[kind])}"
         open_axes(axes, f"{AFFINITIES[kind]}\n{correlation}", size=10)
     panels[0].set_ylabel("gain of the task when the pair is\ntrained together, %   (better →)")
