@@ -85,12 +85,16 @@ class Workers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for future in self._running:
-            future.cancel()
-        if self._pool is not None:
-            if kind is not None:  # e.g. Ctrl-C: an unfinished run is of no use
-                terminate(self._pool)
+        if self._pool is None:
+            for future in self._running:
+                future.cancel()
+        elif kind is None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+        else:  # e.g. Ctrl-C: an unfinished run is of no use
+            terminate(self._pool)
+            # Nothing is cancelled: the thread of the pool is about to fail all that is left, and
+            # would end with a traceback at what is cancelled.
+            self._pool.shutdown(wait=False)
 
     def measure(self, recipes: Mapping[str, Recipe]) -> dict[str, float]:
         """Call :func:`~taskgroup.lab.studies.cost.step_seconds` in one worker; the others idle."""
@@ -125,7 +129,7 @@ class Workers:
                 listen(title, done, len(cells), cell, result)
         except BaseException:  # e.g. Ctrl-C: keep the results that have arrived meanwhile
             for future, cell in self._running.items():
-                if not future.cancel() and future.done():
+                if future.done() and not future.cancelled():
                     self._keep(future, cell)
             raise
 
