@@ -18,7 +18,7 @@ HEARS = (
     *("begin_batch", "begin_step", "begin_loss", "losses", "end_loss", "end_batch"),
     *("begin_optimizer", "end_optimizer"),
 )
-BATCHES = {11: 60, 1000: 4}
+BATCHES = {11: 120, 1000: 4}
 
 
 def recorded(training, groups, folder, batches, monkeypatch, **options):

@@ -13,8 +13,8 @@ from taskgroup.recording.trackers import Tracker, tracker
 
 __all__ = ["Logs"]
 
-_FIRST_IMAGE = 10  # the batch of it; each later one comes when the run is half as long again
-_LONGER = 1.5
+_FIRST_IMAGE = 100  # the batch of it; drawing one takes as long as a small step
+_LONGER = 2  # times as many batches until the next one
 
 
 class Logs:
@@ -87,7 +87,7 @@ class Logs:
                 values |= self._affinities(matrix)
             self.scalars(values, batch)
         if matrix is not None and batch >= self._next_image:
-            self._next_image = int(_LONGER * batch)
+            self._next_image = _LONGER * batch
             self.image(matrix, partition, batch)
 
     def scalars(self, values: Mapping[str, float], batch: int) -> None:

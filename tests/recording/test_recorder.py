@@ -20,7 +20,7 @@ from torch.optim import optimizer as of_optimizers
 
 import taskgroup as tg
 from taskgroup.lab.report.run_data import load_run_data
-from taskgroup.recording import read_header, read_lines, records, run_files
+from taskgroup.recording import logs, read_header, read_lines, records, run_files
 from taskgroup.recording.clock import StepClock
 from tests.ranks import on_ranks
 
@@ -569,7 +569,8 @@ def test_losses_that_are_not_finite_are_null(tmp_path):
     assert json.loads(text, parse_constant=pytest.fail)["losses"] == {"a": 2.0, "b": None}
 
 
-def test_what_is_handed_to_a_tracker(tmp_path):
+def test_what_is_handed_to_a_tracker(monkeypatch, tmp_path):
+    monkeypatch.setattr(logs, "_FIRST_IMAGE", 10)
     loop = Loop()
     shown, images = {}, {}
 
@@ -599,7 +600,7 @@ def test_what_is_handed_to_a_tracker(tmp_path):
     assert shown[10]["taskgroup/metric/a"] == 0.5
     matrix = loop.groups.affinity.matrix
     assert "taskgroup/affinity/a->b" in shown[20]
-    assert list(images) == [10, 15, 22]  # each half as long again, and at the end
+    assert list(images) == [10, 20, 22]  # each when the run is twice as long, and at the end
     assert matrix.shape == (3, 3)
 
 
