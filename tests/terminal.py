@@ -51,6 +51,7 @@ def interrupted(program, arguments, when, columns=80, rows=30, seconds=180):
     """
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
         os.environ.pop("COLUMNS", None)
         os.environ |= {"TERM": "xterm", "PYTHONWARNINGS": "error::ResourceWarning"}
         os.execv(sys.executable, [sys.executable, "-c", program, *arguments])

@@ -127,7 +127,7 @@ def test_the_label_of_a_loop_of_the_users_own_has_what_it_knows(write):
     header["settings"] = {"method": "selective", "grouping": "KMeans", "groups_per_batch": 2}
     (runs[1] / "run.json").write_text(json.dumps(header))
     bars, _ = timing.seconds_per_batch([load_run_data(run) for run in runs])
-    assert bars[1].label == "selective, KMeans, groups per batch 2, a + b + c"
+    assert bars[1].label == "selective, kmeans, groups per batch 2, a + b + c"
 
 
 def test_time_of_a_run_that_is_training(write):

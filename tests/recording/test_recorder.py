@@ -169,6 +169,7 @@ def test_the_report_reads_it(tmp_path):
 def test_the_report_says_which_library_it_needs(library, monkeypatch, tmp_path):
     for name in [name for name in sys.modules if name.startswith("taskgroup.lab")]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(tg, "lab", None, raising=False)  # the old one is put back afterwards
     monkeypatch.setitem(sys.modules, library, None)
     loop = Loop()
     recorder = tg.Recorder(loop.groups, tmp_path / "run")

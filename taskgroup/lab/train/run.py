@@ -147,7 +147,12 @@ class Run:
         settings = recipe.model_dump(mode="json")
         # Batches whose steps a joint method takes are known by its losses.
         heard = trainer.groups if trainer.method is None else trainer.method
-        self.recorder = tg.Recorder(heard, out, settings=settings, titles=trainer.problem.titles)
+        self.recorder = tg.Recorder(
+            heard,
+            out,
+            settings=settings,
+            titles={task: trainer.problem.titles[task] for task in trainer.tasks},
+        )
 
     def _load(self, state: dict[str, Any]) -> None:
         try:
