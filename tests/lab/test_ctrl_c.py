@@ -35,7 +35,8 @@ def read(path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_comparison_whose_workers_are_starting(tmp_path):
     words = ["compare", "yeast", *options(batches=50), "--methods", "selective", "--seeds", "2"]
-    words += ["--budgets", "batches", "--jobs", "2", "--out", str(tmp_path / "out")]
+    out = tmp_path / ("a-folder-whose-name-is-longer-than-the-frame-is-wide" * 2)
+    words += ["--budgets", "batches", "--jobs", "2", "--out", str(out)]
     status, lines, left = interrupted(PROGRAM, words, worker_imports_torch)
     said = "Stopped; finished runs are kept. Run the same command again to continue."
     assert [line for line in lines if line] == [said]

@@ -11,6 +11,7 @@ from taskgroup.lab.report.live import Display
 from taskgroup.lab.studies.cell import Cell
 from taskgroup.lab.studies.comparison_display import ComparisonDisplay
 from taskgroup.lab.train.trainer import Progress
+from tests.terminal import screen
 
 
 @pytest.fixture
@@ -87,3 +88,14 @@ def test_ten_lines_in_a_pipe():
         f"run: batch {batch} of 100" for batch in (*range(1, 100, 10), 100)
     ]
     assert lines[-1].endswith("summed loss 1.000, 1 group")
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_long_title_leaves_room_for_what_the_terminal_writes(columns):
+    file = io.StringIO()
+    terminal = Console(width=columns, height=30, file=file, force_terminal=True)
+    with Display("runs/" + "x" * 100 + "/the-end", {"a": "A"}, terminal) as display:
+        display.update(Progress(1, 10, {"a": 1.0}, [("a",)], [("a",)]))
+    lines = screen(file.getvalue().replace("\n", "\r\n"), columns)
+    assert max(map(len, lines)) == columns - 4
+    assert any("the-end" in line for line in lines)

@@ -91,7 +91,9 @@ class LiveDisplay:
         # A terminal writes ^C after the frame. In a full line it would go on to the next line, and
         # the frame would be drawn again in the wrong place.
         width = max(_NARROWEST, self._console.width - len("^C^C"))
-        return Panel(shown, title=Text(self._title), border_style="dim", width=width)
+        title, room = self._title, width - len("╭─  ─╮")  # a longer title would widen the frame
+        title = title if len(title) <= room else f"…{title[len(title) - room + 1 :]}"
+        return Panel(shown, title=Text(title), border_style="dim", width=width)
 
     def _details(self) -> Sequence[RenderableType]:
         raise NotImplementedError
