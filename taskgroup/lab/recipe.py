@@ -48,9 +48,19 @@ CHANGEABLE = (
 PROBLEMS = {
     "motorcycle": "image_problems:MotorcycleProblem",
     "yeast": "yeast:Yeast",
+    "qm9": "qm9:QM9",
     "nyud-v2": "image_problems:BenchmarkProblem",
     "pascal-context": "image_problems:BenchmarkProblem",
     "taskonomy": "image_problems:BenchmarkProblem",
+}
+
+_MOLECULES = ("mlp", "message-passing")  # the backbones of QM9
+#: Settings that a data set has no use for.
+_UNUSED = {
+    "motorcycle": ("root", "backbone", "head_depth"),
+    "yeast": ("root", "backbone", "decoder"),
+    "qm9": ("decoder", "weights"),
+    **dict.fromkeys(("nyud-v2", "pascal-context", "taskonomy"), ("head_depth",)),
 }
 
 _SHIPPED = Path(__file__).parent / "recipes"
@@ -135,11 +145,12 @@ class DataSettings(_Section):
     """What is trained on.
 
     Attributes:
-        data: the data set: ``"motorcycle"`` (the embedded photograph), ``"yeast"``, one that is
-            read from ``root`` (``"nyud-v2"``, ``"pascal-context"``, ``"taskonomy"``), or a
+        data: the data set: ``"motorcycle"`` (the embedded photograph), ``"yeast"``, ``"qm9"``, one
+            that is read from ``root`` (``"nyud-v2"``, ``"pascal-context"``, ``"taskonomy"``), or a
             :class:`~taskgroup.lab.problem.Problem` of your own, as ``"my_package.my_module:name"``
             or ``"folder/file.py:name"``.
-        root: folder of a data set that is read from disk.
+        root: folder of a data set that is read from disk; for QM9, the folder of its CSV files, if
+            they are not those of the installed qm9pack.
         subset: which of Taskonomy's buildings: ``"tiny"``, ``"medium"`` or ``"fullplus"``.
         tasks: the tasks to train, in the order of the data set; None trains all.
         size: height and width of the network's input, pixels: one number, or ``"HxW"``.
@@ -166,12 +177,16 @@ class NetworkSettings(_Section):
     Attributes:
         backbone: encoder of an image network: ``"tiny"`` is a random ViT of the five settings that
             follow; ``"vit-t"``, ``"vit-s"``, ``"vit-b"``, ``"vit-l"``; or anything else that
-            :func:`taskgroup.lab.vision.backbones.backbone` takes.
+            :func:`taskgroup.lab.vision.backbones.backbone` takes. Of molecules: ``"mlp"`` on
+            Coulomb matrices, or ``"message-passing"`` on coordinates.
         patch: side of a ViT patch, pixels.
         dim: width of the network.
         depth: blocks of the ViT, a multiple of 4, or layers of the MLP.
         attention_heads: attention heads of a block.
         dropout: probability of dropout in the network.
+        head_depth: hidden layers of the heads of QM9 and yeast; with 0 the heads are linear.
+        head_width: width of the hidden layers of heads, and channels of ``decoder: conv``; None
+            takes ``dim``, and 256 channels.
         weights: weights of a backbone other than ``"tiny"``: None takes its pretrained ones from
             the Hugging Face hub; ``"random"``; or a folder.
         decoder: head of every task: ``"linear"``, a 1x1 convolution, or ``"conv"``: 3x3, BatchNorm
@@ -187,6 +202,8 @@ class NetworkSettings(_Section):
     depth: _Count = 4
     attention_heads: _Count = 4
     dropout: _Number = Field(0.0, ge=0, le=1)
+    head_depth: int = Field(0, ge=0)
+    head_width: _Count | None = None
     weights: str | None = None
     decoder: Literal["linear", "conv"] = "linear"
     drop_path: _Number = Field(0.0, ge=0, lt=1)
@@ -308,13 +325,16 @@ class Recipe(GroupSettings, OptimizerSettings, ProblemSettings):
 
     @model_validator(mode="after")
     def _no_setting_is_ignored(self) -> Recipe:
-        if self.data in ("motorcycle", "yeast"):
-            for name in ("root", "backbone", "decoder"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(
-                        f"{name} is a setting of data sets that are read from a folder; "
-                        f"{self.data} is not."
-                    )
+        for name in _UNUSED.get(self.data, ()):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is not a setting of {self.data}; leave it out.")
+        if self.data == "qm9" and self.backbone not in _MOLECULES:
+            raise ValueError(
+                f"backbone of qm9 must be {' or '.join(map(repr, _MOLECULES))}, got "
+                f"{self.backbone!r}."
+            )
+        if self.data != "qm9" and self.backbone in _MOLECULES:
+            raise ValueError(f"backbone {self.backbone!r} is a network of molecules; see qm9.")
         self.make_grouping()
         return self
 

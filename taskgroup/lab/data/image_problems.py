@@ -88,7 +88,8 @@ class DenseProblem(Problem):
                 drop_path=settings.drop_path,
             )
         channels = {task: self._tasks[task].channels for task in tasks}
-        return dense_model(encoder, channels, decoder=settings.decoder)
+        width = settings.head_width or 256
+        return dense_model(encoder, channels, decoder=settings.decoder, width=width)
 
     def inputs(self, batch: Samples) -> Tensor:
         """The images ``[B, 3, H, W]``."""

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc
 
 import taskgroup as tg
+from taskgroup.lab.mlp import mlp
 from taskgroup.lab.problem import Problem
 from taskgroup.lab.recipe import ProblemSettings
 
@@ -74,16 +75,13 @@ class Yeast(Problem):
         }
 
     def model(self, tasks: Sequence[str]) -> tg.MultiTaskModel:
-        """An MLP with a linear head for each of the tasks."""
-        layers: list[nn.Module] = []
-        width = self._train.features.shape[1]
-        for _ in range(self._settings.depth):
-            layers += [nn.Linear(width, self._settings.dim), nn.ReLU()]
-            if self._settings.dropout:
-                layers.append(nn.Dropout(self._settings.dropout))
-            width = self._settings.dim
+        """An MLP with a head for each of the tasks, linear unless ``head_depth`` says otherwise."""
+        settings, width = self._settings, self._settings.dim
+        inputs = self._train.features.shape[1]
+        hidden = settings.head_width or width
         return tg.MultiTaskModel(
-            nn.Sequential(*layers), {task: nn.Linear(width, 1) for task in tasks}
+            mlp(inputs, width, settings.depth, dropout=settings.dropout),
+            {task: mlp(width, hidden, settings.head_depth, outputs=1) for task in tasks},
         )
 
     def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Table]:

@@ -1,0 +1,204 @@
+"""QM9: eleven properties of 130,831 small organic molecules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import count, islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import taskgroup as tg
+from taskgroup.lab.data.qm9_files import ATOMS, COLUMNS, Molecules, molecules
+from taskgroup.lab.mlp import mlp
+from taskgroup.lab.problem import Problem
+from taskgroup.lab.recipe import ProblemSettings
+
+__all__ = ["QM9", "TASKS", "Batch", "split_rows", "targets_in_units"]
+
+_MEV = 27_211.386245988  # per hartree, CODATA 2018
+_TRAINING, _VALIDATION = 110_000, 10_000
+_FIXED_TRAINING = 5_000  # molecules that the training metrics are computed on
+_AT_ONCE = 1_000  # molecules of a forward pass of the evaluation
+_SHUFFLE = 0  # seed of the splits
+
+#: ``{task: (name as shown, unit of its error, factor from the unit of the CSV files)}``.
+TASKS = {
+    "dipole": ("Dipole", "D", 1.0),
+    "polarizability": ("Polarizability", "bohr³", 1.0),
+    "homo": ("HOMO", "meV", _MEV),
+    "lumo": ("LUMO", "meV", _MEV),
+    "r2": ("R²", "bohr²", 1.0),
+    "zpve": ("ZPVE", "meV", _MEV),
+    "u0": ("U₀", "meV", _MEV),
+    "u": ("U", "meV", _MEV),
+    "h": ("H", "meV", _MEV),
+    "g": ("G", "meV", _MEV),
+    "cv": ("Cv", "cal/(mol K)", 1.0),
+}
+_ENERGIES = ("u0", "u", "h", "g")
+
+
+class Batch(NamedTuple):
+    """Molecules of a batch.
+
+    ``inputs`` is what the encoder takes: Coulomb features [B, 435], or nuclear charges [B, A] and
+    positions [B, A, 3]. ``targets`` [B, 11] have mean 0 and variance 1 over the training split.
+    """
+
+    inputs: Tensor | tuple[Tensor, Tensor]
+    targets: Tensor
+
+
+class QM9(Problem):
+    """Eleven properties of 130,831 small organic molecules (Ramakrishnan et al., 2014).
+
+    The molecules are those of the package qm9pack. 110,000 are for training, 10,000 for validation,
+    and 10,831 are held out. The targets are those of the published comparisons of multi-task
+    optimizers: dipole moment, isotropic polarizability, HOMO, LUMO, R², zero-point vibrational
+    energy, the energies U₀, U, H and G, and the heat capacity. The four energies are of
+    atomisation: the least-squares fit of the counts of the elements over the training split is
+    subtracted. The loss is the mean squared error of targets with mean 0 and variance 1 over the
+    training split. The metric is the mean absolute error in the unit of chemists.
+
+    ``backbone`` is ``"mlp"``, an MLP on sorted Coulomb matrices, or ``"message-passing"``, a
+    network on the coordinates; ``dim`` and ``depth`` are its width and its layers. The head of each
+    task is linear, with ``head_depth`` hidden layers of width ``head_width`` before.
+    """
+
+    tasks: Mapping[str, str] = {task: title for task, (title, _, _) in TASKS.items()}
+    metrics: Mapping[str, str] = {task: f"MAE, {unit}" for task, (_, unit, _) in TASKS.items()}
+    better = "lower"
+    splits = ("train", "validation", "held_out")
+
+    def __init__(self, settings: ProblemSettings) -> None:
+        self._settings = settings
+        self._data = _data(settings.root)
+
+    def model(self, tasks: Sequence[str]) -> tg.MultiTaskModel:
+        """The encoder with a head for each of the tasks."""
+        settings, width = self._settings, self._settings.dim
+        encoder: nn.Module
+        if settings.backbone == "mlp":
+            inputs = ATOMS * (ATOMS + 1) // 2
+            encoder = mlp(inputs, width, settings.depth, dropout=settings.dropout)
+        else:
+            from taskgroup.lab.molecules.message_passing import MessagePassing
+
+            encoder = MessagePassing(width, settings.depth)
+        hidden = settings.head_width or width
+        return tg.MultiTaskModel(
+            encoder, {task: mlp(width, hidden, settings.head_depth, outputs=1) for task in tasks}
+        )
+
+    def batches(self, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+        """Draw random training molecules, with replacement."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = self._data.rows["train"]
+        size = (batch_size,)
+        drawn = (torch.randint(len(rows), size, generator=generator, device="cpu") for _ in count())
+        for some in islice(drawn, start, None):
+            yield self._batch(rows[some.numpy()])
+
+    def _batch(self, rows: NDArray[np.intp]) -> Batch:
+        data = self._data
+        targets = torch.from_numpy(data.targets[rows])
+        if self._settings.backbone == "mlp":
+            features = torch.from_numpy(np.ascontiguousarray(data.molecules.coulomb[rows]))
+            return Batch(features.sub_(data.mean).div_(data.deviation), targets)
+        charges = data.molecules.charges[rows]
+        atoms = int(np.count_nonzero(charges.any(axis=0)))  # of the largest molecule of the batch
+        positions = torch.from_numpy(np.ascontiguousarray(data.molecules.positions[rows, :atoms]))
+        return Batch((torch.from_numpy(charges[:, :atoms].astype(np.int64)), positions), targets)
+
+    def losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """The mean squared error of every task, in units of the variance of its target."""
+        columns = [list(self.tasks).index(task) for task in outputs]
+        errors = torch.cat(list(outputs.values()), dim=1) - batch.targets[:, columns]
+        return dict(zip(outputs, errors.square().mean(0).unbind(), strict=True))
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """The mean absolute error of every task in its own unit."""
+        device = next(model.parameters()).device
+        rows = self._data.rows[split]
+        if split == "train":
+            rows = rows[:_FIXED_TRAINING]
+        sums = torch.zeros(len(TASKS), dtype=torch.float64, device=device)
+        column = {task: k for k, task in enumerate(self.tasks)}
+        seen: list[str] = []
+        for start in range(0, len(rows), _AT_ONCE):
+            batch = self._batch(rows[start : start + _AT_ONCE])
+            inputs = batch.inputs if isinstance(batch.inputs, tuple) else (batch.inputs,)
+            outputs = model(*(tensor.to(device) for tensor in inputs))
+            targets = batch.targets.to(device)
+            seen = list(outputs)
+            for task, output in outputs.items():
+                errors = output[:, 0] - targets[:, column[task]]
+                sums[column[task]] += errors.abs().sum(dtype=torch.float64)
+        means = (sums.cpu() / len(rows) * torch.from_numpy(self._data.scale)).tolist()
+        return {task: means[column[task]] for task in seen}
+
+
+class _Data(NamedTuple):
+    """What all runs of a process share.
+
+    ``mean`` and ``deviation`` are those of the Coulomb features, and ``scale`` [11] holds the
+    standard deviations of the targets in units, all over the training split.
+    """
+
+    molecules: Molecules
+    rows: Mapping[str, NDArray[np.intp]]
+    targets: NDArray[np.float32]
+    scale: NDArray[np.float64]
+    mean: Tensor
+    deviation: Tensor
+
+
+def split_rows(number: int, seed: int) -> dict[str, NDArray[np.intp]]:
+    """Rows of the three splits: 110,000 molecules, 10,000, and the rest, in a random order.
+
+    Of fewer molecules, as in a test, the splits have the same shares.
+    """
+    whole = _TRAINING + _VALIDATION + 10_831
+    training = _TRAINING if number >= whole else number * _TRAINING // whole
+    validation = _VALIDATION if number >= whole else number * _VALIDATION // whole
+    order = np.random.default_rng(seed).permutation(number)
+    return {
+        "train": order[:training],
+        "validation": order[training : training + validation],
+        "held_out": order[training + validation :],
+    }
+
+
+def targets_in_units(found: Molecules, training: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Targets [N, 11] in the units of :data:`TASKS`, the energies as energies of atomisation.
+
+    The energy of an atom of each element is fitted by least squares to the training rows.
+    """
+    targets: NDArray[np.float64] = found.targets * np.array([f for _, _, f in TASKS.values()])
+    counts = np.stack([(found.charges == z).sum(axis=1) for z in (1, 6, 7, 8, 9)], axis=1)
+    for task in _ENERGIES:
+        column = list(COLUMNS).index(task)
+        fit = np.linalg.lstsq(counts[training].astype(float), targets[training, column], rcond=None)
+        targets[:, column] -= counts @ fit[0]
+    return targets
+
+
+@cache
+def _data(root: str | None) -> _Data:
+    found = molecules(root)
+    rows = split_rows(len(found.targets), _SHUFFLE)
+    training = rows["train"]
+    targets = targets_in_units(found, training)
+    scale = targets[training].std(axis=0)
+    targets = (targets - targets[training].mean(axis=0)) / scale
+    # Over some of the training split: the features of all of it would be copied to memory.
+    features = torch.from_numpy(found.coulomb[np.sort(training[:20_000])])
+    deviation = features.std(0)
+    # A place that few molecules fill has a tiny variance, which would blow up its few values.
+    deviation = deviation.clamp(min=float(0.1 * deviation.median()) or 1.0)
+    return _Data(found, rows, targets.astype(np.float32), scale, features.mean(0), deviation)
