@@ -122,9 +122,8 @@ def molecules(root: str | None = None) -> Molecules:
     }
     where = cache_folder() / "qm9"
     if root is not None:  # each folder has a cache of its own
-        where = where.with_name(
-            "qm9-" + re.sub(r"\W+", "-", str(folder.resolve())).strip("-")[-80:]
-        )
+        digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+        where = where.with_name(f"qm9-{digest}")
     there = _read_header(where)
     if there != header:
         if there is not None:
@@ -160,8 +159,8 @@ def _write(where: Path, header: dict[str, object], folder: Path) -> None:
     try:
         where.parent.mkdir(parents=True, exist_ok=True)
         made = tempfile.mkdtemp(prefix="qm9-", dir=where.parent)
-        for name, array in zip(Molecules._fields, arrays, strict=True):
-            np.save(Path(made) / f"{name}.npy", array)
+        for name in Molecules._fields:
+            np.save(Path(made) / f"{name}.npy", getattr(arrays, name))
         (Path(made) / "header.json").write_text(json.dumps(header))
         if where.exists():
             shutil.rmtree(where, ignore_errors=True)
