@@ -22,7 +22,7 @@ STANDS_ON = {  # what each part of the core may import of the others
 # The parts of the lab, from the bottom to the top: each may import those that come before it.
 LAB = (
     *("words", "user_code", "processes", "recipe", "importing", "streams", "problem", "templates"),
-    *("vision", "data", "train", "report", "studies", "commands", "cli"),
+    *("vision", "molecules", "data", "train", "report", "studies", "commands", "cli"),
 )
 
 

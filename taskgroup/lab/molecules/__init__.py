@@ -1,0 +1,1 @@
+"""Networks for molecules: features, encoders and planted tasks."""
