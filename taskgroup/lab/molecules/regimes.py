@@ -1,4 +1,4 @@
-"""Planted regimes: tasks that are known to harm others, and losses of unequal sizes."""
+"""Planted regimes: tasks that compete with the others, and losses of unequal sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["PLANTED", "REGIMES", "loss_factors", "plant"]
 #: What is planted, by the name of the regime.
 REGIMES = {
     "clean": "nothing",
-    "negatives": "two tasks that harm the others: shuffled and negated",
+    "negatives": "two tasks that compete with the others: shuffled and negated",
     "scales": "factors of the losses, spread over three decades",
 }
 #: The tasks that the regime "negatives" adds, in their order.
@@ -44,6 +44,8 @@ def plant(
 
     A target with its sign changed on **all** molecules would harm nobody: its own head changes the
     sign too, and the encoder gets the gradients of the target itself, which then counts twice.
+    How much the planted tasks harm depends on the network, the heads and the weights of the losses;
+    training with the regime ``"clean"`` shows it.
 
     The other regimes add nothing; ``"scales"`` acts on losses, see :func:`loss_factors`.
 

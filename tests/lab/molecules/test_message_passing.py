@@ -151,6 +151,15 @@ def test_molecules_of_one_atom_and_of_two():
     assert (features.diff(dim=0).abs().amax(1) > 1e-6).all()
 
 
+def test_an_atom_sends_no_message_to_itself():
+    net = network(radial=2)  # two broad basis functions, which do not vanish at distance 0
+    charges, positions = torch.tensor([[6, 0]]), torch.zeros(1, 2, 3, dtype=torch.float64)
+    expected = net(charges, positions)
+    for layer in net.layers:
+        nn.init.zeros_(layer.filters.weight)
+    assert torch.equal(net(charges, positions), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
 def test_charges_are_of_any_integer_dtype(dtype):
     net, (charges, positions) = network(), molecules()
