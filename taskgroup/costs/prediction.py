@@ -104,7 +104,8 @@ class StepCosts:
         M e + f + b + (M - 1) f / n. A model that does not skip heads runs all of them forward in
         every step, so a batch that does not observe costs s (e + f) + s b / M.
 
-        The overhead of the groups themselves (1 to 6% of a batch) is not in it.
+        The overhead of the loop over the groups is a part of e, as :func:`step_costs` measures it;
+        that of regrouping is not.
 
         Args:
             groups: M, from 1 to K. One group that is the whole partition costs
