@@ -330,7 +330,7 @@ def test_best_rate_is_that_of_other_seeds(tmp_path, made_up):
     compared.read()  # nothing yet, and nothing of that is kept
     table = compared.run()
     assert [row.rate for row in table.rows] == [0.01, 0.1]  # 0.01 diverged once
-    assert compared.best_rate(GD) == 0.01
+    assert compared.best(GD) == (0.01, 8)
     tuning = {(c.name, c.recipe.seed, c.recipe.lr) for c in cells if c.recipe.seed >= 1000}
     assert tuning == {
         (name, seed, rate)
@@ -449,7 +449,8 @@ def test_groups_and_changes(tmp_path, made_up):
 
 
 def row(gain, floor):
-    nothing = dict.fromkeys(("time", "memory", "steps", "groups", "changes", "rate"), None)
+    unknown = ("time", "memory", "steps", "groups", "changes", "rate", "batch_size", "tuned_time")
+    nothing = dict.fromkeys(unknown, None)
     key = ("batches", "held_out")
     return Row(
         variant=GD, batches={}, delta={}, metrics={}, diverged={}, skipped=0, **nothing,
