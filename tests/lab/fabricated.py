@@ -11,7 +11,7 @@ from taskgroup.lab.studies.results import BUDGETS, Row, Table
 SPLITS = ("train", "validation", "held_out")
 
 
-def fabricated(variants, seeds=5, diverged=()):
+def fabricated(variants, seeds=5, diverged=(), batch_sizes=(32,)):
     """A table of numbers that are all different."""
     recipe = read_recipe("yeast")
     problem = make_problem(recipe)
@@ -55,7 +55,7 @@ def fabricated(variants, seeds=5, diverged=()):
         tasks=tasks,
         seeds=seeds,
         rates=[0.001, 0.003, 0.009],
-        batch_sizes=[32],
+        batch_sizes=[*batch_sizes],
         budgets=list(BUDGETS),
         reference="Selective",
         rows=rows,

@@ -475,6 +475,17 @@ def test_a_comparison_checks_the_problem_before_it_makes_a_folder(tmp_path):
 # In files of the current folder: the page, and the command line.
 
 
+def test_a_comparison_tries_every_batch_size_before_it_makes_a_folder(tmp_path):
+    def loader(self, batch_size):
+        return DataLoader(data(0), batch_size, shuffle=True, drop_last=True)  # of 24 samples
+
+    mine = made(loader=loader)
+    options = {"budgets": ["tuned"], "batch_sizes": [4, 32]}
+    with pytest.raises(ValueError, match="Batch size 32 cannot be tried here: The loader has no"):
+        Comparison(recipe(mine), [GD], 1, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_page(folder, trained):
     page = (Path(__file__).parents[2] / "docs" / "own-data.md").read_text("utf-8")
     module, *programs = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)

@@ -139,22 +139,16 @@ class Comparison:
         tuned = set(by_name) if tune is None else {JOINT, *tune}
         tuned |= {variant.against for variant in self.variants if variant.name in tuned}
         self._tuned = [variant for variant in self.variants if variant.name in tuned]
-        self._check_sizes(by_name[JOINT])
+        for size in self.batch_sizes if len(self.batch_sizes) > 1 else ():
+            self._check_batch_size(size, by_name[JOINT])
         self._folder = open_folder(self.out, recipe)
         check_source(self.out, recipe.data)
         self._equal_time = EqualTime(self.out, recipe, by_name, self._steps)
 
     def _can_work(self, variant: Variant, strict: bool) -> bool:
-        """Whether the method can be set up, before hours are spent on the others.
-
-        On a problem of the user's own, it is also trained on one batch.
-        """
+        """Whether the method can be set up, before hours are spent on the others."""
         try:
-            # On the CPU if possible: the memory of a GPU is for the processes that train.
-            settings = {**variant.settings, "device": self._tried_on}
-            trainer = Trainer(self.recipe.replace(**settings))
-            if is_own(self.recipe.data):
-                rehearse_step(trainer, variant.title)
+            self._try(variant.settings, variant.title)
         except (ValueError, ImportError) as error:
             if strict:
                 raise ValueError(f"{variant.title} cannot be compared here: {error}") from error
@@ -162,14 +156,19 @@ class Comparison:
             return False
         return True
 
-    def _check_sizes(self, joint: Variant) -> None:
-        """Train on one batch of each size, if the problem is of the user's own."""
-        for size in self.batch_sizes:
-            if is_own(self.recipe.data) and size != self.recipe.batch_size:
-                settings = {**joint.settings, "batch_size": size, "device": self._tried_on}
-                rehearse_step(
-                    Trainer(self.recipe.replace(**settings)), f"{joint.title}, batch size {size},"
-                )
+    def _check_batch_size(self, size: int, joint: Variant) -> None:
+        """Raise if no batch of this size can be made, before hours are spent."""
+        try:
+            self._try({**joint.settings, "batch_size": size}, joint.title)
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"Batch size {size} cannot be tried here: {error}") from error
+
+    def _try(self, settings: Mapping[str, Any], title: str) -> None:
+        """Set up the training; on a problem of the user's own, also train on one batch."""
+        # On the CPU if possible: the memory of a GPU is for the processes that train.
+        trainer = Trainer(self.recipe.replace(**{**settings, "device": self._tried_on}))
+        if is_own(self.recipe.data):
+            rehearse_step(trainer, title)
 
     # Which runs there are.
 
