@@ -124,6 +124,34 @@ def test_notes_name_what_was_left_out_and_what_was_tried():
     assert "as take the time of Selective." in text
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_published_numbers_stand_beside_equal_batches(width, monkeypatch):
+    table = fabricated(variants()[:4])
+    monkeypatch.setattr(table.problem, "published", {"gd": 177.6, "uw": -1.25, "other": 3.0})
+    monkeypatch.setattr(table.problem, "published_note", "They trained for 300 epochs.")
+    gains, differences, *_ = markdown_tables(report.markdown(table))
+    assert gains[0][3:6] == ["equal batches", "published", "equal time"]
+    assert {len(line) for line in gains} == {7}
+    # Papers print what is worse as positive.
+    assert [line[4] for line in gains[1:]] == ["-177.6", "+1.2", "", ""]
+    assert "published" not in differences[0]
+    assert (
+        "- Published: the Δm of publications, whose sign is turned: they print positive numbers "
+        "for what is worse than single-task training. They trained for 300 epochs.\n"
+    ) in report.markdown(table)
+    text = printed(table, width)
+    assert cells(text)["Δm, %", "GD (joint)"][3] == "-177.6"
+    assert max(len(line) for line in text.splitlines()) <= width
+
+
+def test_without_published_numbers_of_the_methods_there_is_no_column(monkeypatch):
+    table = fabricated(variants()[:2])
+    monkeypatch.setattr(table.problem, "published", {"other": 3.0})
+    monkeypatch.setattr(table.problem, "published_note", "They trained for 300 epochs.")
+    assert "ublished" not in report.markdown(table)
+    assert "300 epochs" not in report.markdown(table)
+
+
 SIZES = (16, 32, 64)
 
 

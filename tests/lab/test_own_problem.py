@@ -253,6 +253,9 @@ def test_evaluating_is_without_a_graph_and_leaves_modes_and_random_state():
         (made(metrics=["R"]), "metrics of .* must be a word or {task: word}, got .* list"),
         (made(splits=("train",)), r"splits of .* must hold 'held_out'.*got \('train',\)"),
         (made(splits="held_out"), "splits of .* must hold 'held_out'"),
+        (made(published={"uw": "3.5"}), "published of .* must be {method: Δm in percent}"),
+        (made(published={"uw": np.nan}), "published of .* must be {method: Δm in percent}"),
+        (made(published=[("uw", 3.5)]), "published of .* must be {method: Δm in percent}"),
     ],
 )
 def test_what_a_problem_lacks(thing, said):

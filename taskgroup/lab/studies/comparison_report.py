@@ -71,6 +71,10 @@ def write_csv(table: Table, path: str | os.PathLike[str]) -> None:
 
 
 def _gain_rows(table: Table) -> Rows:
+    published = _published(table)
+    header = ["Δm, %", "time", "memory", *(table.title(budget) for budget in table.budgets)]
+    if published:
+        header.insert(4, "published")  # after equal batches
     rows = []
     for row in table.rows:
         cells = [row.variant.title, _times(row.time), _times(row.memory)]
@@ -78,8 +82,17 @@ def _gain_rows(table: Table) -> Rows:
             cells.append(_shown(row.delta[budget, "held_out"], row.diverged[budget]))
             if budget == "tuned":
                 cells[-1] += _tuned(table, row)
+        if published:
+            cells.insert(4, published.get(row.variant.name, ""))
         rows.append(cells)
-    return ["Δm, %", "time", "memory", *(table.title(budget) for budget in table.budgets)], rows
+    return header, rows
+
+
+def _published(table: Table) -> dict[str, str]:
+    """``{name of a variant: published Δm}``, with the sign that Δm has here."""
+    known = table.problem.published
+    names = [row.variant.name for row in table.rows]
+    return {name: f"{0 - known[name]:+.1f}" for name in names if name in known}
 
 
 def _tuned(table: Table, row: Row) -> str:
@@ -146,6 +159,12 @@ def _notes(table: Table) -> list[str]:
         "Time and memory: per batch, relative to GD. Time is processor seconds on one thread; "
         "memory is the most bytes that tensors take.",
     ]
+    if _published(table):
+        note = (
+            "Published: the Δm of publications, whose sign is turned: they print positive numbers "
+            f"for what is worse than single-task training. {table.problem.published_note}"
+        )
+        notes.append(note.rstrip())
     if table.budgets != ["batches"]:
         notes.append(
             f"Equal time: as many batches as take the time of {table.reference}. Single-task "
