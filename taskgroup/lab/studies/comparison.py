@@ -19,12 +19,12 @@ from taskgroup.lab.studies.results import (
     Row,
     Runs,
     Table,
-    delta_of,
     make_row,
     mean,
     steps_per_batch,
     tuned_title,
 )
+from taskgroup.lab.studies.single_task import SingleTask
 from taskgroup.lab.studies.workers import Listener, Workers
 from taskgroup.lab.train.rehearsal import rehearse, rehearse_step
 from taskgroup.lab.train.source import check_source
@@ -131,7 +131,6 @@ class Comparison:
         self.tasks = task_names(recipe, self.problem)
         if len(self.tasks) < 2:
             raise ValueError("A comparison needs at least two tasks, which can share a group.")
-        self._single_metrics: dict[str, dict[str, float]] | None = None
         self._tried_on = rehearse(recipe, relative=True) if is_own(recipe.data) else "cpu"
         self.refused: dict[str, str] = {}
         self.variants = [variant for variant in variants if self._can_work(variant, strict)]
@@ -143,6 +142,7 @@ class Comparison:
             self._check_batch_size(size, by_name[JOINT])
         self._folder = open_folder(self.out, recipe)
         check_source(self.out, recipe.data)
+        self._single = SingleTask(recipe, self.problem, self.tasks, self._seeds, self._folder)
         self._equal_time = EqualTime(self.out, recipe, by_name, self._steps)
 
     def _can_work(self, variant: Variant, strict: bool) -> bool:
@@ -198,9 +198,9 @@ class Comparison:
             tg.recording.hold(self.out),
             Workers(self._folder, self.recipe, executor, jobs) as workers,
         ):
-            single = [self._single(task, seed) for seed in self._seeds for task in self.tasks]
-            workers.run(BUDGETS["batches"], single + self._by("batches"), listen)
-            self._single_metrics = None
+            runs = self._single.cells + self._by("batches")
+            workers.run(BUDGETS["batches"], runs, listen)
+            self._single.read()
             self._equal_time.load()
             self._equal_time.measure(workers, self.variants)
             if "time" in self.budgets:
@@ -241,10 +241,6 @@ class Comparison:
             return {}
         best = self.best(variant)
         return {seed: self._cell(variant, seed, budget, best) for seed in self._seeds}
-
-    def _single(self, task: str, seed: int) -> Cell:
-        """Single-task training: the baseline of Δm."""
-        return Cell(f"single-{task}", self.recipe.replace(seed=seed, method="gd", tasks=(task,)))
 
     def _cell(self, variant: Variant, seed: int, budget: str, tried: Tried | None = None) -> Cell:
         settings: dict[str, Any] = {"seed": seed, **variant.settings}
@@ -287,7 +283,7 @@ class Comparison:
         for tried in self._tried(variant):
             cells = (self._cell(variant, seed, "time", tried) for seed in self._other_seeds)
             results = [result for cell in cells if (result := cell.read(self._folder)) is not None]
-            delta = mean(self._delta(result, "held_out") for result in results)
+            delta = mean(self._single.delta(result, "held_out") for result in results)
             if delta > best[0]:  # False for NaN
                 best = (delta, tried)
         return best[1]
@@ -304,40 +300,16 @@ class Comparison:
         """Steps per batch at equal batches, the median over the seeds."""
         return steps_per_batch(self._runs(variant, "batches"))
 
-    @property
-    def single(self) -> dict[str, dict[str, float]]:
-        """``{split: {task: mean metric}}`` of single-task training."""
-        if self._single_metrics is None:
-            found = {
-                task: [self._single(task, seed).read(self._folder) for seed in self._seeds]
-                for task in self.tasks
-            }
-            self._single_metrics = {
-                split: {
-                    task: mean(
-                        result["metrics"][split][task]
-                        for result in results
-                        if result is not None and result["diverged"] is None
-                    )
-                    for task, results in found.items()
-                }
-                for split in self.problem.splits
-            }
-        return self._single_metrics
-
     def delta(self, result: Result) -> float | None:
         """Held-out Δm of one run, in percent; None until the baselines are finished."""
-        if any(math.isnan(value) for value in self.single["held_out"].values()):
-            self._single_metrics = None  # to be read again
+        if any(math.isnan(value) for value in self._single.metrics["held_out"].values()):
+            self._single.read()
             return None
-        return self._delta(result, "held_out")
-
-    def _delta(self, result: Result, split: str) -> float:
-        return delta_of(result, split, self.single, self.problem)
+        return self._single.delta(result, "held_out")
 
     def read(self, failed: Sequence[str] = ()) -> Table:
         """Read the results of the finished runs; ``failed`` are the errors of the others."""
-        self._single_metrics = None
+        self._single.read()
         self._equal_time.load()
         runs = {
             variant.name: {budget: self._runs(variant, budget) for budget in self.budgets}
@@ -353,7 +325,7 @@ class Comparison:
             budgets=self.budgets,
             reference=self._equal_time.reference.title,
             rows=[self._row(variant, runs) for variant in self.variants],
-            single=self.single,
+            single=self._single.metrics,
             refused=self.refused,
             failed=list(failed),
         )
@@ -372,11 +344,11 @@ class Comparison:
             runs[variant.name],
             runs[variant.against],
             self.problem.splits,
-            self._delta,
+            self._single.delta,
             time=cost(variant) / cost(joint),
             rate=None if tuned is None else tuned.lr,
             batch_size=None if tuned is None else tuned.batch_size,
-            tuned_time=math.nan if tuned is None else self._time(variant, tuned, runs),
+            tuned_time=None if tuned is None else self._time(variant, tuned, runs),
             batches={budget: recipe.batches for budget, recipe in recipes.items()},
         )
 

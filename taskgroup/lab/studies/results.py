@@ -13,7 +13,6 @@ from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.studies.cell import Result
 from taskgroup.lab.studies.intervals import Estimate, estimate, noise_floor
 from taskgroup.lab.studies.presets import Variant
-from taskgroup.lab.train.evaluation import delta_m
 from taskgroup.lab.words import counted
 
 __all__ = [
@@ -21,7 +20,6 @@ __all__ = [
     "Row",
     "Runs",
     "Table",
-    "delta_of",
     "make_row",
     "mean",
     "steps_per_batch",
@@ -202,22 +200,6 @@ def tuned_title(rates: Sequence[float], batch_sizes: Sequence[int]) -> str:
     if len(batch_sizes) == 1:
         return BUDGETS["tuned"]
     return "best rate and batch size" if len(rates) > 1 else "best batch size"
-
-
-def delta_of(
-    result: Result, split: str, single: Mapping[str, Mapping[str, float]], problem: Problem
-) -> float:
-    """Δm of a run against single-task training, in percent.
-
-    NaN if the run diverged, or if a metric of single-task training is not above zero.
-    """
-    if result["diverged"] is not None:
-        return math.nan
-    metrics = result["metrics"][split]
-    baseline = {task: value for task, value in single[split].items() if task in metrics}
-    if not all(value > 0 for value in baseline.values()):  # nothing can be divided by it
-        return math.nan
-    return delta_m(metrics, baseline, problem)
 
 
 def make_row(
