@@ -461,15 +461,20 @@ def test_tuned_runs_that_take_other_steps_take_other_time(tmp_path, made_up):
 
 
 def test_variants_with_a_batch_size_of_their_own_keep_it(tmp_path, made_up):
-    cells = made_up(sized)
+    cells = made_up(lambda cell: metrics(0.5 + 0.01 * cell.recipe.batch_size))
     small = Variant("gd-batch-4", "GD, batch 4", {"method": "gd", "batch_size": 4}, "gd-batch-4")
-    table = comparison(tmp_path, [GD, small], budgets=["tuned"], rates=[0.1]).run()
+
+    def run(**options):
+        return comparison(tmp_path, [GD, small], budgets=["tuned"], rates=[0.1], **options).run()
+
+    table = run()
     assert [row.batch_size for row in table.rows] == [8, 4]
     assert {c.recipe.batch_size for c in cells if c.name == "gd-batch-4"} == {4}
     assert {record["batch_size"] for record in table.records()} == {8, 4}
-    assert list((tmp_path / "costs.yaml").read_text().split("\n")) == [
-        *("gd: 1.0", "gd-batch-4: 1.0", "")
-    ]
+    assert (tmp_path / "costs.yaml").read_text() == "gd: 1.0\ngd-batch-4: 1.0\n"
+    # Unless there are sizes to choose from.
+    assert [row.batch_size for row in run(batch_sizes=[2]).rows] == [8, 8]
+    assert [row.batch_size for row in run().rows] == [8, 4]
 
 
 def test_some_variants_are_tuned(tmp_path, made_up):
