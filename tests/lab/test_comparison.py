@@ -426,10 +426,12 @@ def test_batch_sizes_that_are_added_keep_what_was_measured(tmp_path, made_up):
     assert names(cells)[-2:] == [("gd", 0), ("gd", 1)]
     assert [row.batch_size for row in table.rows] == [4, 8]
     assert files(tmp_path).items() > before.items()
+    costs = (tmp_path / "costs.yaml").read_text()
     # On a machine on which batches of 4 have become slow.
     made_up(sized, {**SECONDS, "gd, batch size 4": 9.0})
     assert [row.batches["tuned"] for row in run(batch_sizes=[4]).rows] == [480, 40]
     assert cells == []
+    assert (tmp_path / "costs.yaml").read_text() == costs
 
 
 def test_batch_sizes_are_chosen_at_one_rate_too(tmp_path, made_up):
