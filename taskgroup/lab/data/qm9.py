@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import taskgroup as tg
 from taskgroup.lab.data.qm9_files import ATOMS, COLUMNS, Molecules, molecules
 from taskgroup.lab.mlp import mlp
+from taskgroup.lab.molecules.message_passing import MessagePassing
 from taskgroup.lab.problem import Problem
 from taskgroup.lab.recipe import ProblemSettings
 from taskgroup.lab.words import listed
@@ -89,8 +90,6 @@ class QM9(Problem):
             inputs = ATOMS * (ATOMS + 1) // 2
             encoder = mlp(inputs, width, settings.depth, dropout=settings.dropout)
         else:
-            from taskgroup.lab.molecules.message_passing import MessagePassing
-
             encoder = MessagePassing(width, settings.depth)
         hidden = settings.head_width or width
         return tg.MultiTaskModel(

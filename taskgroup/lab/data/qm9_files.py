@@ -165,7 +165,7 @@ def check_part(
 
     try:
         lines = _lines(file, tell)
-        found = _read(file, tell)
+        found = _read(file, lines, tell)
         if quick:
             next(found, None)
             return lines, lines, problems
@@ -211,9 +211,9 @@ def _kept(file: Path) -> NDArray[Any] | None:
     """The rows of the file that keeps the molecules; None, with a warning if it is damaged."""
     try:
         rows: NDArray[Any] = np.load(file, mmap_mode="r")
-    except FileNotFoundError:
+    except OSError:
         return None
-    except (OSError, ValueError, EOFError) as error:
+    except (ValueError, EOFError) as error:
         why = str(error)
     else:
         if rows.dtype == _ROW and rows.ndim == 1:
@@ -252,13 +252,9 @@ def _write(stream: BinaryIO, folder: Path) -> None:
     header = {"descr": np.lib.format.dtype_to_descr(_ROW), "fortran_order": False}
     np.lib.format.write_array_header_1_0(stream, {**header, "shape": (sum(lines.values()),)})
     for name, number in lines.items():
-        found = _read(folder / name, refuse)
-        written = 0
+        found = _read(folder / name, number, refuse)
         while some := list(islice(found, _CHUNK)):
             stream.write(_rows(some).tobytes())
-            written += len(some)
-        if written != number:
-            refuse(f"{folder / name} has {number:,} lines that hold {written:,} molecules")
 
 
 class _Molecule(NamedTuple):
@@ -289,8 +285,9 @@ def _lines(file: Path, tell: Callable[[str], None]) -> int:
     return max(number - 1, 0)
 
 
-def _read(file: Path, tell: Callable[[str], None]) -> Iterator[_Molecule]:
-    """The molecules of a file; ``tell`` is called with what is wrong, and may raise it."""
+def _read(file: Path, lines: int, tell: Callable[[str], None]) -> Iterator[_Molecule]:
+    """The molecules of a file, one per line; ``tell`` gets what is wrong, and may raise it."""
+    rows = 0
     with _reading(file), file.open(newline="", encoding="utf-8", errors="replace") as stream:
         reader = csv.reader(stream)
         try:
@@ -299,6 +296,7 @@ def _read(file: Path, tell: Callable[[str], None]) -> Iterator[_Molecule]:
                 return tell(f"{file} lacks the columns {listed(missing)} of qm9pack 1.0.3")
             places = [header.index(name) for name in _NEEDED]
             for row in reader:
+                rows += 1
                 try:
                     if len(row) != len(header):
                         raise ValueError(f"it has {len(row)} of {len(header)} columns")
@@ -308,7 +306,10 @@ def _read(file: Path, tell: Callable[[str], None]) -> Iterator[_Molecule]:
                 else:
                     yield molecule
         except csv.Error as error:
-            tell(f"{file}, line {reader.line_num}, is not CSV: {error}")
+            return tell(f"{file}, line {reader.line_num}, is not CSV: {error}")
+    if rows != lines:
+        tell(f"{file} has {lines:,} lines for {rows:,} molecules")
+    return None
 
 
 def _molecule(n_atoms: str, elements: str, positions: str, *targets: str) -> _Molecule:
