@@ -56,7 +56,7 @@ PROBLEMS = {
 
 _MOLECULES = ("mlp", "message-passing")  # the backbones of QM9
 _OF_FOLDERS = ("root", "subset", "bad", "workers")  # of images that are read from a folder
-_OF_IMAGES = ("size", "patch", "attention_heads", "weights", "decoder", "drop_path")
+_OF_IMAGES = ("size", "patch", "attention_heads", "decoder", "drop_path")
 #: Settings that a data set has no use for.
 _UNUSED = {
     "motorcycle": (*_OF_FOLDERS, "backbone", "drop_path", "head_depth"),
@@ -213,10 +213,11 @@ class NetworkSettings(_Section):
     precision: Literal["float32", "bfloat16"] = "float32"
 
     @model_validator(mode="after")
-    def _no_weights_for_tiny(self) -> NetworkSettings:
-        if self.backbone == "tiny" and self.weights not in (None, "random"):
+    def _no_weights_for_small_networks(self) -> NetworkSettings:
+        if self.backbone in ("tiny", *_MOLECULES) and self.weights not in (None, "random"):
             raise ValueError(
-                "weights are loaded into a backbone such as vit-t; backbone: tiny has random ones."
+                "weights are loaded into a backbone such as vit-t; "
+                f"backbone: {self.backbone} has random ones."
             )
         return self
 

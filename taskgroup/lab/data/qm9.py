@@ -203,10 +203,11 @@ def _data(root: str | None) -> _Data:
     rows = split_rows(len(found.targets), _SPLIT_SEED)
     training = rows["train"]
     targets = targets_in_units(found, training)
-    scale = dict(zip(TASKS, targets[training].std(axis=0).tolist(), strict=True))
-    if same := [task for task in TASKS if not scale[task]]:
+    trained = targets[training]
+    if same := [task for task, y in zip(TASKS, trained.T, strict=True) if np.ptp(y) == 0]:
         raise ValueError(f"All molecules of the training split have the same {listed(same)}.")
-    targets = (targets - targets[training].mean(axis=0)) / list(scale.values())
+    scale = dict(zip(TASKS, trained.std(axis=0).tolist(), strict=True))
+    targets = (targets - trained.mean(axis=0)) / list(scale.values())
     # Some of the training split is enough; all its features would be copied to memory.
     features = torch.from_numpy(found.coulomb[np.sort(training[:20_000])])
     deviation = features.std(0)
