@@ -81,6 +81,7 @@ def demo():
     return module
 
 
+@pytest.mark.full
 def test_the_demo_compares_three_runs(demo, root, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     out = tmp_path / "demo"
