@@ -99,7 +99,8 @@ def views(cache: str | os.PathLike[str] | None = None) -> dict[str, View]:
     cannot be read; if the folder cannot be written, the labels are computed at every call.
 
     Args:
-        cache: Folder of the file; default :func:`~taskgroup.lab.data.cache.cache_folder`.
+        cache: Folder of the file; default ``$TASKGROUP_CACHE``, or else ``taskgroup`` in
+            ``$XDG_CACHE_HOME`` or in ``~/.cache``.
 
     Returns:
         ``{name: View}``: 250 rows and 92, 80 and 183 columns.
