@@ -55,11 +55,13 @@ PROBLEMS = {
 }
 
 _MOLECULES = ("mlp", "message-passing")  # the backbones of QM9
+_OF_FOLDERS = ("root", "subset", "bad", "workers")  # of images that are read from a folder
+_OF_IMAGES = ("size", "patch", "attention_heads", "decoder", "drop_path")
 #: Settings that a data set has no use for.
 _UNUSED = {
-    "motorcycle": ("root", "backbone", "head_depth"),
-    "yeast": ("root", "backbone", "decoder"),
-    "qm9": ("decoder", "weights"),
+    "motorcycle": (*_OF_FOLDERS, "backbone", "drop_path", "head_depth"),
+    "yeast": (*_OF_FOLDERS, *_OF_IMAGES, "backbone"),
+    "qm9": (*_OF_FOLDERS[1:], *_OF_IMAGES),
     **dict.fromkeys(("nyud-v2", "pascal-context", "taskonomy"), ("head_depth",)),
 }
 
@@ -211,10 +213,11 @@ class NetworkSettings(_Section):
     precision: Literal["float32", "bfloat16"] = "float32"
 
     @model_validator(mode="after")
-    def _no_weights_for_tiny(self) -> NetworkSettings:
-        if self.backbone == "tiny" and self.weights not in (None, "random"):
+    def _no_weights_for_small_networks(self) -> NetworkSettings:
+        if self.backbone in ("tiny", *_MOLECULES) and self.weights not in (None, "random"):
             raise ValueError(
-                "weights are loaded into a backbone such as vit-t; backbone: tiny has random ones."
+                "weights are loaded into a backbone such as vit-t; "
+                f"backbone: {self.backbone} has random ones."
             )
         return self
 
@@ -333,8 +336,16 @@ class Recipe(GroupSettings, OptimizerSettings, ProblemSettings):
                 f"backbone of qm9 must be {' or '.join(map(repr, _MOLECULES))}, got "
                 f"{self.backbone!r}."
             )
-        if self.data != "qm9" and self.backbone in _MOLECULES:
-            raise ValueError(f"backbone {self.backbone!r} is a network of molecules; see qm9.")
+        if self.data in PROBLEMS and self.data != "qm9" and self.backbone in _MOLECULES:
+            raise ValueError(f"backbone {self.backbone!r} is a network of molecules, for qm9.")
+        if self.data == "qm9" and self.backbone == "message-passing" and self.dropout:
+            raise ValueError("dropout is a setting of the backbone mlp; leave it out.")
+        linear = self.head_depth == 0 and self.decoder == "linear"
+        if self.data in PROBLEMS and self.head_width is not None and linear:
+            raise ValueError(
+                "head_width is the width of the hidden layers of heads, and linear heads have "
+                "none; set head_depth (yeast, qm9) or decoder: conv (images) as well."
+            )
         self.make_grouping()
         return self
 

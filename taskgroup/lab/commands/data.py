@@ -15,7 +15,12 @@ __all__ = ["check", "mini"]
 
 
 def check(
-    root: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a data set.")],
+    root: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Folder of a data set; or qm9, the files of the package qm9pack."
+        ),
+    ],
     quick: Annotated[
         bool, typer.Option("--quick", help="Only look for missing files; read no file.")
     ] = False,
@@ -30,7 +35,10 @@ def check(
     from taskgroup.lab.commands.tables import check_table
     from taskgroup.lab.data.check import check as check_data
     from taskgroup.lab.data.check import recognise
+    from taskgroup.lab.data.qm9_files import csv_folder
 
+    if root == Path("qm9") and not root.exists():
+        root = csv_folder()
     console = rich.get_console()
     name = recognise(root)
     with Progress(console=console, transient=True) as progress:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from taskgroup.lab.data import DATASETS, Taskonomy
+from taskgroup.lab.data.qm9_files import PARTS, check_part
 from taskgroup.lab.processes import in_processes
 
 __all__ = ["Checked", "check", "recognise"]
@@ -16,7 +17,7 @@ class Checked(NamedTuple):
     """The result of checking a split: counts of samples, and one sentence for each problem.
 
     The data set lists ``listed`` samples, of which ``whole`` can be read; the public release has
-    ``published``, or None where it depends on the release.
+    ``published``, or None where it depends on the release. A split of QM9 is one of its CSV files.
     """
 
     split: str
@@ -35,7 +36,10 @@ def recognise(root: Path) -> str:
     for name, kind in DATASETS.items():
         if (root / kind.LISTS).is_dir():
             return name
+    if any((root / name).exists() for name in PARTS):
+        return "qm9"
     marks = ", ".join(f"{kind.LISTS} ({name})" for name, kind in DATASETS.items())
+    marks = f"{marks}, {next(iter(PARTS))} (qm9)"
     raise ValueError(f"{root} holds none of the data sets: it has none of {marks}.")
 
 
@@ -51,13 +55,19 @@ def check(
     First, file names are compared: every file that a listed sample needs must be there. Then every
     file is read, and its type, size and values are checked; not if ``quick``. Unlikely values, such
     as an edge map without an edge, are reported as problems, but the sample still counts as whole.
-    Of Taskonomy, every subset whose list is there is checked, each building once. ``watch`` is
+    Of Taskonomy, every subset whose list is there is checked, each building once. Of QM9, every
+    line of the CSV files is read in this process; if ``quick``, they are counted. ``watch`` is
     called with the split, the number of samples read so far, and the number to read.
 
     Raises:
         ValueError: if the folder holds none of the data sets.
     """
-    kind = DATASETS[recognise(root)]
+    name = recognise(root)
+    if name == "qm9":
+        for file, published in PARTS.items():
+            yield _check_part(root / file, published, quick, watch)
+        return
+    kind = DATASETS[name]
     seen: set[str] = set()
     for split in kind.SPLITS:
         if kind is Taskonomy and not Taskonomy.list_of(root, split).is_file():
@@ -81,3 +91,12 @@ def check(
             seen.update(dataset.ids)
         n_listed = len(dict.fromkeys(listed))
         yield Checked(split, n_listed, kind.SPLITS[split], n_listed - len(bad), problems)
+
+
+def _check_part(
+    file: Path, published: int, quick: bool, watch: Callable[[str, int, int], None]
+) -> Checked:
+    listed, whole, problems = check_part(
+        file, quick, lambda done: watch(file.name, done, published)
+    )
+    return Checked(file.name, listed, published, whole, problems)

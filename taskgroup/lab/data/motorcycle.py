@@ -39,6 +39,7 @@ from skimage.data import stereo_motorcycle
 from torch import Tensor
 
 import taskgroup as tg
+from taskgroup.lab.data.cache import cache_folder
 from taskgroup.lab.data.physical_labels import Bools, Camera, Floats, physical_labels
 from taskgroup.lab.data.taskonomy_encoding import encode, normalise
 from taskgroup.lab.vision.samples import Samples
@@ -98,7 +99,8 @@ def views(cache: str | os.PathLike[str] | None = None) -> dict[str, View]:
     cannot be read; if the folder cannot be written, the labels are computed at every call.
 
     Args:
-        cache: Folder of the file; default ``$TASKGROUP_CACHE``, or ``~/.cache/taskgroup``.
+        cache: Folder of the file; default ``$TASKGROUP_CACHE``, or else ``taskgroup`` in
+            ``$XDG_CACHE_HOME`` or in ``~/.cache``.
 
     Returns:
         ``{name: View}``: 250 rows and 92, 80 and 183 columns.
@@ -166,10 +168,9 @@ def _cache_file(folder: str | os.PathLike[str] | None) -> Path | None:
     recipe += [library.__version__ for library in (np, scipy, skimage)]
     digest = hashlib.sha256("\n".join(recipe).encode()).hexdigest()
     try:
-        folder = folder or os.environ.get("TASKGROUP_CACHE") or Path.home() / ".cache" / "taskgroup"
-    except RuntimeError:  # there is no home directory
+        return Path(folder or cache_folder()) / f"motorcycle-{digest[:16]}.npz"
+    except ValueError:  # there is no such folder
         return None
-    return Path(folder) / f"motorcycle-{digest[:16]}.npz"
 
 
 def _read(file: Path) -> dict[str, NDArray[Any]] | None:

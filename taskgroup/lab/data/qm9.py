@@ -15,16 +15,18 @@ from torch import Tensor, nn
 import taskgroup as tg
 from taskgroup.lab.data.qm9_files import ATOMS, COLUMNS, Molecules, molecules
 from taskgroup.lab.mlp import mlp
+from taskgroup.lab.molecules.message_passing import MessagePassing
 from taskgroup.lab.problem import Problem
 from taskgroup.lab.recipe import ProblemSettings
+from taskgroup.lab.words import listed
 
 __all__ = ["QM9", "TASKS", "Batch", "split_rows", "targets_in_units"]
 
 _MEV = 27_211.386245988  # per hartree, CODATA 2018
-_TRAINING, _VALIDATION = 110_000, 10_000
+_SPLITS = {"train": 110_000, "validation": 10_000, "held_out": 10_831}
+_SPLIT_SEED = 0
 _FIXED_TRAINING = 5_000  # molecules that the training metrics are computed on
 _AT_ONCE = 1_000  # molecules of a forward pass of the evaluation
-_SHUFFLE = 0  # seed of the splits
 
 #: ``{task: (name as shown, unit of its error, factor from the unit of the CSV files)}``.
 TASKS = {
@@ -41,6 +43,7 @@ TASKS = {
     "cv": ("Cv", "cal/(mol K)", 1.0),
 }
 _ENERGIES = ("u0", "u", "h", "g")
+_ELEMENTS = (1, 6, 7, 8, 9)
 
 
 class Batch(NamedTuple):
@@ -71,9 +74,9 @@ class QM9(Problem):
     """
 
     tasks: Mapping[str, str] = {task: title for task, (title, _, _) in TASKS.items()}
-    metrics: Mapping[str, str] = {task: f"MAE, {unit}" for task, (_, unit, _) in TASKS.items()}
+    metrics: Mapping[str, str] = {task: f"MAE in {unit}" for task, (_, unit, _) in TASKS.items()}
     better = "lower"
-    splits = ("train", "validation", "held_out")
+    splits = tuple(_SPLITS)
 
     def __init__(self, settings: ProblemSettings) -> None:
         self._settings = settings
@@ -87,8 +90,6 @@ class QM9(Problem):
             inputs = ATOMS * (ATOMS + 1) // 2
             encoder = mlp(inputs, width, settings.depth, dropout=settings.dropout)
         else:
-            from taskgroup.lab.molecules.message_passing import MessagePassing
-
             encoder = MessagePassing(width, settings.depth)
         hidden = settings.head_width or width
         return tg.MultiTaskModel(
@@ -117,9 +118,13 @@ class QM9(Problem):
 
     def losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """The mean squared error of every task, in units of the variance of its target."""
+        errors = self._errors(outputs, batch.targets).square().mean(0)
+        return dict(zip(outputs, errors.unbind(), strict=True))
+
+    def _errors(self, outputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+        """Outputs minus targets [B, T] of the T tasks of the outputs."""
         columns = [list(self.tasks).index(task) for task in outputs]
-        errors = torch.cat(list(outputs.values()), dim=1) - batch.targets[:, columns]
-        return dict(zip(outputs, errors.square().mean(0).unbind(), strict=True))
+        return torch.cat(list(outputs.values()), dim=1) - targets[:, columns]
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """The mean absolute error of every task in its own unit."""
@@ -127,33 +132,34 @@ class QM9(Problem):
         rows = self._data.rows[split]
         if split == "train":
             rows = rows[:_FIXED_TRAINING]
-        sums = torch.zeros(len(TASKS), dtype=torch.float64, device=device)
-        column = {task: k for k, task in enumerate(self.tasks)}
-        seen: list[str] = []
+        tasks: list[str] = []
+        sums = torch.zeros((), dtype=torch.float64, device=device)
         for start in range(0, len(rows), _AT_ONCE):
             batch = self._batch(rows[start : start + _AT_ONCE])
             inputs = batch.inputs if isinstance(batch.inputs, tuple) else (batch.inputs,)
             outputs = model(*(tensor.to(device) for tensor in inputs))
-            targets = batch.targets.to(device)
-            seen = list(outputs)
-            for task, output in outputs.items():
-                errors = output[:, 0] - targets[:, column[task]]
-                sums[column[task]] += errors.abs().sum(dtype=torch.float64)
-        means = (sums.cpu() / len(rows) * torch.from_numpy(self._data.scale)).tolist()
-        return {task: means[column[task]] for task in seen}
+            tasks = list(outputs)
+            errors = self._errors(outputs, batch.targets.to(device))
+            sums = sums + errors.abs().sum(0, dtype=torch.float64)
+        means = dict(zip(tasks, (sums / len(rows)).tolist(), strict=True))
+        return {task: means[task] * self._data.scale[task] for task in tasks}
 
 
 class _Data(NamedTuple):
     """What all runs of a process share.
 
-    ``mean`` and ``deviation`` are those of the Coulomb features, and ``scale`` [11] holds the
-    standard deviations of the targets in units, all over the training split.
+    Attributes:
+        molecules: all of them.
+        rows: of each split.
+        targets: [N, 11] float32, with mean 0 and variance 1 over the training split.
+        scale: ``{task: standard deviation of the target in its unit}`` over the training split.
+        mean, deviation: of the Coulomb features, over the training split.
     """
 
     molecules: Molecules
     rows: Mapping[str, NDArray[np.intp]]
     targets: NDArray[np.float32]
-    scale: NDArray[np.float64]
+    scale: Mapping[str, float]
     mean: Tensor
     deviation: Tensor
 
@@ -161,44 +167,50 @@ class _Data(NamedTuple):
 def split_rows(number: int, seed: int) -> dict[str, NDArray[np.intp]]:
     """Rows of the three splits: 110,000 molecules, 10,000, and the rest, in a random order.
 
-    Of fewer molecules, as in a test, the splits have the same shares.
+    Fewer molecules than the 130,831 are split in the same proportions.
+
+    Raises:
+        ValueError: if a split would be empty.
     """
-    whole = _TRAINING + _VALIDATION + 10_831
-    training = _TRAINING if number >= whole else number * _TRAINING // whole
-    validation = _VALIDATION if number >= whole else number * _VALIDATION // whole
+    part = min(1.0, number / sum(_SPLITS.values()))
+    training, validation = (int(part * _SPLITS[name]) for name in ("train", "validation"))
+    if not (training and validation and number > training + validation):
+        raise ValueError(
+            f"{number} molecules are too few to train on some and to evaluate on others; the CSV "
+            "files of QM9 must hold 14 or more."
+        )
     order = np.random.default_rng(seed).permutation(number)
-    return {
-        "train": order[:training],
-        "validation": order[training : training + validation],
-        "held_out": order[training + validation :],
-    }
+    return dict(zip(_SPLITS, np.split(order, [training, training + validation]), strict=True))
 
 
 def targets_in_units(found: Molecules, training: NDArray[np.intp]) -> NDArray[np.float64]:
     """Targets [N, 11] in the units of :data:`TASKS`, the energies as energies of atomisation.
 
-    The energy of an atom of each element is fitted by least squares to the training rows.
+    The energies of the free atoms are fitted by least squares to the training rows: one number per
+    element, which explains as much of the energy as the counts of the elements can.
     """
     targets: NDArray[np.float64] = found.targets * np.array([f for _, _, f in TASKS.values()])
-    counts = np.stack([(found.charges == z).sum(axis=1) for z in (1, 6, 7, 8, 9)], axis=1)
-    for task in _ENERGIES:
-        column = list(COLUMNS).index(task)
-        fit = np.linalg.lstsq(counts[training].astype(float), targets[training, column], rcond=None)
-        targets[:, column] -= counts @ fit[0]
+    counts = np.stack([(found.charges == z).sum(axis=1) for z in _ELEMENTS], axis=1).astype(float)
+    energies = [list(COLUMNS).index(task) for task in _ENERGIES]
+    of_atoms, *_ = np.linalg.lstsq(counts[training], targets[training][:, energies], rcond=None)
+    targets[:, energies] -= counts @ of_atoms
     return targets
 
 
 @cache
 def _data(root: str | None) -> _Data:
     found = molecules(root)
-    rows = split_rows(len(found.targets), _SHUFFLE)
+    rows = split_rows(len(found.targets), _SPLIT_SEED)
     training = rows["train"]
     targets = targets_in_units(found, training)
-    scale = targets[training].std(axis=0)
-    targets = (targets - targets[training].mean(axis=0)) / scale
-    # Over some of the training split: the features of all of it would be copied to memory.
+    trained = targets[training]
+    if same := [task for task, y in zip(TASKS, trained.T, strict=True) if np.ptp(y) == 0]:
+        raise ValueError(f"All molecules of the training split have the same {listed(same)}.")
+    scale = dict(zip(TASKS, trained.std(axis=0).tolist(), strict=True))
+    targets = (targets - trained.mean(axis=0)) / list(scale.values())
+    # Some of the training split is enough; all its features would be copied to memory.
     features = torch.from_numpy(found.coulomb[np.sort(training[:20_000])])
     deviation = features.std(0)
-    # A place that few molecules fill has a tiny variance, which would blow up its few values.
+    # A place that few molecules fill has a tiny deviation, which would blow up its few values.
     deviation = deviation.clamp(min=float(0.1 * deviation.median()) or 1.0)
     return _Data(found, rows, targets.astype(np.float32), scale, features.mean(0), deviation)

@@ -19,9 +19,10 @@ def coulomb_features(
 
     .. math:: C_{ii} = \tfrac12 Z_i^{2.4}, \qquad C_{ij} = Z_i Z_j / |R_i - R_j|,
 
-    with distances in bohr. Rows and columns are sorted by the Euclidean norm of the rows, the
-    largest first, so the order of the atoms does not matter; neither do rotation and translation.
-    Atoms of charge 0 are padding: their rows are zero, and they come last.
+    with distances in bohr. It does not change if the molecule is moved or rotated. Rows and columns
+    are sorted by the Euclidean norm of the rows, the largest first, so that it does not depend on
+    the order of the atoms either; atoms of equal norm keep their order. Atoms of charge 0 are
+    padding: their rows are zero, and they come last.
 
     Args:
         charges: [N, A], integers; 0 is padding.
@@ -35,8 +36,8 @@ def coulomb_features(
         >>> hydrogen.round(3)
         array([[0.5  , 0.715, 0.5  ]], dtype=float32)
     """
-    z = charges.astype(np.float64)
-    distances = np.linalg.norm(positions[:, :, None] - positions[:, None], axis=-1) / _BOHR
+    z, places = charges.astype(np.float64), positions.astype(np.float64) / _BOHR
+    distances = np.linalg.norm(places[:, :, None] - places[:, None], axis=-1)
     atoms = charges.shape[1]
     diagonal = np.arange(atoms)
     distances[:, diagonal, diagonal] = 1
@@ -44,7 +45,7 @@ def coulomb_features(
     # Padded atoms lie on top of each other; their product of charges is zero.
     matrix = np.divide(pairs, distances, out=np.zeros_like(pairs), where=pairs != 0)
     matrix[:, diagonal, diagonal] = 0.5 * z**2.4
-    # Rounded, so that atoms in equal surroundings do not change places by an error of rounding.
+    # Rounded, so that atoms of equal norm keep their order on processors that sum otherwise.
     norms = np.linalg.norm(matrix, axis=-1).round(9)
     order = np.argsort(-norms, axis=-1, kind="stable")
     matrix = np.take_along_axis(matrix, order[:, :, None], axis=1)
