@@ -17,7 +17,7 @@ from taskgroup.loop.host_copy import HostCopy
 from taskgroup.loop.loss_reader import LossReader, send_like
 from taskgroup.loop.misuse import LossWatch
 from taskgroup.loop.ranks import Ranks
-from taskgroup.loop.rounds import Plan
+from taskgroup.loop.rounds import Members, Plan
 from taskgroup.nn.model import MultiTaskModel
 from taskgroup.nn.outside import Heads
 
@@ -197,6 +197,12 @@ class Observer:
         average = self._ranks.mean_gradients if self._ranks.number > 1 else None
         self._affinity.measure(with_graph, values, average, model)
         self._copy = None  # the affinity has changed since
+
+    def means(self, plan: Plan, batch: Batch, needed: Members, measured: Tensor) -> Tensor | None:
+        """The losses ``[K]`` over all ranks, bitwise the same on each; None for a single rank."""
+        if self._ranks.number == 1:
+            return None
+        return self._mean_over_ranks(plan._replace(needed=needed), batch, measured)
 
     def _told(self) -> Sequence[Listener]:
         return self.listeners if self._ranks.first else ()

@@ -25,6 +25,9 @@ from taskgroup.loop.partitioner import Partitioner
 from taskgroup.loop.ranks import Ranks, settings_of
 from taskgroup.loop.rounds import Members, Rounds
 from taskgroup.loop.signals import in_signal_handler
+from taskgroup.loop.weighting import Weighting
+from taskgroup.methods.loss_space import WeighingMethod
+from taskgroup.methods.method import JointMethod
 from taskgroup.nn.outside import Attachment, Heads, Outside, unwrapped
 
 if TYPE_CHECKING:
@@ -109,7 +112,7 @@ class TaskGroups:
         self,
         tasks: Sequence[str],
         *,
-        weights: Mapping[str, float] | Sequence[float] | None = None,
+        weights: Mapping[str, float] | Sequence[float] | WeighingMethod | None = None,
         affinity: Affinity | None = None,
         grouping: Callable[[Tensor], Tensor | None] | None = None,
         warmup: int = 100,
@@ -122,6 +125,9 @@ class TaskGroups:
         seed: int = 0,
     ) -> None:
         self._tasks = checked_tasks(tasks)
+        self._weighting: Weighting | None = None
+        if isinstance(weights, JointMethod | type):
+            self._weighting, weights = Weighting(weights, self._tasks, reduction), None
         self._reader = LossReader(self._tasks, weights, reduction)
         if groups_per_batch is not None:
             groups_per_batch = whole_number("groups_per_batch", groups_per_batch, at_least=1)
@@ -254,7 +260,19 @@ class TaskGroups:
         if outside not in ("hold", "coast"):
             raise ValueError(f"outside must be 'hold' or 'coast', got {outside!r}.")
         optimizers = unwrapped(optimizer)
-        return Attachment(optimizers, self._tasks, heads, outside, self._observer.about_to_step)
+        weighting = self._weighting
+        learned = None if weighting is None else weighting.learned_in(optimizers)
+        attachment = Attachment(
+            optimizers,
+            self._tasks,
+            heads,
+            outside,
+            self._observer.about_to_step,
+            learned,
+        )
+        if weighting is not None and learned is not None:
+            weighting.attachment = attachment
+        return attachment
 
     def listen(self, listener: Listener) -> None:
         """Let an object hear of the batches, on the first rank alone; a :class:`Recorder` does."""
@@ -306,9 +324,11 @@ class TaskGroups:
 
     def _state(self) -> dict[str, Any]:
         """What :meth:`state_dict` saves, with the affinity's own tensors instead of copies."""
+        learned = {} if self._weighting is None else {"weights": self._weighting.state()}
         return {
             "version": _STATE_VERSION,
             "tasks": list(self._tasks),
+            **learned,
             **self._rounds.state(),
             "batches": self._batches,
             "unconverged": self.unconverged,
@@ -321,6 +341,8 @@ class TaskGroups:
         self._rounds.load(state)
         self.affinity.load_state_dict(state["affinity"])
         self._partitioner.load_state_dict(state["grouping"])
+        if self._weighting is not None:
+            self._weighting.load(state["weights"])
         self._generator.set_state(state["generator"].cpu())
         self._batches = state["batches"]
         self.unconverged = state["unconverged"]
@@ -342,6 +364,8 @@ class TaskGroups:
         try:
             self._batches += 1
             plans = self._rounds.plan(batch.present, self._regroup)
+            if self._weighting is not None:
+                self._weighting.method.begin_batch()
             if plans[0].observes or plans[0].measures:  # the affinity will be written to
                 whole["affinity"] = {name: t.clone() for name, t in whole["affinity"].items()}
             if self._replay_rng and len(plans) > 1:
@@ -349,7 +373,9 @@ class TaskGroups:
             for plan in plans:
                 self._observer.move_to(plan)
                 self._misuse.check_step(plan)
-                group = Group(plan, batch, self._reader, self._observer, self._misuse)
+                group = Group(
+                    plan, batch, self._reader, self._weighting, self._observer, self._misuse
+                )
                 yield group
                 if self._observer.batch is not batch:
                     raise RuntimeError(

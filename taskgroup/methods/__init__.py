@@ -20,7 +20,7 @@ from taskgroup.methods.graddrop import GradDrop
 from taskgroup.methods.gradient_space import NoWeightsError
 from taskgroup.methods.gradvac import GradVac
 from taskgroup.methods.gram import IMTLG, MGDA, AlignedMTL, CAGrad, FairGrad, PCGrad, UPGrad
-from taskgroup.methods.loss_space import GD, IMTLL, UW
+from taskgroup.methods.loss_space import GD, IMTLL, RLW, SI, UW, WeighingMethod
 from taskgroup.methods.method import JointMethod
 from taskgroup.methods.nash_mtl import NashMTL
 
@@ -33,6 +33,8 @@ __all__ = [
     "IMTLL",
     "METHODS",
     "MGDA",
+    "RLW",
+    "SI",
     "UW",
     "AlignedMTL",
     "CAGrad",
@@ -44,12 +46,15 @@ __all__ = [
     "NoWeightsError",
     "PCGrad",
     "UPGrad",
+    "WeighingMethod",
     "find",
 ]
 
 #: The class of each method, by the name that :func:`find` takes.
 METHODS: dict[str, type[JointMethod]] = {
     "gd": GD,
+    "si": SI,
+    "rlw": RLW,
     "uw": UW,
     "dtp": DTP,
     "dwa": DWA,

@@ -34,6 +34,8 @@ class Variant:
 
 _TITLES = {
     "gd": "GD (joint)",
+    "si": "SI",
+    "rlw": "RLW",
     "uw": "UW",
     "dtp": "DTP",
     "dwa": "DWA",
@@ -70,7 +72,17 @@ _CHEAP = _selective(
 
 def _methods(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     joint = [Variant(m, _TITLES.get(m, m), {"method": m}) for m in tg.methods.METHODS]
-    return [*joint, _SELECTIVE, _CHEAP]
+    return [*joint, _SELECTIVE, _CHEAP, *_weighted()]
+
+
+def _weighted() -> list[Variant]:
+    """Selective updates with the losses of a group weighed by each method that can."""
+    kind = tg.methods.WeighingMethod
+    names = [m for m, made in tg.methods.METHODS.items() if m != JOINT and issubclass(made, kind)]
+    return [
+        _selective(f"{REFERENCE}-{m}", f"Selective, {_TITLES.get(m, m)} inside", group_weights=m)
+        for m in names
+    ]
 
 
 def _grouping(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
