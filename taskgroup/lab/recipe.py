@@ -25,6 +25,7 @@ from taskgroup.lab.words import nearest
 
 __all__ = [
     "CHANGEABLE",
+    "GROUP_WEIGHTS",
     "PROBLEMS",
     "DataSettings",
     "GroupSettings",
@@ -52,6 +53,13 @@ PROBLEMS = {
     "pascal-context": "image_problems:BenchmarkProblem",
     "taskonomy": "image_problems:BenchmarkProblem",
 }
+
+#: The methods that can weigh the losses inside the groups of selective updates.
+GROUP_WEIGHTS = tuple(
+    name
+    for name, method in tg.methods.METHODS.items()
+    if name != "gd" and issubclass(method, tg.methods.WeighingMethod)
+)
 
 _SHIPPED = Path(__file__).parent / "recipes"
 #: Settings of a problem that is named without a recipe: for a run of a few hundred batches.
@@ -241,7 +249,7 @@ class GroupSettings(_Section):
         credit: which group a change of loss is credited to: ``"step"``, the one whose step caused
             it, or ``"published"``, the one about to be stepped on, as the published code does.
         group_weights: method that weighs the losses inside the groups of selective updates:
-            ``"uw"``, ``"imtl-l"``, ``"si"`` or ``"rlw"``; None sums them.
+            ``"uw"``, ``"imtl-l"``, ``"dwa"``, ``"famo"``, ``"si"`` or ``"rlw"``; None sums them.
         outside: what a step does to the heads of other groups: ``"hold"`` or ``"coast"``.
         decay: of the affinity.
         warmup: rounds before the first grouping; see :class:`taskgroup.TaskGroups`, as for the
@@ -275,12 +283,11 @@ class GroupSettings(_Section):
 
     @model_validator(mode="after")
     def _known_group_weights(self) -> GroupSettings:
-        name, kind = self.group_weights, tg.methods.WeighingMethod
-        known = [m for m, made in tg.methods.METHODS.items() if issubclass(made, kind)]
-        if name is not None and name not in known:
+        name = self.group_weights
+        if name is not None and name not in GROUP_WEIGHTS:
             raise ValueError(
-                f"group_weights must be None or one of {', '.join(known)}, got {name!r}: other "
-                "methods cannot weigh the losses of some of the tasks."
+                f"group_weights must be None or one of {', '.join(GROUP_WEIGHTS)}, which can weigh "
+                f"the losses of some of the tasks; got {name!r}."
             )
         if name is not None and self.method != "selective":
             raise ValueError(

@@ -157,10 +157,11 @@ class Group:
                 batch.check_absent(losses, plan, needed, self._reader.tasks)
         own, measured = self._reader.read(losses, plan.members, needed)
         if self._weighting is not None:
-            self._weighting.check(own, plan.members)
+            self._weighting.check_attached()
+            self._observer.check_weighed(own.detach(), plan.members)
         self._observer.ask(plan, self.model)
         if again:
-            value = self._total(own, needed, measured)
+            value = self._total(own, needed, measured, None)
             self._observer.end_loss()
             return value * share
         if self._measured is None:
@@ -171,18 +172,24 @@ class Group:
         if self._measured is not None:
             whole += self._measured
         self._measured, self._shares = whole, shares
+        means = None
         if shares > _WHOLE:
-            self._observer.measure(plan, batch, whole)
-        value = self._total(own, needed, measured)
+            means = self._observer.measure(plan, batch, whole)
+        value = self._total(own, needed, measured, means if whole is measured else None)
         self._observer.end_loss()
         return value if share == 1.0 else value * share
 
-    def _total(self, own: Tensor, needed: Members, measured: Tensor) -> Tensor:
-        """The loss to step on."""
+    def _total(
+        self, own: Tensor, needed: Members, measured: Tensor, means: Tensor | None
+    ) -> Tensor:
+        """The loss to step on. ``means`` are the losses ``[K]`` over all ranks, if known."""
         plan, batch = self._plan, self._batch
         if self._weighting is None:
             return self._reader.total(own, plan.members, batch.factors)
-        means = self._observer.means(plan, batch, needed, measured)
+        if means is None:
+            means = self._observer.means(plan, batch, needed, measured)
+        if means is not None:
+            means = self._reader.select(means, self._reader.everyone, plan.members)
         return self._weighting.total(own, means, plan.members, batch.factors)
 
     def skip(self) -> None:

@@ -206,9 +206,9 @@ class LossReader:
         self._settle_on(losses.device)
         given = self.everyone if len(losses) == len(self.tasks) else needed
         # Copies: compiled models may write their next output over this one.
-        return self._select(losses, given, members), self._select(losses.detach(), given, needed)
+        return self.select(losses, given, members), self.select(losses.detach(), given, needed)
 
-    def _select(self, losses: Tensor, given: Members, wanted: Members) -> Tensor:
+    def select(self, losses: Tensor, given: Members, wanted: Members) -> Tensor:
         """Copy the losses of the ``wanted`` tasks from those of the ``given`` tasks."""
         if wanted == given:
             return losses.clone()

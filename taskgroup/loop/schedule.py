@@ -125,10 +125,10 @@ class TaskGroups:
         seed: int = 0,
     ) -> None:
         self._tasks = checked_tasks(tasks)
-        self._weighting: Weighting | None = None
-        if isinstance(weights, JointMethod | type):
-            self._weighting, weights = Weighting(weights, self._tasks, reduction), None
-        self._reader = LossReader(self._tasks, weights, reduction)
+        method = weights if isinstance(weights, JointMethod | type) else None
+        fixed = None if isinstance(weights, JointMethod | type) else weights
+        self._reader = LossReader(self._tasks, fixed, reduction)
+        self._weighting = None if method is None else Weighting(method, self._reader)
         if groups_per_batch is not None:
             groups_per_batch = whole_number("groups_per_batch", groups_per_batch, at_least=1)
         self._settings: dict[str, Any] = {
@@ -145,7 +145,7 @@ class TaskGroups:
         examples = "tg.ProximalAffinity() or tg.GradientAffinity(model.encoder)"
         check_part("affinity", self.affinity, isinstance(self.affinity, Affinity), examples)
         self.affinity.start(self._tasks)
-        self._observer = Observer(self._reader, self.affinity, self._ranks)
+        self._observer = Observer(self._reader, self.affinity, self._weighting, self._ranks)
         learns = self._partitioner.learns
         self._misuse = Misuse(self._tasks, learns)
 
@@ -159,6 +159,8 @@ class TaskGroups:
         self._whole: dict[str, Any] = {}  # the state before the open batch
         if not learns:
             self._rounds.regroup(self._regroup())
+        if self._weighting is not None:
+            self._weighting.check_observed(self.affinity, self._rounds.takes_one_step)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -189,6 +191,7 @@ class TaskGroups:
             "grouping": settings_of(grouping)[0],
             "affinity": type(self.affinity).__name__,
             "decay": self.affinity.decay,
+            **({} if self._weighting is None else {"weights": self._weighting.name}),
             **self._settings,
         }
 
@@ -323,8 +326,8 @@ class TaskGroups:
         return f"TaskGroups({len(self._tasks)} tasks in {len(self._rounds.partition)} groups)"
 
     def _state(self) -> dict[str, Any]:
-        """What :meth:`state_dict` saves, with the affinity's own tensors instead of copies."""
-        learned = {} if self._weighting is None else {"weights": self._weighting.state()}
+        """What :meth:`state_dict` saves, with the tensors themselves instead of copies."""
+        learned = {} if self._weighting is None else {"weights": self._weighting.method.memory()}
         return {
             "version": _STATE_VERSION,
             "tasks": list(self._tasks),
@@ -342,7 +345,7 @@ class TaskGroups:
         self.affinity.load_state_dict(state["affinity"])
         self._partitioner.load_state_dict(state["grouping"])
         if self._weighting is not None:
-            self._weighting.load(state["weights"])
+            self._weighting.method.load_state_dict(state["weights"])  # last: it cannot be undone
         self._generator.set_state(state["generator"].cpu())
         self._batches = state["batches"]
         self.unconverged = state["unconverged"]
@@ -365,7 +368,7 @@ class TaskGroups:
             self._batches += 1
             plans = self._rounds.plan(batch.present, self._regroup)
             if self._weighting is not None:
-                self._weighting.method.begin_batch()
+                self._weighting.begin_batch()
             if plans[0].observes or plans[0].measures:  # the affinity will be written to
                 whole["affinity"] = {name: t.clone() for name, t in whole["affinity"].items()}
             if self._replay_rng and len(plans) > 1:
@@ -390,11 +393,11 @@ class TaskGroups:
 
     def _decisive(self) -> dict[str, object]:
         """What all decisions follow from, under the names that a user knows."""
-        state = self.state_dict()
+        state, weighting = self.state_dict(), self._weighting
         parts = settings_of(self.affinity), settings_of(self._partitioner.grouping)
         return {
             "tasks": self._tasks,
-            "weights": self._reader.weights,
+            "weights": self._reader.weights if weighting is None else settings_of(weighting.method),
             "settings": (self._reader.reduction, self._settings, *parts),
             "seed": state.pop("generator"),
             "state": state,
@@ -408,6 +411,12 @@ class TaskGroups:
 
 
 def _saved(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state with copies of the affinity."""
-    affinity = {name: tensor.to("cpu", copy=True) for name, tensor in state["affinity"].items()}
-    return {**state, "affinity": affinity}
+    """A state with copies of the tensors of the affinity and of the weights."""
+
+    def copied(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v.to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in part.items()}
+
+    return {
+        **state,
+        **{name: copied(state[name]) for name in ("affinity", "weights") if name in state},
+    }

@@ -20,9 +20,11 @@ from taskgroup.methods.graddrop import GradDrop
 from taskgroup.methods.gradient_space import NoWeightsError
 from taskgroup.methods.gradvac import GradVac
 from taskgroup.methods.gram import IMTLG, MGDA, AlignedMTL, CAGrad, FairGrad, PCGrad, UPGrad
-from taskgroup.methods.loss_space import GD, IMTLL, RLW, SI, UW, WeighingMethod
+from taskgroup.methods.learned import IMTLL, UW
+from taskgroup.methods.loss_space import GD, SI, WeighingMethod
 from taskgroup.methods.method import JointMethod
 from taskgroup.methods.nash_mtl import NashMTL
+from taskgroup.methods.rlw import RLW
 
 __all__ = [
     "DTP",

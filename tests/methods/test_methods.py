@@ -76,7 +76,7 @@ NEEDS = {
     "qpsolvers": ("upgrad",),
     "quadprog": ("upgrad",),
     "scipy": ("fairgrad",),
-    "torchjd": ("dwa", "famo", *gradient_space()),
+    "torchjd": tuple(gradient_space()),
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import taskgroup as tg
-from taskgroup.lab.recipe import Recipe
+from taskgroup.lab.recipe import GROUP_WEIGHTS, Recipe
 from taskgroup.lab.words import nearest
 
 __all__ = ["JOINT", "PRESETS", "REFERENCE", "Variant", "preset", "variants_by_name"]
@@ -76,12 +76,10 @@ def _methods(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
 
 
 def _weighted() -> list[Variant]:
-    """Selective updates with the losses of a group weighed by each method that can."""
-    kind = tg.methods.WeighingMethod
-    names = [m for m, made in tg.methods.METHODS.items() if m != JOINT and issubclass(made, kind)]
+    """Selective updates, with each method that can weigh the losses inside the groups."""
     return [
         _selective(f"{REFERENCE}-{m}", f"Selective, {_TITLES.get(m, m)} inside", group_weights=m)
-        for m in names
+        for m in GROUP_WEIGHTS
     ]
 
 
