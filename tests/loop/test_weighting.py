@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import taskgroup as tg
 from taskgroup._listeners import Listener
 from tests.nn.test_outside import OPTIMIZERS, TASKS, data, losses_of, make_model
+from tests.ranks import on_ranks
 
 PARTITION = [["a", "c"], ["b"]]
 WEIGHING = {n: m for n, m in tg.methods.METHODS.items() if issubclass(m, tg.methods.WeighingMethod)}
@@ -301,7 +303,7 @@ def test_famo_learns_nothing_from_steps_that_were_skipped_or_not_finite():
         group.loss(losses)
         group.skip()
     assert torch.equal(method.state_dict()["logits"], start)
-    for _ in range(4):  # the group of two tasks is first at least once
+    for _ in range(8):  # the group of two tasks is first at least once
         fixed_losses(groups, [[3.0, 2.0, 1.0], [2.0, 1.0, 0.9]], x)
     assert not torch.equal(method.state_dict()["logits"], start)
 
@@ -512,6 +514,66 @@ def test_batched_heads(name):
                 optimizer.step()
         found.append([*encoder.parameters(), *method.parameters()])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def train_on_ranks(rank, name, world, parts=1):
+    """DDP on the rows of a rank; without labels, the loss is the mean over the ranks that have it.
+
+    Batch 1 has no label of ``a`` on rank 0.
+    """
+    torch.set_default_dtype(torch.float64)
+    model = make_model()
+    method = made(name, model.encoder)
+    wrapper = model if world == 1 else DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = OPTIMIZERS["sgd"]([*model.parameters(), *method.parameters()])
+    groups = tg.TaskGroups(TASKS, weights=method, grouping=tg.Fixed(PARTITION))
+    groups.attach(optimizer, model.heads)
+    totals = []
+    for n in range(5):
+        x, target = (part.double() for part in data(n))
+        halves = [slice(0, 3), slice(3, 6)]
+        own = halves if world == 1 else [halves[rank]]
+        present = [t for t in TASKS if not (n == 1 and t == "a" and world == 2 and rank == 0)]
+        for group in groups.batch(present):
+            optimizer.zero_grad()
+            for part in range(parts):
+                found = []
+                for rows in own:
+                    at = torch.arange(6)[rows][part::parts]
+                    losses = losses_of(wrapper(x[at], group=group), target[:, at])
+                    found.append({t: v if t in present else v * 0 for t, v in losses.items()})
+                losses = {task: sum(half[task] for half in found) / len(found) for task in found[0]}
+                if world == 1 and n == 1 and "a" in losses:
+                    losses["a"] = found[1]["a"]
+                loss = group.loss(losses, share=1 / parts)
+                loss.backward()
+                totals.append(loss.item())
+            optimizer.step()
+    state = method.state_dict()
+    memory = [v.double() for v in state.values() if isinstance(v, torch.Tensor)]
+    return [p.detach() for p in model.parameters()], memory, totals
+
+
+def train_ways_on_ranks(rank, world):
+    """In one pair of processes, since they take seconds to start."""
+    ways = [("uw", 1), ("uw", 3), ("si", 1), ("dwa", 1), ("dwa", 3), ("famo", 1)]
+    return {way: train_on_ranks(rank, way[0], world, way[1]) for way in ways}
+
+
+def test_ranks_find_the_weights_of_one_process():
+    """Of the mean losses: every rank the same, bit for bit, though each sees its own rows."""
+    try:
+        one = train_ways_on_ranks(0, 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    ranks = on_ranks(train_ways_on_ranks, 2)
+    for way, expected in one.items():
+        first, second = (found[way] for found in ranks)
+        for ours, theirs in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
+            assert torch.equal(ours, theirs), way
+        torch.testing.assert_close(first[:2], expected[:2], rtol=1e-5, atol=1e-6)
+        mean = (torch.tensor(first[2]) + torch.tensor(second[2])) / 2
+        torch.testing.assert_close(mean, torch.tensor(expected[2]), rtol=1e-5, atol=1e-6)
 
 
 class Counted(TorchDispatchMode):
