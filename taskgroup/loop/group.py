@@ -130,8 +130,10 @@ class Group:
 
         Raises:
             ValueError: if a loss is unknown, missing, not scalar, on another device or without a
-                graph, or if the shares exceed 1. Nothing has changed then.
-            RuntimeError: if the group was skipped, or the ranks step on different groups.
+                graph, or if the shares exceed 1. Nothing has changed then. Also if the method that
+                weighs the losses cannot take one; on a GPU this is noticed after the step.
+            RuntimeError: if the group was skipped, the ranks step on different groups, or the
+                parameters of the method that weighs the losses are in no attached optimizer.
         """
         self._observer.begin_loss()
         if self._skipped:

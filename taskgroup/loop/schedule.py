@@ -65,7 +65,12 @@ class TaskGroups:
 
     Args:
         tasks: names of the K tasks, in the order of stacked losses.
-        weights: factors of the losses, ``{task: weight}`` or one per task; 1 by default.
+        weights: factors of the losses, ``{task: weight}`` or one per task; 1 by default. Or a
+            :class:`~taskgroup.methods.WeighingMethod` of the same tasks, such as
+            ``tg.methods.UW(model.encoder, tasks)``: the loss of a step is then what the method
+            makes of the losses of its group. The affinity and the listeners see the losses
+            unweighted. If the method learns parameters, pass ``method.parameters()`` to the
+            optimizer, and call :meth:`attach`.
         affinity: estimates how each task's step changes every loss; ``ProximalAffinity()`` by
             default.
         grouping: turns the affinity into a partition; ``AffinityPropagation()`` by default. Any
@@ -90,9 +95,11 @@ class TaskGroups:
         unconverged: how often the grouping found no partition, so that the old one was kept.
 
     Raises:
-        ValueError: for an empty or duplicate task, an unknown, missing or negative weight, or a
-            setting out of range.
-        TypeError: if the affinity is not an :class:`Affinity`, or the grouping not callable.
+        ValueError: for an empty or duplicate task, an unknown, missing or negative weight, a
+            setting out of range, a method of other tasks, or FAMO where no batch would show it the
+            effect of a step.
+        TypeError: if the affinity is not an :class:`Affinity`, the grouping is not callable, or the
+            method cannot weigh the losses of a group.
         RuntimeError: at the first batch, if the ranks' settings or states differ.
 
     Example:
@@ -241,6 +248,9 @@ class TaskGroups:
         The rows outside the group are restored after the step, together with the optimizer's state
         of them. This copies the layer in every step, and the number of steps in the state (Adam's,
         for its bias correction) is the same for all rows.
+
+        The parameters that a method learns, as ``weights`` of the losses, are treated like heads:
+        each of their elements belongs to one task. They need not be named.
 
         A copy of the groups or of the optimizer is not attached; call this method again for it.
 

@@ -1,8 +1,9 @@
 """Joint methods to compare with: each steps on all tasks at once.
 
-Most of them are adapters over TorchJD's solvers (``pip install 'taskgroup[compare]'``) that never
-build TorchJD's matrix of all gradients. TorchJD is imported when a method is created. All methods
-take the arguments ``shared`` and ``tasks`` of :class:`JointMethod`, and raise its errors::
+Those that use the gradients of single tasks are adapters over TorchJD's solvers (``pip install
+'taskgroup[compare]'``) that never build TorchJD's matrix of all gradients. TorchJD is imported when
+such a method is created. All methods take the arguments ``shared`` and ``tasks`` of
+:class:`JointMethod`, and raise its errors::
 
     method = tg.methods.find("cagrad")(model.encoder, tasks)
     ...
