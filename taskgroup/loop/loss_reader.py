@@ -236,7 +236,10 @@ def _checked_weights(
 ) -> list[float] | None:
     if weights is None:
         return None
-    wanted = "weights takes {task: weight}, or a list of one number per task"
+    wanted = (
+        "weights takes {task: weight}, a list of one number per task, or a method such as "
+        "tg.methods.UW(model.encoder, tasks)"
+    )
     if isinstance(weights, str) or not isinstance(weights, Mapping | Iterable):
         raise TypeError(f"{wanted}; got {weights!r}.")
     if isinstance(weights, Mapping):

@@ -198,7 +198,7 @@ class TaskGroups:
             "grouping": settings_of(grouping)[0],
             "affinity": type(self.affinity).__name__,
             "decay": self.affinity.decay,
-            **({} if self._weighting is None else {"weights": self._weighting.name}),
+            **({} if self._weighting is None else {"group_weights": self._weighting.name}),
             **self._settings,
         }
 

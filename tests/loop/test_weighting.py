@@ -377,6 +377,16 @@ def test_a_copy_is_attached_anew(way):
     assert other.method.parameters()[0] is not run.method.parameters()[0]
 
 
+def test_the_settings_name_the_method():
+    assert Run("uw").groups.settings["group_weights"] == "UW"
+    assert "group_weights" not in tg.TaskGroups(TASKS).settings
+
+
+def test_a_name_is_no_method():
+    with pytest.raises(TypeError, match=r"a method such as tg.methods.UW\(.* got 'uw'"):
+        tg.TaskGroups(TASKS, weights="uw")
+
+
 class Mixer(tg.methods.JointMethod):
     """Like PCGrad, which mixes the gradients of all tasks."""
 
