@@ -187,7 +187,7 @@ def test_dwa_counts_the_losses_of_a_batch_once(settings):
     counted, weights = [], []
     for n in range(6):
         first = [1.0 + n, 2.0 / (n + 1), 3.0]
-        then = [loss * 0.5 for loss in first]
+        then = [0.5, 0.25 * (n + 1), 2.0]
         found = fixed_losses(groups, [first, then], x)
         own = {}
         for step, (tasks, _) in enumerate(found):

@@ -80,22 +80,23 @@ def test_a_loss_without_a_logarithm_names_its_task(name, loss):
 def test_rlw_draws_new_weights_for_every_batch():
     """The softmax of standard normals, from a generator of its own, whose state is saved."""
     x = nn.Parameter(torch.ones(1))
-    losses = {"a": x.sum(), "b": 2 * x.sum(), "c": x.sum()}
-    first, again, other = (tg.methods.RLW([x], list(losses), seed=s) for s in (7, 7, 8))
+    first, again, other = (tg.methods.RLW([x], ["a", "b", "c"], seed=s) for s in (7, 7, 8))
+
+    def weights(method):
+        x.grad = None
+        return method.backward({"a": x.sum(), "b": 2 * x.sum(), "c": x.sum()})
+
     generator = torch.Generator().manual_seed(7)
     before = torch.get_rng_state()
     for _ in range(3):
-        x.grad = None
-        found = first.backward({task: loss * 1 for task, loss in losses.items()})
         expected = torch.randn(3, generator=generator).softmax(0)
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(weights(first), expected)
         torch.testing.assert_close(x.grad, expected @ torch.tensor([[1.0], [2.0], [1.0]]))
     assert torch.equal(torch.get_rng_state(), before)
     again.load_state_dict(first.state_dict())
-    fresh = {task: loss * 1 for task, loss in losses.items()}
-    following = first.backward(fresh)
-    assert torch.equal(again.backward({t: v * 1 for t, v in losses.items()}), following)
-    assert not torch.equal(other.backward({t: v * 1 for t, v in losses.items()}), following)
+    following = weights(first)
+    assert torch.equal(weights(again), following)
+    assert not torch.equal(weights(other), following)
 
 
 def test_famo_asks_for_observe():
