@@ -28,6 +28,7 @@ class Way(NamedTuple):
     rows: bool = False  # one layer for all heads
     labels: bool = False  # of some tasks only, in turns
     micro_batches: int = 1
+    method: str | None = None  # that weighs the losses
     groups: dict = {}  # noqa: RUF012
 
 
@@ -59,6 +60,10 @@ WAYS = {
     "some labels, sampled gradient": Way("sampled gradient", labels=True),
     "micro-batches": Way(micro_batches=2),
     "weights": Way(groups={"weights": [1.0, 2.0, 0.5, 1.0], "reduction": "mean"}),
+    **{
+        f"weights of {name}": Way(method=name, attach="hold", micro_batches=1 + (name == "famo"))
+        for name in ("si", "rlw", "uw", "dwa", "famo", "imtl-l")
+    },
     "together": Way(groups={"grouping": tg.Together()}),
     "random groups": Way(groups={"grouping": tg.RandomGroups(2)}),
     "graph coloring": Way(groups={"grouping": tg.GraphColoring()}),
@@ -109,10 +114,15 @@ class Loop:
                 self.model.encoder, decay=0.1, every=2
             ),
         }
-        self.groups = tg.TaskGroups(TASKS, affinity=kinds[way.affinity](), warmup=2, **way.groups)
+        settings, learned = dict(way.groups), []
+        if way.method is not None:
+            options = {"epoch": 2} if way.method == "dwa" else {}
+            method = tg.methods.find(way.method)(self.model.encoder, TASKS, **options)
+            settings["weights"], learned = method, method.parameters()
+        self.groups = tg.TaskGroups(TASKS, affinity=kinds[way.affinity](), warmup=2, **settings)
         # Fused, so that GradScaler need not know on the host whether a gradient is infinite.
         fused = {"fused": True} if way.amp is torch.float16 else {}
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=3e-3, **fused)
+        self.optimizer = torch.optim.Adam([*self.model.parameters(), *learned], lr=3e-3, **fused)
         if way.attach is not None and way.rows:
             head = self.model.head
             rows = {task: [head.weight[k], head.bias[k]] for k, task in enumerate(TASKS)}
@@ -183,6 +193,18 @@ def test_groups_that_are_not_learned_wait_for_nothing(way):
         loop.train(BATCHES)
         assert gpu.waits == []
         assert gpu.planned == 0
+
+
+@pytest.mark.filterwarnings("ignore:The loss of task .* is -:UserWarning")
+@pytest.mark.parametrize("name", ["si", "famo"])
+def test_a_loss_that_cannot_be_weighed_is_told_once_it_has_arrived(name):
+    with FakeGPU():
+        loop = Loop(WAYS[f"weights of {name}"], "cuda", dropout=0.0)
+        loop.train(1)
+        losses = loop._losses
+        loop._losses = lambda *args: {task: -loss for task, loss in losses(*args).items()}
+        with pytest.raises(ValueError, match=r"task 'task\d' is -.*losses must be positive"):
+            loop.train(3)
 
 
 @pytest.mark.parametrize("way", ["model", "sampled gradient", "some labels", "micro-batches"])

@@ -15,7 +15,7 @@ STANDS_ON = {  # what each part of the core may import of the others
     "affinity": {"ops", "gradients"},
     "nn": {"ops"},
     "methods": {"ops", "gradients"},
-    "loop": {"ops", "gradients", "grouping", "affinity", "nn"},
+    "loop": {"ops", "gradients", "grouping", "affinity", "nn", "methods"},
     "costs": {"ops", "affinity", "nn", "loop"},
     "recording": {"ops", "gradients", "methods", "loop"},
     "integrations": {"loop", "nn", "recording"},

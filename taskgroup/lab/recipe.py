@@ -25,6 +25,7 @@ from taskgroup.lab.words import nearest
 
 __all__ = [
     "CHANGEABLE",
+    "GROUP_WEIGHTS",
     "PROBLEMS",
     "DataSettings",
     "GroupSettings",
@@ -64,6 +65,12 @@ _UNUSED = {
     "qm9": (*_OF_FOLDERS[1:], *_OF_IMAGES),
     **dict.fromkeys(("nyud-v2", "pascal-context", "taskonomy"), ("head_depth",)),
 }
+#: The methods that can weigh the losses inside the groups of selective updates.
+GROUP_WEIGHTS = tuple(
+    name
+    for name, method in tg.methods.METHODS.items()
+    if name != "gd" and issubclass(method, tg.methods.WeighingMethod)
+)
 
 _SHIPPED = Path(__file__).parent / "recipes"
 #: Settings of a problem that is named without a recipe: for a run of a few hundred batches.
@@ -260,6 +267,8 @@ class GroupSettings(_Section):
         preference: of affinity propagation; None is the median.
         credit: which group a change of loss is credited to: ``"step"``, the one whose step caused
             it, or ``"published"``, the one about to be stepped on, as the published code does.
+        group_weights: method that weighs the losses inside the groups of selective updates:
+            ``"uw"``, ``"imtl-l"``, ``"dwa"``, ``"famo"``, ``"si"`` or ``"rlw"``; None sums them.
         outside: what a step does to the heads of other groups: ``"hold"`` or ``"coast"``.
         decay: of the affinity.
         warmup: rounds before the first grouping; see :class:`taskgroup.TaskGroups`, as for the
@@ -274,6 +283,7 @@ class GroupSettings(_Section):
     affinity: Literal["proximal", "gradient"] = "proximal"
     preference: _Number | None = None
     credit: Literal["step", "published"] = "step"
+    group_weights: str | None = None
     outside: Literal["hold", "coast"] = "hold"
     decay: _Number = 1e-3
     warmup: int = 100
@@ -289,6 +299,21 @@ class GroupSettings(_Section):
             near = nearest(method, known)
             raise ValueError(f"There is no method {method!r}; the methods are {near}.")
         return method
+
+    @model_validator(mode="after")
+    def _known_group_weights(self) -> GroupSettings:
+        name = self.group_weights
+        if name is not None and name not in GROUP_WEIGHTS:
+            raise ValueError(
+                f"group_weights must be None or one of {', '.join(GROUP_WEIGHTS)}, which can weigh "
+                f"the losses of some of the tasks; got {name!r}."
+            )
+        if name is not None and self.method != "selective":
+            raise ValueError(
+                f"group_weights: {name} weighs the losses inside the groups of method: selective; "
+                f"method: {self.method} has no groups, so leave group_weights out."
+            )
+        return self
 
     @model_validator(mode="after")
     def _published_credit_is_proximal(self) -> GroupSettings:
@@ -350,7 +375,12 @@ class Recipe(GroupSettings, OptimizerSettings, ProblemSettings):
         return self
 
     def replace(self, **changes: Any) -> Recipe:
-        """The same recipe with other settings, checked as a new one is."""
+        """The same recipe with other settings, checked as a new one is.
+
+        A change to a method without groups leaves ``group_weights`` out.
+        """
+        if changes.get("method", "selective") != "selective":
+            changes = {"group_weights": None, **changes}
         return Recipe(**{**dict(self), **changes})
 
     def make_grouping(self) -> tg.Grouping:

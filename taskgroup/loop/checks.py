@@ -114,6 +114,15 @@ def check_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             f"load_state_dict() takes the dict that state_dict() returned, got {described(state)}."
         )
     if differing := sorted(map(str, set(own) ^ set(state))):
+        if differing == ["weights"]:
+            there, here = (
+                repr(one["weights"]["method"]) if "weights" in one else "no method"
+                for one in (state, own)
+            )
+            raise ValueError(
+                f"The state was saved with {there} as the weights of the losses, these TaskGroups "
+                f"have {here}; give them the same weights=."
+            )
         raise ValueError(
             f"This is not the state of a TaskGroups: {', '.join(differing)} missing or "
             "unexpected; pass what state_dict() returned."

@@ -13,7 +13,8 @@ from taskgroup.loop.checks import check_share
 from taskgroup.loop.loss_reader import LossReader
 from taskgroup.loop.misuse import Misuse
 from taskgroup.loop.observer import Observer
-from taskgroup.loop.rounds import Plan, union
+from taskgroup.loop.rounds import Members, Plan, union
+from taskgroup.loop.weighting import Weighting
 from taskgroup.nn.model import MultiTaskModel
 
 __all__ = ["Group"]
@@ -53,7 +54,13 @@ class Group:
     """
 
     def __init__(
-        self, plan: Plan, batch: Batch, reader: LossReader, observer: Observer, misuse: Misuse
+        self,
+        plan: Plan,
+        batch: Batch,
+        reader: LossReader,
+        weighting: Weighting | None,
+        observer: Observer,
+        misuse: Misuse,
     ) -> None:
         self.first = plan.place == 0
         self.last = plan.last
@@ -62,6 +69,7 @@ class Group:
         self._plan = plan
         self._batch = batch
         self._reader = reader
+        self._weighting = weighting
         self._observer = observer
         self._misuse = misuse
         self._shares = 0.0  # of the step, so far
@@ -101,6 +109,8 @@ class Group:
     def loss(self, losses: Losses, share: float = 1.0, again: bool = False) -> Tensor:
         """The loss to step on: the weighted sum (or mean) over the tasks of the group.
 
+        If the groups have a method as ``weights``, it is what the method makes of these losses.
+
         The losses are also handed to the affinity, without a synchronisation. With several ranks,
         whose gradients are averaged, the loss of a task that only some ranks have labels of is
         scaled up on these ranks, so that the gradient is the mean over them.
@@ -120,8 +130,10 @@ class Group:
 
         Raises:
             ValueError: if a loss is unknown, missing, not scalar, on another device or without a
-                graph, or if the shares exceed 1. Nothing has changed then.
-            RuntimeError: if the group was skipped, or the ranks step on different groups.
+                graph, or if the shares exceed 1. Nothing has changed then. Also if the method that
+                weighs the losses cannot take one; on a GPU this is noticed after the step.
+            RuntimeError: if the group was skipped, the ranks step on different groups, or the
+                parameters of the method that weighs the losses are in no attached optimizer.
         """
         self._observer.begin_loss()
         if self._skipped:
@@ -145,24 +157,42 @@ class Group:
                 needed = plan.members
             if batch.absent:
                 batch.check_absent(losses, plan, needed, self._reader.tasks)
-        value, measured = self._reader.read(losses, plan.members, needed, batch.factors)
+        own, measured = self._reader.read(losses, plan.members, needed)
+        if self._weighting is not None:
+            self._weighting.check_attached()
+            self._observer.check_weighed(own.detach(), plan.members)
         self._observer.ask(plan, self.model)
         if again:
+            value = self._total(own, needed, measured, None)
             self._observer.end_loss()
             return value * share
         if self._measured is None:
             self._misuse.check_losses(losses)
             if plan.measures:
                 self._observer.measure_gradients(plan, batch, losses, measured, self.model)
-        if share != 1.0:
-            value, measured = value * share, measured * share
+        whole = measured if share == 1.0 else measured * share
         if self._measured is not None:
-            measured += self._measured
-        self._measured, self._shares = measured, shares
+            whole += self._measured
+        self._measured, self._shares = whole, shares
+        means = None
         if shares > _WHOLE:
-            self._observer.measure(plan, batch, measured)
+            means = self._observer.measure(plan, batch, whole)
+        value = self._total(own, needed, measured, means if whole is measured else None)
         self._observer.end_loss()
-        return value
+        return value if share == 1.0 else value * share
+
+    def _total(
+        self, own: Tensor, needed: Members, measured: Tensor, means: Tensor | None
+    ) -> Tensor:
+        """The loss to step on. ``means`` are the losses ``[K]`` over all ranks, if known."""
+        plan, batch = self._plan, self._batch
+        if self._weighting is None:
+            return self._reader.total(own, plan.members, batch.factors)
+        if means is None:
+            means = self._observer.means(plan, batch, needed, measured)
+        if means is not None:
+            means = self._reader.select(means, self._reader.everyone, plan.members)
+        return self._weighting.total(own, means, plan.members, batch.factors)
 
     def skip(self) -> None:
         """Pass over this group: no step is taken on it in this batch."""

@@ -97,26 +97,32 @@ class LossReader:
         losses: Losses,
         members: Members,
         needed: Members,
-        factors: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Check the losses, and compute what a step needs.
+        """Check the losses, and take what a step needs of them.
 
         Args:
             losses: ``{task: scalar}``, or one tensor of all K tasks or of those in ``needed``.
             members: the tasks to step on.
             needed: the tasks to measure, which include ``members``.
-            factors: float64 ``[K]`` on the host, multiplied with the losses to step on; None is 1
-                for each.
 
         Returns:
-            The weighted sum (or mean) over ``members``, a scalar with a graph, and a copy of the
-            losses of ``needed`` without a graph. Both are float32 or float64.
+            The losses ``[n]`` of ``members`` with their graph, or a scalar for a single task; and a
+            copy of the losses of ``needed`` without a graph. Both are float32 or float64.
         """
         if isinstance(losses, Tensor):
             own, measured = self._read_stacked(losses, members, needed)
         else:
             own, measured = self._read_named(losses, members, needed)
-        own = _at_least_float32(own)
+        return _at_least_float32(own), _at_least_float32(measured)
+
+    def total(self, own: Tensor, members: Members, factors: Tensor | None = None) -> Tensor:
+        """The weighted sum (or mean) of the losses of a group, a scalar with a graph.
+
+        Args:
+            own: the losses of ``members``, as :meth:`read` returned them.
+            members: the tasks of the group.
+            factors: float64 ``[K]`` on the host, multiplied with the losses; None is 1 for each.
+        """
         if self.weights is not None:
             weights = self.group(members).weights
             assert weights is not None
@@ -125,7 +131,7 @@ class LossReader:
             own = own * send_like(factors[list(members)], own)
         if own.dim() > 0:
             own = own.mean() if self.reduction == "mean" else own.sum()
-        return own, _at_least_float32(measured)
+        return own
 
     def with_graph(self, losses: Losses, members: Members, needed: Members) -> list[Tensor]:
         """The losses of ``members`` one by one, with their graph, of losses that :meth:`read` took.
@@ -200,9 +206,9 @@ class LossReader:
         self._settle_on(losses.device)
         given = self.everyone if len(losses) == len(self.tasks) else needed
         # Copies: compiled models may write their next output over this one.
-        return self._select(losses, given, members), self._select(losses.detach(), given, needed)
+        return self.select(losses, given, members), self.select(losses.detach(), given, needed)
 
-    def _select(self, losses: Tensor, given: Members, wanted: Members) -> Tensor:
+    def select(self, losses: Tensor, given: Members, wanted: Members) -> Tensor:
         """Copy the losses of the ``wanted`` tasks from those of the ``given`` tasks."""
         if wanted == given:
             return losses.clone()
@@ -230,7 +236,10 @@ def _checked_weights(
 ) -> list[float] | None:
     if weights is None:
         return None
-    wanted = "weights takes {task: weight}, or a list of one number per task"
+    wanted = (
+        "weights takes {task: weight}, a list of one number per task, or a method such as "
+        "tg.methods.UW(model.encoder, tasks)"
+    )
     if isinstance(weights, str) or not isinstance(weights, Mapping | Iterable):
         raise TypeError(f"{wanted}; got {weights!r}.")
     if isinstance(weights, Mapping):

@@ -1,4 +1,4 @@
-"""Passes the losses of the steps to the affinity and to the host, without stopping the GPU."""
+"""Passes the losses of the steps to whoever learns from them, without stopping the GPU."""
 
 from __future__ import annotations
 
@@ -17,26 +17,29 @@ from taskgroup.loop.host_copy import HostCopy
 from taskgroup.loop.loss_reader import LossReader, send_like
 from taskgroup.loop.misuse import LossWatch
 from taskgroup.loop.ranks import Ranks
-from taskgroup.loop.rounds import Plan
+from taskgroup.loop.rounds import Members, Plan
+from taskgroup.loop.weighting import Weighting
 from taskgroup.nn.model import MultiTaskModel
 from taskgroup.nn.outside import Heads
 
 __all__ = ["Observer"]
 
 
-_COPIED = ("watch", "listeners", "_reader", "_affinity", "_ranks", "_asked")
+_COPIED = ("watch", "listeners", "_reader", "_affinity", "_weighting", "_ranks", "_asked")
 
 
 class _Step(NamedTuple):
     """A step taken in this batch, whose effect shows in the next losses."""
 
+    members: Members
     mask: Tensor  # bool [K]
     losses: Tensor  # [K], before the step
 
 
 class Observer:
-    """Follows the steps of the loop: hands their losses to the affinity, and looks at them.
+    """Follows the steps of the loop: hands their losses on, and looks at them.
 
+    The affinity learns from the losses, and so may the method that weighs them.
     On a GPU it does not wait for them: the affinity and the numbers to look at are sent to the host
     after the last forward pass of a batch, and read once they have arrived.
 
@@ -47,11 +50,18 @@ class Observer:
         listeners: hear of the batches, on the first rank alone.
     """
 
-    def __init__(self, reader: LossReader, affinity: Affinity, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        reader: LossReader,
+        affinity: Affinity,
+        weighting: Weighting | None,
+        ranks: Ranks,
+    ) -> None:
         self.watch = LossWatch(reader.tasks)
         self.listeners = Listeners()
         self._reader = reader
         self._affinity = affinity
+        self._weighting = weighting
         self._ranks = ranks
         self._asked = 0  # how many losses were asked for
         self.forget_all()
@@ -149,10 +159,24 @@ class Observer:
             return self._read(self._copy)
         return self._affinity.known().to("cpu")
 
-    def measure(self, plan: Plan, batch: Batch, measured: Tensor) -> None:
-        """Take in the losses that a step needs, in task order; they show what the last step did."""
+    def check_weighed(self, losses: Tensor, members: Members) -> None:
+        """Raise if the losses ``[n]`` of a group cannot be weighed, unless that must wait.
+
+        On a GPU, and with several ranks, which check their means, :meth:`measure` does it.
+        """
+        waits = self._reader.later or self._ranks.number > 1
+        if self._weighting is not None and self._weighting.checks_losses and not waits:
+            self._weighting.check(losses.reshape(-1).tolist(), members)
+
+    def measure(self, plan: Plan, batch: Batch, measured: Tensor) -> Tensor | None:
+        """Take in the losses that a step needs, in task order; they show what the last step did.
+
+        Returns:
+            With several ranks the means over them, ``[K]``, NaN for tasks that the step does not
+            need. None for a single rank.
+        """
         if plan is not self._current:  # the batch was left, and another one has begun
-            return
+            return None
         watch = partial(
             self.watch.look,
             members=plan.needed,
@@ -169,11 +193,19 @@ class Observer:
                 self._observe(plan, losses)
             if self._ranks.number > 1:
                 told = losses  # the means, and NaN for the tasks that the step does not need
+        given = plan.needed if told is measured else self._reader.everyone
+        if self._weighting is not None:
+            own = self._reader.select(told, given, plan.members)
+            self._weighting.count(own, plan.members)
+            if self._weighting.method.checks_losses and (
+                self._reader.later or told is not measured
+            ):
+                self._look_soon(own, partial(self._weighting.check, members=plan.members))
         for listener in self._told():
-            members = plan.needed if told is measured else self._reader.everyone
-            listener.losses(members, told)
+            listener.losses(given, told)
         if plan.last and self._reader.later:
             self._send(measured.device)
+        return None if told is measured else told
 
     def measure_gradients(
         self,
@@ -198,6 +230,12 @@ class Observer:
         self._affinity.measure(with_graph, values, average, model)
         self._copy = None  # the affinity has changed since
 
+    def means(self, plan: Plan, batch: Batch, needed: Members, measured: Tensor) -> Tensor | None:
+        """The losses ``[K]`` over all ranks, bitwise the same on each; None for a single rank."""
+        if self._ranks.number == 1:
+            return None
+        return self._mean_over_ranks(plan._replace(needed=needed), batch, measured)
+
     def _told(self) -> Sequence[Listener]:
         return self.listeners if self._ranks.first else ()
 
@@ -205,9 +243,12 @@ class Observer:
         """Show the affinity what the step before did, in the losses ``[K]`` before this one."""
         mask = self._reader.group(plan.members).mask
         if self._before is not None:
-            self._affinity.observe(self._before.losses, losses, self._before.mask, mask)
+            members, before_mask, before = self._before
+            self._affinity.observe(before, losses, before_mask, mask)
+            if self._weighting is not None:
+                self._weighting.observe_step(before, losses, members)
             self._copy = None  # the affinity has changed since
-        self._before = _Step(mask, losses)
+        self._before = _Step(plan.members, mask, losses)
 
     def _mean_over_ranks(self, plan: Plan, batch: Batch, measured: Tensor) -> Tensor:
         """The losses ``[K]`` over all ranks; NaN for the tasks that the step does not need."""

@@ -141,6 +141,12 @@ class Rounds:
         self.partition = partition or self.partition
 
     @property
+    def takes_one_step(self) -> bool:
+        """Whether no batch ever takes a second step on other losses than its first."""
+        several = len(self.partition) > 1 and self._groups_per_batch != 1
+        return not self._learns and not several
+
+    @property
     def warming_up(self) -> bool:
         """Whether the round at hand comes before the first regrouping."""
         return self._learns and self.begun <= self._warmup

@@ -25,6 +25,9 @@ from taskgroup.loop.partitioner import Partitioner
 from taskgroup.loop.ranks import Ranks, settings_of
 from taskgroup.loop.rounds import Members, Rounds
 from taskgroup.loop.signals import in_signal_handler
+from taskgroup.loop.weighting import Weighting
+from taskgroup.methods.loss_space import WeighingMethod
+from taskgroup.methods.method import JointMethod
 from taskgroup.nn.outside import Attachment, Heads, Outside, unwrapped
 
 if TYPE_CHECKING:
@@ -62,7 +65,12 @@ class TaskGroups:
 
     Args:
         tasks: names of the K tasks, in the order of stacked losses.
-        weights: factors of the losses, ``{task: weight}`` or one per task; 1 by default.
+        weights: factors of the losses, ``{task: weight}`` or one per task; 1 by default. Or a
+            :class:`~taskgroup.methods.WeighingMethod` of the same tasks, such as
+            ``tg.methods.UW(model.encoder, tasks)``: the loss of a step is then what the method
+            makes of the losses of its group. The affinity and the listeners see the losses
+            unweighted. If the method learns parameters, pass ``method.parameters()`` to the
+            optimizer, and call :meth:`attach`.
         affinity: estimates how each task's step changes every loss; ``ProximalAffinity()`` by
             default.
         grouping: turns the affinity into a partition; ``AffinityPropagation()`` by default. Any
@@ -87,9 +95,11 @@ class TaskGroups:
         unconverged: how often the grouping found no partition, so that the old one was kept.
 
     Raises:
-        ValueError: for an empty or duplicate task, an unknown, missing or negative weight, or a
-            setting out of range.
-        TypeError: if the affinity is not an :class:`Affinity`, or the grouping not callable.
+        ValueError: for an empty or duplicate task, an unknown, missing or negative weight, a
+            setting out of range, a method of other tasks, or FAMO where no batch would show it the
+            effect of a step.
+        TypeError: if the affinity is not an :class:`Affinity`, the grouping is not callable, or the
+            method cannot weigh the losses of a group.
         RuntimeError: at the first batch, if the ranks' settings or states differ.
 
     Example:
@@ -109,7 +119,7 @@ class TaskGroups:
         self,
         tasks: Sequence[str],
         *,
-        weights: Mapping[str, float] | Sequence[float] | None = None,
+        weights: Mapping[str, float] | Sequence[float] | WeighingMethod | None = None,
         affinity: Affinity | None = None,
         grouping: Callable[[Tensor], Tensor | None] | None = None,
         warmup: int = 100,
@@ -122,7 +132,10 @@ class TaskGroups:
         seed: int = 0,
     ) -> None:
         self._tasks = checked_tasks(tasks)
-        self._reader = LossReader(self._tasks, weights, reduction)
+        method = weights if isinstance(weights, JointMethod | type) else None
+        fixed = None if isinstance(weights, JointMethod | type) else weights
+        self._reader = LossReader(self._tasks, fixed, reduction)
+        self._weighting = None if method is None else Weighting(method, self._reader)
         if groups_per_batch is not None:
             groups_per_batch = whole_number("groups_per_batch", groups_per_batch, at_least=1)
         self._settings: dict[str, Any] = {
@@ -139,7 +152,7 @@ class TaskGroups:
         examples = "tg.ProximalAffinity() or tg.GradientAffinity(model.encoder)"
         check_part("affinity", self.affinity, isinstance(self.affinity, Affinity), examples)
         self.affinity.start(self._tasks)
-        self._observer = Observer(self._reader, self.affinity, self._ranks)
+        self._observer = Observer(self._reader, self.affinity, self._weighting, self._ranks)
         learns = self._partitioner.learns
         self._misuse = Misuse(self._tasks, learns)
 
@@ -153,6 +166,8 @@ class TaskGroups:
         self._whole: dict[str, Any] = {}  # the state before the open batch
         if not learns:
             self._rounds.regroup(self._regroup())
+        if self._weighting is not None:
+            self._weighting.check_observed(self.affinity, self._rounds.takes_one_step)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -183,6 +198,7 @@ class TaskGroups:
             "grouping": settings_of(grouping)[0],
             "affinity": type(self.affinity).__name__,
             "decay": self.affinity.decay,
+            **({} if self._weighting is None else {"group_weights": self._weighting.name}),
             **self._settings,
         }
 
@@ -233,6 +249,9 @@ class TaskGroups:
         of them. This copies the layer in every step, and the number of steps in the state (Adam's,
         for its bias correction) is the same for all rows.
 
+        The parameters that a method learns, as ``weights`` of the losses, are treated like heads:
+        each of their elements belongs to one task. They need not be named.
+
         A copy of the groups or of the optimizer is not attached; call this method again for it.
 
         Args:
@@ -254,7 +273,19 @@ class TaskGroups:
         if outside not in ("hold", "coast"):
             raise ValueError(f"outside must be 'hold' or 'coast', got {outside!r}.")
         optimizers = unwrapped(optimizer)
-        return Attachment(optimizers, self._tasks, heads, outside, self._observer.about_to_step)
+        weighting = self._weighting
+        learned = None if weighting is None else weighting.learned_in(optimizers)
+        attachment = Attachment(
+            optimizers,
+            self._tasks,
+            heads,
+            outside,
+            self._observer.about_to_step,
+            learned,
+        )
+        if weighting is not None and learned is not None:
+            weighting.attachment = attachment
+        return attachment
 
     def listen(self, listener: Listener) -> None:
         """Let an object hear of the batches, on the first rank alone; a :class:`Recorder` does."""
@@ -305,10 +336,12 @@ class TaskGroups:
         return f"TaskGroups({len(self._tasks)} tasks in {len(self._rounds.partition)} groups)"
 
     def _state(self) -> dict[str, Any]:
-        """What :meth:`state_dict` saves, with the affinity's own tensors instead of copies."""
+        """What :meth:`state_dict` saves, with the tensors themselves instead of copies."""
+        learned = {} if self._weighting is None else {"weights": self._weighting.method.memory()}
         return {
             "version": _STATE_VERSION,
             "tasks": list(self._tasks),
+            **learned,
             **self._rounds.state(),
             "batches": self._batches,
             "unconverged": self.unconverged,
@@ -321,6 +354,8 @@ class TaskGroups:
         self._rounds.load(state)
         self.affinity.load_state_dict(state["affinity"])
         self._partitioner.load_state_dict(state["grouping"])
+        if self._weighting is not None:
+            self._weighting.method.load_state_dict(state["weights"])  # last: it cannot be undone
         self._generator.set_state(state["generator"].cpu())
         self._batches = state["batches"]
         self.unconverged = state["unconverged"]
@@ -342,6 +377,8 @@ class TaskGroups:
         try:
             self._batches += 1
             plans = self._rounds.plan(batch.present, self._regroup)
+            if self._weighting is not None:
+                self._weighting.begin_batch()
             if plans[0].observes or plans[0].measures:  # the affinity will be written to
                 whole["affinity"] = {name: t.clone() for name, t in whole["affinity"].items()}
             if self._replay_rng and len(plans) > 1:
@@ -349,7 +386,9 @@ class TaskGroups:
             for plan in plans:
                 self._observer.move_to(plan)
                 self._misuse.check_step(plan)
-                group = Group(plan, batch, self._reader, self._observer, self._misuse)
+                group = Group(
+                    plan, batch, self._reader, self._weighting, self._observer, self._misuse
+                )
                 yield group
                 if self._observer.batch is not batch:
                     raise RuntimeError(
@@ -364,11 +403,11 @@ class TaskGroups:
 
     def _decisive(self) -> dict[str, object]:
         """What all decisions follow from, under the names that a user knows."""
-        state = self.state_dict()
+        state, weighting = self.state_dict(), self._weighting
         parts = settings_of(self.affinity), settings_of(self._partitioner.grouping)
         return {
             "tasks": self._tasks,
-            "weights": self._reader.weights,
+            "weights": self._reader.weights if weighting is None else settings_of(weighting.method),
             "settings": (self._reader.reduction, self._settings, *parts),
             "seed": state.pop("generator"),
             "state": state,
@@ -382,6 +421,12 @@ class TaskGroups:
 
 
 def _saved(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state with copies of the affinity."""
-    affinity = {name: tensor.to("cpu", copy=True) for name, tensor in state["affinity"].items()}
-    return {**state, "affinity": affinity}
+    """A state with copies of the tensors of the affinity and of the weights."""
+
+    def copied(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v.to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in part.items()}
+
+    return {
+        **state,
+        **{name: copied(state[name]) for name in ("affinity", "weights") if name in state},
+    }

@@ -1,8 +1,9 @@
 """Joint methods to compare with: each steps on all tasks at once.
 
-Most of them are adapters over TorchJD's solvers (``pip install 'taskgroup[compare]'``) that never
-build TorchJD's matrix of all gradients. TorchJD is imported when a method is created. All methods
-take the arguments ``shared`` and ``tasks`` of :class:`JointMethod`, and raise its errors::
+Those that use the gradients of single tasks are adapters over TorchJD's solvers (``pip install
+'taskgroup[compare]'``) that never build TorchJD's matrix of all gradients. TorchJD is imported when
+such a method is created. All methods take the arguments ``shared`` and ``tasks`` of
+:class:`JointMethod`, and raise its errors::
 
     method = tg.methods.find("cagrad")(model.encoder, tasks)
     ...
@@ -20,9 +21,11 @@ from taskgroup.methods.graddrop import GradDrop
 from taskgroup.methods.gradient_space import NoWeightsError
 from taskgroup.methods.gradvac import GradVac
 from taskgroup.methods.gram import IMTLG, MGDA, AlignedMTL, CAGrad, FairGrad, PCGrad, UPGrad
-from taskgroup.methods.loss_space import GD, IMTLL, UW
+from taskgroup.methods.learned import IMTLL, UW
+from taskgroup.methods.loss_space import GD, SI, WeighingMethod
 from taskgroup.methods.method import JointMethod
 from taskgroup.methods.nash_mtl import NashMTL
+from taskgroup.methods.rlw import RLW
 
 __all__ = [
     "DTP",
@@ -33,6 +36,8 @@ __all__ = [
     "IMTLL",
     "METHODS",
     "MGDA",
+    "RLW",
+    "SI",
     "UW",
     "AlignedMTL",
     "CAGrad",
@@ -44,12 +49,15 @@ __all__ = [
     "NoWeightsError",
     "PCGrad",
     "UPGrad",
+    "WeighingMethod",
     "find",
 ]
 
 #: The class of each method, by the name that :func:`find` takes.
 METHODS: dict[str, type[JointMethod]] = {
     "gd": GD,
+    "si": SI,
+    "rlw": RLW,
     "uw": UW,
     "dtp": DTP,
     "dwa": DWA,

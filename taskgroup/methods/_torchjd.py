@@ -12,59 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchjd import aggregation, scalarization
+from torchjd import aggregation
 from torchjd.aggregation._nash_mtl import _NashMTLWeighting
 
-__all__ = ["DWA", "FAMO", "WRITTEN_FOR", "GradVacWeighting", "NashMTLWeighting", "Watched"]
+__all__ = ["WRITTEN_FOR", "GradVacWeighting", "NashMTLWeighting", "Watched"]
 
 WRITTEN_FOR = "0.18"
-
-
-class DWA(scalarization.DWA):
-    """DWA whose history can be read and replaced."""
-
-    @property
-    def history(self) -> tuple[Tensor | None, int, list[Tensor]]:
-        """The sum of this epoch's losses ``[K]``, its batches, and the means of the last epochs.
-
-        The sum is None before the first batch of an epoch; the means are those of up to two epochs.
-        """
-        return self._loss_sum, self._n_batches, self._previous_averages
-
-    @history.setter
-    def history(self, history: tuple[Tensor | None, int, list[Tensor]]) -> None:
-        self._loss_sum, self._n_batches, self._previous_averages = history
-
-
-class FAMO(scalarization.FAMO):
-    """FAMO whose memory is complete from the start; TorchJD creates it on first use.
-
-    Args:
-        n_tasks: K.
-        lr: the learning rate of the logits.
-        weight_decay: the weight decay of the logits.
-        device: the device of the memory, which is float32.
-    """
-
-    _optimizer: torch.optim.Adam
-    _prev_losses: Tensor
-
-    def __init__(self, n_tasks: int, lr: float, weight_decay: float, device: torch.device) -> None:
-        super().__init__(n_tasks, lr=lr, weight_decay=weight_decay)
-        self.to(device, torch.float32)
-        zeros = torch.zeros_like(self._w, requires_grad=False)
-        self._prev_losses = zeros
-        self._optimizer = torch.optim.Adam([self._w], lr=lr, weight_decay=weight_decay)
-        self._optimizer.state[self._w] = {
-            "step": torch.zeros((), dtype=torch.float32, device="cpu"),
-            "exp_avg": zeros.clone(),
-            "exp_avg_sq": zeros.clone(),
-        }
-
-    def memory(self) -> dict[str, Tensor]:
-        """The tensors themselves, not copies; ``losses`` are those before the step."""
-        adam: dict[str, Tensor] = self._optimizer.state[self._w]
-        return {"logits": self._w.detach(), "losses": self._prev_losses, **adam}
 
 
 class GradVacWeighting(aggregation.GradVacWeighting):

@@ -7,26 +7,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
 
-from taskgroup.methods.loss_space import ScalarizerMethod
+from taskgroup.methods.loss_space import WeighingMethod
 
 __all__ = ["DWA"]
 
 
-class DWA(ScalarizerMethod):
+class DWA(WeighingMethod):
     r"""Dynamic weight average: gives more weight to tasks whose losses fall more slowly.
 
     .. math::
         w_k = K \operatorname{softmax}_k \bigl( \bar L_k(t-1) / (T \, \bar L_k(t-2)) \bigr)
 
-    with :math:`\bar L_k(t)` the mean loss of epoch :math:`t`. All weights are 1 in the first two
-    epochs. From "End-to-End Multi-Task Learning with Attention" (Liu et al., CVPR 2019), computed
-    by TorchJD. With a ``GradScaler``, a batch whose losses are not finite does not count.
+    with :math:`\bar L_k(t)` the mean loss of epoch :math:`t`. The ratio of a task counts as 1 until
+    its means of two epochs are known, so all weights are 1 in the first two epochs. From
+    "End-to-End Multi-Task Learning with Attention" (Liu et al., CVPR 2019). Losses that are not
+    finite do not count; with a ``GradScaler``, nor does their batch.
+
+    As ``weights`` of :class:`taskgroup.TaskGroups`, the softmax is over all K tasks, and a group
+    takes the weights of its own tasks. A batch counts the loss of each of its tasks once, before
+    the first step on it. An epoch keeps the old mean of a task that it never stepped on.
 
     Args:
-        epoch: the number of backward passes in an epoch, such as ``len(loader)``. The method counts
-            them and finds the end of an epoch by itself.
+        epoch: the number of batches in an epoch, such as ``len(loader)``. The method counts them
+            and finds the end of an epoch by itself.
         temperature: :math:`T` > 0; a larger one makes the weights more uniform. The paper uses 2.
 
     Raises:
@@ -40,6 +44,8 @@ class DWA(ScalarizerMethod):
         >>> weights
         tensor([1.1244, 0.8756])
     """
+
+    _counts = True
 
     def __init__(
         self,
@@ -55,34 +61,55 @@ class DWA(ScalarizerMethod):
             )
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature!r}.")
-        from taskgroup.methods._torchjd import DWA as Average  # noqa: N811
-
-        self._scalarizer: Average = Average(temperature)
         self._epoch = epoch
+        self._temperature = temperature
+        zeros = torch.zeros(len(self._tasks), dtype=torch.float32, device=self._device)
+        self._batches = 0  # of this epoch
+        self._sum = zeros  # of the losses of this epoch
+        self._counted = zeros  # losses of this epoch
+        self._averages = torch.stack([zeros, zeros])  # of the last epochs; 0 is not known
+        self._weights = self._weights_of(self._averages)
 
-    def _weigh(self, values: Tensor, scaler: GradScaler | None) -> Tensor:
-        kept = self._scalarizer.history
-        weights = super()._weigh(values, scaler)
-        if scaler is not None and not values.isfinite().all():
-            self._scalarizer.history = kept
-        _, n_batches, _ = self._scalarizer.history
-        if n_batches >= self._epoch:
-            self._scalarizer.step()
+    def begin_batch(self) -> None:  # noqa: D102 (inherited)
+        if self._batches == self._epoch:
+            known = self._counted > 0
+            newest = torch.where(known, self._sum / self._counted, self._averages[1])
+            older = torch.where(known, self._averages[1], self._averages[0])
+            self._averages = torch.stack([older, newest])
+            self._weights = self._weights_of(self._averages)
+            self._sum, self._counted = torch.zeros_like(self._sum), torch.zeros_like(self._sum)
+            self._batches = 0
+        self._batches += 1
+
+    def count(self, values: Tensor, at: Tensor) -> None:  # noqa: D102 (inherited)
+        finite = values.isfinite()
+        self._sum = self._sum.index_add(0, at, values.where(finite, 0))
+        self._counted = self._counted.index_add(0, at, finite.to(values.dtype))
+
+    def weigh_group(  # noqa: D102 (inherited)
+        self, values: Tensor, at: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weights = self._weights[at]
+        return (weights * values).sum(), weights
+
+    def _weights_of(self, averages: Tensor) -> Tensor:
+        older, newest = averages
+        ratios = newest / older
+        ratios = ratios.where(ratios.isfinite() & (newest != 0), 1)
+        weights: Tensor = len(self._tasks) * (ratios / self._temperature).softmax(0)
         return weights
 
     def _state(self) -> dict[str, Any]:
-        total, n_batches, averages = self._scalarizer.history
-        # The shapes never change: zeros stand for what is not known yet.
-        zeros = torch.zeros(len(self._tasks), dtype=torch.float32, device="cpu")
-        rows = [*(average.cpu() for average in averages), zeros, zeros][:2]
         return {
-            "sum": (zeros if total is None else total).to("cpu", copy=True),
-            "batches": n_batches,
-            "averages": torch.stack(rows),
-            "epochs": len(averages),
+            "batches": self._batches,
+            "sum": self._sum,
+            "counted": self._counted,
+            "averages": self._averages,
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        total = state["sum"].to(self._device, copy=True) if state["batches"] else None
-        averages = state["averages"].to(self._device, copy=True)[: state["epochs"]]
-        self._scalarizer.history = total, state["batches"], list(averages)
+        self._batches = state["batches"]
+        self._sum, self._counted, self._averages = (
+            state[name].to(self._device, copy=True) for name in ("sum", "counted", "averages")
+        )
+        self._weights = self._weights_of(self._averages)

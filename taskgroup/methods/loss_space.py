@@ -1,10 +1,8 @@
-"""Methods that weigh the losses and take one backward pass: GD, UW, IMTL-L."""
+"""Methods that weigh the losses and take one backward pass: their base classes, GD and SI."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from importlib import import_module
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,13 +10,9 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from taskgroup._losses import Losses
-from taskgroup.methods.method import JointMethod, enabled, torch_defaults, values_of
+from taskgroup.methods.method import JointMethod, enabled, values_of
 
-__all__ = ["GD", "IMTLL", "UW", "LossMethod", "ScalarizerMethod"]
-
-# After so many backward passes without a step on the learned parameters, the optimizer surely does
-# not hold them: nobody accumulates over as many micro-batches.
-_FORGOTTEN = 100
+__all__ = ["GD", "SI", "LossMethod", "WeighingMethod"]
 
 
 class LossMethod(JointMethod):
@@ -45,7 +39,83 @@ class LossMethod(JointMethod):
         raise NotImplementedError
 
 
-class GD(LossMethod):
+class WeighingMethod(LossMethod):
+    """Base class of the methods that can weigh the losses of a group: some of the K tasks.
+
+    :class:`taskgroup.TaskGroups` takes an object of such a class as ``weights``. In place of
+    :meth:`~JointMethod.backward` it calls, in every batch, :meth:`begin_batch`; then for every
+    group :meth:`weigh_group`, once per micro-batch, and :meth:`count`, once; and after every step
+    whose effect shows in the next losses, :meth:`observe_step`.
+
+    Losses are float32 ``[n]`` without a graph, on the device of the method. Under data parallelism
+    they are the means over all ranks, so that all ranks find the same weights. The positions of
+    their tasks are ``at``, int64 ``[n]``, on the same device.
+
+    Attributes:
+        checks_losses: True where :meth:`check` may raise.
+    """
+
+    checks_losses: bool = False
+    _counts: ClassVar[bool] = False  # whether begin_batch() or count() changes the memory
+
+    def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
+        super().__init__(shared, tasks)
+        self._device = self._shared[0].device
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the memory of the method: that of the shared parameters at the start."""
+        return self._device
+
+    def begin_batch(self) -> None:
+        """Begin a batch."""
+
+    def check(self, values: Sequence[float], members: Sequence[int]) -> None:
+        """Raise ValueError if the loss of a task, one of those at ``members``, is out of range."""
+
+    def count(self, values: Tensor, at: Tensor) -> None:
+        """Take in the losses before a step; once per task and batch."""
+
+    def weigh_group(self, values: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Weigh the losses of a group.
+
+        Returns:
+            The loss to step on, a scalar whose graph holds the learned parameters, if there are
+            any; and the weights ``[n]``, its derivatives for the losses, without a graph.
+        """
+        raise NotImplementedError
+
+    def observe_step(self, before: Tensor, after: Tensor, at: Tensor) -> None:
+        """Take in the losses of a group before and after its own step."""
+
+    def memory(self) -> dict[str, Any]:
+        """The state with the tensors of the method itself.
+
+        The method replaces these tensors and does not write to them, except for parameters.
+        """
+        return {"method": type(self).__name__, "tasks": list(self._tasks), **self._state()}
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102 (inherited)
+        state = self.memory().items()
+        return {k: v.to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in state}
+
+    def _weigh(self, values: Tensor, scaler: GradScaler | None) -> Tensor:
+        values = values.to(self._device)
+        at = torch.arange(len(values), device=self._device)
+        # A scaler skips a batch whose losses are not finite.
+        if not self._counts or scaler is None or values.isfinite().all():
+            self.begin_batch()
+            self.count(values, at)
+        with torch.enable_grad():
+            total, weights = self.weigh_group(values, at)
+        self._learn(total, scaler)
+        return weights
+
+    def _learn(self, total: Tensor, scaler: GradScaler | None) -> None:
+        """Add to the gradients of the learned parameters."""
+
+
+class GD(WeighingMethod):
     r"""Gradient descent on the sum of the losses, the baseline of all other methods.
 
     .. math::
@@ -59,115 +129,52 @@ class GD(LossMethod):
         tensor([3., 3.])
     """
 
-    def _weigh(self, values: Tensor, scaler: GradScaler | None) -> Tensor:
-        return torch.ones_like(values)
+    def weigh_group(  # noqa: D102 (inherited)
+        self, values: Tensor, at: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return values.sum(), torch.ones_like(values)
 
 
-class ScalarizerMethod(LossMethod):
-    """Base class of the methods whose weights are the derivatives of a TorchJD scalarizer."""
-
-    _requires: ClassVar[tuple[str, ...]] = ("torchjd",)
-    _scalarizer: nn.Module
-
-    def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
-        super().__init__(shared, tasks)
-        self._device = self._shared[0].device  # of the memory of the method
-
-    def _weigh(self, values: Tensor, scaler: GradScaler | None) -> Tensor:
-        values = values.to(self._device).requires_grad_()
-        with torch_defaults():
-            total = self._scalarizer(values)
-            (weights,) = torch.autograd.grad(total, values, retain_graph=True)
-            self._learn(total, scaler)
-        return weights
-
-    def _learn(self, total: Tensor, scaler: GradScaler | None) -> None:
-        """Add to the gradients of the parameters that the scalarizer learns."""
-
-
-class _LearnedMethod(ScalarizerMethod):
-    """Base class of the methods that learn one number per task together with the model."""
-
-    _name: ClassVar[str]  # of the scalarizer in torchjd.scalarization
-    _learned: nn.Parameter
-    _passes = 0  # backward passes since the start, or since a state was loaded
-
-    def __init__(self, shared: nn.Module | Iterable[Tensor], tasks: Sequence[str]) -> None:
-        super().__init__(shared, tasks)
-        made = getattr(import_module("torchjd.scalarization"), self._name)
-        with torch_defaults():
-            self._scalarizer = made(len(self._tasks)).to(self._device, torch.float32)
-        (self._learned,) = self._scalarizer.parameters()
-        self._start = self._learned.detach().clone()
-
-    def backward(self, losses: Losses, scaler: GradScaler | None = None) -> Tensor:
-        weights = super().backward(losses, scaler)
-        self._passes += 1
-        # Compared once, since it waits for the device. Fused optimizers do not count versions.
-        if self._passes == _FORGOTTEN and torch.equal(self._learned, self._start):
-            warnings.warn(
-                f"{type(self).__name__} learns its weights, but no optimizer has stepped on them "
-                f"in {_FORGOTTEN} backward passes: pass method.parameters() to the optimizer "
-                "together with the model's. Until then the weights do not change.",
-                stacklevel=2,
-            )
-        return weights
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [self._learned]
-
-    def _learn(self, total: Tensor, scaler: GradScaler | None) -> None:
-        if scaler is not None:
-            total = scaler.scale(total)
-        total.backward(inputs=[self._learned])
-
-    def _state(self) -> dict[str, Any]:
-        return {"learned": self._learned.detach().to("cpu", copy=True)}
-
-    def _load(self, state: Mapping[str, Any]) -> None:
-        with torch.no_grad():
-            self._learned.copy_(state["learned"])
-        self._start = self._learned.detach().clone()
-        self._passes = 0
-
-
-class UW(_LearnedMethod):
-    r"""Uncertainty weighting: learns a log-variance per task together with the model.
+class SI(WeighingMethod):
+    r"""Scale-invariant: gradient descent on the sum of the logarithms of the losses.
 
     .. math::
-        \sum_k \tfrac12 e^{-s_k} L_k + \tfrac12 s_k, \qquad w_k = \tfrac12 e^{-s_k}
+        \sum_k \log L_k, \qquad w_k = 1 / L_k
 
-    From "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and Semantics"
-    (Kendall et al., CVPR 2018), computed by TorchJD. The :math:`s_k` start at zero; pass
-    :meth:`JointMethod.parameters` to the optimizer.
+    A constant factor of a loss changes nothing. Losses must be positive. They are read on the host,
+    which waits for the device.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
-        >>> method = UW([x], ["a", "b"])
-        >>> optimizer = torch.optim.SGD([x, *method.parameters()], lr=0.1)
-        >>> method.backward({"a": x.sum(), "b": x.square().sum()})
-        tensor([0.5000, 0.5000])
-    """
-
-    _name = "UW"
-
-
-class IMTLL(_LearnedMethod):
-    r"""IMTL-L, impartial loss balance: learns a scale per task together with the model.
-
-    .. math::
-        \sum_k e^{s_k} L_k - s_k, \qquad w_k = e^{s_k}
-
-    From "Towards Impartial Multi-task Learning" (Liu et al., ICLR 2021), computed by TorchJD. The
-    :math:`s_k` start at zero; pass :meth:`JointMethod.parameters` to the optimizer. Losses should
-    be positive.
-
-    Example:
-        >>> x = torch.ones(2, requires_grad=True)
-        >>> method = IMTLL([x], ["a", "b"])
-        >>> optimizer = torch.optim.SGD([x, *method.parameters()], lr=0.1)
-        >>> method.backward({"a": x.sum(), "b": x.square().sum()})
+        >>> SI([x], ["a", "b"]).backward({"a": x.sum(), "b": 10 * x.sum()})
+        tensor([0.5000, 0.0500])
+        >>> x.grad
         tensor([1., 1.])
     """
 
-    _name = "IMTLL"
+    checks_losses = True
+
+    def backward(self, losses: Losses, scaler: GradScaler | None = None) -> Tensor:
+        """Add to the gradients as :meth:`JointMethod.backward` does.
+
+        Raises:
+            ValueError: as in :meth:`JointMethod.backward`, and if a loss is zero or negative.
+                Nothing has changed then.
+        """
+        self.check(values_of(self._read(losses)).tolist(), range(len(self._tasks)))
+        return super().backward(losses, scaler)
+
+    def check(  # noqa: D102 (inherited)
+        self, values: Sequence[float], members: Sequence[int]
+    ) -> None:
+        for k, value in zip(members, values, strict=True):
+            if value <= 0:
+                raise ValueError(
+                    f"The loss of task {self._tasks[k]!r} is {value}, but SI takes its logarithm: "
+                    "losses must be positive. Add a constant to it, or clamp it."
+                )
+
+    def weigh_group(  # noqa: D102 (inherited)
+        self, values: Tensor, at: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return values.log().sum(), values.reciprocal()

@@ -31,7 +31,8 @@ class JointMethod:
         optimizer.step()
 
     As in any backward pass, gradients are added to ``.grad``. Every method is for a single process:
-    under data parallelism, each rank would compute other weights.
+    under data parallelism, each rank would compute other weights. (As ``weights`` of
+    :class:`taskgroup.TaskGroups`, methods work on several ranks.)
 
     In float16, pass the ``GradScaler`` and the plain losses; the method scales them itself::
 

@@ -31,11 +31,15 @@ class Attachment:
         heads: Heads | None,
         outside: Outside,
         stepping: Callable[[int], tuple[frozenset[int] | None, Heads | None, int]],
+        learned: Heads | None = None,
     ) -> None:
+        # learned are the parameters of each task that belong to no head, such as weights of losses.
         self.tasks = tasks
         self.outside = outside
         self.stepping = stepping
+        self.removed = False
         self._given = heads is not None
+        self._learned = learned
         self._heads: Heads | None = None
         self.optimizers = list(optimizers)
         self.whole: list[tuple[Tensor, int]] = []
@@ -46,6 +50,7 @@ class Attachment:
 
     def remove(self) -> None:
         """Detach from the optimizers: their next steps are not prepared."""
+        self.removed = True
         for steps in self._steps:
             steps.remove()
 
@@ -63,6 +68,10 @@ class Attachment:
         self.whole, self.shared = parameters_of_tasks(
             heads, self.tasks, self.optimizers, self._given
         )
+        if self._learned is not None:
+            whole, shared = parameters_of_tasks(self._learned, self.tasks, self.optimizers, False)
+            self.whole += whole
+            self.shared += shared
         self._heads = heads
 
 

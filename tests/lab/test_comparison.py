@@ -9,7 +9,7 @@ import pytest
 
 import taskgroup as tg
 from taskgroup.lab.problem import make_problem
-from taskgroup.lab.recipe import Recipe, read_recipe
+from taskgroup.lab.recipe import GROUP_WEIGHTS, Recipe, read_recipe
 from taskgroup.lab.studies import cost, workers
 from taskgroup.lab.studies.comparison import Comparison
 from taskgroup.lab.studies.intervals import Estimate
@@ -227,6 +227,33 @@ def test_what_cannot_work_is_left_out_and_said(tmp_path):
     assert [variant.name for variant in made.variants] == ["gd"]
     assert list(made.refused) == ["Random"]
     assert "cannot fill 9 groups with 3 tasks" in made.refused["Random"]
+
+
+def test_weights_inside_groups_are_variants_of_their_own():
+    variants = {variant.name: variant for variant in preset("methods", yeast(), TASKS)}
+    assert GROUP_WEIGHTS == ("si", "rlw", "uw", "dwa", "famo", "imtl-l")
+    for name in GROUP_WEIGHTS:
+        made = yeast().replace(**variants[f"selective-{name}"].settings)
+        assert (made.method, made.group_weights) == ("selective", name)
+    assert variants["selective-uw"].title == "Selective, UW inside"
+    weighed = yeast(group_weights="uw")  # of the recipe itself: joint methods have no groups
+    for variant in preset("methods", weighed, TASKS):
+        made = weighed.replace(**variant.settings)
+        assert (made.group_weights is None) == (made.method != "selective")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"group_weights": "pcgrad"}, "one of si, rlw, uw, dwa, famo, imtl-l, .* got 'pcgrad'"),
+        ({"group_weights": "gd"}, "got 'gd'"),
+        ({"group_weights": "uw", "method": "joint"}, "method: joint has no groups"),
+        ({"group_weights": "uw", "method": "uw"}, "method: uw has no groups"),
+    ],
+)
+def test_group_weights_are_checked(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Recipe(**settings)
 
 
 def test_unknown_names_list_the_known_ones_nearest_first():

@@ -99,10 +99,12 @@ def test_methods_that_were_recorded_have_the_names_of_the_command_line(write):
     for folder, method in zip(folders, ("GD", "IMTLG"), strict=True):
         header = json.loads((folder / "run.json").read_text("utf-8"))
         header["settings"] |= {"method": method, "grouping": "AffinityPropagation"}
+        header["settings"] |= {"group_weights": "IMTLL" if method == "GD" else None}
         (folder / "run.json").write_text(json.dumps(header), "utf-8")
     runs = [load_run_data(folder) for folder in folders]
     assert [run.method for run in runs] == ["gd", "imtl-g"]
     assert {run.settings["grouping"] for run in runs} == {"affinity-propagation"}
+    assert [run.settings["group_weights"] for run in runs] == ["imtl-l", None]
     bars, notes = timing.seconds_per_batch(runs)
     assert [bar.ratio for bar in bars] == [1.0, 1.0]  # gd is joint training
     assert notes == []

@@ -374,6 +374,12 @@ def test_losses_groups_and_time_of_two_runs(tmp_path):
         assert f">{words}<" in page
 
 
+def test_weights_inside_groups_are_named(tmp_path):
+    run = write_run(tmp_path / "run", [ALL] * 2, group_weights="uw")
+    page, _ = report(tmp_path / "page.html", run)
+    assert ">selective, affinity-propagation, uw inside<" in page
+
+
 def test_losses_that_are_not_positive_have_a_linear_axis(tmp_path):
     losses = [{"a": 1.0, "b": -1.0, "c": 0.0}] * 2
     run = write_run(tmp_path / "run", [ALL] * 2, losses=losses, method="joint")

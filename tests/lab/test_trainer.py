@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import taskgroup as tg
-from taskgroup.lab.recipe import read_recipe
+from taskgroup.lab.recipe import GROUP_WEIGHTS, read_recipe
 from taskgroup.lab.train.trainer import Trainer
 from tests.lab.small import yeast
 
@@ -20,6 +20,7 @@ WAYS = {
     "cheap": {"groups_per_batch": 1, "observe_every": 2},
     "random": {"grouping": "random:2", "outside": "coast", "head_lr_times": "sqrt(M)"},
 }
+INSIDE = {f"{name} inside": {"group_weights": name, "warmup": 1} for name in GROUP_WEIGHTS}
 
 
 def trainer(**changes):
@@ -55,16 +56,17 @@ def test_methods_of_one_seed_start_alike_and_see_the_same_batches():
     assert trainer(method="selective", seed=4).step().losses != seen[0]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, *INSIDE])
 def test_saved_and_loaded_it_goes_on_bitwise(way):
-    one = trainer(**WAYS[way])
+    settings = {**WAYS, **INSIDE}[way]
+    one = trainer(**settings)
     steps(one, 4)
     file = io.BytesIO()
     torch.save(one.state_dict(), file)
     file.seek(0)
     expected = steps(one, 4)
 
-    other = trainer(**WAYS[way])
+    other = trainer(**settings)
     other.load_state_dict(torch.load(file, weights_only=True))
     assert other.batch == 4
     assert steps(other, 4) == expected
@@ -178,6 +180,18 @@ def test_what_a_method_learns_is_in_the_optimizer():
     assert not any(
         torch.equal(a, b.detach()) for a, b in zip(before, learned["params"], strict=True)
     )
+
+
+@pytest.mark.parametrize("name", ["uw", "imtl-l"])
+def test_what_is_learned_inside_groups_is_in_the_optimizer(name):
+    one = trainer(group_weights=name)
+    learned = one.optimizer.param_groups[2]
+    assert learned["lr"] == 0.02
+    assert learned["weight_decay"] == 0
+    steps(one, 2)
+    (parameter,) = learned["params"]
+    assert parameter.shape == (3,)
+    assert parameter.abs().min() > 0
 
 
 def test_dtp_needs_a_score_and_says_so_before_training():

@@ -20,12 +20,16 @@ SETTINGS = {
     "random": lambda: {"grouping": tg.RandomGroups(2)},
     "gradients": lambda: {"gradients": True},
     "now and then": lambda: {"observe_every": 2, "groups_per_batch": 2},
+    **{name: functools.partial(dict, method=name) for name in ("rlw", "dwa", "famo")},
 }
 
 
 class Toy:
     def __init__(self, **settings):
         self.x = torch.zeros(2, requires_grad=True)
+        if method := settings.pop("method", None):
+            options = {"epoch": 3} if method == "dwa" else {}
+            settings["weights"] = tg.methods.find(method)([self.x], TASKS, **options)
         if settings.pop("gradients", False):
             settings["affinity"] = tg.GradientAffinity([self.x], decay=0.3, sample=2)
         settings.setdefault("affinity", tg.ProximalAffinity(decay=0.3))
@@ -72,7 +76,8 @@ def handled(handler):
 
 @pytest.mark.parametrize("kind", ["function", "method", "object", "partial"])
 @pytest.mark.parametrize(
-    ("setting", "at"), [*((setting, 0) for setting in SETTINGS), ("default", 1), ("random", 1)]
+    ("setting", "at"),
+    [*((setting, 0) for setting in SETTINGS), *((n, 1) for n in ("default", "random", "famo"))],
 )
 def test_the_state_in_a_handler_is_that_of_the_last_whole_batch(setting, at, kind):
     toy, seen = Toy(**SETTINGS[setting]()), []

@@ -54,8 +54,8 @@ def same(state, other):
 
 def test_registry_is_in_order():
     order = (
-        "gd uw dtp dwa famo imtl-l mgda pcgrad cagrad graddrop imtl-g aligned-mtl nash-mtl upgrad "
-        "fairgrad gradvac"
+        "gd si rlw uw dtp dwa famo imtl-l mgda pcgrad cagrad graddrop imtl-g aligned-mtl nash-mtl "
+        "upgrad fairgrad gradvac"
     )
     assert " ".join(tg.methods.METHODS) == order
     for name, method in tg.methods.METHODS.items():
@@ -76,7 +76,7 @@ NEEDS = {
     "qpsolvers": ("upgrad",),
     "quadprog": ("upgrad",),
     "scipy": ("fairgrad",),
-    "torchjd": tuple(name for name in NAMES if name not in ("gd", "dtp")),
+    "torchjd": tuple(gradient_space()),
 }
 
 
@@ -87,7 +87,7 @@ def test_missing_extra_raises_at_construction(module, monkeypatch):
     for name in NEEDS[module]:
         with pytest.raises(ImportError, match=rf"{module}.*pip install 'taskgroup\[compare\]'"):
             made(name, Model(2))
-    for name in set(NAMES) - set(NEEDS[module]) if module != "torchjd" else ("gd", "dtp"):
+    for name in set(NAMES) - set(NEEDS[module]):
         made(name, Model(2))
 
 

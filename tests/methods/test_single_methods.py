@@ -43,7 +43,60 @@ def test_no_false_alarm(name, fused):
 
 
 def test_others_have_nothing_to_learn():
-    assert all(made(n, Model(2)).parameters() == [] for n in ("gd", "dwa", "famo", "mgda"))
+    names = ("gd", "si", "rlw", "dwa", "famo", "mgda")
+    assert all(made(n, Model(2)).parameters() == [] for n in names)
+
+
+def test_si_minimises_the_sum_of_the_logarithms():
+    ours, plain = Model(3), Model(3)
+    weights = made("si", ours).backward(ours.losses(ours.x))
+    losses = plain.losses(plain.x)
+    sum(loss.log() for loss in losses.values()).backward()
+    torch.testing.assert_close(weights, torch.stack([1 / loss for loss in losses.values()]))
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_si_forgets_the_scale_of_a_loss():
+    x = nn.Parameter(torch.tensor([1.0, 2.0]))
+    found = []
+    for scale in (1.0, 1000.0):
+        x.grad = None
+        method = tg.methods.SI([x], ["a", "b"])
+        method.backward({"a": scale * x.square().sum(), "b": x.sum()})
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(("name", "loss"), [("si", 0.0), ("si", -2.0), ("famo", -2.0)])
+def test_a_loss_without_a_logarithm_names_its_task(name, loss):
+    x = nn.Parameter(torch.ones(1))
+    method = tg.methods.find(name)([x], ["a", "b"])
+    with pytest.raises(ValueError, match=f"loss of task 'b' is {loss}, .* losses must be positive"):
+        method.backward({"a": x.sum(), "b": loss * x.sum()})
+    assert x.grad is None
+
+
+def test_rlw_draws_new_weights_for_every_batch():
+    """The softmax of standard normals, from a generator of its own, whose state is saved."""
+    x = nn.Parameter(torch.ones(1))
+    first, again, other = (tg.methods.RLW([x], ["a", "b", "c"], seed=s) for s in (7, 7, 8))
+
+    def weights(method):
+        x.grad = None
+        return method.backward({"a": x.sum(), "b": 2 * x.sum(), "c": x.sum()})
+
+    generator = torch.Generator().manual_seed(7)
+    before = torch.get_rng_state()
+    for _ in range(3):
+        expected = torch.randn(3, generator=generator).softmax(0)
+        torch.testing.assert_close(weights(first), expected)
+        torch.testing.assert_close(x.grad, expected @ torch.tensor([[1.0], [2.0], [1.0]]))
+    assert torch.equal(torch.get_rng_state(), before)
+    again.load_state_dict(first.state_dict())
+    following = weights(first)
+    assert torch.equal(weights(again), following)
+    assert not torch.equal(weights(other), following)
 
 
 def test_famo_asks_for_observe():
@@ -75,6 +128,16 @@ def test_dwa_rolls_its_history_by_itself():
         assert uniform.tolist() == [1, 1]
     share = math.exp(1) / (math.exp(1) + math.exp(0.5))
     torch.testing.assert_close(weights[4], torch.tensor([2 * share, 2 - 2 * share]))
+
+
+def test_dwa_does_not_count_losses_that_are_not_finite():
+    x = nn.Parameter(torch.ones(1))
+    method = tg.methods.DWA([x], ["a", "b"], epoch=2, temperature=1.0)
+    for b in (4.0, math.inf, 1.0, 3.0):  # the means are 4 and 2; those of a are 1
+        method.backward({"a": x.sum(), "b": b * x.sum()})
+    weights = method.backward({"a": x.sum(), "b": x.sum()})
+    share = math.exp(1) / (math.exp(1) + math.exp(0.5))
+    torch.testing.assert_close(weights, torch.tensor([2 * share, 2 - 2 * share]))
 
 
 @pytest.mark.parametrize("score", [0.0, 1.0, -0.5, math.nan])

@@ -5,8 +5,7 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from torchjd import aggregation, scalarization
+from torchjd import aggregation
 
 import taskgroup as tg
 from taskgroup.methods._torchjd import WRITTEN_FOR
@@ -32,8 +31,6 @@ def test_it_was_written_for_the_version_that_is_pinned():
 def test_the_private_names_are_there():
     nash = aggregation.NashMTL(n_tasks=2).weighting
     for holder, names in (
-        (scalarization.DWA(), "_loss_sum _n_batches _previous_averages"),
-        (scalarization.FAMO(2), "_w _optimizer _prev_losses"),
         (aggregation.GradVac().gramian_weighting, "_phi_t _state_key"),
         (nash, "prvs_alpha normalization_factor step _init_optim_problem"),
     ):
@@ -41,10 +38,6 @@ def test_the_private_names_are_there():
             assert hasattr(holder, name), f"{type(holder).__name__} has no {name}"
     nash._init_optim_problem()
     assert nash.prob.variables()
-    famo = scalarization.FAMO(2)
-    famo(torch.ones(2))
-    famo.update(torch.ones(2))
-    assert set(famo._optimizer.state[famo._w]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
 def test_no_other_file_imports_a_private_name():

@@ -161,7 +161,10 @@ def _runs_table(runs: Sequence[Shown]) -> str:
         state = "" if finished is None else "finished"
         if finished is None and planned:
             state = f"{100 * batches // planned} %"
-        ways = [data.method, str(settings.get("grouping", ""))] if selective else [data.method]
+        ways = [data.method]
+        if selective:
+            inside = settings.get("group_weights")
+            ways += [str(settings.get("grouping", "")), f"{inside} inside" if inside else ""]
         cells = {
             "method": ", ".join(filter(None, ways)),
             "seed": str(settings.get("seed", "")),

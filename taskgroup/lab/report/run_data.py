@@ -170,6 +170,8 @@ def _as_on_the_command_line(settings: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(settings)
     names = {method.__name__: name for name, method in tg.methods.METHODS.items()}
     found["method"] = names.get(found["method"], found["method"])
+    if found.get("group_weights") is not None:
+        found["group_weights"] = names.get(found["group_weights"], found["group_weights"])
     if isinstance(found.get("grouping"), str):
         found["grouping"] = re.sub("(?<=[a-z])(?=[A-Z])", "-", found["grouping"]).lower()
     return found

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import taskgroup as tg
-from taskgroup.lab.recipe import Recipe
+from taskgroup.lab.recipe import GROUP_WEIGHTS, Recipe
 from taskgroup.lab.words import nearest
 
 __all__ = ["JOINT", "PRESETS", "REFERENCE", "Variant", "preset", "variants_by_name"]
@@ -34,6 +34,8 @@ class Variant:
 
 _TITLES = {
     "gd": "GD (joint)",
+    "si": "SI",
+    "rlw": "RLW",
     "uw": "UW",
     "dtp": "DTP",
     "dwa": "DWA",
@@ -70,7 +72,15 @@ _CHEAP = _selective(
 
 def _methods(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     joint = [Variant(m, _TITLES.get(m, m), {"method": m}) for m in tg.methods.METHODS]
-    return [*joint, _SELECTIVE, _CHEAP]
+    return [*joint, _SELECTIVE, _CHEAP, *_weighted()]
+
+
+def _weighted() -> list[Variant]:
+    """Selective updates, with each method that can weigh the losses inside the groups."""
+    return [
+        _selective(f"{REFERENCE}-{m}", f"Selective, {_TITLES.get(m, m)} inside", group_weights=m)
+        for m in GROUP_WEIGHTS
+    ]
 
 
 def _grouping(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:

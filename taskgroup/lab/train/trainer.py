@@ -59,6 +59,7 @@ class Trainer:
         batches: the training data, batch after batch.
         groups: the task groups; a joint method has all tasks in one group.
         method: the joint method; None for those that step on the groups.
+        weights: the method that weighs the losses inside the groups; None sums them.
         device: where the network is trained.
         batch: batches done.
         skipped: batches without a step, since the method found no weights.
@@ -85,6 +86,7 @@ class Trainer:
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
         self.parts = find_parts(self.problem, self.model, self.tasks)
+        self.weights = self._make_weights()
         self.groups = self._make_groups()
         self.method = self._make_method()
         head_lr = recipe.lr if recipe.head_lr is None else recipe.head_lr
@@ -92,9 +94,10 @@ class Trainer:
             {"params": self.parts.shared, "lr": recipe.lr},
             {"params": self.parts.alone, "lr": head_lr},
         ]
-        if self.method is not None and self.method.parameters():
-            learned = {"params": self.method.parameters(), "lr": recipe.lr, "weight_decay": 0.0}
-            parameters.append(learned)
+        for learner in (self.method, self.weights):
+            if learner is not None and learner.parameters():
+                learned = {"params": learner.parameters(), "lr": recipe.lr, "weight_decay": 0.0}
+                parameters.append(learned)
         self.optimizer = torch.optim.Adam(
             parameters,
             weight_decay=recipe.weight_decay,
@@ -114,6 +117,7 @@ class Trainer:
             affinity = PublishedCredit(decay=recipe.decay)
         return tg.TaskGroups(
             self.tasks,
+            weights=self.weights,
             affinity=affinity,
             grouping=grouping,
             warmup=recipe.warmup,
@@ -132,15 +136,25 @@ class Trainer:
         return self.recipe.method in ("selective", "joint")
 
     def _make_method(self) -> tg.methods.JointMethod | None:
-        if self._steps_on_groups:
+        return None if self._steps_on_groups else self._made(self.recipe.method)
+
+    def _make_weights(self) -> tg.methods.WeighingMethod | None:
+        if self.recipe.group_weights is None:
             return None
+        method = self._made(self.recipe.group_weights)
+        assert isinstance(method, tg.methods.WeighingMethod)  # the recipe has checked it
+        return method
+
+    def _made(self, name: str) -> tg.methods.JointMethod:
+        """The method of this name, with the options that it needs."""
         options: dict[str, Any] = {}
-        if self.recipe.method == "dtp":
+        if name == "dtp":
             options["score"] = self.problem.score
-        elif self.recipe.method == "dwa":
+        elif name == "dwa":
             options["epoch"] = max(1, self.recipe.batches // _EPOCHS)
-        method = tg.methods.find(self.recipe.method)
-        return method(self.parts.shared, self.tasks, **options)
+        elif name == "rlw":
+            options["seed"] = self.recipe.seed
+        return tg.methods.find(name)(self.parts.shared, self.tasks, **options)
 
     def step(self) -> Progress:
         """Train on one batch.
