@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -41,6 +41,8 @@ class Problem:
         better: ``"lower"`` or ``"higher"`` metrics are better; ``{task: word}`` if that differs
             from task to task.
         metrics: the name of the metric, as shown; ``{task: name}`` if that differs.
+        auxiliary: tasks that are trained on for the sake of the others; their metrics are shown,
+            and do not count in Δm. The default is none.
         splits: what :meth:`evaluate` is called with: ``"held_out"``, the default; also ``"train"``
             (fixed training data) and ``"validation"``, if the problem has them.
         score: a function from ``{task: loss}`` to ``{task: score}`` in (0, 1), higher is better,
@@ -55,6 +57,7 @@ class Problem:
     tasks: Sequence[str] | Mapping[str, str] = ()
     better: str | Mapping[str, str] = ""
     metrics: str | Mapping[str, str] = "metric"
+    auxiliary: Collection[str] = ()
     splits: Sequence[str] = ("held_out",)
     score: Callable[[Mapping[str, Tensor]], Mapping[str, float]] | None = None
     published: Mapping[str, float] = MappingProxyType({})

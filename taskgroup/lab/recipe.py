@@ -60,10 +60,10 @@ _OF_FOLDERS = ("root", "subset", "bad", "workers")  # of images that are read fr
 _OF_IMAGES = ("size", "patch", "attention_heads", "decoder", "drop_path")
 #: Settings that a data set has no use for.
 _UNUSED = {
-    "motorcycle": (*_OF_FOLDERS, "backbone", "drop_path", "head_depth"),
-    "yeast": (*_OF_FOLDERS, *_OF_IMAGES, "backbone"),
+    "motorcycle": (*_OF_FOLDERS, "regime", "backbone", "drop_path", "head_depth"),
+    "yeast": (*_OF_FOLDERS, "regime", *_OF_IMAGES, "backbone"),
     "qm9": (*_OF_FOLDERS[1:], *_OF_IMAGES),
-    **dict.fromkeys(("nyud-v2", "pascal-context", "taskonomy"), ("head_depth",)),
+    **dict.fromkeys(("nyud-v2", "pascal-context", "taskonomy"), ("regime", "head_depth")),
 }
 #: The methods that can weigh the losses inside the groups of selective updates.
 GROUP_WEIGHTS = tuple(
@@ -160,6 +160,9 @@ class DataSettings(_Section):
             or ``"folder/file.py:name"``.
         root: folder of a data set that is read from disk; for QM9, the folder of its CSV files, if
             they are not those of the installed qm9pack.
+        regime: what is planted among the tasks of QM9: ``"clean"``, nothing; ``"negatives"``, two
+            tasks that compete with the others; or ``"scales"``, factors of the losses over three
+            decades. See :mod:`taskgroup.lab.molecules.regimes`.
         subset: which of Taskonomy's buildings: ``"tiny"``, ``"medium"`` or ``"fullplus"``.
         tasks: the tasks to train, in the order of the data set; None trains all.
         size: height and width of the network's input, pixels: one number, or ``"HxW"``.
@@ -172,6 +175,7 @@ class DataSettings(_Section):
 
     data: Annotated[str, AfterValidator(_known_data)] = "motorcycle"
     root: str | None = None
+    regime: Literal["clean", "negatives", "scales"] = "clean"
     subset: Literal["tiny", "medium", "fullplus"] = "tiny"
     tasks: Annotated[tuple[str, ...], BeforeValidator(_words)] | None = None
     size: Annotated[tuple[int, int], BeforeValidator(_sides)] = (64, 64)

@@ -204,6 +204,7 @@ def read_baseline(path: str | Path, tasks: list[str]) -> dict[str, float]:
 
 
 def delta_m(metrics: Mapping[str, float], baseline: Mapping[str, float], problem: Problem) -> float:
-    """Δm of a problem's metrics against a baseline, in percent."""
-    lower = {task: problem.lower_is_better[task] for task in metrics}
-    return tg.delta_m(metrics, {task: baseline[task] for task in metrics}, lower)
+    """Δm of a problem's metrics against a baseline, in percent, without its auxiliary tasks."""
+    counted = {task: value for task, value in metrics.items() if task not in problem.auxiliary}
+    lower = {task: problem.lower_is_better[task] for task in counted}
+    return tg.delta_m(counted, {task: baseline[task] for task in counted}, lower)
