@@ -346,6 +346,15 @@ def _check_words(problem: Problem, name: str) -> None:
             raise ValueError(
                 f"better of {name} must be 'lower' or 'higher', got {word!r} for task {task!r}."
             )
+    if unknown := [task for task in problem.auxiliary if task not in tasks]:
+        raise ValueError(
+            f"auxiliary of {name} names {listed(unknown)}; its tasks are {listed(tasks)}."
+        )
+    if set(problem.auxiliary) >= set(tasks):
+        raise ValueError(
+            f"auxiliary of {name} names all of its tasks, so none would count in Δm; name those "
+            "that are trained on for the sake of the others."
+        )
     if not isinstance(problem.published, Mapping) or not all(
         isinstance(value, int | float) and math.isfinite(value)
         for value in problem.published.values()

@@ -253,6 +253,8 @@ def test_evaluating_is_without_a_graph_and_leaves_modes_and_random_state():
         (made(metrics=["R"]), "metrics of .* must be a word or {task: word}, got .* list"),
         (made(splits=("train",)), r"splits of .* must hold 'held_out'.*got \('train',\)"),
         (made(splits="held_out"), "splits of .* must hold 'held_out'"),
+        (made(auxiliary=["nix"]), r"auxiliary of .* names \['nix'\]; its tasks are"),
+        (made(auxiliary=["first", "second"]), "auxiliary of .* names all of its tasks"),
         (made(published={"uw": "3.5"}), "published of .* must be {method: Δm in percent}"),
         (made(published={"uw": np.nan}), "published of .* must be {method: Δm in percent}"),
         (made(published=[("uw", 3.5)]), "published of .* must be {method: Δm in percent}"),

@@ -11,6 +11,7 @@ from taskgroup.lab.data.qm9 import QM9, TASKS, split_rows, targets_in_units
 from taskgroup.lab.data.qm9_files import COLUMNS, molecules
 from taskgroup.lab.problem import make_problem, measure
 from taskgroup.lab.recipe import read_recipe
+from taskgroup.lab.train.evaluation import delta_m
 from tests.lab.tiny_qm9 import ENERGIES, OF_ATOMS, make_molecules, write_qm9
 
 MEV = 27211.386  # per hartree
@@ -277,3 +278,49 @@ def test_dropout_is_that_of_the_encoder(root):
 def test_settings_that_do_not_fit(changes, said):
     with pytest.raises(ValueError, match=said):
         read_recipe("qm9", changes)
+
+
+# What is planted
+
+
+@pytest.fixture(scope="module")
+def negatives(root):
+    return make_problem(recipe(root, regime="negatives"))
+
+
+def test_planted_tasks_are_trained_and_do_not_count_in_delta_m(root, negatives):
+    assert list(negatives.tasks) == [*TASKS, "shuffled", "negated"]
+    batch = next(negatives.batches(6, seed=0))
+    clean = next(make_problem(recipe(root)).batches(6, seed=0))
+    assert torch.equal(batch.targets[:, :11], clean.targets)
+    dipole, cv = batch.targets[:, 0], batch.targets[:, 10]
+    assert torch.equal(batch.targets[:, 12], torch.where(cv < 0, -dipole, dipole))
+    model = negatives.model(list(negatives.tasks))
+    losses = negatives.losses(model(batch.inputs), batch)
+    expected = (model(batch.inputs)["shuffled"][:, 0] - batch.targets[:, 11]).square().mean()
+    torch.testing.assert_close(losses["shuffled"], expected)
+    metrics = measure(negatives, model, list(negatives.tasks), "held_out")
+    baseline = dict(metrics, dipole=2 * metrics["dipole"], shuffled=99.0, negated=99.0)
+    assert delta_m(metrics, baseline, negatives) == pytest.approx(50 / 11)
+
+
+def test_shuffled_targets_stay_within_their_split(root, negatives):
+    for split in QM9.splits:
+        rows = negatives._data.rows[split]
+        targets = negatives._data.targets[rows]
+        assert np.array_equal(np.sort(targets[:, 11]), np.sort(targets[:, 0]))
+        assert not np.array_equal(targets[:, 11], targets[:, 0])
+
+
+def test_scales_are_factors_of_the_losses_and_not_of_the_errors(root, problem):
+    scaled = make_problem(recipe(root, regime="scales"))
+    model, batch = problem.model(list(TASKS)), next(problem.batches(6, seed=0))
+    outputs = model(batch.inputs)
+    plain, losses = problem.losses(outputs, batch), scaled.losses(outputs, batch)
+    ratios = sorted((losses[task] / plain[task]).item() for task in TASKS)
+    np.testing.assert_allclose(ratios, np.logspace(-1.5, 1.5, 11), rtol=1e-5)
+    # The factor of a task does not depend on which others are trained.
+    some = scaled.losses({task: outputs[task] for task in ("cv", "u0")}, batch)
+    assert all(torch.equal(some[task], losses[task]) for task in some)
+    errors = [measure(one, model, list(TASKS), "held_out") for one in (problem, scaled)]
+    assert errors[0] == errors[1]
