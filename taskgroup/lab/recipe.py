@@ -241,6 +241,9 @@ class GroupSettings(_Section):
         credit: which group a change of loss is credited to: ``"step"``, the one whose step caused
             it, or ``"published"``, the one about to be stepped on, as the published code does.
         outside: what a step does to the heads of other groups: ``"hold"`` or ``"coast"``.
+        shared_state: what state Adam keeps for the encoder: ``"all"``: one for all groups; or
+            ``"group"``: one for each group, M times the memory; see
+            :meth:`taskgroup.TaskGroups.attach`.
         decay: of the affinity.
         warmup: rounds before the first grouping; see :class:`taskgroup.TaskGroups`, as for the
             three that follow.
@@ -255,6 +258,7 @@ class GroupSettings(_Section):
     preference: _Number | None = None
     credit: Literal["step", "published"] = "step"
     outside: Literal["hold", "coast"] = "hold"
+    shared_state: Literal["all", "group"] = "all"
     decay: _Number = 1e-3
     warmup: int = 100
     regroup_every: int = 1

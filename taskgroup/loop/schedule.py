@@ -25,7 +25,8 @@ from taskgroup.loop.partitioner import Partitioner
 from taskgroup.loop.ranks import Ranks, settings_of
 from taskgroup.loop.rounds import Members, Rounds
 from taskgroup.loop.signals import in_signal_handler
-from taskgroup.nn.outside import Attachment, Heads, Outside, unwrapped
+from taskgroup.nn.group_states import StatesOfOptimizers
+from taskgroup.nn.outside import Attachment, Heads, Outside, SharedState, unwrapped
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # which not every build of torch has
@@ -150,6 +151,7 @@ class TaskGroups:
         )
         self._batches = 0  # begun
         self.unconverged = 0
+        self._states = StatesOfOptimizers()
         self._whole: dict[str, Any] = {}  # the state before the open batch
         if not learns:
             self._rounds.regroup(self._regroup())
@@ -214,6 +216,7 @@ class TaskGroups:
         optimizer: Optimizer | Sequence[Optimizer],
         heads: Heads | None = None,
         outside: Outside = "hold",
+        shared_state: SharedState = "all",
     ) -> Attachment:
         """Decide what a step does to the heads of the tasks outside the group.
 
@@ -233,6 +236,14 @@ class TaskGroups:
         of them. This copies the layer in every step, and the number of steps in the state (Adam's,
         for its bias correction) is the same for all rows.
 
+        With ``shared_state="group"``, every group has its own state of the shared parameters, which
+        are all in the optimizer that are in no head: the moments and the number of steps of Adam
+        and AdamW, the momentum of SGD. Otherwise the momentum of a step is mostly that of other
+        groups. Each task remembers the state of the group that it last stepped with, and a new
+        group starts from the mean of the states of its tasks. In ``optimizer.state`` is that of the
+        group that stepped last; :meth:`state_dict` holds the others. The memory is that of the
+        shared parameters' state times the number of groups, which is K during the warm-up.
+
         A copy of the groups or of the optimizer is not attached; call this method again for it.
 
         Args:
@@ -242,6 +253,7 @@ class TaskGroups:
                 empty list for a task without any, and rows for a parameter of several tasks. Not
                 needed if a :class:`MultiTaskModel` is called with ``group=group``.
             outside: ``"hold"`` or ``"coast"``.
+            shared_state: ``"all"`` or ``"group"``.
 
         Returns:
             An object whose ``remove()`` undoes the call.
@@ -253,8 +265,11 @@ class TaskGroups:
         """
         if outside not in ("hold", "coast"):
             raise ValueError(f"outside must be 'hold' or 'coast', got {outside!r}.")
-        optimizers = unwrapped(optimizer)
-        return Attachment(optimizers, self._tasks, heads, outside, self._observer.about_to_step)
+        if shared_state not in ("all", "group"):
+            raise ValueError(f"shared_state must be 'all' or 'group', got {shared_state!r}.")
+        saved = self._states if shared_state == "group" else None
+        stepping = self._observer.about_to_step
+        return Attachment(unwrapped(optimizer), self._tasks, heads, outside, stepping, saved)
 
     def listen(self, listener: Listener) -> None:
         """Let an object hear of the batches, on the first rank alone; a :class:`Recorder` does."""
@@ -270,13 +285,14 @@ class TaskGroups:
             RuntimeError: inside a batch, because its open step would be lost.
         """
         if self._observer.batch is None:
-            return _saved(self._state())
+            return self._states.saved_in(_saved(self._state()))
         if not in_signal_handler():
             raise RuntimeError(
                 "state_dict() inside a batch would lose its open step; call it after the loop "
                 "over the groups."
             )
-        return _saved(self._whole)
+        # As model and optimizer, the states of the groups are those of this moment.
+        return self._states.saved_in(_saved(self._whole))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where :meth:`state_dict` was taken.
@@ -291,12 +307,15 @@ class TaskGroups:
         if self._observer.batch is not None:
             raise RuntimeError("load_state_dict() inside a batch; call it before the loop.")
         kept = self._state()  # its tensors are replaced below, not written to
-        check_state(state, kept)
+        own, of_optimizers = self._states.parted(state)
+        check_state(own, kept)
+        load_of_optimizers = self._states.prepare(of_optimizers)
         try:
-            self._load(state)
+            self._load(own)
         except Exception:
             self._load(kept)
             raise
+        load_of_optimizers()
         self._ranks.compare_again()
         self._observer.forget_all()
         self._reader.forget_device()
@@ -337,6 +356,7 @@ class TaskGroups:
             return
         self._observer.look()
         self._misuse.check_batch(batch.present)
+        self._states.check_all_attached()
         whole = self._whole = self._state()  # first: a signal handler may save at any line
         self._observer.open(batch)
         try:
@@ -364,7 +384,7 @@ class TaskGroups:
 
     def _decisive(self) -> dict[str, object]:
         """What all decisions follow from, under the names that a user knows."""
-        state = self.state_dict()
+        state = {**_saved(self._state()), "shared_state": self._states.groups()}
         parts = settings_of(self.affinity), settings_of(self._partitioner.grouping)
         return {
             "tasks": self._tasks,
