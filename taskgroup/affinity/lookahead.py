@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from taskgroup._arguments import parameters_of
 from taskgroup._losses import Losses, check_graph, losses_by_task
 from taskgroup._random_state import RandomState
+from taskgroup._undone import undone_steps
 from taskgroup.gradients.per_task import task_gradients
 
 __all__ = ["lookahead_affinity"]
@@ -135,7 +136,8 @@ def _unwrapped(optimizer: Any) -> Optimizer:
 
 def _step(optimizer: Optimizer) -> None:
     try:
-        optimizer.step()
+        with undone_steps():
+            optimizer.step()
     except Exception as error:  # each optimizer raises its own
         if "closure" not in str(error).lower():
             raise

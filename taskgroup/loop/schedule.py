@@ -236,13 +236,15 @@ class TaskGroups:
         of them. This copies the layer in every step, and the number of steps in the state (Adam's,
         for its bias correction) is the same for all rows.
 
-        With ``shared_state="group"``, every group has its own state of the shared parameters, which
-        are all in the optimizer that are in no head: the moments and the number of steps of Adam
-        and AdamW, the momentum of SGD. Otherwise the momentum of a step is mostly that of other
-        groups. Each task remembers the state of the group that it last stepped with, and a new
-        group starts from the mean of the states of its tasks. In ``optimizer.state`` is that of the
-        group that stepped last; :meth:`state_dict` holds the others. The memory is that of the
-        shared parameters' state times the number of groups, which is K during the warm-up.
+        With ``shared_state="group"``, every group has an optimizer state of its own for the shared
+        parameters, those that belong to no head: moments and number of steps of Adam and AdamW,
+        momentum of SGD. With ``"all"``, a step of one group also follows the momentum of the
+        others. Each task remembers the state of the group it last stepped with, and a new group
+        starts from the mean of the states of its tasks. ``optimizer.state`` holds the state of the
+        group that stepped last, and :meth:`state_dict` the others, so save and load both. In
+        memory, there is one state of the shared parameters for every group: K of them during the
+        warm-up, and never more, except for one while a mean is computed. Sharded parameters
+        (FSDP2) and optimizers with another state are not supported.
 
         A copy of the groups or of the optimizer is not attached; call this method again for it.
 
@@ -253,14 +255,16 @@ class TaskGroups:
                 empty list for a task without any, and rows for a parameter of several tasks. Not
                 needed if a :class:`MultiTaskModel` is called with ``group=group``.
             outside: ``"hold"`` or ``"coast"``.
-            shared_state: ``"all"`` or ``"group"``.
+            shared_state: ``"all"``, one state of the shared parameters for all groups, or
+                ``"group"``, one for each.
 
         Returns:
             An object whose ``remove()`` undoes the call.
 
         Raises:
             ValueError: if a task is unknown or missing, a parameter belongs to two tasks or is not
-                in the optimizer, the optimizer is LBFGS, or ``outside`` is neither of the two.
+                in the optimizer, the optimizer is LBFGS or does not support ``shared_state``, or
+                ``outside`` or ``shared_state`` is neither of the two.
             TypeError: if ``optimizer`` is not an optimizer, or ``heads`` not a mapping.
         """
         if outside not in ("hold", "coast"):
@@ -281,41 +285,45 @@ class TaskGroups:
         In a signal handler, from which a trainer may save at any line of the loop (Lightning on
         SLURM), this is the state before the open batch.
 
+        The optimizer states of the groups (``shared_state="group"`` of :meth:`attach`) are the
+        tensors themselves, as in the ``state_dict()`` of an optimizer. All else is a copy.
+
         Raises:
             RuntimeError: inside a batch, because its open step would be lost.
         """
         if self._observer.batch is None:
-            return self._states.saved_in(_saved(self._state()))
+            return self._states.saved_with(_saved(self._state()))
         if not in_signal_handler():
             raise RuntimeError(
                 "state_dict() inside a batch would lose its open step; call it after the loop "
                 "over the groups."
             )
         # As model and optimizer, the states of the groups are those of this moment.
-        return self._states.saved_in(_saved(self._whole))
+        return self._states.saved_with(_saved(self._whole))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where :meth:`state_dict` was taken.
 
-        The settings (warm-up, decay, grouping and so on) of this object do not change.
+        The settings (warm-up, decay, grouping and so on) of this object do not change. Optimizer
+        states of groups may be loaded before :meth:`attach` is called, and before or after the
+        optimizer. If the state has none, every group starts from the state of the optimizer.
 
         Raises:
-            ValueError: if the state is of other tasks, of another version or incomplete. Nothing
-                has changed then.
+            ValueError: if the state is of other tasks or other optimizers, of another version or
+                incomplete. Nothing has changed then.
             RuntimeError: inside a batch.
         """
         if self._observer.batch is not None:
             raise RuntimeError("load_state_dict() inside a batch; call it before the loop.")
         kept = self._state()  # its tensors are replaced below, not written to
-        own, of_optimizers = self._states.parted(state)
-        check_state(own, kept)
-        load_of_optimizers = self._states.prepare(of_optimizers)
+        check_state(state, kept, optional=StatesOfOptimizers.KEY)
+        load_states = self._states.prepare(state.get(StatesOfOptimizers.KEY, []))
         try:
-            self._load(own)
+            self._load(state)
         except Exception:
             self._load(kept)
             raise
-        load_of_optimizers()
+        load_states()
         self._ranks.compare_again()
         self._observer.forget_all()
         self._reader.forget_device()
@@ -356,7 +364,7 @@ class TaskGroups:
             return
         self._observer.look()
         self._misuse.check_batch(batch.present)
-        self._states.check_all_attached()
+        self._states.check_attached()
         whole = self._whole = self._state()  # first: a signal handler may save at any line
         self._observer.open(batch)
         try:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from taskgroup._undone import steps_are_undone
 from taskgroup.nn.group_states import GroupStates, Members, StatesOfOptimizers
 from taskgroup.nn.shared_rows import SharedRows, zero_gradient
 from taskgroup.nn.task_parameters import Heads, parameters_of_tasks
@@ -93,7 +94,7 @@ class Attachment:
         )
         self._heads = heads
         rows = (one.parameter for one in self.shared)
-        self._of_heads = frozenset(map(id, (*(parameter for parameter, _ in self.whole), *rows)))
+        self._of_heads |= {id(parameter) for parameter, _ in self.whole} | {id(p) for p in rows}
 
 
 class _Steps:
@@ -147,8 +148,8 @@ class _Steps:
             return
         inside = step.members
         attachment.look_at(step.heads)
-        if self._states is not None:
-            self._states.use(step.group)
+        if self._states is not None and not steps_are_undone():
+            _eager(self._states.use)(step.group)
         hold = attachment.outside == "hold"
         others = self._of_other_optimizers()
         for parameter, task in attachment.whole:
@@ -187,7 +188,12 @@ class _Steps:
     def _finish(self, *_: object) -> None:
         self._after_step()
         if self._states is not None:
-            self._states.check()
+            _eager(self._states.check)()
+
+
+def _eager(function: Callable[..., None]) -> Callable[..., None]:
+    """The function, not compiled if the step is: the compiler mistakes one state for another."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def unwrapped(optimizer: object) -> list[Optimizer]:
