@@ -40,6 +40,8 @@ def lookahead_affinity(
     It takes 2K forward and K backward passes. Every call of ``closure`` starts from the same random
     state, so that dropout draws the same masks. Anything else that a forward pass changes is not
     restored: prevent updates of BatchNorm's running statistics, for instance with ``model.eval()``.
+    If every group has an optimizer state of its own (``shared_state="group"`` of
+    :meth:`TaskGroups.attach`), all steps start from that of the group that stepped last.
     For mixed precision, run the model within ``torch.autocast`` in the closure; losses are not
     scaled, so prefer bfloat16 to float16.
 

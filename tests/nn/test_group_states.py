@@ -12,6 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import taskgroup as tg
+from tests.loop.test_signals import handled
 from tests.ranks import on_ranks
 from tests.states import assert_same
 
@@ -456,6 +457,30 @@ def test_a_state_that_does_not_fit_is_refused_whole():
         late.groups.attach(optimizers[0], {t: [] for t in TASKS}, shared_state="group")
 
 
+def test_in_a_signal_handler_the_states_are_those_of_the_moment():
+    """As is the optimizer, whose state is that of the group that stepped last."""
+    loop, seen = Loop(), []
+
+    def save(number, frame):
+        seen.append((loop.groups.state_dict(), loop.optimizer.state_dict()))
+
+    with handled(save) as send:
+        for n in range(2):
+            for group in loop.groups:
+                loop.optimizer.zero_grad()
+                group.loss(losses_of(loop.model, n)).backward()
+                loop.optimizer.step()
+                send()
+                own = seen[-1][0]["optimizers"][0]
+                stepped = [TASKS.index(task) for task in group.tasks]
+                assert own["groups"][own["current"]] == stepped
+                assert not own["states"][own["current"]]
+    other = Loop()
+    other.groups.load_state_dict(seen[-1][0])
+    other.optimizer.load_state_dict(seen[-1][1])
+    assert_same(other.groups.state_dict()["optimizers"], loop.groups.state_dict()["optimizers"])
+
+
 def test_several_optimizers():
     loop = Loop(attach=False)
     kinds = ("adam", "momentum", "adam, fused")
@@ -557,6 +582,48 @@ def test_a_skipped_first_step_does_not_count_in_a_mean():
     torch.testing.assert_close(
         loop.optimizer.state[weight]["exp_avg"], 0.9 * alone["exp_avg"] + 0.1 * gradient
     )
+
+
+@pytest.mark.parametrize("kind", ["sparse adam", "momentum"])
+def test_sparse_gradients(kind):
+    make = {
+        "sparse adam": lambda p: torch.optim.SparseAdam(p, lr=0.01),
+        "momentum": OPTIMIZERS["momentum"],
+    }[kind]
+    torch.manual_seed(0)
+    first = nn.Embedding(9, 3, sparse=True)
+    second = copy.deepcopy(first)
+    groups = tg.TaskGroups(["a", "b"], grouping=tg.Singletons())
+    optimizer = make(first.parameters())
+    groups.attach(optimizer, {"a": [], "b": []}, shared_state="group")
+    each = {(task,): make(second.parameters()) for task in "ab"}
+
+    def losses(table, n):
+        rows = table(torch.tensor([n, n + 1, 3]))
+        return {"a": (rows - 1).square().sum(), "b": (rows + 2).square().sum()}
+
+    for n in range(5):
+        for group in groups:
+            optimizer.zero_grad()
+            group.loss(losses(first, n)).backward()
+            optimizer.step()
+            second.zero_grad()
+            losses(second, n)[group.tasks[0]].backward()
+            each[group.tasks].step()
+    assert same(first, second)
+
+
+def test_members_whose_group_is_not_labelled_keep_its_state():
+    """A group of which some tasks are labelled steps with the state of the whole group."""
+    loop, reference = Loop(), OneOptimizerEach("adam")
+    for n, present in enumerate([TASKS, ["a", "c"], ["b", "d"], ["a"], TASKS]):
+        for tasks, _ in loop.batch(n, present):
+            reference.model.zero_grad()
+            losses = losses_of(reference.model, n)
+            sum(losses[task] for task in tasks).backward()
+            whole = next(group for group in reference.optimizers if tasks[0] in group)
+            reference.optimizers[whole].step()
+    assert same(loop.model, reference.model)
 
 
 @pytest.mark.parametrize("way", ["positional", "keyword"])
