@@ -37,13 +37,13 @@ OPTIMIZERS = {
 class Model(nn.Module):
     """An encoder; a layer after it that only tasks a and c reach; a head for each task."""
 
-    def __init__(self, dtype=torch.float32):
+    def __init__(self, dtype=torch.float32, device="cpu"):
         super().__init__()
         torch.manual_seed(0)
         self.encoder = nn.Sequential(nn.Linear(5, 7), nn.Tanh())
         self.some = nn.Linear(7, 7)
         self.heads = nn.ModuleDict({task: nn.Linear(7, 1) for task in TASKS})
-        self.to(dtype)
+        self.to(device, dtype)
 
     def forward(self, x):
         features = self.encoder(x)
@@ -57,9 +57,9 @@ class Model(nn.Module):
 def losses_of(model, n, own=slice(None)):
     """The losses of batch n, or of a part of it."""
     generator = torch.Generator().manual_seed(n)
-    dtype = next(model.parameters()).dtype
-    x = torch.randn(16, 5, generator=generator).to(dtype)[own]
-    y = torch.randn(16, len(TASKS), generator=generator).to(dtype)[own]
+    like = next(model.parameters())
+    x = torch.randn(16, 5, generator=generator).to(like)[own]
+    y = torch.randn(16, len(TASKS), generator=generator).to(like)[own]
     return {
         task: (output - y[:, TASKS.index(task)]).square().mean()
         for task, output in model(x).items()
@@ -86,8 +86,10 @@ def scripted(*partitions, repeat=1, **settings):
 class Loop:
     """The loop of the README with a state for every group."""
 
-    def __init__(self, kind="adam", groups=None, dtype=torch.float32, attach=True, **options):
-        self.model = Model(dtype)
+    def __init__(
+        self, kind="adam", groups=None, dtype=torch.float32, attach=True, device="cpu", **options
+    ):
+        self.model = Model(dtype, device)
         self.optimizer = OPTIMIZERS[kind](self.model.parameters())
         self.groups = groups or tg.TaskGroups(TASKS, grouping=tg.Fixed(FIXED))
         if attach:
@@ -117,14 +119,14 @@ class Loop:
 class OneOptimizerEach:
     """The reference: every group of a fixed partition has an optimizer of its own."""
 
-    def __init__(self, kind, partition=FIXED):
-        self.model = Model()
+    def __init__(self, kind, device="cpu"):
+        self.model = Model(device=device)
         heads = self.model.heads
         self.optimizers = {
             tuple(group): OPTIMIZERS[kind](
                 [*self.model.shared(), *(p for task in group for p in heads[task].parameters())]
             )
-            for group in partition
+            for group in FIXED
         }
 
     def step(self, n, tasks):
