@@ -310,6 +310,9 @@ def test_there_are_as_many_states_as_groups_and_never_more_than_tasks():
         for _ in loop.batch(n):
             pass
         seen.append(loop.states())
+        (own,) = loop.groups.state_dict()["optimizers"]
+        named = {tuple(TASKS[k] for k in group) for group in own["groups"]}
+        assert named == set(loop.groups.partition)
     assert seen == [4, 4, *(len(p) for p in PARTITIONS[1:])]
 
 
