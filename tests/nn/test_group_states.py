@@ -12,6 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import taskgroup as tg
+from taskgroup.nn.mean_state import mean_entry
 from tests.loop.test_signals import handled
 from tests.ranks import on_ranks
 from tests.states import assert_same
@@ -266,6 +267,15 @@ def test_momentum_of_a_new_group_is_the_mean():
         if group.tasks == ("a", "c", "d"):
             mean = (buffers[0,] + 2 * buffers[2, 3]) / 3
         torch.testing.assert_close(moved, 0.01 * (0.9 * mean + 0.9 * gradient))
+
+
+def test_a_momentum_that_has_not_begun_does_not_count_in_a_mean():
+    """SGD of earlier versions of torch saved None for it."""
+    begun = torch.tensor([1.0, -2.0])
+    entries = [({"momentum_buffer": None}, 3), ({"momentum_buffer": begun}, 1)]
+    mean = mean_entry(entries, None)["momentum_buffer"]
+    assert torch.equal(mean, begun)
+    assert mean is not begun
 
 
 def test_states_are_exchanged_without_copies():
