@@ -110,6 +110,11 @@ WRONG = {
         [True, False, None, "freeze"],
         "outside",
     ),
+    "shared_state": (
+        lambda v: groups().attach(optimizer(), shared_state=v),
+        [True, False, None, "own", "groups"],
+        "shared_state",
+    ),
     "loss": (lambda v: group().loss(v), [*JUNK, np.ones(3), [1.0] * 3], "[Ll]oss|[Uu]nknown task"),
     "share": (
         lambda v: group().loss(stack(), share=v),

@@ -25,6 +25,7 @@ class Way(NamedTuple):
     heads: type = dict
     amp: torch.dtype | None = None
     attach: str | None = None
+    shared_state: str = "all"
     rows: bool = False  # one layer for all heads
     labels: bool = False  # of some tasks only, in turns
     micro_batches: int = 1
@@ -49,6 +50,13 @@ WAYS = {
     "float16, hold": Way(amp=torch.float16, attach="hold"),
     "hold": Way(attach="hold"),
     "coast": Way(attach="coast"),
+    "state of groups": Way(attach="hold", shared_state="group"),
+    "float16, state of groups": Way(
+        amp=torch.float16,
+        attach="hold",
+        shared_state="group",
+        groups={"grouping": tg.RandomGroups(2)},
+    ),
     "hold rows": Way(attach="hold", rows=True, model=False),
     "coast rows": Way(attach="coast", rows=True, model=False),
     "observed every third": Way(groups={"observe_every": 3}),
@@ -128,7 +136,9 @@ class Loop:
             rows = {task: [head.weight[k], head.bias[k]] for k, task in enumerate(TASKS)}
             self.groups.attach(self.optimizer, rows, way.attach)
         elif way.attach is not None:
-            self.groups.attach(self.optimizer, self.model.heads, way.attach)
+            self.groups.attach(
+                self.optimizer, self.model.heads, way.attach, shared_state=way.shared_state
+            )
         self.scaler = torch.amp.GradScaler(
             torch.device(device).type, enabled=way.amp is torch.float16, init_scale=2.0**10
         )

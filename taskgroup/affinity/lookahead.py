@@ -13,6 +13,7 @@ from taskgroup._arguments import parameters_of
 from taskgroup._kept import Kept
 from taskgroup._losses import Losses, check_graph, losses_by_task
 from taskgroup._random_state import RandomState
+from taskgroup._undone import undone_steps
 from taskgroup.gradients.per_task import task_gradients
 
 __all__ = ["lookahead_affinity"]
@@ -37,6 +38,8 @@ def lookahead_affinity(
     It takes 2K forward and K backward passes. Every call of ``closure`` starts from the same random
     state, so that dropout draws the same masks. Anything else that a forward pass changes is not
     restored: prevent updates of BatchNorm's running statistics, for instance with ``model.eval()``.
+    If every group has an optimizer state of its own (``shared_state="group"`` of
+    :meth:`TaskGroups.attach`), all steps start from that of the group that stepped last.
     For mixed precision, run the model within ``torch.autocast`` in the closure; losses are not
     scaled, so prefer bfloat16 to float16.
 
@@ -133,7 +136,8 @@ def _unwrapped(optimizer: Any) -> Optimizer:
 
 def _step(optimizer: Optimizer) -> None:
     try:
-        optimizer.step()
+        with undone_steps():
+            optimizer.step()
     except Exception as error:  # each optimizer raises its own
         if "closure" not in str(error).lower():
             raise

@@ -129,7 +129,7 @@ class Training:
         that of the loop would in time warn that the steps change no loss if there is no optimizer.
         """
         reader, everyone = self._reader, self._reader.everyone
-        observer = Observer(reader, self._affinity, Ranks(None))
+        observer = Observer(reader, self._affinity, None, Ranks(None))
         misuse = Misuse(self.tasks, learns=True)
         batch = Batch(0, everyone)
         misuse.check_batch(everyone)
@@ -137,9 +137,10 @@ class Training:
         observer.keep_random_state()
         for place, members in enumerate(partition):
             needed = everyone if observes else members
-            plan = Plan(members, needed, (), observes, place, place == len(partition) - 1)
+            last = place == len(partition) - 1
+            plan = Plan(members, members, needed, (), observes, place, last)
             observer.move_to(plan)
-            group = Group(plan, batch, reader, observer, misuse)
+            group = Group(plan, batch, reader, None, observer, misuse)
             self._step_on(group.loss(self.losses_of(self.run(self.model, group), group)))
             group.finish()
         observer.close()

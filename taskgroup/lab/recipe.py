@@ -274,6 +274,9 @@ class GroupSettings(_Section):
         group_weights: method that weighs the losses inside the groups of selective updates:
             ``"uw"``, ``"imtl-l"``, ``"dwa"``, ``"famo"``, ``"si"`` or ``"rlw"``; None sums them.
         outside: what a step does to the heads of other groups: ``"hold"`` or ``"coast"``.
+        shared_state: what state Adam keeps for the encoder: ``"all"``: one for all groups; or
+            ``"group"``: one for each group, M times the memory; see
+            :meth:`taskgroup.TaskGroups.attach`.
         decay: of the affinity.
         warmup: rounds before the first grouping; see :class:`taskgroup.TaskGroups`, as for the
             three that follow.
@@ -289,6 +292,7 @@ class GroupSettings(_Section):
     credit: Literal["step", "published"] = "step"
     group_weights: str | None = None
     outside: Literal["hold", "coast"] = "hold"
+    shared_state: Literal["all", "group"] = "all"
     decay: _Number = 1e-3
     warmup: int = 100
     regroup_every: int = 1

@@ -107,13 +107,16 @@ def checked_present(present: Iterable[str], tasks: tuple[str, ...]) -> Members:
     return tuple(k for k, task in enumerate(tasks) if task in present)
 
 
-def check_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise unless ``state`` fits the TaskGroups whose state is ``own``."""
+def check_state(state: Mapping[str, Any], own: Mapping[str, Any], optional: str) -> None:
+    """Raise unless ``state`` fits the TaskGroups whose state is ``own``.
+
+    It may or may not have the key ``optional``.
+    """
     if not isinstance(state, Mapping):
         raise TypeError(
             f"load_state_dict() takes the dict that state_dict() returned, got {described(state)}."
         )
-    if differing := sorted(map(str, set(own) ^ set(state))):
+    if differing := sorted(map(str, (set(own) ^ set(state)) - {optional})):
         if differing == ["weights"]:
             there, here = (
                 repr(one["weights"]["method"]) if "weights" in one else "no method"

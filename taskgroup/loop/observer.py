@@ -20,7 +20,7 @@ from taskgroup.loop.ranks import Ranks
 from taskgroup.loop.rounds import Members, Plan
 from taskgroup.loop.weighting import Weighting
 from taskgroup.nn.model import MultiTaskModel
-from taskgroup.nn.outside import Heads
+from taskgroup.nn.outside import NextStep
 
 __all__ = ["Observer"]
 
@@ -127,19 +127,19 @@ class Observer:
         self._stepping = plan, model
         self._asked += 1
 
-    def about_to_step(self, prepared: int) -> tuple[frozenset[int] | None, Heads | None, int]:
+    def about_to_step(self, prepared: int) -> tuple[NextStep | None, int]:
         """What an :class:`Attachment` asks before each step of an optimizer.
 
-        The answer is the members of the group whose step is about to be taken and the heads of its
-        model, both None for a step of other losses after the loop; and a number, which is
-        ``prepared`` in the next call.
+        The answer is the step of a group that is about to be taken, None for a step of other losses
+        after the loop; and a number, which is ``prepared`` in the next call.
         """
         if self._stepping is None:
-            return None, None, prepared
+            return None, prepared
         plan, model = self._stepping
         if self._asked == prepared and not (self.batch is not None and plan is self._current):
-            return None, None, prepared
-        return frozenset(plan.members), None if model is None else model.heads, self._asked
+            return None, prepared
+        heads = None if model is None else model.heads
+        return NextStep(frozenset(plan.members), plan.group, heads), self._asked
 
     def forget_step(self) -> None:
         """Forget the last step: the next losses do not show what it did."""

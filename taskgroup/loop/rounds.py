@@ -16,7 +16,8 @@ class Plan(NamedTuple):
     """The plan of one step of a batch.
 
     Attributes:
-        members: the tasks to step on.
+        members: the tasks to step on, those of the group that are labelled.
+        group: the group of the partition.
         needed: the tasks whose losses it needs: its members and those it observes or measures.
         measures: the tasks whose gradients are measured before the step.
         observes: whether the batch observes what its steps do to the losses.
@@ -25,6 +26,7 @@ class Plan(NamedTuple):
     """
 
     members: Members
+    group: Members
     needed: Members
     measures: Members
     observes: bool
@@ -133,7 +135,8 @@ class Rounds:
             measures = () if place else measured
             needed = present if observes else union(members, measures)
             last = place == len(dealt) - 1
-            plans.append(Plan(members, needed, measures, observes, place, last))
+            group = next(group for group in self.partition if members[0] in group)
+            plans.append(Plan(members, group, needed, measures, observes, place, last))
         return plans
 
     def regroup(self, partition: list[Members] | None) -> None:

@@ -28,7 +28,8 @@ from taskgroup.loop.signals import in_signal_handler
 from taskgroup.loop.weighting import Weighting
 from taskgroup.methods.loss_space import WeighingMethod
 from taskgroup.methods.method import JointMethod
-from taskgroup.nn.outside import Attachment, Heads, Outside, unwrapped
+from taskgroup.nn.group_states import StatesOfOptimizers
+from taskgroup.nn.outside import Attachment, Heads, Outside, SharedState, unwrapped
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # which not every build of torch has
@@ -163,6 +164,7 @@ class TaskGroups:
         )
         self._batches = 0  # begun
         self.unconverged = 0
+        self._states = StatesOfOptimizers()
         self._whole: dict[str, Any] = {}  # the state before the open batch
         if not learns:
             self._rounds.regroup(self._regroup())
@@ -230,6 +232,7 @@ class TaskGroups:
         optimizer: Optimizer | Sequence[Optimizer],
         heads: Heads | None = None,
         outside: Outside = "hold",
+        shared_state: SharedState = "all",
     ) -> Attachment:
         """Decide what a step does to the heads of the tasks outside the group.
 
@@ -252,6 +255,16 @@ class TaskGroups:
         The parameters that a method learns, as ``weights`` of the losses, are treated like heads:
         each of their elements belongs to one task. They need not be named.
 
+        With ``shared_state="group"``, every group has an optimizer state of its own for the shared
+        parameters, those that belong to no head: moments and number of steps of Adam and AdamW,
+        momentum of SGD. With ``"all"``, a step of one group also follows the momentum of the
+        others. Each task remembers the state of the group it last stepped with, and a new group
+        starts from the mean of the states of its tasks. ``optimizer.state`` holds the state of the
+        group that stepped last, and :meth:`state_dict` the others, so save and load both. In
+        memory, there is one state of the shared parameters for every group: K of them during the
+        warm-up, and never more, except for one while a mean is computed. Sharded parameters
+        (FSDP2) and optimizers with another state are not supported.
+
         A copy of the groups or of the optimizer is not attached; call this method again for it.
 
         Args:
@@ -261,17 +274,22 @@ class TaskGroups:
                 empty list for a task without any, and rows for a parameter of several tasks. Not
                 needed if a :class:`MultiTaskModel` is called with ``group=group``.
             outside: ``"hold"`` or ``"coast"``.
+            shared_state: ``"all"``, one state of the shared parameters for all groups, or
+                ``"group"``, one for each.
 
         Returns:
             An object whose ``remove()`` undoes the call.
 
         Raises:
             ValueError: if a task is unknown or missing, a parameter belongs to two tasks or is not
-                in the optimizer, the optimizer is LBFGS, or ``outside`` is neither of the two.
+                in the optimizer, the optimizer is LBFGS or does not support ``shared_state``, or
+                ``outside`` or ``shared_state`` is neither of the two.
             TypeError: if ``optimizer`` is not an optimizer, or ``heads`` not a mapping.
         """
         if outside not in ("hold", "coast"):
             raise ValueError(f"outside must be 'hold' or 'coast', got {outside!r}.")
+        if shared_state not in ("all", "group"):
+            raise ValueError(f"shared_state must be 'all' or 'group', got {shared_state!r}.")
         optimizers = unwrapped(optimizer)
         weighting = self._weighting
         learned = None if weighting is None else weighting.learned_in(optimizers)
@@ -281,6 +299,7 @@ class TaskGroups:
             heads,
             outside,
             self._observer.about_to_step,
+            self._states if shared_state == "group" else None,
             learned,
         )
         if weighting is not None and learned is not None:
@@ -297,37 +316,45 @@ class TaskGroups:
         In a signal handler, from which a trainer may save at any line of the loop (Lightning on
         SLURM), this is the state before the open batch.
 
+        The optimizer states of the groups (``shared_state="group"`` of :meth:`attach`) are the
+        tensors themselves, as in the ``state_dict()`` of an optimizer. All else is a copy.
+
         Raises:
             RuntimeError: inside a batch, because its open step would be lost.
         """
         if self._observer.batch is None:
-            return _saved(self._state())
+            return self._states.saved_with(_saved(self._state()))
         if not in_signal_handler():
             raise RuntimeError(
                 "state_dict() inside a batch would lose its open step; call it after the loop "
                 "over the groups."
             )
-        return _saved(self._whole)
+        # As model and optimizer, the states of the groups are those of this moment.
+        return self._states.saved_with(_saved(self._whole))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where :meth:`state_dict` was taken.
 
-        The settings (warm-up, decay, grouping and so on) of this object do not change.
+        The settings (warm-up, decay, grouping and so on) of this object do not change. Optimizer
+        states of groups may be loaded before :meth:`attach` is called, and before or after the
+        optimizer. If the state has none, every group starts from the state of the optimizer.
 
         Raises:
-            ValueError: if the state is of other tasks, of another version or incomplete. Nothing
-                has changed then.
+            ValueError: if the state is of other tasks or other optimizers, of another version or
+                incomplete. Nothing has changed then.
             RuntimeError: inside a batch.
         """
         if self._observer.batch is not None:
             raise RuntimeError("load_state_dict() inside a batch; call it before the loop.")
         kept = self._state()  # its tensors are replaced below, not written to
-        check_state(state, kept)
+        check_state(state, kept, optional=StatesOfOptimizers.KEY)
+        load_states = self._states.prepare(state.get(StatesOfOptimizers.KEY, []))
         try:
             self._load(state)
         except Exception:
             self._load(kept)
             raise
+        load_states()
         self._ranks.compare_again()
         self._observer.forget_all()
         self._reader.forget_device()
@@ -372,6 +399,7 @@ class TaskGroups:
             return
         self._observer.look()
         self._misuse.check_batch(batch.present)
+        self._states.check_attached()
         whole = self._whole = self._state()  # first: a signal handler may save at any line
         self._observer.open(batch)
         try:
@@ -403,7 +431,8 @@ class TaskGroups:
 
     def _decisive(self) -> dict[str, object]:
         """What all decisions follow from, under the names that a user knows."""
-        state, weighting = self.state_dict(), self._weighting
+        state = {**_saved(self._state()), "shared_state": self._states.groups()}
+        weighting = self._weighting
         parts = settings_of(self.affinity), settings_of(self._partitioner.grouping)
         return {
             "tasks": self._tasks,

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from taskgroup._undone import steps_are_undone
+from taskgroup.nn.group_states import GroupStates, Members, StatesOfOptimizers
 from taskgroup.nn.shared_rows import SharedRows, zero_gradient
 from taskgroup.nn.task_parameters import Heads, parameters_of_tasks
 
-__all__ = ["Attachment", "Heads", "Outside", "unwrapped"]
+__all__ = ["Attachment", "Heads", "NextStep", "Outside", "SharedState", "unwrapped"]
 
 Outside = Literal["hold", "coast"]
+SharedState = Literal["all", "group"]
+
+
+class NextStep(NamedTuple):
+    """The step that is about to be taken.
+
+    Attributes:
+        members: the tasks that it is taken on.
+        group: the group of the partition that they belong to.
+        heads: the heads of the model that ran for it.
+    """
+
+    members: frozenset[int]
+    group: Members
+    heads: Heads | None
 
 
 class Attachment:
     """Prepares the steps of optimizers; :meth:`taskgroup.TaskGroups.attach` returns one."""
 
-    # stepping(number) returns the members of the group whose step is about to be taken, the heads
-    # of the model that ran for it, and the number of the step. Members and heads are None if the
-    # step is not that of a group. The argument is the number that the last call returned, or 0.
+    # stepping(number) returns the step that is about to be taken, None if it is not that of a
+    # group, and its number. The argument is the number that the last call returned, or 0.
 
     def __init__(
         self,
@@ -30,7 +46,8 @@ class Attachment:
         tasks: tuple[str, ...],
         heads: Heads | None,
         outside: Outside,
-        stepping: Callable[[int], tuple[frozenset[int] | None, Heads | None, int]],
+        stepping: Callable[[int], tuple[NextStep | None, int]],
+        saved: StatesOfOptimizers | None = None,
         learned: Heads | None = None,
     ) -> None:
         # learned are the parameters of each task that belong to no head, such as weights of losses.
@@ -44,15 +61,27 @@ class Attachment:
         self.optimizers = list(optimizers)
         self.whole: list[tuple[Tensor, int]] = []
         self.shared: list[SharedRows] = []
+        self._of_heads: frozenset[int] = frozenset()
         if heads is not None:
             self._settle_on(heads)
-        self._steps = [_Steps(self, optimizer) for optimizer in optimizers]
+        # With ``saved``, every group has a state of its own, which is saved there.
+        self._saved = saved
+        self._states: list[GroupStates] = []
+        if saved is not None:
+            self._states = [
+                GroupStates(one, len(tasks), lambda: self._of_heads) for one in optimizers
+            ]
+            saved.add(self._states)
+        of = {id(one.optimizer): one for one in self._states}
+        self._steps = [_Steps(self, one, of.get(id(one))) for one in optimizers]
 
     def remove(self) -> None:
         """Detach from the optimizers: their next steps are not prepared."""
         self.removed = True
         for steps in self._steps:
             steps.remove()
+        if self._saved is not None:
+            self._saved.remove(self._states)
 
     def look_at(self, heads: Heads | None) -> None:
         """Use the heads of the model that ran, unless the user has named the heads."""
@@ -73,21 +102,26 @@ class Attachment:
             self.whole += whole
             self.shared += shared
         self._heads = heads
+        rows = (one.parameter for one in self.shared)
+        self._of_heads |= {id(parameter) for parameter, _ in self.whole} | {id(p) for p in rows}
 
 
 class _Steps:
     """Prepares the steps of one optimizer, and cleans up after them."""
 
-    def __init__(self, attachment: Attachment, optimizer: Optimizer) -> None:
+    def __init__(
+        self, attachment: Attachment, optimizer: Optimizer, states: GroupStates | None
+    ) -> None:
         self._attachment = attachment
         self._optimizer = optimizer
+        self._states = states
         self._number = 0  # of the step that was prepared last
         # What the current step must not see: gradients by parameter, and rows.
         self._set_aside: list[tuple[Tensor, Tensor]] = []
         self._left_out: list[SharedRows] = []
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_post_hook(self._finish),
         )
 
     def remove(self) -> None:
@@ -118,10 +152,13 @@ class _Steps:
     @torch.no_grad()
     def _prepare(self) -> None:
         attachment = self._attachment
-        inside, heads, self._number = attachment.stepping(self._number)
-        if inside is None:
+        step, self._number = attachment.stepping(self._number)
+        if step is None:
             return
-        attachment.look_at(heads)
+        inside = step.members
+        attachment.look_at(step.heads)
+        if self._states is not None and not steps_are_undone():
+            _eager(self._states.use)(step.group)
         hold = attachment.outside == "hold"
         others = self._of_other_optimizers()
         for parameter, task in attachment.whole:
@@ -149,13 +186,23 @@ class _Steps:
         }
 
     @torch.no_grad()
-    def _after_step(self, *_: object) -> None:
+    def _after_step(self) -> None:
         for parameter, gradient in self._set_aside:
             parameter.grad = gradient  # the same tensor as before the step
         self._set_aside.clear()
         left_out, self._left_out = self._left_out, []
         for rows in left_out:
             rows.restore(self._optimizer)
+
+    def _finish(self, *_: object) -> None:
+        self._after_step()
+        if self._states is not None:
+            _eager(self._states.check)()
+
+
+def _eager(function: Callable[..., None]) -> Callable[..., None]:
+    """The function, not compiled if the step is: the compiler mistakes one state for another."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def unwrapped(optimizer: object) -> list[Optimizer]:

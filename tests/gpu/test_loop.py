@@ -1,5 +1,7 @@
 """The loop on the GPU: the same decisions as on the host, and never a wait but the one it plans."""
 
+import functools
+import io
 import warnings
 from contextlib import contextmanager
 
@@ -8,6 +10,7 @@ import torch
 
 import taskgroup as tg
 from tests.gpu.device import GPU, needs_cuda
+from tests.nn import test_group_states as states
 from tests.planted import Planted
 from tests.test_waits import TASKS, WAYS, Loop
 
@@ -55,6 +58,36 @@ def test_takes_the_decisions_of_the_host(way):
     assert here.groups.affinity.matrix.device.type == GPU
     for ours, expected in zip(here.model.parameters(), host.model.parameters(), strict=True):
         torch.testing.assert_close(ours.cpu(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adam, fused", "capturable", "momentum"])
+def test_states_of_groups(kind, monkeypatch):
+    """As one optimizer for every group; and where groups change, as on the host."""
+    capturable = {"lr": 0.01, "capturable": GPU == "cuda"}  # the host does not take it
+    make = functools.partial(torch.optim.Adam, **capturable)
+    monkeypatch.setitem(states.OPTIMIZERS, "capturable", make)
+    loop, reference = states.Loop(kind, device=GPU), states.OneOptimizerEach(kind, GPU)
+    for n in range(5):
+        for tasks, _ in loop.batch(n):
+            reference.step(n, tasks)
+    assert states.same(loop.model, reference.model)
+
+    ends = []
+    for device in (GPU, "cpu"):
+        groups = states.scripted(*states.PARTITIONS)
+        host = "adam, foreach" if kind == "capturable" else kind
+        loop = states.Loop(kind if device == GPU else host, groups, torch.float64, device=device)
+        loop.train(range(2))
+        file = io.BytesIO()
+        torch.save((loop.groups.state_dict(), loop.optimizer.state_dict()), file)
+        file.seek(0)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        loop.groups.load_state_dict(state[0])
+        loop.optimizer.load_state_dict(state[1])
+        loop.train(range(2, 8))
+        ends.append([parameter.cpu() for parameter in loop.model.parameters()])
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
 def test_dropout_is_replayed():

@@ -6,6 +6,7 @@ import torch
 
 from taskgroup.lab.studies.cell import Cell, train_cell
 from taskgroup.lab.train.memory import peak_bytes
+from taskgroup.lab.train.trainer import Trainer
 from tests.lab.small import yeast
 
 CPU = torch.device("cpu")
@@ -45,3 +46,13 @@ def test_a_run_says_the_same_as_the_first_of_its_process():
         assert [train_cell(cell)["peak_bytes"] for cell in cells] == [
             result["peak_bytes"] for result in first
         ]
+
+
+def test_the_states_of_all_groups_count():
+    settings = {"grouping": "singletons", "batches": 6}
+    one, each = (
+        train_cell(Cell("selective", yeast(shared_state=which, **settings)))["peak_bytes"]
+        for which in ("all", "group")
+    )
+    shared = sum(p.nbytes for p in Trainer(yeast()).parts.shared)
+    assert each - one >= 2 * 2 * shared  # two moments, of two more groups than one

@@ -17,6 +17,7 @@ WAYS = {
     **{name: {"method": name} for name in [*METHODS, "selective", "joint"]},
     "published": {"credit": "published"},
     "gradient": {"affinity": "gradient"},
+    "state of groups": {"shared_state": "group"},
     "cheap": {"groups_per_batch": 1, "observe_every": 2},
     "random": {"grouping": "random:2", "outside": "coast", "head_lr_times": "sqrt(M)"},
 }

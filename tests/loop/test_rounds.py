@@ -50,12 +50,12 @@ def keep():
 def test_a_batch_that_observes_needs_the_losses_of_all_present_tasks():
     rounds = make(observe_every=2)
     assert rounds.plan((0, 2), keep) == [
-        Plan((0,), (0, 2), (), observes=True, place=0, last=False),
-        Plan((2,), (0, 2), (), observes=True, place=1, last=True),
+        Plan((0,), (0,), (0, 2), (), observes=True, place=0, last=False),
+        Plan((2,), (2,), (0, 2), (), observes=True, place=1, last=True),
     ]
     assert rounds.plan((0, 2), keep) == [
-        Plan((0,), (0,), (), observes=False, place=0, last=False),
-        Plan((2,), (2,), (), observes=False, place=1, last=True),
+        Plan((0,), (0,), (0,), (), observes=False, place=0, last=False),
+        Plan((2,), (2,), (2,), (), observes=False, place=1, last=True),
     ]
 
 
@@ -79,7 +79,7 @@ def test_only_learned_groups_take_a_second_step_to_be_observed():
 
 def test_a_task_alone_is_stepped_once_and_observes_nothing():
     (plan,) = make(every=1).plan((1,), keep)
-    assert plan == Plan((1,), (1,), (), observes=False, place=0, last=True)
+    assert plan == Plan((1,), (1,), (1,), (), observes=False, place=0, last=True)
 
 
 def test_it_goes_on_from_its_state():

@@ -33,7 +33,7 @@ INCIDENTAL = {
 }
 #: Settings of selective updates, which mean nothing to another method.
 WAYS = (
-    *("grouping", "affinity", "decay", "credit", "outside", "replay_rng"),
+    *("grouping", "affinity", "decay", "credit", "outside", "shared_state", "replay_rng"),
     *("groups_per_batch", "observe_every", "regroup_every", "warmup", "preference"),
 )
 _SPEAKING = {"data", "grouping", "backbone", "device", "precision"}  # their values need no name

@@ -28,7 +28,7 @@ _WORK = (
     *("attention_heads", "decoder", "device", "precision"),
 )
 _WAYS = (
-    *("grouping", "affinity", "credit", "outside"),
+    *("grouping", "affinity", "credit", "outside", "shared_state"),
     *("groups_per_batch", "observe_every", "regroup_every"),
     *("warmup", "preference", "batches"),
 )

@@ -206,6 +206,9 @@ def _standing_bytes(trainer: Trainer) -> int:
     """Bytes of the parameters, their gradients, and the state of the optimizer."""
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    state = [v for values in trainer.optimizer.state.values() for v in values.values()]
+    entries = list(trainer.optimizer.state.values())
+    for own in trainer.groups.state_dict().get("optimizers", []):  # of the groups, one by one
+        entries += [entry for state in own["states"] for entry in state.values()]
+    state = [value for entry in entries for value in entry.values()]
     tensors = [*parameters, *gradients, *state]
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
