@@ -150,6 +150,26 @@ def _cheap(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     ]
 
 
+def _shared_state(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
+    """Each way of grouping, with one optimizer state for all groups and with one for each."""
+    groupings = {
+        "learned": ("Learned groups", "affinity-propagation"),
+        "random-3": ("Random, 3 groups", "random:3"),
+        "heterogeneous": ("Heterogeneous", "heterogeneous"),
+        "singletons": ("One per task", "singletons"),
+    }
+    return [
+        _selective(
+            f"{name}-{state}",
+            f"{title}, {'one state' if state == 'all' else 'state per group'}",
+            grouping=grouping,
+            shared_state=state,
+        )
+        for name, (title, grouping) in groupings.items()
+        for state in ("all", "group")
+    ]
+
+
 def _three_tasks(recipe: Recipe, tasks: Sequence[str]) -> list[Variant]:
     some = tuple(tasks[k * len(tasks) // 3] for k in range(3))  # not all of one kind
     joint = _joint("gd-three", "Three tasks, GD", tasks=some)
@@ -171,6 +191,7 @@ PRESETS: dict[str, Callable[[Recipe, Sequence[str]], list[Variant]]] = {
     "batch-size": _batch_size,
     "warmup": _warmup,
     "cheap": _cheap,
+    "shared-state": _shared_state,
     "three-tasks": _three_tasks,
 }
 
