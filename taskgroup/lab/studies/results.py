@@ -71,11 +71,9 @@ class Row:
         It differs if the interval of the difference excludes zero and the difference is larger than
         the noise floor.
         """
-        mean, half, n = self.gain.get((budget, split), (math.nan, math.nan, 0))
+        unknown = Estimate(math.nan, math.nan, 0)
         floor = self.floor.get((budget, split), math.nan)
-        if n < 2 or not (abs(mean) > half and abs(mean) > floor):
-            return ""
-        return "better" if mean > 0 else "worse"
+        return self.gain.get((budget, split), unknown).verdict(floor)
 
 
 @dataclasses.dataclass(frozen=True)
