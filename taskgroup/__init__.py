@@ -21,6 +21,8 @@ from taskgroup.affinity.base import Affinity
 from taskgroup.affinity.gradient import GradientAffinity
 from taskgroup.affinity.lookahead import lookahead_affinity
 from taskgroup.affinity.proximal import ProximalAffinity
+from taskgroup.costs.measure import step_costs
+from taskgroup.costs.prediction import StepCosts
 from taskgroup.gradients.analysis import conflicts, pareto_stationarity
 from taskgroup.gradients.per_task import task_gradients
 from taskgroup.gradients.streaming import streaming_task_gram
@@ -60,6 +62,7 @@ __all__ = [
     "Recorder",
     "Singletons",
     "Spectral",
+    "StepCosts",
     "TaskGroups",
     "Together",
     "affinity_propagation",
@@ -75,6 +78,7 @@ __all__ = [
     "pareto_stationarity",
     "recording",
     "statistics_once",
+    "step_costs",
     "streaming_task_gram",
     "task_gradients",
     "task_gram",

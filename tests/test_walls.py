@@ -16,6 +16,7 @@ STANDS_ON = {  # what each part of the core may import of the others
     "nn": {"ops"},
     "methods": {"ops", "gradients"},
     "loop": {"ops", "gradients", "grouping", "affinity", "nn"},
+    "costs": {"ops", "affinity", "nn", "loop"},
     "recording": {"ops", "gradients", "methods", "loop"},
     "integrations": {"loop", "nn", "recording"},
 }

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections import deque
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taskgroup._arguments import parameters_of
+from taskgroup._kept import Kept
 from taskgroup._losses import Losses, check_graph, losses_by_task
 from taskgroup._random_state import RandomState
 from taskgroup.gradients.per_task import task_gradients
@@ -74,7 +72,7 @@ def lookahead_affinity(
         )
     optimizer = _unwrapped(optimizer)
     moving = _moving(shared, optimizer)
-    kept = _Kept(optimizer, moving)
+    kept = Kept([optimizer], moving)
     random_states = [RandomState(device) for device in {p.device: None for p in moving}]
 
     def run() -> dict[Any, Tensor]:
@@ -158,91 +156,3 @@ def _moving(shared: nn.Module | Iterable[Tensor], optimizer: Optimizer) -> list[
             "encoder, and the encoder's parameters as shared."
         )
     return moving
-
-
-class _Kept:
-    """Keeps everything that a step changes, and restores it."""
-
-    def __init__(self, optimizer: Optimizer, shared: list[Tensor]) -> None:
-        in_groups = [p for group in optimizer.param_groups for p in group["params"]]
-        self._parameters = list({id(p): p for p in (*in_groups, *shared)}.values())
-        self._values = [parameter.detach().clone() for parameter in self._parameters]
-        self._gradients = [parameter.grad for parameter in self._parameters]
-        self._restore_optimizer = _restorer(optimizer, {id(p) for p in self._parameters})
-
-    def clear_gradients(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
-
-    @torch.no_grad()
-    def restore_parameters(self, besides: list[Tensor] | None = None) -> None:
-        left = {id(parameter) for parameter in besides or ()}
-        for parameter, value in zip(self._parameters, self._values, strict=True):
-            if id(parameter) not in left:
-                parameter.copy_(value)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        self.restore_parameters()
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = gradient
-        self._restore_optimizer()
-
-
-def _restorer(value: Any, seen: set[int], stands_in: bool = True) -> Callable[[], Any]:
-    """A function that restores an optimizer, or a part of one, to what it is now, and returns it.
-
-    Tensors, generators, lists, dicts and optimizers stay the same objects, since others may refer
-    to them. Objects of other types are replaced by a copy if ``stands_in``, as in the state of an
-    optimizer; otherwise they are not touched, since an attribute may be the model. Objects whose
-    ids are in ``seen`` are restored elsewhere.
-    """
-    if id(value) in seen or value is None or isinstance(value, str | int | float | complex):
-        return lambda: value
-    if isinstance(value, Optimizer):
-        seen.add(id(value))
-        inside = {
-            name: _restorer(part, seen, name in ("state", "param_groups"))
-            for name, part in vars(value).items()
-        }
-        return _in_place(value, vars(value), inside)
-    if isinstance(value, dict):
-        seen.add(id(value))
-        return _in_place(
-            value, value, {key: _restorer(part, seen, stands_in) for key, part in value.items()}
-        )
-    if isinstance(value, list | tuple | deque):
-        seen.add(id(value))
-        parts = [_restorer(part, seen, stands_in) for part in value]
-
-        def refill() -> Any:
-            restored = [part() for part in parts]
-            if not isinstance(value, tuple):
-                value.clear()
-                value.extend(restored)
-            return value
-
-        return refill
-    if isinstance(value, Tensor):
-        seen.add(id(value))
-        return partial(value.copy_, value.detach().clone())
-    if isinstance(value, torch.Generator):
-        return partial(value.set_state, value.get_state())
-    if stands_in and not callable(value):
-        copied = copy.deepcopy(value)
-        return lambda: copy.deepcopy(copied)
-    return lambda: value
-
-
-def _in_place(
-    value: Any, mapping: dict[Any, Any], parts: dict[Any, Callable[[], Any]]
-) -> Callable[[], Any]:
-    """A function that refills the mapping, which is the value or holds its attributes."""
-
-    def refill() -> Any:
-        restored = {key: part() for key, part in parts.items()}
-        mapping.clear()
-        mapping.update(restored)
-        return value
-
-    return refill

@@ -1,0 +1,1 @@
+"""What group steps cost in joint steps, measured on a model."""
