@@ -240,7 +240,7 @@ def test_bad_samples_stop_a_run_or_are_skipped(minis, tmp_path, no_pictures):
         ),
         (
             ["train", "yeast", "--data", "nowhere"],
-            "root is a setting of data sets that are read",
+            "root is not a setting of yeast",
         ),
         (["train", "nyud-v2", "--set", "weights=there"], "weights are loaded into a backbone such"),
         (["evaluate", "nowhere"], "nowhere is not a run: it has no config.yaml"),

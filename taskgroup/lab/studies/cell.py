@@ -38,7 +38,7 @@ class Result(TypedDict):
     diverged: int | None  # the batch
 
 
-_VERSION = 1  # of the file format; files of other versions are not read
+_VERSION = 2  # of the file format; files of other versions are not read
 # Settings that do not change the result of a cell.
 _IRRELEVANT = {"checkpoint_every", "evaluate_every", "conflicts_every", "baseline", "workers"}
 
@@ -62,8 +62,16 @@ class Cell:
         return self.recipe.model_dump(mode="json", exclude=_IRRELEVANT)
 
     def file(self, folder: Path) -> Path:
-        """The file of the result; its name contains a digest of all settings."""
-        key = [_VERSION, self.settings, self.lookahead_every]
+        """The file of the result; its name contains a digest of all settings.
+
+        Settings with their default value are left out, so that the results of an earlier version of
+        the package are still found after a setting was added. ``_VERSION`` must count on if a
+        default changes.
+        """
+        defaults = {name: field.default for name, field in Recipe.model_fields.items()}
+        settings = Recipe.model_construct(**defaults).model_dump(mode="json")
+        changed = {k: v for k, v in self.settings.items() if v != settings[k]}
+        key = [_VERSION, changed, self.lookahead_every]
         text = json.dumps(key, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         return folder / f"{self.name}-{self.recipe.seed}-{digest}.json"
