@@ -24,12 +24,12 @@ from taskgroup.lab.studies.workers import Listener, Workers
 from taskgroup.lab.train.rehearsal import rehearse
 from taskgroup.lab.train.source import check_source
 from taskgroup.lab.train.trainer import Trainer, task_names
+from taskgroup.lab.user_code import in_words
 
 __all__ = ["HeadShare", "KindRow", "PointRow", "Shares"]
 
 _STUDY = "study.yaml"
 _MEASURED = 60  # batches of every kind after its warm-up, from which its later ones are reckoned
-_Key = tuple[str, str]  # title of a point, name of a kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,7 +365,12 @@ class _Measured:
 
 def _measure(asked: _Asked) -> _Measured:
     """Measure a point, in whatever process calls it."""
-    return _Measured(head_share(asked.recipes[JOINT]), courses(asked.recipes, _MEASURED))
+
+    def measure() -> _Measured:
+        return _Measured(head_share(asked.recipes[JOINT]), courses(asked.recipes, _MEASURED))
+
+    data = asked.recipes[JOINT].data
+    return in_words(f"{data} fails", measure) if is_own(data) else measure()
 
 
 def _batches(course: Course, seconds: float) -> int:
