@@ -39,9 +39,9 @@ COURSES = {
 OTHER = Course(0, 4.0, 4.0, 2.0)
 ERRORS = {  # of every task, by kind and seed
     "gd": (0.40, 0.42, 0.44),
-    "gd-batch-4": (0.30, 0.32, 0.34),
+    "gd-batch-4": (0.31, 0.32, 0.33),
     "gd-batch-2": (0.50, 0.50, 0.50),
-    "learned-10": (0.24, 0.25, 0.29),
+    "learned-10": (0.24, 0.25, 0.27),
     "singletons-1": (0.60, 0.66, 0.66),
 }
 
@@ -65,7 +65,7 @@ def measured(monkeypatch):
 
 def make(cell):
     seed = cell.recipe.seed
-    error = ERRORS.get(cell.name, (0.36, 0.36, 0.36))[seed]
+    error = ERRORS.get(cell.name, (0.34, 0.34, 0.34))[seed]
     if cell.recipe.head_depth:  # heavy heads: other numbers, the same differences in percent
         error *= 2
     values = dict.fromkeys(("class1", "class2", "class3"), error)
@@ -103,11 +103,11 @@ def test_differences_at_equal_time_by_hand(tmp_path, made_up, measured, lower):
         assert [kind.variant.name for kind in point.kinds] == KINDS
         # The best joint training: half of the batch size, 0.32 in the mean.
         assert point.joint.name == "gd-batch-4"
-        joint = np.array([0.30, 0.32, 0.34])
+        joint = np.array([0.31, 0.32, 0.33])
         deltas = -100 * (joint - 0.32) / 0.32
         quantile = stats.t.ppf(0.975, 2)
         assert point.floor == pytest.approx(quantile * deltas.std(ddof=1) * math.sqrt(2 / 3))
-        gains = 100 * (joint - np.array([0.24, 0.25, 0.29])) / 0.32  # seed by seed
+        gains = 100 * (joint - np.array([0.24, 0.25, 0.27])) / 0.32  # seed by seed
         assert learned.gain.mean == pytest.approx(gains.mean())
         assert learned.gain.half == pytest.approx(quantile * gains.std(ddof=1) / math.sqrt(3))
         assert learned.verdict == "better"
@@ -388,8 +388,11 @@ def test_the_picture_has_a_line_for_each_kind(tmp_path, made_up, measured, lower
         for name in ("learned-10", "random-1", "singletons-10", "repeated", "gd"):
             points = [row_of(shares, title, name) for title in ("light", "heavy")]
             line, _, (bars,) = drawn[points[0][1].variant.title]
-            np.testing.assert_allclose(line.get_ydata(), [k.gain.mean for _, k in points])
-            np.testing.assert_allclose(line.get_xdata(), [p.share for p, _ in points], atol=0.05)
+            np.testing.assert_allclose(
+                line.get_ydata().astype(float), [k.gain.mean for _, k in points]
+            )
+            x = line.get_xdata().astype(float)
+            np.testing.assert_allclose(x, [p.share for p, _ in points], atol=0.05)
             ends = [[k.gain.mean - k.gain.half, k.gain.mean + k.gain.half] for _, k in points]
             np.testing.assert_allclose([s[:, 1] for s in bars.get_segments()], ends)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
