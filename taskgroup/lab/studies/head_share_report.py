@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -18,11 +19,13 @@ from taskgroup.lab.report.matplotlib_figures import open_axes, save
 from taskgroup.lab.studies.formats import TerminalTable, markdown_table, save_csv
 from taskgroup.lab.studies.head_share import KindRow, PointRow, Shares
 from taskgroup.lab.studies.limits import limits
+from taskgroup.lab.studies.presets import JOINT
 from taskgroup.lab.words import counted
 
 __all__ = ["head_share_plot", "markdown", "tables", "write_csv"]
 
 _OFF = 0.05  # from which on the time of runs differs from the budget in a note
+_RECIPE_SIZE = "Joint, batch size of the recipe"
 _SHIFT = 0.006  # of the share, between lines, so that their intervals are told apart
 
 
@@ -42,7 +45,7 @@ _LINES = {
     "singletons-10": _Line(RUNS[2], "^", "-"),
     "singletons-1": _Line(RUNS[2], "^", ":"),
     "repeated": _Line(RUNS[3], "s", "-"),
-    "gd": _Line("#222222", "", "--"),
+    JOINT: _Line("#222222", "", "--"),
 }
 
 
@@ -92,8 +95,8 @@ def write_csv(studies: Sequence[Shares], path: str | os.PathLike[str]) -> None:
 def head_share_plot(studies: Sequence[Shares], path: str | os.PathLike[str]) -> None:
     """Draw the difference to the best joint training over the share, a panel for each data set.
 
-    The noise floor is shaded. Points far below all others would press them together: they are
-    written at the edge.
+    The noise floor is shaded. What is far from joint training would press all others together: it
+    is written at the edge.
     """
     figure = Figure(figsize=(1.2 + 6.2 * len(studies), 5.2), layout="constrained")
     (panels,) = figure.subplots(1, len(studies), squeeze=False)
@@ -117,64 +120,34 @@ def head_share_plot(studies: Sequence[Shares], path: str | os.PathLike[str]) -> 
 
 
 def _draw(axes: Axes, shares: Shares) -> None:
-    found = [
-        (
-            k,
-            style,
-            [
-                (row.share, kind)
-                for row in shares.points
-                for kind in row.kinds
-                if kind.variant.name == name
-            ],
-        )
-        for k, (name, style) in enumerate(_LINES.items())
-    ]
-    gains = [kind.gain for _, _, line in found for _, kind in line]
-    low, high = limits([gain.mean for gain in gains], [gain.half for gain in gains])
-    share = [row.share for row in shares.points]
-    floor = [row.floor for row in shares.points]
-    axes.fill_between(
-        share,
-        [-value for value in floor],
-        floor,
-        color="#e4e4e4",
-        linewidth=0,
-        zorder=0,
-        label="noise floor of joint training",
-    )
-    axes.axhline(0, color="#888888", linewidth=0.8, zorder=1)
-    for k, style, line in found:
-        x = [place + (k - len(_LINES) / 2) * _SHIFT for place, _ in line]
+    lines = {name: _line(shares, name) for name in _LINES}
+    # A group per task is far below where heads are light: it does not stretch the axis.
+    near = [k.gain for name in lines if "singletons" not in name for _, k in lines[name]]
+    low, high = limits([gain.mean for gain in near], [gain.half for gain in near])
+    _draw_floor(axes, shares)
+    for k, (name, line) in enumerate(lines.items()):
+        style = _LINES[name]
+        x = [share + (k - len(_LINES) / 2) * _SHIFT for share, _ in line]
         means = [kind.gain.mean for _, kind in line]
-        halves = [kind.gain.half for _, kind in line]
-        hollow = style.dashes == ":"
+        often = style.dashes == ":"
         axes.errorbar(
             x,
             means,
-            halves,
+            [kind.gain.half for _, kind in line],
             color=style.colour,
             marker=style.marker,
             linestyle=style.dashes,
-            markerfacecolor="white" if hollow else style.colour,
+            markerfacecolor="white" if often else style.colour,
             markersize=5,
-            linewidth=1.0 if hollow else 1.8,
+            linewidth=1.0 if often else 1.8,
             elinewidth=0.9,
             capsize=2,
-            zorder=2 if hollow or not style.marker else 3,
-            label=line[0][1].variant.title,
+            zorder=2 if often or not style.marker else 3,
+            label=_RECIPE_SIZE if name == JOINT else line[0][1].variant.title,
         )
         for place, mean in zip(x, means, strict=True):
-            if mean < low:
-                axes.annotate(
-                    f"{mean:.0f}",
-                    (place, low),
-                    xytext=(0, 3 + 9 * (k % 3)),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=7,
-                    color=style.colour,
-                )
+            if not low <= mean <= high and not math.isnan(mean):
+                _write_outside(axes, place, mean, low, high, style.colour, often)
     axes.set(xlim=(0, 1), ylim=(low, high))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
@@ -182,6 +155,46 @@ def _draw(axes: Axes, shares: Shares) -> None:
     axes.set_xlabel("share of a joint step that the heads take")
     seeds = counted(shares.seeds, "seed")
     open_axes(axes, f"{shares.recipe.data}: 95% intervals over {seeds}", size="medium")
+
+
+def _line(shares: Shares, name: str) -> list[tuple[float, KindRow]]:
+    """A kind at every point, with the share there."""
+    return [
+        (row.share, kind)
+        for row in shares.points
+        for kind in row.kinds
+        if kind.variant.name == name
+    ]
+
+
+def _draw_floor(axes: Axes, shares: Shares) -> None:
+    """Shade what joint training differs from itself by chance."""
+    known = [row for row in shares.points if math.isfinite(row.floor)]
+    if known:
+        floor = np.array([row.floor for row in known])
+        label = "noise floor of joint training"
+        style: dict[str, Any] = {"color": "#e4e4e4", "linewidth": 0, "zorder": 0, "label": label}
+        axes.fill_between([row.share for row in known], -floor, floor, **style)
+    axes.axhline(0, color="#888888", linewidth=0.8, zorder=1)
+
+
+def _write_outside(
+    axes: Axes, x: float, mean: float, low: float, high: float, colour: str, second: bool
+) -> None:
+    """A value that is not on the axis, at its nearer edge; a second one further inside."""
+    below = mean < low
+    room = 14 if second else 4
+    axes.annotate(
+        f"{mean:.0f} {'▾' if below else '▴'}",
+        (x, low if below else high),
+        xytext=(0, room if below else -room),
+        textcoords="offset points",
+        ha="center",
+        va="bottom" if below else "top",
+        fontsize=8,
+        color=colour,
+        zorder=4,
+    )
 
 
 def _headline(shares: Shares) -> str:
