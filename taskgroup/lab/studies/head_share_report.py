@@ -193,6 +193,7 @@ def _write_outside(
         va="bottom" if below else "top",
         fontsize=8,
         color=colour,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
         zorder=4,
     )
 
