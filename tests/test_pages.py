@@ -125,16 +125,27 @@ def test_nothing_is_left_open():
 
 def test_cost():
     tasks = [f"task{k}" for k in range(30)]
+    encoder = nn.Linear(3, 256)
+    model = tg.MultiTaskModel(encoder, {task: nn.Linear(256, 1) for task in tasks})
+
+    def criterion(outputs, labels):
+        place = {task: k for k, task in enumerate(tasks)}
+        return {t: (output - labels[place[t]]).square().mean() for t, output in outputs.items()}
+
     names = {
         "tg": tg,
         "nn": nn,
         "torch": torch,
         "tasks": tasks,
-        "encoder": nn.Linear(3, 256),
+        "encoder": encoder,
+        "model": model,
+        "criterion": criterion,
+        "optimizer": torch.optim.Adam(model.parameters(), lr=1e-3),
         "loader": [(torch.randn(4, 3), torch.randn(30, 4, 1)) for _ in range(3)],
         "groups": tg.TaskGroups(tasks, groups_per_batch=2, observe_every=2),
     }
-    assert run_blocks("cost.md", names) == 1
+    assert run_blocks("cost.md", names) == 2
+    assert names["costs"].skips_heads
     assert names["groups"].affinity.matrix.any()
 
 

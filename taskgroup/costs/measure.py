@@ -18,12 +18,22 @@ from taskgroup._random_state import RandomState
 from taskgroup.costs.prediction import StepCosts
 from taskgroup.costs.training import Training
 
-__all__ = ["step_costs"]
+__all__ = ["Stopwatch", "step_costs"]
 
 _GROUPS = 4  # of the measured batches, or K if that is less; more would take longer
 _WARMUP = 2  # rounds that are not counted: they compile, tune kernels, make the optimizer's state
 _ROUNDS = range(5, 21)  # that are counted
 _SECONDS = 2.0  # after which no further round is taken
+
+_HEADS_UNKNOWN = (
+    "The heads' forward pass could not be measured by itself and counts as the encoder's: the "
+    "model has no modules in model.heads that it calls; pass heads={task: module}."
+)
+_COMPILED_WHOLE = (
+    "The model is compiled as a whole, so every step runs all heads forward and backward, and "
+    "their backward pass counts as the encoder's: compile a tg.MultiTaskModel with "
+    "model.compile(), and call it with group=group."
+)
 
 
 def step_costs(
@@ -112,7 +122,7 @@ def step_costs(
     random_states = [RandomState(device) for device in devices]
     try:
         with torch.enable_grad():
-            return _measured(training, heads, _Stopwatch(clock, devices))
+            return _measured(training, heads, Stopwatch(clock, devices))
     finally:
         kept.restore()
         for state in random_states:
@@ -120,7 +130,7 @@ def step_costs(
         torch.clear_autocast_cache()
 
 
-class _Stopwatch:
+class Stopwatch:
     """Times calls by the clock that fits the devices."""
 
     def __init__(self, clock: Callable[[], float] | None, devices: Iterable[torch.device]) -> None:
@@ -154,7 +164,7 @@ class _Stopwatch:
 def _measured(
     training: Training,
     heads: Mapping[str, nn.Module] | nn.ModuleDict | None,
-    stopwatch: _Stopwatch,
+    stopwatch: Stopwatch,
 ) -> StepCosts:
     training.start()
     n_tasks = len(training.tasks)
@@ -171,10 +181,9 @@ def _measured(
     elif run_heads := training.heads_forward(heads):
         sides += [("joint", joint), ("heads", run_heads)]
     else:
-        remark = (
-            "The heads' forward pass could not be measured by itself and counts as the encoder's: "
-            "the model has no modules in model.heads that it calls; pass heads={task: module}."
-        )
+        remark = _HEADS_UNKNOWN
+    if training.model is not training.inner:
+        remark = _COMPILED_WHOLE
     found = _turns(sides, stopwatch)
     step, more = found["joint"], n_groups - 1
     if training.takes_group:
@@ -188,7 +197,7 @@ def _measured(
 
 
 def _turns(
-    sides: Sequence[tuple[str, Callable[[], object]]], stopwatch: _Stopwatch
+    sides: Sequence[tuple[str, Callable[[], object]]], stopwatch: Stopwatch
 ) -> dict[str, float]:
     """The median seconds of each side over the rounds; a slow moment meets all sides alike."""
     for _ in range(_WARMUP):

@@ -10,7 +10,7 @@ from taskgroup._arguments import whole_number
 
 __all__ = ["WORTH_TRYING", "StepCosts"]
 
-#: Group steps are worth trying if a batch of :data:`GROUPS` groups with ``observe_every=10`` costs
+#: Group steps are worth trying if a batch of ``GROUPS`` (3) groups with ``observe_every=10`` costs
 #: fewer joint steps than this. That is the case if the heads take about 80% of a joint step.
 WORTH_TRYING = 1.5
 #: The number of groups that the advice reckons with, or K if that is less.
@@ -104,7 +104,8 @@ class StepCosts:
         M e + f + b + (M - 1) f / n. A model that does not skip heads runs all of them forward in
         every step, so a batch that does not observe costs s (e + f) + s b / M.
 
-        The overhead of the groups themselves (1 to 6% of a batch) is not in it.
+        The overhead of the loop over the groups is a part of e, as :func:`step_costs` measures it;
+        that of regrouping is not.
 
         Args:
             groups: M, from 1 to K. One group that is the whole partition costs
@@ -139,8 +140,8 @@ class StepCosts:
     def advice(self) -> str:
         """Whether group steps are worth trying, and with which setting.
 
-        They are if a batch of :data:`GROUPS` groups with ``observe_every=10`` costs fewer than
-        :data:`WORTH_TRYING` joint steps.
+        They are if a batch of ``GROUPS`` (3) groups with ``observe_every=10`` costs fewer than
+        ``WORTH_TRYING`` (1.5) joint steps.
         """
         groups = min(GROUPS, self.n_tasks)
         cost = self.of(groups, OBSERVE_EVERY)

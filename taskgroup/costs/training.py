@@ -51,6 +51,7 @@ class Training:
         optimizer: Optimizer | Sequence[Optimizer] | None,
     ) -> None:
         self.model = _checked(model)
+        self._in_ddp = isinstance(model, DistributedDataParallel)
         self.inner: nn.Module = getattr(self.model, "_orig_mod", self.model)  # if it is compiled
         if not callable(losses):
             raise TypeError(
@@ -160,7 +161,15 @@ class Training:
     def _step_on(self, loss: Tensor) -> None:
         for parameter in self.parameters:
             parameter.grad = None
-        loss.backward()
+        if self._in_ddp:
+            # A backward pass might find its hooks waiting for gradients to exchange: after a
+            # forward pass of the DistributedDataParallel that had no backward pass.
+            learned = [p for p in self.parameters if p.requires_grad]
+            gradients = torch.autograd.grad(loss, learned, allow_unused=True)
+            for parameter, gradient in zip(learned, gradients, strict=True):
+                parameter.grad = gradient
+        else:
+            loss.backward()
         for optimizer in self.optimizers:
             _step(optimizer)
 

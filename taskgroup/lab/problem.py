@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -43,6 +45,11 @@ class Problem:
             (fixed training data) and ``"validation"``, if the problem has them.
         score: a function from ``{task: loss}`` to ``{task: score}`` in (0, 1), higher is better,
             which the method DTP needs; None, the default, if the losses give no such score.
+        published: ``{method: Δm in percent}`` of publications, to be shown beside the comparison at
+            equal batches. The methods are named as in ``taskgroup compare --methods``, joint
+            training ``"gd"``. The numbers are as most papers print them: **positive is worse**. The
+            tables turn the sign, because positive is better in them.
+        published_note: a sentence that says where the published numbers are from, and what differs.
     """
 
     tasks: Sequence[str] | Mapping[str, str] = ()
@@ -50,6 +57,8 @@ class Problem:
     metrics: str | Mapping[str, str] = "metric"
     splits: Sequence[str] = ("held_out",)
     score: Callable[[Mapping[str, Tensor]], Mapping[str, float]] | None = None
+    published: Mapping[str, float] = MappingProxyType({})
+    published_note: str = ""
 
     def __init__(self, settings: ProblemSettings) -> None:
         """Take the settings of the run; the default ignores them."""
@@ -334,6 +343,14 @@ def _check_words(problem: Problem, name: str) -> None:
             raise ValueError(
                 f"better of {name} must be 'lower' or 'higher', got {word!r} for task {task!r}."
             )
+    if not isinstance(problem.published, Mapping) or not all(
+        isinstance(value, int | float) and math.isfinite(value)
+        for value in problem.published.values()
+    ):
+        raise ValueError(
+            f"published of {name} must be {{method: Δm in percent}}, such as {{'gd': 3.5}}; got "
+            f"{problem.published!r}."
+        )
     if isinstance(problem.splits, str) or "held_out" not in problem.splits:
         raise ValueError(
             f"splits of {name} must hold 'held_out', as in ('train', 'held_out'); got "

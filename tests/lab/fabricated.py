@@ -11,7 +11,7 @@ from taskgroup.lab.studies.results import BUDGETS, Row, Table
 SPLITS = ("train", "validation", "held_out")
 
 
-def fabricated(variants, seeds=5, diverged=()):
+def fabricated(variants, seeds=5, diverged=(), batch_sizes=(32,)):
     """A table of numbers that are all different."""
     recipe = read_recipe("yeast")
     problem = make_problem(recipe)
@@ -38,6 +38,8 @@ def fabricated(variants, seeds=5, diverged=()):
                 groups=math.nan if lost else 2.0 + n,
                 changes=math.nan if lost else 0.05,
                 rate=0.003,
+                batch_size=32,
+                tuned_time=1.0,
                 batches={"batches": 300, "time": 280 + n, "tuned": 280 + n},
                 delta=about(-1.3),
                 gain=about(1.7),
@@ -53,6 +55,7 @@ def fabricated(variants, seeds=5, diverged=()):
         tasks=tasks,
         seeds=seeds,
         rates=[0.001, 0.003, 0.009],
+        batch_sizes=[*batch_sizes],
         budgets=list(BUDGETS),
         reference="Selective",
         rows=rows,

@@ -50,6 +50,25 @@ def test_compare_leaves_tables_and_a_picture(tmp_path, trained):
     assert {"cheap.md", "warmup.md"} <= left(out)
 
 
+def test_compare_tries_rates_and_batch_sizes(tmp_path, made_up):
+    splits = ("train", "validation", "held_out")
+    tasks = ("class1", "class2", "class3")
+    made_up(
+        lambda cell: {
+            "metrics": {s: dict.fromkeys(tasks, 1 / cell.recipe.batch_size) for s in splits}
+        }
+    )
+    arguments = ["--methods", "uw,dwa", "--seeds", 1, "--out", tmp_path / "out"]
+    tuned = ["--rates", "0.1", "--batch-sizes", "4, 16", "--tune", "uw"]
+    result = invoke("compare", *arguments, *tuned)
+    assert result.exit_code == 0, result.output
+    assert "choosing the best rate and batch size, run 36 of 36" in result.output
+    text = (tmp_path / "out" / "methods.md").read_text("utf-8")
+    assert "2 learning rates, for encoder and heads alike, times 3 batch sizes (4, 8, 16)" in text
+    shown = [line.split("|")[-2].strip() for line in text.splitlines() if "| +" in line]
+    assert shown[:3] == ["+100.0 (0.003, 4)", "+100.0 (0.003, 4)", ""]
+
+
 def test_affinity_gain_leaves_tables_and_a_picture(tmp_path, trained, monkeypatch):
     monkeypatch.setattr(intervals, "_RESAMPLES", 50)
     result = invoke("affinity-gain", "--seeds", 1, "--out", tmp_path / "out", batches=6)
@@ -79,6 +98,10 @@ def test_a_gpu_that_is_missing_leaves_no_folder(tmp_path, trained):
         (["--rates", "fast"], "--rates takes numbers, got fast"),
         (["--rates", "-1,1"], "lr must be greater than or equal to 0, got -1.0"),
         (["--rates", "inf"], "lr must be a finite number, got inf"),
+        (["--batch-sizes", "8.5"], "--batch-sizes takes whole numbers, got 8.5"),
+        (["--batch-sizes", "8,0"], "batch_size must be greater than or equal to 1, got 0"),
+        (["--batch-sizes", "4", "--budgets", "time"], "add it to the budgets"),
+        (["--tune", "uw,famous"], r"\['famous'\] cannot be tuned"),
         (["--seeds", "0"], "at least one seed"),
         (["--batches", "1"], "at least two batches"),
         (["--jobs", "0"], "jobs must be at least 1, got 0"),

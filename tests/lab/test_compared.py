@@ -66,6 +66,14 @@ def test_variants_with_settings_of_their_own(trained):
     assert all(not math.isnan(row.delta["batches", "held_out"].mean) for row in table.rows)
 
 
+def test_batch_sizes_of_the_methods_that_are_tuned(made_up):
+    made_up(lambda cell: {"metrics": {"held_out": dict.fromkeys(("first", "second"), 0.5)}})
+    options = {"budgets": ["tuned"], "batch_sizes": [4], "tune": ["uw"], **SETTINGS}
+    table = lab.compare(Small, ["selective", "uw"], seeds=1, **options)
+    assert table.batch_sizes == [4, 8]
+    assert [row.batch_size for row in table.rows] == [4, None, 4]
+
+
 def test_delta_m_of_a_metric_that_ends_at_zero_is_unknown(trained):
     class Perfect(Small):
         def evaluate(self, model, split):
@@ -136,6 +144,7 @@ def test_runs_that_fail_are_told(trained, monkeypatch):
     [
         ({"methods": "uw"}, r"methods takes a list of names, got 'uw'; write \['uw'\]"),
         ({"budgets": "time"}, r"budgets takes a list of names, got 'time'; write \['time'\]"),
+        ({"tune": "uw"}, r"tune takes a list of names, got 'uw'; write \['uw'\]"),
         ({"methods": ["famous"]}, "no method 'famous' here; there are famo"),
         ({"methods": ["uw"], "dimm": 3}, "Unknown setting 'dimm'; did you mean 'dim'"),
         ({"methods": ["uw"], "seeds": 0}, "at least one seed"),

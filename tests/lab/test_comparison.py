@@ -185,6 +185,14 @@ def test_as_many_processes_as_asked_for(tmp_path, trained):
         ({"variants": [GD, Variant("x", "X", {}, against="gd-8")]}, "add 'gd-8'"),
         ({"budgets": ["batches", "money"]}, "no budget money; take some of batches, time, tuned"),
         ({"budgets": ["tuned"]}, "give another one than that of the recipe"),
+        ({"budgets": ["tuned"], "batch_sizes": [8]}, "give another one than that of the recipe"),
+        ({"budgets": ["tuned"], "batch_sizes": [0]}, "batch_size must be greater .* 1, got 0"),
+        ({"budgets": ["time"], "batch_sizes": [4]}, "'tuned' alone; add it to the budgets"),
+        ({"budgets": ["time"], "tune": ["gd"]}, "'tuned' alone; add it to the budgets"),
+        (
+            {"budgets": ["tuned"], "rates": [1.0], "tune": ["uw"]},
+            r"\['uw'\] cannot be tuned, .* has no such variant; it has gd, selective",
+        ),
         ({"budgets": ["tuned"], "rates": [1e-2, -1.0]}, "lr must be greater .* to 0, got -1.0"),
         ({"budgets": ["tuned"], "rates": [math.nan]}, "lr must be greater .* to 0, got nan"),
         (
@@ -330,7 +338,7 @@ def test_best_rate_is_that_of_other_seeds(tmp_path, made_up):
     compared.read()  # nothing yet, and nothing of that is kept
     table = compared.run()
     assert [row.rate for row in table.rows] == [0.01, 0.1]  # 0.01 diverged once
-    assert compared.best_rate(GD) == 0.01
+    assert compared.best(GD) == (0.01, 8)
     tuning = {(c.name, c.recipe.seed, c.recipe.lr) for c in cells if c.recipe.seed >= 1000}
     assert tuning == {
         (name, seed, rate)
@@ -346,6 +354,143 @@ def test_where_all_rates_diverge_the_recipes_is_kept(tmp_path, made_up):
     made_up(lambda cell: {**metrics(0.7), "diverged": 1 if cell.recipe.seed >= 1000 else None})
     table = comparison(tmp_path, budgets=["tuned"], rates=[0.1]).run()
     assert [row.rate for row in table.rows] == [0.003, 0.003]
+
+
+# Of a step at batch size 8, 4 and 2; a step of selective updates on half a batch is no cheaper.
+SECONDS = {
+    "gd": 1.0,
+    "gd, batch size 4": 0.5,
+    "gd, batch size 2": 0.4,
+    "selective": 2.0,
+    "selective, batch size 4": 2.0,
+    "selective, batch size 2": 1.6,
+}
+
+
+def sized(cell):
+    """A smaller batch is better for joint training, and a larger one for selective updates."""
+    steps = {"selective": 3.0}.get(cell.name, 1.0)
+    sign = -1 if cell.name == "selective" else 1
+    found = 0.7 - sign * 0.01 * cell.recipe.batch_size + (0.02 if cell.recipe.lr == 0.1 else 0)
+    return {**metrics(found), "steps_per_batch": steps}
+
+
+def test_the_best_pair_of_rate_and_batch_size_is_that_of_other_seeds(tmp_path, made_up):
+    cells = made_up(sized, SECONDS)
+    recipe = yeast(batches=40)
+    options = {"budgets": ["tuned"], "rates": [0.1], "batch_sizes": [2, 4]}
+    table = Comparison(recipe, [GD, SELECTIVE], 2, tmp_path, **options).run()
+    assert [(row.rate, row.batch_size) for row in table.rows] == [(0.1, 2), (0.1, 8)]
+    assert (table.rates, table.batch_sizes) == ([0.003, 0.1], [2, 4, 8])
+    tuning = [cell for cell in cells if cell.recipe.seed >= 1000]
+    assert len(tuning) == len({cell.file(tmp_path) for cell in tuning}) == 2 * 3 * 2 * 3
+    # As many batches of each size as take the time of 40 batches of selective updates.
+    assert {(c.name, c.recipe.batch_size, c.recipe.batches) for c in tuning} == {
+        *(("gd", 8, 240), ("gd", 4, 480), ("gd", 2, 600)),
+        *(("selective", 8, 40), ("selective", 4, 40), ("selective", 2, 50)),
+    }
+    then = [cell.recipe for cell in cells if cell.name == "gd" and cell.recipe.batch_size == 2]
+    assert [r.batches for r in then if r.seed < 1000] == [600, 600]
+    assert table.rows[0].batches == {"batches": 40, "tuned": 600}
+    assert [row.tuned_time for row in table.rows] == [1.0, 1.0]
+    key = ("tuned", "held_out")
+    single = 0.7 - 0.01 * 8
+    assert table.rows[0].delta[key].mean == pytest.approx(100 * (0.7 / single - 1))
+    records = [r for r in table.records() if r["split"] == "held_out"]
+    assert [(r["variant"], r["budget"], r["rate"], r["batch_size"]) for r in records] == [
+        *(("gd", "batches", 0.003, 8), ("gd", "tuned", 0.1, 2)),
+        *(("selective", "batches", 0.003, 8), ("selective", "tuned", 0.1, 8)),
+        ("single-task", "batches", 0.003, 8),
+    ]
+
+
+def test_batch_sizes_that_are_added_keep_what_was_measured(tmp_path, made_up):
+    cells = made_up(sized, SECONDS)
+    recipe = yeast(batches=40)
+
+    def run(**options):
+        cells.clear()
+        options = {"budgets": ["tuned"], "rates": [0.1], **options}
+        return Comparison(recipe, [GD, SELECTIVE], 2, tmp_path, **options).run()
+
+    run()
+    assert {cell.recipe.batch_size for cell in cells} == {8}
+    assert (tmp_path / "costs.yaml").read_text() == "gd: 1.0\nselective: 2.0\n"
+    run(batch_sizes=[8])  # nothing but the recipe's: as without
+    assert cells == []
+    before = files(tmp_path)
+    table = run(batch_sizes=[4])
+    # The pairs with the new size, and joint training at the best of them.
+    assert len([cell for cell in cells if cell.recipe.seed >= 1000]) == 2 * 2 * 3
+    assert {cell.recipe.batch_size for cell in cells} == {4}
+    assert names(cells)[-2:] == [("gd", 0), ("gd", 1)]
+    assert [row.batch_size for row in table.rows] == [4, 8]
+    assert files(tmp_path).items() > before.items()
+    costs = (tmp_path / "costs.yaml").read_text()
+    # On a machine on which batches of 4 have become slow.
+    made_up(sized, {**SECONDS, "gd, batch size 4": 9.0})
+    assert [row.batches["tuned"] for row in run(batch_sizes=[4]).rows] == [480, 40]
+    assert cells == []
+    assert (tmp_path / "costs.yaml").read_text() == costs
+
+
+def test_batch_sizes_are_chosen_at_one_rate_too(tmp_path, made_up):
+    made_up(sized, SECONDS)
+    table = comparison(tmp_path, budgets=["tuned"], batch_sizes=[4]).run()
+    assert [(row.rate, row.batch_size) for row in table.rows] == [(0.003, 4), (0.003, 8)]
+
+
+def test_a_batch_size_whose_cost_is_unknown_is_not_tried(tmp_path, made_up):
+    """Equal time could not be kept there."""
+    cells = made_up(sized, {**SECONDS, "gd, batch size 2": math.nan})
+    table = comparison(tmp_path, budgets=["tuned"], rates=[0.1], batch_sizes=[2, 4]).run()
+    assert [row.batch_size for row in table.rows] == [4, 8]
+    assert ("gd", 2) not in {(cell.name, cell.recipe.batch_size) for cell in cells}
+
+
+def test_tuned_runs_that_take_other_steps_take_other_time(tmp_path, made_up):
+    """The number of groups is that of equal batches until the runs are known."""
+
+    def make(cell):
+        small = cell.name == "selective" and cell.recipe.batch_size == 4
+        return {**sized(cell), **metrics(0.9 if small else 0.5), "steps_per_batch": 3 + 3 * small}
+
+    made_up(make, SECONDS)
+    recipe = yeast(batches=40)
+    options = {"budgets": ["tuned"], "batch_sizes": [4]}
+    table = Comparison(recipe, [GD, SELECTIVE], 2, tmp_path, **options).run()
+    assert [(row.batch_size, row.tuned_time) for row in table.rows] == [(4, 1.0), (4, 2.0)]
+
+
+def test_variants_with_a_batch_size_of_their_own_keep_it(tmp_path, made_up):
+    cells = made_up(lambda cell: metrics(0.5 + 0.01 * cell.recipe.batch_size))
+    small = Variant("gd-batch-4", "GD, batch 4", {"method": "gd", "batch_size": 4}, "gd-batch-4")
+
+    def run(**options):
+        return comparison(tmp_path, [GD, small], budgets=["tuned"], rates=[0.1], **options).run()
+
+    table = run()
+    assert [row.batch_size for row in table.rows] == [8, 4]
+    assert {c.recipe.batch_size for c in cells if c.name == "gd-batch-4"} == {4}
+    assert {record["batch_size"] for record in table.records()} == {8, 4}
+    assert (tmp_path / "costs.yaml").read_text() == "gd: 1.0\ngd-batch-4: 1.0\n"
+    # Unless there are sizes to choose from.
+    assert [row.batch_size for row in run(batch_sizes=[2]).rows] == [8, 8]
+    assert [row.batch_size for row in run().rows] == [8, 4]
+
+
+def test_some_variants_are_tuned(tmp_path, made_up):
+    cells = made_up(sized, SECONDS)
+    options = {"budgets": ["time", "tuned"], "rates": [0.1], "batch_sizes": [4]}
+    made = comparison(tmp_path, [GD, UW, SELECTIVE], tune=["selective"], **options)
+    table = made.run()
+    assert {cell.name for cell in cells if cell.recipe.seed >= 1000} == {"gd", "selective"}
+    _, uw, selective = table.rows
+    assert [(row.rate, row.batch_size) for row in table.rows] == [(0.1, 4), (None, None), (0.1, 8)]
+    assert uw.delta["tuned", "held_out"].n == 0
+    assert uw.delta["time", "held_out"].n == selective.gain["tuned", "held_out"].n == 2
+    assert ("uw", "tuned") not in {(r["variant"], r["budget"]) for r in table.records()}
+    assert not any(key.startswith("uw,") for key in (tmp_path / "costs.yaml").read_text().split())
 
 
 def test_the_rate_of_the_heads_goes_with_that_of_the_encoder(tmp_path, made_up):
@@ -449,7 +594,8 @@ def test_groups_and_changes(tmp_path, made_up):
 
 
 def row(gain, floor):
-    nothing = dict.fromkeys(("time", "memory", "steps", "groups", "changes", "rate"), None)
+    unknown = ("time", "memory", "steps", "groups", "changes", "rate", "batch_size", "tuned_time")
+    nothing = dict.fromkeys(unknown, None)
     key = ("batches", "held_out")
     return Row(
         variant=GD, batches={}, delta={}, metrics={}, diverged={}, skipped=0, **nothing,

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import math
 import re
 
 import pytest
@@ -123,6 +124,85 @@ def test_notes_name_what_was_left_out_and_what_was_tried():
     assert "as take the time of Selective." in text
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_published_numbers_stand_beside_equal_batches(width, monkeypatch):
+    table = fabricated(variants()[:4])
+    monkeypatch.setattr(table.problem, "published", {"gd": 177.6, "uw": -1.25, "other": 3.0})
+    monkeypatch.setattr(table.problem, "published_note", "They trained for 300 epochs.")
+    gains, differences, *_ = markdown_tables(report.markdown(table))
+    assert gains[0][3:6] == ["equal batches", "published", "equal time"]
+    assert {len(line) for line in gains} == {7}
+    # Papers print what is worse as positive.
+    assert [line[4] for line in gains[1:]] == ["-177.6", "+1.2", "", ""]
+    assert "published" not in differences[0]
+    assert (
+        "- Published: the Δm of publications, whose sign is turned: they print positive numbers "
+        "for what is worse than single-task training. They trained for 300 epochs.\n"
+    ) in report.markdown(table)
+    text = printed(table, width)
+    assert cells(text)["Δm, %", "GD (joint)"][3] == "-177.6"
+    assert max(len(line) for line in text.splitlines()) <= width
+
+
+def test_without_published_numbers_of_the_methods_there_is_no_column(monkeypatch):
+    table = fabricated(variants()[:2])
+    monkeypatch.setattr(table.problem, "published", {"other": 3.0})
+    monkeypatch.setattr(table.problem, "published_note", "They trained for 300 epochs.")
+    assert "ublished" not in report.markdown(table)
+    assert "300 epochs" not in report.markdown(table)
+
+
+SIZES = (16, 32, 64)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_terminal_tables_hold_the_best_batch_size(width):
+    table = fabricated(variants(), batch_sizes=SIZES)
+    text = printed(table, width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    for row in table.rows:
+        mean, half, _ = row.delta["tuned", "held_out"]
+        shown = cells(text)["Δm, %", row.variant.title]
+        assert shown[-1] == f"{mean:+.1f}±{half:.1f} (0.003, 32)"
+
+
+def test_the_title_of_the_tuned_budget_says_what_there_is_to_choose_from():
+    both = fabricated(variants()[:2], batch_sizes=SIZES)
+    text = report.markdown(both)
+    assert "| best rate and batch size |" in text
+    assert "| held-out, best rate and batch size |" in text
+    assert "of each task, best rate and batch size" in text
+    assert (
+        "Best rate and batch size: equal time, at the best of 3 learning rates, for encoder and "
+        "heads alike, times 3 batch sizes (16, 32, 64), by held-out Δm over other seeds; the best "
+        "pair is in brackets."
+    ) in text
+    text = report.markdown(dataclasses.replace(both, rates=[0.003]))
+    assert "Best batch size: equal time, at the best of 3 batch sizes (16, 32, 64), by" in text
+    assert "(32) |" in text
+    assert "| best rate |" in report.markdown(fabricated(variants()[:2]))
+
+
+def test_notes_name_tuned_runs_that_took_more_time():
+    table = fabricated(variants()[:3], batch_sizes=SIZES)
+    assert "times as long as the others" not in report.markdown(table)
+    for n, time in enumerate((1.05, 1.2, 0.85)):
+        table.rows[n] = dataclasses.replace(table.rows[n], tuned_time=time)
+    text = report.markdown(table)
+    assert "UW took 1.20 times as long" in text
+    assert "DTP took 0.85 times as long" in text
+    assert "GD (joint) took" not in text
+
+
+def test_a_variant_that_is_not_tuned_has_no_rate():
+    table = fabricated(variants()[:2], batch_sizes=SIZES)
+    untuned = {"rate": None, "batch_size": None, "tuned_time": None}
+    nothing = {key: Estimate(math.nan, math.nan, 0) for key in table.rows[1].delta}
+    table.rows[1] = dataclasses.replace(table.rows[1], **untuned, delta=nothing, gain=nothing)
+    (line,) = [x for x in report.markdown(table).splitlines() if x.startswith("| UW | 1.71x")]
+    assert line.endswith("|  |")
+
+
 def markdown_tables(text):
     found, rows = [], []
     for line in [*text.splitlines(), ""]:
@@ -186,6 +266,7 @@ def test_csv_holds_the_numbers(tmp_path):
             for column, value in (
                 ("batches", row.batches[budget]),
                 ("rate", 0.003),
+                ("batch_size", 32),
                 ("runs", 5),
                 ("diverged", 0),
                 ("delta_m", delta.mean),

@@ -253,6 +253,9 @@ def test_evaluating_is_without_a_graph_and_leaves_modes_and_random_state():
         (made(metrics=["R"]), "metrics of .* must be a word or {task: word}, got .* list"),
         (made(splits=("train",)), r"splits of .* must hold 'held_out'.*got \('train',\)"),
         (made(splits="held_out"), "splits of .* must hold 'held_out'"),
+        (made(published={"uw": "3.5"}), "published of .* must be {method: Δm in percent}"),
+        (made(published={"uw": np.nan}), "published of .* must be {method: Δm in percent}"),
+        (made(published=[("uw", 3.5)]), "published of .* must be {method: Δm in percent}"),
     ],
 )
 def test_what_a_problem_lacks(thing, said):
@@ -473,6 +476,17 @@ def test_a_comparison_checks_the_problem_before_it_makes_a_folder(tmp_path):
 
 
 # In files of the current folder: the page, and the command line.
+
+
+def test_a_comparison_tries_every_batch_size_before_it_makes_a_folder(tmp_path):
+    def loader(self, batch_size):
+        return DataLoader(data(0), batch_size, shuffle=True, drop_last=True)  # of 24 samples
+
+    mine = made(loader=loader)
+    options = {"budgets": ["tuned"], "batch_sizes": [4, 32]}
+    with pytest.raises(ValueError, match="Batch size 32 cannot be tried here: The loader has no"):
+        Comparison(recipe(mine), [GD], 1, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_page(folder, trained):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import rich
 import typer
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from taskgroup.lab.recipe import Recipe
 
 __all__ = ["affinity_gain", "compare", "head_share"]
+
+_Number = TypeVar("_Number", int, float)
 
 Jobs = Annotated[
     int | None,
@@ -61,7 +63,7 @@ def compare(
         typer.Option(
             metavar="A,B,...",
             help="Which comparisons to make: at equal batches, at equal time, and with a learning "
-            "rate tuned for each method.",
+            "rate (and batch size) tuned for each method.",
         ),
     ] = "batches,time,tuned",
     rates: Annotated[
@@ -70,6 +72,22 @@ def compare(
             metavar="A,B,...",
             help="Learning rates to choose from when tuning.",
             show_default="a third of the recipe's, the recipe's, 3 times the recipe's",
+        ),
+    ] = None,
+    batch_sizes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Batch sizes to choose from when tuning, each with every rate, at equal time.",
+            show_default="the recipe's alone",
+        ),
+    ] = None,
+    tune: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Tune these methods and joint training alone.",
+            show_default="all",
         ),
     ] = None,
     data: common.Data = None,
@@ -98,11 +116,7 @@ def compare(
     variants = variants_of(preset, chosen, task_names(chosen, make_problem(chosen)))
     if methods is not None:
         variants = variants_by_name([JOINT, *common.split(methods)], variants)
-    tried = common.split(rates or "")
-    try:
-        numbers = [float(rate) for rate in tried]
-    except ValueError:
-        raise ValueError(f"--rates takes numbers, got {', '.join(tried)}.") from None
+    numbers = _numbers("--rates takes numbers", rates, float)
     if is_own(chosen.data):
         common.say(f"Checking {chosen.data} on one batch of every method")
     comparison = Comparison(
@@ -112,6 +126,8 @@ def compare(
         out or Path("runs") / f"compare-{common.label(recipe)}",
         budgets=common.split(budgets),
         rates=numbers or [chosen.lr / 3, chosen.lr, 3 * chosen.lr],
+        batch_sizes=_numbers("--batch-sizes takes whole numbers", batch_sizes, int),
+        tune=None if tune is None else common.split(tune),
         strict=methods is not None,
     )
     console = rich.get_console()
@@ -230,6 +246,15 @@ def head_share(
     report.write_csv(found, study.out / "shares.csv")
     report.head_share_plot(found, study.out / "shares.png")
     common.say(f"Tables and picture (shares.md, .csv and .png) are in {study.out}")
+
+
+def _numbers(takes: str, text: str | None, kind: Callable[[str], _Number]) -> list[_Number]:
+    """The numbers of an option; ``takes`` begins the sentence on what are none."""
+    given = common.split(text or "")
+    try:
+        return [kind(number) for number in given]
+    except ValueError:
+        raise ValueError(f"{takes}, got {', '.join(given)}.") from None
 
 
 def _check(recipe: Recipe, jobs: int | None, dask: str | None) -> None:

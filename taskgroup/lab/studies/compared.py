@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -46,6 +46,8 @@ def compare(
     seeds: int = 5,
     budgets: Iterable[str] = ("batches", "time"),
     rates: Sequence[float] = (),
+    batch_sizes: Sequence[int] = (),
+    tune: Collection[str] | None = None,
     out: str | Path | None = None,
     executor: Executor | None = None,
     jobs: int | None = None,
@@ -69,8 +71,12 @@ def compare(
             work on the problem.
         seeds: number of runs of each method.
         budgets: what every method gets the same amount of: ``"batches"``; ``"time"``, that of the
-            selective run; ``"tuned"``, the same with the best of several learning rates.
-        rates: the learning rates of ``"tuned"``.
+            selective run; ``"tuned"``, the same with the best of several learning rates and batch
+            sizes.
+        rates: the learning rates of ``"tuned"``, besides that of the recipe.
+        batch_sizes: the batch sizes of ``"tuned"``, besides that of the recipe; each is tried with
+            every rate.
+        tune: names of the methods that ``"tuned"`` is for, besides joint training; None tunes all.
         out: a folder that keeps finished runs, so that the next call goes on from them; None keeps
             none.
         executor: where to train instead of in processes on this machine.
@@ -92,7 +98,7 @@ def compare(
         >>> pandas.DataFrame(table.records())  # doctest: +SKIP
     """
     _check_caller()
-    for argument, given in (("methods", methods), ("budgets", budgets)):
+    for argument, given in (("methods", methods), ("budgets", budgets), ("tune", tune)):
         if isinstance(given, str):
             raise ValueError(f"{argument} takes a list of names, got {given!r}; write [{given!r}].")
     recipe, importable = _recipe_of(problem, settings)
@@ -120,6 +126,8 @@ def compare(
             folder,
             budgets=budgets,
             rates=rates,
+            batch_sizes=batch_sizes,
+            tune=tune,
             strict=methods is not None,
         )
         table = comparison.run(listen, jobs, executor)

@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, NamedTuple
 
 import taskgroup as tg
 from taskgroup.lab.problem import make_problem
 from taskgroup.lab.recipe import Recipe, is_own
 from taskgroup.lab.studies.cell import Cell, Result, open_folder
-from taskgroup.lab.studies.presets import JOINT, REFERENCE, Variant
-from taskgroup.lab.studies.results import BUDGETS, Runs, Table, delta_of, make_row, mean, median
+from taskgroup.lab.studies.equal_time import EqualTime
+from taskgroup.lab.studies.presets import JOINT, Variant
+from taskgroup.lab.studies.results import (
+    BUDGETS,
+    Row,
+    Runs,
+    Table,
+    make_row,
+    mean,
+    steps_per_batch,
+    tuned_title,
+)
+from taskgroup.lab.studies.single_task import SingleTask
 from taskgroup.lab.studies.workers import Listener, Workers
 from taskgroup.lab.train.rehearsal import rehearse, rehearse_step
 from taskgroup.lab.train.source import check_source
 from taskgroup.lab.train.trainer import Trainer, task_names
+from taskgroup.lab.words import listed
 
-__all__ = ["Comparison"]
+__all__ = ["Comparison", "Tried"]
 
-_TUNING_SEEDS = 1000  # rates are chosen on other seeds than those that are compared
+_TUNING_SEEDS = 1000  # what is best is chosen on other seeds than those that are compared
+
+
+class Tried(NamedTuple):
+    """What is tried to find the best for a variant."""
+
+    rate: float
+    batch_size: int
 
 
 class Comparison:
@@ -42,8 +59,13 @@ class Comparison:
         seeds: their number.
         out: the folder.
         budgets: names from ``BUDGETS``.
-        rates: learning rates to choose the best of, for the budget ``"tuned"``.
-        tuning_seeds: number of runs by which a rate is chosen.
+        rates: learning rates to choose the best of, for the budget ``"tuned"``; the recipe's is
+            always among them.
+        batch_sizes: batch sizes to choose the best of, with each of the rates; a variant's own is
+            always among them.
+        tune: names of the variants to tune, and with them those that they are measured against;
+            None tunes all.
+        tuning_seeds: number of runs by which a rate and a batch size are chosen.
         strict: raise if a variant cannot work on the data, instead of leaving it out.
 
     Raises:
@@ -60,6 +82,8 @@ class Comparison:
         *,
         budgets: Iterable[str] = ("batches", "time", "tuned"),
         rates: Sequence[float] = (),
+        batch_sizes: Sequence[int] = (),
+        tune: Collection[str] | None = None,
         tuning_seeds: int = 3,
         strict: bool = False,
     ) -> None:
@@ -85,38 +109,66 @@ class Comparison:
         self.rates = sorted({*rates, recipe.lr})
         for rate in self.rates:
             recipe.replace(lr=rate)  # raises before the runs if the rate is out of range
-        if "tuned" in wanted and len(self.rates) < 2:
-            raise ValueError("To choose the best rate, give another one than that of the recipe.")
+        self.batch_sizes = sorted({*batch_sizes, recipe.batch_size})
+        for size in self.batch_sizes:
+            recipe.replace(batch_size=size)
+        if "tuned" in wanted and len(self.rates) * len(self.batch_sizes) < 2:
+            raise ValueError(
+                "To choose the best rate or batch size, give another one than that of the recipe."
+            )
+        if "tuned" not in wanted and (batch_sizes or tune is not None):
+            raise ValueError(
+                "Batch sizes are tried, and variants chosen to be tuned, for the budget 'tuned' "
+                "alone; add it to the budgets."
+            )
+        if unknown := sorted(set(tune or ()) - names):
+            raise ValueError(
+                f"{listed(unknown)} cannot be tuned, because the comparison has no such variant; "
+                f"it has {', '.join(variant.name for variant in variants)}."
+            )
         self._tuning_seeds = tuning_seeds
         self.problem = make_problem(recipe)
         self.tasks = task_names(recipe, self.problem)
         if len(self.tasks) < 2:
             raise ValueError("A comparison needs at least two tasks, which can share a group.")
-        self._single_metrics: dict[str, dict[str, float]] | None = None
         self._tried_on = rehearse(recipe, relative=True) if is_own(recipe.data) else "cpu"
         self.refused: dict[str, str] = {}
         self.variants = [variant for variant in variants if self._can_work(variant, strict)]
-        self._by_name = {variant.name: variant for variant in self.variants}
+        by_name = {variant.name: variant for variant in self.variants}
+        tuned = set(by_name) if tune is None else {JOINT, *tune}
+        tuned |= {variant.against for variant in self.variants if variant.name in tuned}
+        self._tuned = [variant for variant in self.variants if variant.name in tuned]
+        for size in self.batch_sizes if len(self.batch_sizes) > 1 else ():
+            self._check_batch_size(size, by_name[JOINT])
         self._folder = open_folder(self.out, recipe)
         check_source(self.out, recipe.data)
+        self._single = SingleTask(recipe, self.problem, self.tasks, self._seeds, self._folder)
+        self._equal_time = EqualTime(self.out, recipe, by_name, self._steps)
 
     def _can_work(self, variant: Variant, strict: bool) -> bool:
-        """Whether the method can be set up, before hours are spent on the others.
-
-        On a problem of the user's own, it is also trained on one batch.
-        """
+        """Whether the method can be set up, before hours are spent on the others."""
         try:
-            # On the CPU if possible: the memory of a GPU is for the processes that train.
-            settings = {**variant.settings, "device": self._tried_on}
-            trainer = Trainer(self.recipe.replace(**settings))
-            if is_own(self.recipe.data):
-                rehearse_step(trainer, variant.title)
+            self._try(variant.settings, variant.title)
         except (ValueError, ImportError) as error:
             if strict:
                 raise ValueError(f"{variant.title} cannot be compared here: {error}") from error
             self.refused[variant.title] = str(error)
             return False
         return True
+
+    def _check_batch_size(self, size: int, joint: Variant) -> None:
+        """Raise if no batch of this size can be made, before hours are spent."""
+        try:
+            self._try({**joint.settings, "batch_size": size}, joint.title)
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"Batch size {size} cannot be tried here: {error}") from error
+
+    def _try(self, settings: Mapping[str, Any], title: str) -> None:
+        """Set up the training; on a problem of the user's own, also train on one batch."""
+        # On the CPU if possible: the memory of a GPU is for the processes that train.
+        trainer = Trainer(self.recipe.replace(**{**settings, "device": self._tried_on}))
+        if is_own(self.recipe.data):
+            rehearse_step(trainer, title)
 
     # Which runs there are.
 
@@ -146,21 +198,25 @@ class Comparison:
             tg.recording.hold(self.out),
             Workers(self._folder, self.recipe, executor, jobs) as workers,
         ):
-            single = [self._single(task, seed) for seed in self._seeds for task in self.tasks]
-            workers.run(BUDGETS["batches"], single + self._by("batches"), listen)
-            self._single_metrics = None
-            self._measure_costs(workers)
+            runs = self._single.cells + self._by("batches")
+            workers.run(BUDGETS["batches"], runs, listen)
+            self._single.read()
+            self._equal_time.load()
+            self._equal_time.measure(workers, self.variants)
             if "time" in self.budgets:
                 workers.run(BUDGETS["time"], self._by("time"), listen)
             if "tuned" in self.budgets:
+                for size in self.batch_sizes if len(self.batch_sizes) > 1 else ():
+                    self._equal_time.measure(workers, self._tuned, size)
                 tuning = [
-                    self._cell(variant, seed, "time", rate)
-                    for seed in self._rate_seeds
-                    for variant in self.variants
-                    for rate in self.rates
+                    self._cell(variant, seed, "time", tried)
+                    for seed in self._other_seeds
+                    for variant in self._tuned
+                    for tried in self._tried(variant)
                 ]
-                workers.run("choosing rates", tuning, listen)
-                workers.run(BUDGETS["tuned"], self._by("tuned"), listen)
+                title = tuned_title(self.rates, self.batch_sizes)
+                workers.run(f"choosing the {title}", tuning, listen)
+                workers.run(title, self._by("tuned"), listen)
         return self.read(workers.failed)
 
     @property
@@ -168,179 +224,139 @@ class Comparison:
         return range(self.recipe.seed, self.recipe.seed + self.seeds)
 
     @property
-    def _rate_seeds(self) -> range:
+    def _other_seeds(self) -> range:
         first = self.recipe.seed + _TUNING_SEEDS
         return range(first, first + self._tuning_seeds)
 
     def _by(self, budget: str) -> list[Cell]:
         """Seed by seed, so that a slow period of the machine affects all methods."""
-        return [self._cell(v, seed, budget) for seed in self._seeds for v in self.variants]
+        cells = [self._cells(variant, budget) for variant in self.variants]
+        return [by_seed[seed] for seed in self._seeds for by_seed in cells if by_seed]
 
-    def _single(self, task: str, seed: int) -> Cell:
-        """Single-task training: the baseline of Δm."""
-        return Cell(f"single-{task}", self.recipe.replace(seed=seed, method="gd", tasks=(task,)))
+    def _cells(self, variant: Variant, budget: str) -> dict[int, Cell]:
+        """The runs of a variant, by seed; none at the best rate of a variant that is not tuned."""
+        if budget != "tuned":
+            return {seed: self._cell(variant, seed, budget) for seed in self._seeds}
+        if variant not in self._tuned:
+            return {}
+        best = self.best(variant)
+        return {seed: self._cell(variant, seed, budget, best) for seed in self._seeds}
 
-    def _cell(self, variant: Variant, seed: int, budget: str, rate: float | None = None) -> Cell:
+    def _cell(self, variant: Variant, seed: int, budget: str, tried: Tried | None = None) -> Cell:
         settings: dict[str, Any] = {"seed": seed, **variant.settings}
+        size = None if tried is None else tried.batch_size
         if budget != "batches":
-            settings["batches"] = self._batches(variant)
-        if rate is None and budget == "tuned":
-            rate = self.best_rate(variant)
-        if rate is not None and rate != self.recipe.lr:
-            settings["lr"] = rate
+            settings["batches"] = self._equal_time.batches(variant, size)
+        if size is not None:
+            settings["batch_size"] = size
+        if tried is not None and tried.rate != self.recipe.lr:
+            settings["lr"] = tried.rate
             if self.recipe.head_lr is not None:
-                settings["head_lr"] = rate * self.recipe.head_lr / self.recipe.lr
+                settings["head_lr"] = tried.rate * self.recipe.head_lr / self.recipe.lr
         return Cell(variant.name, self.recipe.replace(**settings))
 
-    # What they cost.
+    # Which of them are best.
 
-    def _measure_costs(self, workers: Workers) -> None:
-        """Measure the steps of new variants, side by side with joint training.
+    def _own(self, variant: Variant) -> Tried:
+        """The rate of the recipe, which stands for that of the variant, and its batch size."""
+        return Tried(self.recipe.lr, self._equal_time.recipe_of(variant).batch_size)
 
-        The costs are kept, because a budget must stay the same when the comparison continues.
+    def _tried(self, variant: Variant) -> list[Tried]:
+        """All rates at all batch sizes at which the cost of the variant is known."""
+        own = self._own(variant).batch_size
+        sizes = {own, *self.batch_sizes} if len(self.batch_sizes) > 1 else {own}
+        return [
+            Tried(rate, size)
+            for size in sorted(sizes)
+            if size == own or not math.isnan(self._equal_time.cost(variant, size))
+            for rate in self.rates
+        ]
+
+    def best(self, variant: Variant) -> Tried:
+        """The rate and batch size with the highest mean held-out Δm, over other seeds.
+
+        Every method, joint training included, gets what is really its best: a choice on a small
+        validation set would add the luck of that choice. A pair of rate and batch size at which a
+        run diverged is not taken; if all are like that, those of the recipe are.
         """
-        known = self._read_yaml("costs.yaml")
-        if missing := [name for name in self._by_name if name not in known]:
-            measured = dict.fromkeys([JOINT, *missing])
-            seconds = workers.measure(
-                {name: self.recipe.replace(**self._by_name[name].settings) for name in measured}
-            )
-            known |= {name: seconds[name] / seconds[JOINT] for name in missing}
-            self._write_yaml("costs.yaml", known)
-
-    def _cost(self, variant: Variant) -> float:
-        """Time per batch relative to joint training; NaN if it is not known.
-
-        This is the cost of a step times the steps per batch, the median over the seeds, because the
-        number of groups differs from seed to seed.
-        """
-        step: float = self._read_yaml("costs.yaml").get(variant.name, math.nan)
-        steps = median(
-            result["steps_per_batch"]
-            for result in self._runs(variant, "batches").values()
-            if result["diverged"] is None
-        )
-        return step * (steps if math.isnan(steps) else max(1.0, steps))
-
-    def _read_yaml(self, name: str) -> dict[str, Any]:
-        file = self.out / name
-        return (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
-
-    def _write_yaml(self, name: str, values: dict[str, Any]) -> None:
-        tg.recording.write_text(self.out / name, yaml.safe_dump(values, sort_keys=False))
-
-    @property
-    def _reference(self) -> Variant:
-        """The variant whose time all others get: selective updates, or else joint training."""
-        return self._by_name.get(REFERENCE, self._by_name[JOINT])
-
-    def _batches(self, variant: Variant) -> int:
-        """The batches that take the time of the reference.
-
-        They are kept, because they must stay the same when the comparison continues.
-        """
-        reference = self._reference
-        which = "" if reference.name == REFERENCE else f"-{reference.name}"
-        file = f"batches{which}.yaml"
-        known = self._read_yaml(file)
-        if variant.name not in known:
-            ratio = self._cost(reference) / self._cost(variant)
-            if math.isnan(ratio):  # all of its runs diverged, or none is finished
-                return self.recipe.batches
-            known[variant.name] = max(2, round(self.recipe.batches * ratio))
-            self._write_yaml(file, known)
-        batches: int = known[variant.name]
-        return batches
-
-    def best_rate(self, variant: Variant) -> float:
-        """The rate with the highest mean held-out Δm, over other seeds than those compared.
-
-        Every method, joint training included, gets the rate that is really its best: a choice on a
-        small validation set would add the luck of that choice. A rate at which a run diverged is
-        not taken; if all rates are like that, the recipe's rate is.
-        """
-        best = (-math.inf, self.recipe.lr)
-        for rate in self.rates:
-            cells = (self._cell(variant, seed, "time", rate) for seed in self._rate_seeds)
+        best = (-math.inf, self._own(variant))
+        for tried in self._tried(variant):
+            cells = (self._cell(variant, seed, "time", tried) for seed in self._other_seeds)
             results = [result for cell in cells if (result := cell.read(self._folder)) is not None]
-            delta = mean(self._delta(result, "held_out") for result in results)
+            delta = mean(self._single.delta(result, "held_out") for result in results)
             if delta > best[0]:  # False for NaN
-                best = (delta, rate)
+                best = (delta, tried)
         return best[1]
 
     # What is read.
 
     def _runs(self, variant: Variant, budget: str) -> Runs:
         """The finished runs of a variant, by seed."""
-        cells = {seed: self._cell(variant, seed, budget) for seed in self._seeds}
+        cells = self._cells(variant, budget)
         results = {seed: cell.read(self._folder) for seed, cell in cells.items()}
         return {seed: result for seed, result in results.items() if result is not None}
 
-    @property
-    def single(self) -> dict[str, dict[str, float]]:
-        """``{split: {task: mean metric}}`` of single-task training."""
-        if self._single_metrics is None:
-            found = {
-                task: [self._single(task, seed).read(self._folder) for seed in self._seeds]
-                for task in self.tasks
-            }
-            self._single_metrics = {
-                split: {
-                    task: mean(
-                        result["metrics"][split][task]
-                        for result in results
-                        if result is not None and result["diverged"] is None
-                    )
-                    for task, results in found.items()
-                }
-                for split in self.problem.splits
-            }
-        return self._single_metrics
+    def _steps(self, variant: Variant) -> float:
+        """Steps per batch at equal batches, the median over the seeds."""
+        return steps_per_batch(self._runs(variant, "batches"))
 
     def delta(self, result: Result) -> float | None:
         """Held-out Δm of one run, in percent; None until the baselines are finished."""
-        if any(math.isnan(value) for value in self.single["held_out"].values()):
-            self._single_metrics = None  # to be read again
+        if any(math.isnan(value) for value in self._single.metrics["held_out"].values()):
+            self._single.read()
             return None
-        return self._delta(result, "held_out")
-
-    def _delta(self, result: Result, split: str) -> float:
-        return delta_of(result, split, self.single, self.problem)
+        return self._single.delta(result, "held_out")
 
     def read(self, failed: Sequence[str] = ()) -> Table:
         """Read the results of the finished runs; ``failed`` are the errors of the others."""
-        self._single_metrics = None
+        self._single.read()
+        self._equal_time.load()
         runs = {
             variant.name: {budget: self._runs(variant, budget) for budget in self.budgets}
             for variant in self.variants
         }
-        cost = {variant.name: self._cost(variant) for variant in self.variants}
-        rows = [
-            make_row(
-                variant,
-                runs[variant.name],
-                runs[variant.against],
-                self.problem.splits,
-                self._delta,
-                time=cost[variant.name] / cost[variant.against],
-                rate=self.best_rate(variant) if "tuned" in self.budgets else None,
-                batches={
-                    budget: self._cell(variant, self.recipe.seed, budget).recipe.batches
-                    for budget in self.budgets
-                },
-            )
-            for variant in self.variants
-        ]
         return Table(
             recipe=self.recipe,
             problem=self.problem,
             tasks=self.tasks,
             seeds=self.seeds,
             rates=self.rates,
+            batch_sizes=self.batch_sizes,
             budgets=self.budgets,
-            reference=self._reference.title,
-            rows=rows,
-            single=self.single,
+            reference=self._equal_time.reference.title,
+            rows=[self._row(variant, runs) for variant in self.variants],
+            single=self._single.metrics,
             refused=self.refused,
             failed=list(failed),
         )
+
+    def _row(self, variant: Variant, runs: Mapping[str, Mapping[str, Runs]]) -> Row:
+        recipes = {
+            budget: cells[self.recipe.seed].recipe
+            for budget in self.budgets
+            if (cells := self._cells(variant, budget))
+        }
+        cost = self._equal_time.cost
+        joint = next(other for other in self.variants if other.name == variant.against)
+        tuned = recipes.get("tuned")
+        return make_row(
+            variant,
+            runs[variant.name],
+            runs[variant.against],
+            self.problem.splits,
+            self._single.delta,
+            time=cost(variant) / cost(joint),
+            rate=None if tuned is None else tuned.lr,
+            batch_size=None if tuned is None else tuned.batch_size,
+            tuned_time=None if tuned is None else self._time(variant, tuned, runs),
+            batches={budget: recipe.batches for budget, recipe in recipes.items()},
+        )
+
+    def _time(
+        self, variant: Variant, tuned: Recipe, runs: Mapping[str, Mapping[str, Runs]]
+    ) -> float:
+        """The time of the tuned runs, relative to equal time, by the steps that they took."""
+        equal = self._equal_time
+        steps = steps_per_batch(runs[variant.name]["tuned"])
+        batch = equal.cost_of(variant, steps, tuned.batch_size)
+        return tuned.batches * batch / (self.recipe.batches * equal.cost(equal.reference))

@@ -17,7 +17,7 @@ from taskgroup.lab.report.colours import HARMS, SERVES
 from taskgroup.lab.report.matplotlib_figures import open_axes, save
 from taskgroup.lab.studies.intervals import Estimate
 from taskgroup.lab.studies.limits import limits
-from taskgroup.lab.studies.results import BUDGETS, Row, Table
+from taskgroup.lab.studies.results import Row, Table
 from taskgroup.lab.words import counted
 
 __all__ = ["delta_m_plot"]
@@ -125,7 +125,7 @@ def _draw_delta(
             _write(axes, note, y, kind.colour, _side(delta, low, high))
     axes.set_xlim(low, high)
     axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-    open_axes(axes, BUDGETS[budget].capitalize(), size="medium")
+    open_axes(axes, table.title(budget).capitalize(), size="medium")
     axes.set_xlabel("Δm, %   (better →)", fontsize=_SIZE)
 
 

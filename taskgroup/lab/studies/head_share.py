@@ -19,7 +19,7 @@ from taskgroup.lab.studies.cost import Course, courses, head_share
 from taskgroup.lab.studies.head_share_points import Point, joint_sizes, kinds, shipped_points
 from taskgroup.lab.studies.intervals import Estimate, estimate, noise_floor
 from taskgroup.lab.studies.presets import JOINT, Variant
-from taskgroup.lab.studies.results import delta_of, mean, median
+from taskgroup.lab.studies.results import delta_of, mean, steps_per_batch
 from taskgroup.lab.studies.workers import Listener, Workers
 from taskgroup.lab.train.rehearsal import rehearse
 from taskgroup.lab.train.source import check_source
@@ -331,22 +331,17 @@ class HeadShare:
         return {task: mean(metrics[task] for metrics in found) for task in self.tasks}
 
     def _delta(self, result: Result, baseline: Mapping[str, float]) -> float:
-        return delta_of(result, "held_out", {"held_out": baseline}, self.problem)
+        return delta_of(result, "held_out", baseline, self.problem)
 
     def _time(self, point: Point, kind: Variant, results: Mapping[int, Result]) -> float:
-        """The time of the runs, from their numbers of steps, relative to the budget."""
+        """The time of the runs, from their median number of steps, relative to the budget."""
         known = self._measured[point.title]
         course = Course(**known["courses"][kind.name])
         batches = known["batches"][kind.name]
         early = min(course.warmup, batches)
-        taken = [
-            course.seconds(early)
-            + (result["steps_per_batch"] * batches - early * len(self.tasks))
-            * (course.later / course.steps)
-            for result in results.values()
-            if result["diverged"] is None
-        ]
-        return median(taken) / Course(**known["courses"][JOINT]).seconds(self.recipe.batches)
+        later = steps_per_batch(results) * batches - early * len(self.tasks)
+        taken = course.seconds(early) + later * course.later / course.steps
+        return taken / Course(**known["courses"][JOINT]).seconds(self.recipe.batches)
 
 
 @dataclasses.dataclass(frozen=True)

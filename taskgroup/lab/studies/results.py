@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from taskgroup.lab.problem import Problem
@@ -16,7 +16,17 @@ from taskgroup.lab.studies.presets import Variant
 from taskgroup.lab.train.evaluation import delta_m
 from taskgroup.lab.words import counted
 
-__all__ = ["BUDGETS", "Row", "Runs", "Table", "delta_of", "make_row", "mean", "median"]
+__all__ = [
+    "BUDGETS",
+    "Row",
+    "Runs",
+    "Table",
+    "delta_of",
+    "make_row",
+    "mean",
+    "steps_per_batch",
+    "tuned_title",
+]
 
 _PER_VARIANT = ("time", "memory", "steps", "groups", "changes")  # of a row, in every record
 
@@ -25,7 +35,8 @@ Key = tuple[str, str]  # budget and split
 
 
 #: What every method gets the same amount of: the batches of the recipe; the time that the selective
-#: run takes for these batches; the same time, with the best learning rate. And their titles.
+#: run takes for these batches; the same time, with the best learning rate (and batch size, where
+#: several are tried). And their titles.
 BUDGETS = {"batches": "equal batches", "time": "equal time", "tuned": "best rate"}
 
 
@@ -40,7 +51,11 @@ class Row:
         steps: optimizer steps per batch.
         groups: mean number of groups in the second half of a run.
         changes: share of the batches in the last quarter of a run that changed the partition.
-        rate: learning rate of the tuned runs.
+        rate: learning rate of the tuned runs; None if the variant is not tuned, as for the two that
+            follow.
+        batch_size: of the tuned runs.
+        tuned_time: time of the tuned runs by the steps that they took, relative to equal time. It
+            is not 1 where they took more or fewer steps per batch than at equal batches.
         batches: ``{budget: batches}``.
         delta: ``{(budget, split): Δm in percent against single-task training}``.
         gain: ``{(budget, split): Δm minus that of joint training with the same seed}``.
@@ -57,6 +72,8 @@ class Row:
     groups: float
     changes: float
     rate: float | None
+    batch_size: int | None
+    tuned_time: float | None
     batches: dict[str, int]
     delta: dict[Key, Estimate]
     gain: dict[Key, Estimate]
@@ -86,6 +103,7 @@ class Table:
         tasks: of the recipe.
         seeds: their number.
         rates: those that were tried for the budget ``"tuned"``.
+        batch_sizes: those that were tried, with each of the rates.
         budgets: those that were run.
         reference: title of the variant whose time all variants get.
         rows: one per variant.
@@ -99,6 +117,7 @@ class Table:
     tasks: list[str]
     seeds: int
     rates: list[float]
+    batch_sizes: list[int]
     budgets: list[str]
     reference: str
     rows: list[Row]
@@ -115,7 +134,14 @@ class Table:
         """
         records: list[dict[str, Any]] = []
         for row in self.rows:
+            settings = {"rate": row.rate, "batch_size": row.batch_size}
+            own = {
+                "rate": row.variant.settings.get("lr", self.recipe.lr),
+                "batch_size": row.variant.settings.get("batch_size", self.recipe.batch_size),
+            }
             for (budget, split), delta in row.delta.items():
+                if budget not in row.batches:  # the variant is not tuned
+                    continue
                 gain = row.gain[budget, split]
                 records.append(
                     {
@@ -123,7 +149,7 @@ class Table:
                         "budget": budget,
                         "split": split,
                         "batches": row.batches[budget],
-                        "rate": row.rate if budget == "tuned" else self.recipe.lr,
+                        **(settings if budget == "tuned" else own),
                         "runs": delta.n,
                         "diverged": row.diverged[budget],
                         "delta_m": delta.mean,
@@ -138,7 +164,9 @@ class Table:
                 )
         for split, metrics in self.single.items():
             known = {"variant": "single-task", "budget": "batches", "split": split}
-            numbers = {"batches": self.recipe.batches, "rate": self.recipe.lr, "runs": self.seeds}
+            recipe = self.recipe
+            settings = {"rate": recipe.lr, "batch_size": recipe.batch_size}
+            numbers = {"batches": recipe.batches, **settings, "runs": self.seeds}
             records.append({**known, **numbers, **self._by_column(metrics)})
         return records
 
@@ -146,6 +174,12 @@ class Table:
         """Metrics by the names of their columns; NaN if they are missing."""
         names = self.problem.metric_names
         return {f"{names[task]} {task}": metrics.get(task, math.nan) for task in self.tasks}
+
+    def title(self, budget: str) -> str:
+        """Of a budget, as shown."""
+        if budget == "tuned":
+            return tuned_title(self.rates, self.batch_sizes)
+        return BUDGETS[budget]
 
     @property
     def headline(self) -> str:
@@ -161,20 +195,25 @@ class Table:
         return next(row for row in self.rows if row.variant.settings.get("method") == "gd")
 
 
-def delta_of(
-    result: Result, split: str, single: Mapping[str, Mapping[str, float]], problem: Problem
-) -> float:
-    """Δm of a run against single-task training, in percent.
+def delta_of(result: Result, split: str, baseline: Mapping[str, float], problem: Problem) -> float:
+    """Δm of a run against the baseline's metric of each task, in percent.
 
-    NaN if the run diverged, or if a metric of single-task training is not above zero.
+    NaN if the run diverged, or if a metric of the baseline is not above zero.
     """
     if result["diverged"] is not None:
         return math.nan
     metrics = result["metrics"][split]
-    baseline = {task: value for task, value in single[split].items() if task in metrics}
-    if not all(value > 0 for value in baseline.values()):  # nothing can be divided by it
+    known = {task: value for task, value in baseline.items() if task in metrics}
+    if not all(value > 0 for value in known.values()):  # nothing can be divided by it
         return math.nan
-    return delta_m(metrics, baseline, problem)
+    return delta_m(metrics, known, problem)
+
+
+def tuned_title(rates: Sequence[float], batch_sizes: Sequence[int]) -> str:
+    """The title of the budget ``"tuned"``, by what there is to choose from."""
+    if len(batch_sizes) == 1:
+        return BUDGETS["tuned"]
+    return "best rate and batch size" if len(rates) > 1 else "best batch size"
 
 
 def make_row(
@@ -207,12 +246,12 @@ def make_row(
         for of in (runs, joint)
     )
     memory, joint_memory = (
-        median(result["peak_bytes"] for result in results) for results in (finished, references)
+        _median(result["peak_bytes"] for result in results) for results in (finished, references)
     )
     return Row(
         variant=variant,
         memory=memory / joint_memory,
-        steps=median(result["steps_per_batch"] for result in finished),
+        steps=steps_per_batch(runs["batches"]),
         groups=mean(mean(r["groups"][len(r["groups"]) // 2 :]) for r in finished),
         changes=mean(map(_late_changes, finished)),
         delta=delta,
@@ -229,16 +268,20 @@ def _finite(values: Iterable[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
 
 
-def median(values: Iterable[float]) -> float:
-    """Of the values; NaN without any."""
-    values = list(values)
-    return statistics.median(values) if values else math.nan
-
-
 def mean(values: Iterable[float]) -> float:
     """Of the values; NaN without any."""
     values = list(values)
     return statistics.fmean(values) if values else math.nan
+
+
+def steps_per_batch(runs: Runs) -> float:
+    """The median over the runs that did not diverge; NaN without any."""
+    return _median(r["steps_per_batch"] for r in runs.values() if r["diverged"] is None)
+
+
+def _median(values: Iterable[float]) -> float:
+    values = list(values)
+    return statistics.median(values) if values else math.nan
 
 
 def _late_changes(result: Result) -> float:
