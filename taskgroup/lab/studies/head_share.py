@@ -337,10 +337,10 @@ class HeadShare:
         """The time of the runs, from their median number of steps, relative to the budget."""
         known = self._measured[point.title]
         course = Course(**known["courses"][kind.name])
-        batches = known["batches"][kind.name]
+        batches: int = known["batches"][kind.name]
         early = min(course.warmup, batches)
         later = steps_per_batch(results) * batches - early * len(self.tasks)
-        taken = course.seconds(early) + later * course.later / course.steps
+        taken: float = course.seconds(early) + later * course.later / course.steps
         return taken / Course(**known["courses"][JOINT]).seconds(self.recipe.batches)
 
 
