@@ -418,6 +418,7 @@ def test_the_command(tmp_path, trained, measured):
     left = {path.name for path in (tmp_path / "one").iterdir()}
     made = {"shares.md", "shares.csv", "shares.png"}
     assert left == {"base.yaml", "cells", "study.yaml", *made}
+    assert "Measuring what batches take at 2 points" in first.output
     assert "equal time, run 18 of 18" in first.output
     assert re.search(r"Share of a joint step +20% +90%", first.output)
     trained.clear()
@@ -425,6 +426,7 @@ def test_the_command(tmp_path, trained, measured):
     both = invoke("--seeds", 1, "--out", tmp_path / "one", *beside, *points)
     assert both.exit_code == 0, both.output
     assert trained == []
+    assert "Measuring" not in both.output
     assert (tmp_path / "one" / "shares.md").read_text().count("# yeast: when group") == 2
 
     said = invoke("--point", "head_depth=0", "--out", tmp_path / "two")

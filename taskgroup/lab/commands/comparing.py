@@ -223,6 +223,7 @@ def head_share(
     from taskgroup.lab.studies.comparison_display import ComparisonDisplay
     from taskgroup.lab.studies.head_share import HeadShare
     from taskgroup.lab.studies.head_share_points import parse_point
+    from taskgroup.lab.words import counted
 
     options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
     chosen = common.settings(recipe, set_, **options)
@@ -234,6 +235,9 @@ def head_share(
         out or Path("runs") / f"head-share-{common.label(recipe)}",
         [parse_point(text) for text in point] if point else None,
     )
+    if study.unmeasured:  # which takes minutes, before the display has anything to show
+        points = counted(len(study.unmeasured), "point")
+        common.say(f"Measuring what batches take at {points}")
     console = rich.get_console()
     titles = {kind.name: kind.title for kind in study.kinds}
     display = ComparisonDisplay(str(study.out), titles, console)

@@ -44,8 +44,8 @@ class KindRow:
         steps: optimizer steps of a batch, the mean over the seeds.
         gain: mean gain over the tasks in percent of the best joint training, minus that of the best
             joint training with the same seed.
-        verdict: ``"better"``, ``"worse"`` or ``""``, as of :meth:`~taskgroup.lab.studies.results.
-            Row.verdict`.
+        verdict: ``"better"`` or ``"worse"`` if the gain is outside both its interval and the noise
+            floor, else ``""``.
         diverged: number of runs that diverged.
     """
 
@@ -180,8 +180,7 @@ class HeadShare:
             tg.recording.hold(self.out),
             Workers(self._folder, self.recipe, executor, jobs) as workers,
         ):
-            missing = [point for point in self.points if point.title not in self._measured]
-            asked = [_Asked(point, self._recipes(point)) for point in missing]
+            asked = [_Asked(point, self._recipes(point)) for point in self.unmeasured]
             for done, measured in workers.call(_measure, asked):
                 self._keep(done.point, measured)
             self._write()
@@ -194,6 +193,11 @@ class HeadShare:
         return self.read()
 
     # What is measured, and the budgets that follow from it.
+
+    @property
+    def unmeasured(self) -> list[Point]:
+        """The points whose costs are not known yet."""
+        return [point for point in self.points if point.title not in self._measured]
 
     def _recipes(self, point: Point) -> dict[str, Recipe]:
         at = self.recipe.replace(**point.settings)
@@ -260,7 +264,7 @@ class HeadShare:
         Raises:
             ValueError: if a run is not finished.
         """
-        if any(point.title not in self._measured for point in self.points):
+        if self.unmeasured:
             raise ValueError(f"{self.out} is not finished; start the command that began it again.")
         rows = [self._row(point) for point in self.points]
         return Shares(
