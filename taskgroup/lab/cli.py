@@ -65,8 +65,8 @@ def _add(group: typer.Typer, *commands: Callable[..., None]) -> None:
         group.command()(_errors_in_words()(command))
 
 
-_add(app, training.train, comparing.compare, comparing.affinity_gain, training.evaluate)
-_add(app, training.predict, reporting.figures, reporting.report)
+_add(app, training.train, comparing.compare, comparing.affinity_gain, comparing.head_share)
+_add(app, training.evaluate, training.predict, reporting.figures, reporting.report)
 _add(data_app, data.check, data.mini)
 _add(new_app, new.problem)
 app.add_typer(data_app, name="data")

@@ -167,6 +167,7 @@ class DataSettings(_Section):
         tasks: the tasks to train, in the order of the data set; None trains all.
         size: height and width of the network's input, pixels: one number, or ``"HxW"``.
         batch_size: samples per batch.
+        batch_repeats: batches in a row that hold the same samples; 1 draws new ones for each.
         bad: what to do about a sample whose file is missing or broken: ``"stop"``, or ``"skip"`` it
             with a warning.
         workers: processes that read the data, at most one per core; with 0 the training process
@@ -180,6 +181,7 @@ class DataSettings(_Section):
     tasks: Annotated[tuple[str, ...], BeforeValidator(_words)] | None = None
     size: Annotated[tuple[int, int], BeforeValidator(_sides)] = (64, 64)
     batch_size: _Count = 8
+    batch_repeats: _Count = 1
     bad: Literal["stop", "skip"] = "stop"
     workers: int = Field(0, ge=0)
 

@@ -1,4 +1,4 @@
-"""``taskgroup compare`` and ``affinity-gain``: many runs that answer one question."""
+"""``taskgroup compare``, ``affinity-gain``, ``head-share``: many runs that answer one question."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from taskgroup.lab.commands import common
 if TYPE_CHECKING:
     from taskgroup.lab.recipe import Recipe
 
-__all__ = ["affinity_gain", "compare"]
+__all__ = ["affinity_gain", "compare", "head_share"]
 
 _Number = TypeVar("_Number", int, float)
 
@@ -186,6 +186,70 @@ def affinity_gain(
     report.write_csv(gains, measured.out / "gains.csv")
     report.affinity_gain_plot(gains, measured.out / "gains.png")
     common.say(f"Tables and picture (gains.md, .csv and .png) are in {measured.out}")
+
+
+def head_share(
+    recipe: common.RecipeName = "qm9",
+    seeds: Annotated[
+        int, typer.Option(help="Number of runs of each kind of training at each point.")
+    ] = 5,
+    batches: common.Batches = None,
+    point: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE,...",
+            help="A network to measure, by the settings that make its heads, such as "
+            "head_depth=2,head_width=256; give two or more.",
+            show_default="those that ship for the data set",
+        ),
+    ] = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR", help="Folder of a finished study, to be shown beside this one."
+        ),
+    ] = None,
+    data: common.Data = None,
+    backbone: common.Backbone = None,
+    size: common.Size = None,
+    set_: common.Changes = None,
+    jobs: Jobs = None,
+    dask: Dask = None,
+    out: Out = None,
+) -> None:
+    """Find out from which share of the heads on group steps gain at equal time."""
+    import taskgroup as tg
+    from taskgroup.lab.studies import head_share_report as report
+    from taskgroup.lab.studies.comparison_display import ComparisonDisplay
+    from taskgroup.lab.studies.head_share import HeadShare
+    from taskgroup.lab.studies.head_share_points import parse_point
+    from taskgroup.lab.words import counted
+
+    options = {"batches": batches, "root": data, "backbone": backbone, "size": size}
+    chosen = common.settings(recipe, set_, **options)
+    _check(chosen, jobs, dask)
+    others = [HeadShare.read_from(folder) for folder in beside or []]
+    study = HeadShare(
+        chosen,
+        seeds,
+        out or Path("runs") / f"head-share-{common.label(recipe)}",
+        [parse_point(text) for text in point] if point else None,
+    )
+    if study.unmeasured:  # which takes minutes, before the display has anything to show
+        points = counted(len(study.unmeasured), "point")
+        common.say(f"Measuring what batches take at {points}")
+    console = rich.get_console()
+    titles = {kind.name: kind.title for kind in study.kinds}
+    display = ComparisonDisplay(str(study.out), titles, console)
+    with _stoppable(), _executor(dask, chosen) as executor, display:
+        found = [study.run(display.update, jobs, executor), *others]
+    for shares in found:
+        for shown in report.tables(shares):
+            console.print(shown)
+    tg.recording.write_text(study.out / "shares.md", report.markdown(found, _command()))
+    report.write_csv(found, study.out / "shares.csv")
+    report.head_share_plot(found, study.out / "shares.png")
+    common.say(f"Tables and picture (shares.md, .csv and .png) are in {study.out}")
 
 
 def _numbers(takes: str, text: str | None, kind: Callable[[str], _Number]) -> list[_Number]:

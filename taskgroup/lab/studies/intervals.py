@@ -40,6 +40,19 @@ class Estimate(NamedTuple):
             " ", "\N{NO-BREAK SPACE}"
         )
 
+    def verdict(self, floor: float) -> str:
+        """Whether a difference is one: ``"better"``, ``"worse"`` or ``""``.
+
+        It is if the interval excludes zero and the mean is larger than the noise floor.
+
+        Example:
+            >>> Estimate(1.9, 0.6, 5).verdict(floor=1.2), Estimate(1.9, 0.6, 5).verdict(floor=2.2)
+            ('better', '')
+        """
+        if self.n < 2 or not (abs(self.mean) > self.half and abs(self.mean) > floor):
+            return ""
+        return "better" if self.mean > 0 else "worse"
+
 
 def _number(value: float, sign: str = "") -> str:
     """With one decimal; a run that almost diverged has a number that needs an exponent."""

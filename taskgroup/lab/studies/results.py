@@ -13,6 +13,7 @@ from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.studies.cell import Result
 from taskgroup.lab.studies.intervals import Estimate, estimate, noise_floor
 from taskgroup.lab.studies.presets import Variant
+from taskgroup.lab.train.evaluation import delta_m
 from taskgroup.lab.words import counted
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Row",
     "Runs",
     "Table",
+    "delta_of",
     "make_row",
     "mean",
     "steps_per_batch",
@@ -86,11 +88,9 @@ class Row:
         It differs if the interval of the difference excludes zero and the difference is larger than
         the noise floor.
         """
-        mean, half, n = self.gain.get((budget, split), (math.nan, math.nan, 0))
+        unknown = Estimate(math.nan, math.nan, 0)
         floor = self.floor.get((budget, split), math.nan)
-        if n < 2 or not (abs(mean) > half and abs(mean) > floor):
-            return ""
-        return "better" if mean > 0 else "worse"
+        return self.gain.get((budget, split), unknown).verdict(floor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +193,20 @@ class Table:
     def joint(self) -> Row:
         """The row of joint training."""
         return next(row for row in self.rows if row.variant.settings.get("method") == "gd")
+
+
+def delta_of(result: Result, split: str, baseline: Mapping[str, float], problem: Problem) -> float:
+    """Δm of a run against the baseline's metric of each task, in percent.
+
+    NaN if the run diverged, or if a metric of the baseline is not above zero.
+    """
+    if result["diverged"] is not None:
+        return math.nan
+    metrics = result["metrics"][split]
+    known = {task: value for task, value in baseline.items() if task in metrics}
+    if not all(value > 0 for value in known.values()):  # nothing can be divided by it
+        return math.nan
+    return delta_m(metrics, known, problem)
 
 
 def tuned_title(rates: Sequence[float], batch_sizes: Sequence[int]) -> str:

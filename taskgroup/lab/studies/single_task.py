@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from taskgroup.lab.problem import Problem
 from taskgroup.lab.recipe import Recipe
 from taskgroup.lab.studies.cell import Cell, Result
-from taskgroup.lab.studies.results import mean
-from taskgroup.lab.train.evaluation import delta_m
+from taskgroup.lab.studies.results import delta_of, mean
 
 __all__ = ["SingleTask"]
 
@@ -71,10 +69,4 @@ class SingleTask:
 
         NaN if the run diverged, or if a metric of single-task training is not above zero.
         """
-        if result["diverged"] is not None:
-            return math.nan
-        metrics = result["metrics"][split]
-        baseline = {t: value for t, value in self.metrics[split].items() if t in metrics}
-        if not all(value > 0 for value in baseline.values()):  # nothing can be divided by it
-            return math.nan
-        return delta_m(metrics, baseline, self._problem)
+        return delta_of(result, split, self.metrics[split], self._problem)

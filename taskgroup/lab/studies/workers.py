@@ -98,8 +98,17 @@ class Workers:
 
     def measure(self, recipes: Mapping[str, Recipe]) -> dict[str, float]:
         """Call :func:`~taskgroup.lab.studies.cost.step_seconds` in one worker; the others idle."""
-        ((future, _),) = self._calls(step_seconds, [recipes])
-        return future.result()
+        ((_, seconds),) = self.call(step_seconds, [recipes])
+        return seconds
+
+    def call(self, function: Callable[[A], B], arguments: Sequence[A]) -> Iterator[tuple[A, B]]:
+        """Call a function in the workers; yields arguments and what it returned, as they arrive.
+
+        Raises:
+            Exception: what the function raised.
+        """
+        for future, argument in self._calls(function, arguments):
+            yield argument, future.result()
 
     def run(self, title: str, cells: Sequence[Cell], listen: Listener) -> None:
         """Run the cells that are not finished; if one fails, the others are still run.

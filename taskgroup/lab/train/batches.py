@@ -18,8 +18,9 @@ __all__ = ["Batches"]
 class Batches:
     """An endless iterator of a problem's training batches, sent to a device without waiting.
 
-    The first ``drawn`` batches, which a run has drawn before, are passed over. The attribute
-    ``drawn`` counts all batches drawn so far.
+    Each batch of the problem comes as often in a row as the recipe's ``batch_repeats`` says. The
+    first ``drawn`` batches, which a run has drawn before, are passed over. The attribute ``drawn``
+    counts all batches drawn so far.
     """
 
     def __init__(
@@ -27,7 +28,9 @@ class Batches:
     ) -> None:
         self.drawn = drawn
         self._device = device
-        self._stream = problem.batches(recipe.batch_size, recipe.seed, drawn)
+        self._repeats = recipe.batch_repeats
+        self._stream = problem.batches(recipe.batch_size, recipe.seed, drawn // self._repeats)
+        self._loaded: Batch | None = None  # the last batch of the stream
         self._ahead: Batch | None = None  # the next batch, if it is loaded
         self._error: Exception | None = None  # raised while it was loaded
 
@@ -42,7 +45,9 @@ class Batches:
             error, self._error = self._error, None
             raise error
         if self._ahead is None:
-            self._ahead = tree_map(self._send, next(self._stream))
+            if self._loaded is None or self.drawn % self._repeats == 0:
+                self._loaded = tree_map(self._send, next(self._stream))
+            self._ahead = self._loaded
         return self._ahead
 
     def load_ahead(self) -> None:
