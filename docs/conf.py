@@ -66,7 +66,8 @@ TREES: dict[str, dict[str, list[str]]] = {
     "api/index": {
         "": [
             *("schedule", "affinity", "groupings", "models", "gradients", "methods"),
-            *("recording", "trainers", "checkpoints", "experiments", "vision", "command-line"),
+            *("recording", "trainers", "checkpoints", "experiments", "vision", "molecules"),
+            "command-line",
         ]
     },
 }

@@ -162,7 +162,7 @@ class DataSettings(_Section):
             they are not those of the installed qm9pack.
         regime: what is planted among the tasks of QM9: ``"clean"``, nothing; ``"negatives"``, two
             tasks that compete with the others; or ``"scales"``, factors of the losses over three
-            decades. See :mod:`taskgroup.lab.molecules.regimes`.
+            decades. See :func:`taskgroup.lab.molecules.regimes.plant`.
         subset: which of Taskonomy's buildings: ``"tiny"``, ``"medium"`` or ``"fullplus"``.
         tasks: the tasks to train, in the order of the data set; None trains all.
         size: height and width of the network's input, pixels: one number, or ``"HxW"``.

@@ -73,7 +73,7 @@ class QM9(Problem):
     network on the coordinates; ``dim`` and ``depth`` are its width and its layers. The head of each
     task is linear, with ``head_depth`` hidden layers of width ``head_width`` before.
 
-    ``regime`` plants tasks or scales of losses; see :mod:`taskgroup.lab.molecules.regimes`.
+    ``regime`` plants tasks or scales of losses; see :func:`taskgroup.lab.molecules.regimes.plant`.
     """
 
     tasks: Mapping[str, str] = {task: title for task, (title, _, _) in TASKS.items()}
