@@ -52,7 +52,7 @@ def plant(
     Args:
         targets: [N, K] of one split, floating point, standardised over the training split.
         names: names of the K tasks.
-        regime: one of :data:`REGIMES`.
+        regime: one of ``REGIMES``.
         seed: seed of the permutation, which stays within the split.
 
     Returns:
@@ -103,7 +103,7 @@ def loss_factors(names: Sequence[str], regime: str, seed: int) -> dict[str, floa
     Args:
         names: names of all K tasks of the data, also where a run trains some of them only, so that
             a task has the same factor in every run.
-        regime: one of :data:`REGIMES`.
+        regime: one of ``REGIMES``.
         seed: seed of the order.
 
     Returns:
