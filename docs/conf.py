@@ -60,7 +60,7 @@ TREES: dict[str, dict[str, list[str]]] = {
             *("own-data", "clusters", "examples", "faq"),
         ],
         "Cost": ["cost", "kernels", "benchmarks"],
-        "Results": ["Results <results/README>", "qm9", "reproduce", "migration"],
+        "Results": ["Results <results/README>", "results/qm9", "qm9", "reproduce", "migration"],
         "Reference": ["api/index", "architecture", "changelog", "contributing"],
     },
     "api/index": {

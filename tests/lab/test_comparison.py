@@ -303,6 +303,16 @@ def test_three_tasks_are_spread_over_all():
     ]
 
 
+def test_every_grouping_is_compared_with_both_optimizer_states():
+    variants = preset("shared-state", yeast(), TASKS)
+    pairs = {}
+    for variant in variants[1:]:
+        recipe = yeast().replace(**variant.settings)
+        pairs.setdefault(recipe.grouping, []).append(recipe.shared_state)
+    assert set(pairs) == {"affinity-propagation", "random:3", "heterogeneous", "singletons"}
+    assert all(sorted(states) == ["all", "group"] for states in pairs.values())
+
+
 # What is read.
 
 

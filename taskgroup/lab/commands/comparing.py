@@ -50,7 +50,7 @@ def compare(
         str,
         typer.Option(
             help="What to compare: methods, or an ablation: grouping, heads, preference, decay, "
-            "batch-size, warmup, cheap, three-tasks."
+            "batch-size, warmup, cheap, shared-state, three-tasks."
         ),
     ] = "methods",
     methods: Annotated[
