@@ -412,12 +412,14 @@ def test_default_folder_is_new_each_time(tmp_path, monkeypatch):
 FLAT = """\
 data: motorcycle
 root: null
+regime: clean
 subset: tiny
 tasks: null
 size:
 - 32
 - 32
 batch_size: 2
+batch_repeats: 1
 bad: stop
 workers: 0
 backbone: tiny

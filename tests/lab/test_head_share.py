@@ -408,11 +408,11 @@ def test_the_picture_has_a_line_for_each_kind(tmp_path, made_up, measured, lower
 
 def test_the_command(tmp_path, trained, measured):
     def invoke(*words):
-        small = options(batches=6, batch_size=2, head_width=3)
+        small = options(batches=6, batch_size=2)
         arguments = ["head-share", "yeast", *small, *map(str, words)]
         return CliRunner().invoke(app, arguments, env={"COLUMNS": "100"})
 
-    points = ["--point", "head_depth=0", "--point", "head_depth=1"]
+    points = ["--point", "head_depth=0", "--point", "head_depth=1,head_width=3"]
     first = invoke("--seeds", 1, "--out", tmp_path / "one", *points)
     assert first.exit_code == 0, first.output
     left = {path.name for path in (tmp_path / "one").iterdir()}
