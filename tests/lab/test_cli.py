@@ -412,14 +412,12 @@ def test_default_folder_is_new_each_time(tmp_path, monkeypatch):
 FLAT = """\
 data: motorcycle
 root: null
-regime: clean
 subset: tiny
 tasks: null
 size:
 - 32
 - 32
 batch_size: 2
-batch_repeats: 1
 bad: stop
 workers: 0
 backbone: tiny
@@ -458,7 +456,7 @@ baseline: null
 """
 
 
-def test_settings_written_before_they_had_sections_are_read_and_written_alike(finished, tmp_path):
+def test_settings_written_by_an_earlier_version_are_read_and_written_alike(finished, tmp_path):
     run = Run(small(), tmp_path / "run")
 
     def stop(progress):
@@ -468,10 +466,16 @@ def test_settings_written_before_they_had_sections_are_read_and_written_alike(fi
     with pytest.raises(Interrupted):
         run.train(stop)
     config = run.out / "config.yaml"
-    assert config.read_text() == FLAT
+
+    def without_newer_settings():
+        flat = yaml.safe_load(config.read_text())
+        return {key: value for key, value in flat.items() if key in earlier}
+
+    earlier = yaml.safe_load(FLAT)
+    assert without_newer_settings() == earlier
     config.write_text(FLAT)
     resumed = Run.resume(run.out)
-    assert config.read_text() == FLAT
+    assert without_newer_settings() == earlier
     resumed.train()
     assert_same_run(run.out, finished[0].out)
     assert load_trained(run.out).recipe == small()
