@@ -46,6 +46,14 @@ def test_core_needs_torch_and_numpy_alone():
     assert done.stdout.strip() == tg.__version__
 
 
+def test_what_torch_does_not_import_is_not_imported_either():
+    """Modules of the standard library take time too."""
+    modules = "{name.partition('.')[0] for name in sys.modules}"
+    done = run(f"import sys, torch; known = {modules}; import taskgroup; print(*{modules} - known)")
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) <= {"taskgroup", "numpy"}
+
+
 def test_networks_and_losses_of_dense_tasks_need_no_more():
     blocked = "".join(f"sys.modules[{name!r}] = None; " for name in [*EXTRAS, "yaml"])
     parts = (

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -210,4 +210,4 @@ def _turns(
             break
         for name, call in sides:
             found[name].append(stopwatch.seconds(call))
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+    return {name: float(np.median(seconds)) for name, seconds in found.items()}
