@@ -11,6 +11,7 @@ import taskgroup as tg
 from taskgroup.lab.problem import make_problem
 from taskgroup.lab.recipe import GROUP_WEIGHTS, Recipe, read_recipe
 from taskgroup.lab.studies import cost, workers
+from taskgroup.lab.studies.cell import Cell
 from taskgroup.lab.studies.comparison import Comparison
 from taskgroup.lab.studies.intervals import Estimate
 from taskgroup.lab.studies.presets import PRESETS, Variant, preset, variants_by_name
@@ -311,6 +312,17 @@ def test_every_grouping_is_compared_with_both_optimizer_states():
         pairs.setdefault(recipe.grouping, []).append(recipe.shared_state)
     assert set(pairs) == {"affinity-propagation", "random:3", "heterogeneous", "singletons"}
     assert all(sorted(states) == ["all", "group"] for states in pairs.values())
+
+
+def test_a_result_has_the_same_name_after_a_setting_was_added(tmp_path):
+    """The name was written down when there were fewer settings than there may be now."""
+    recipe = Recipe(data="yeast", method="gd", lr=3e-3, seed=4)
+    name = "gd-4-157390e63a45.json"
+    assert Cell("gd", recipe).file(tmp_path).name == name
+    default = Recipe.model_fields["shared_state"].default
+    assert Cell("gd", recipe.replace(shared_state=default)).file(tmp_path).name == name
+    for changes in ({"lr": 1e-3}, {"shared_state": "group"}, {"head_depth": 1}):
+        assert Cell("gd", recipe.replace(**changes)).file(tmp_path).name != name
 
 
 # What is read.
