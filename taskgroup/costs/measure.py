@@ -109,8 +109,8 @@ def step_costs(
         >>> def losses(outputs):
         ...     return {task: output.square().mean() for task, output in outputs.items()}
         >>> costs = tg.step_costs(model, torch.randn(16, 8), losses, optimizer)
-        >>> 0 < costs.head_share < 1
-        True
+        >>> costs.n_tasks, costs.joint > 0
+        (3, True)
         >>> cost = costs.of(3, observe_every=10)  # print(costs) shows a table and advice
     """
     if torch.is_inference_mode_enabled():
