@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from taskgroup.gradients.vectorised import explained
 
-__all__ = ["Layout", "Site", "find_sites", "incoming"]
+__all__ = ["Layout", "Site", "find_sites", "incoming", "leaves"]
 
 # Views and casts: what they make of a parameter is still the parameter, and has no rows.
 _VIEWS = frozenset(
@@ -104,6 +104,16 @@ def incoming(
         return list(
             torch.autograd.grad(losses, edges, cotangent, retain_graph=True, allow_unused=True)
         )
+
+
+def leaves(node: Any) -> Iterator[Tensor]:
+    """The parameters that a node on parameters alone depends on, once for each way to them."""
+    if node.name().endswith("AccumulateGrad"):
+        yield node.variable
+    else:
+        for child, _ in node.next_functions:
+            if child is not None:
+                yield from leaves(child)
 
 
 def _in_order(losses: Tensor) -> Iterator[Any]:
