@@ -25,6 +25,7 @@ from taskgroup.costs.measure import step_costs
 from taskgroup.costs.prediction import StepCosts
 from taskgroup.gradients.analysis import conflicts, pareto_stationarity
 from taskgroup.gradients.per_task import task_gradients
+from taskgroup.gradients.row_tasks import row_task_gradients, row_task_gram
 from taskgroup.gradients.streaming import streaming_task_gram
 from taskgroup.grouping.base import Grouping
 from taskgroup.grouping.coloring import GraphColoring
@@ -77,6 +78,8 @@ __all__ = [
     "ops",
     "pareto_stationarity",
     "recording",
+    "row_task_gradients",
+    "row_task_gram",
     "statistics_once",
     "step_costs",
     "streaming_task_gram",

@@ -151,7 +151,15 @@ def _backward(node: Any, output_nr: int, gradient: Tensor) -> Sequence[Tensor | 
         for at, meta in enumerate(node._input_metadata)
     ]
     found = node(*given)
-    return found if isinstance(found, tuple) else (found,)
+    fitting = []
+    for made, (child, nr) in zip(
+        found if isinstance(found, tuple) else (found,), node.next_functions, strict=True
+    ):
+        # As the engine does: a node may leave it to the engine to sum over what was broadcast.
+        if made is not None and child is not None and made.shape != (shape := _shape(child, nr)):
+            made = made.sum_to_size(shape)
+        fitting.append(made)
+    return fitting
 
 
 def _by_masks(site: Site, incoming: Tensor, parts: Parts, inputs: Sequence[int]) -> _Found:
