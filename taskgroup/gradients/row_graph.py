@@ -78,6 +78,7 @@ def find_sites(losses: Tensor, params: Sequence[Tensor]) -> list[Site]:
     signature, moving = [], False
     for node in nodes:
         name = node.name()
+        _check_passable(name)
         leaf = leaves.get(id(node.variable)) if name.endswith("AccumulateGrad") else None
         shapes = tuple(tuple(m.shape) for m in node._input_metadata)
         children = tuple((place.get(child), nr) for child, nr in node.next_functions)
@@ -99,6 +100,8 @@ def incoming(
     losses: Tensor, cotangent: Tensor, nodes: Sequence[Any]
 ) -> list[Tensor | None]:
     """The gradients that reach the nodes in a backward pass; no parameter gets one."""
+    if not nodes:
+        return []
     edges = [GradientEdge(node, 0, None) for node in nodes]
     with explained():
         return list(
@@ -127,6 +130,20 @@ def _in_order(losses: Tensor) -> Iterator[Any]:
             if child is not None and child not in seen:
                 seen.add(child)
                 waiting.append(child)
+
+
+def _check_passable(name: str) -> None:
+    """Raise if a node hides parameters, and what is computed with them."""
+    if name.startswith("CompiledFunction"):
+        raise ValueError(
+            "A part of the model is compiled, and what is inside cannot be seen: leave the model "
+            "uncompiled, or take the gradients one by one, with task_gradients(losses, params)."
+        )
+    if name.startswith("CheckpointFunction"):
+        raise ValueError(
+            "Activation checkpointing with use_reentrant=True hides the parameters inside: "
+            "checkpoint with use_reentrant=False."
+        )
 
 
 @cache

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from taskgroup.gradients.row_graph import Layout, Site
 
@@ -150,7 +151,8 @@ def _backward(node: Any, output_nr: int, gradient: Tensor) -> Sequence[Tensor | 
         gradient if at == output_nr else torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
         for at, meta in enumerate(node._input_metadata)
     ]
-    found = node(*given)
+    # A torch.autograd.Function of the user's own is called by another name.
+    found = node.apply(*given) if isinstance(node, BackwardCFunction) else node(*given)
     fitting = []
     for made, (child, nr) in zip(
         found if isinstance(found, tuple) else (found,), node.next_functions, strict=True

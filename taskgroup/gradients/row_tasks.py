@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from taskgroup._arguments import described, parameters_of, whole_number
+from taskgroup._arguments import described, listed, parameters_of, whole_number
 from taskgroup.gradients.row_graph import Site, find_sites, incoming, leaves
 from taskgroup.gradients.row_rules import (
     Own,
@@ -23,7 +23,7 @@ from taskgroup.ops._gradient_list import check_number_of_tasks
 from taskgroup.ops._sharded import any_sharded
 from taskgroup.ops.task_gram import task_gram
 
-__all__ = ["row_task_gradients", "row_task_gram"]
+__all__ = ["row_means", "row_task_gradients", "row_task_gram"]
 
 
 def row_task_gradients(
@@ -140,6 +140,26 @@ def row_task_gram(
     return total.to(dtype)
 
 
+def row_means(losses: object, task_of_row: Tensor, tasks: Sequence[str]) -> Tensor:
+    """``[K]``: the mean loss of the rows of each task, with a graph.
+
+    Raises:
+        ValueError: if an argument has another shape or value, or a task has no row.
+    """
+    losses, host = _checked(losses, task_of_row)
+    counts = torch.bincount(_known(host, len(tasks))[host >= 0], minlength=len(tasks))
+    if missing := [task for task, count in zip(tasks, counts.tolist(), strict=True) if not count]:
+        raise ValueError(
+            f"The batch has no row of {listed(missing)}: draw rows of every task, or make the "
+            "method for the tasks that a batch always has."
+        )
+    valid = host >= 0
+    index = host[valid].to(losses.device)
+    kept = losses if bool(valid.all()) else losses[valid.to(losses.device)]
+    sums = kept.new_zeros(len(tasks)).index_add(0, index, kept)
+    return sums / counts.to(losses)
+
+
 class _Rows:
     """The checked arguments, and what is computed from them."""
 
@@ -151,27 +171,7 @@ class _Rows:
         n_tasks: int | None,
         reduction: str,
     ) -> None:
-        if not isinstance(losses, Tensor):
-            raise TypeError(f"losses takes a tensor [N], got {described(losses)}.")
-        if losses.dim() != 1 or not losses.is_floating_point() or len(losses) == 0:
-            raise ValueError(
-                f"losses must be a floating-point tensor [N], one loss for each row, got "
-                f"{described(losses)}: reduce the losses over everything but the rows."
-            )
-        if not losses.requires_grad:
-            raise ValueError(
-                "losses has no graph, so it has no gradient: compute it outside of torch.no_grad(), "
-                "and without .detach()."
-            )
-        if (
-            not isinstance(task_of_row, Tensor)
-            or task_of_row.shape != losses.shape
-            or task_of_row.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8)
-        ):
-            raise ValueError(
-                f"task_of_row must be integers [{len(losses)}], the task of each row, got "
-                f"{described(task_of_row)}."
-            )
+        self._losses, host = _checked(losses, task_of_row)
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
         self.params = parameters_of("params", params)
@@ -186,19 +186,11 @@ class _Rows:
                 "Sharded parameters are not in the graph of the losses: take the gradients one by "
                 "one, with task_gradients(losses, params)."
             )
-        host = task_of_row.detach().cpu().long()
-        least, most = int(host.min()), int(host.max())
         if n_tasks is None:
-            n_tasks = max(most + 1, 1)
+            n_tasks = max(int(host.max()) + 1, 1)
         self.n_tasks = whole_number("n_tasks", n_tasks, at_least=1)
-        if least < -1 or most >= self.n_tasks:
-            wrong = least if least < -1 else most
-            raise ValueError(
-                f"task_of_row holds {wrong}, but tasks are numbered from 0 to {self.n_tasks - 1}, "
-                "and -1 is a row that does not count."
-            )
+        _known(host, self.n_tasks)
         self._parts = Parts(host, self.n_tasks, losses.device)
-        self._losses = losses
         weights = [1.0 if reduction == "sum" or a == b else 1 / (b - a) for a, b in self._parts]
         of_task = torch.tensor([*weights, 0.0], dtype=losses.dtype, device=losses.device)
         self._cotangent = of_task[self._parts.task_of_row]  # -1 is the last one
@@ -265,6 +257,43 @@ class _Rows:
             child, output_nr = site.node.next_functions[at]
             for leaf, reached in to_leaves(child, output_nr, own):
                 yield self._place[id(leaf)], reached
+
+
+def _checked(losses: object, task_of_row: object) -> tuple[Tensor, Tensor]:
+    """The losses ``[N]`` of rows and their tasks, int64 on the host."""
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"losses takes a tensor [N], one loss for each row, got {described(losses)}.")
+    if losses.dim() != 1 or not losses.is_floating_point() or len(losses) == 0:
+        raise ValueError(
+            f"losses must be a floating-point tensor [N], one loss for each row, got "
+            f"{described(losses)}: reduce the losses over everything but the rows."
+        )
+    if not losses.requires_grad:
+        raise ValueError(
+            "losses has no graph, so it has no gradient: compute it outside of torch.no_grad(), and "
+            "without .detach()."
+        )
+    if (
+        not isinstance(task_of_row, Tensor)
+        or task_of_row.shape != losses.shape
+        or task_of_row.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    ):
+        raise ValueError(
+            f"The tasks of the rows must be integers [{len(losses)}], one for each loss, got "
+            f"{described(task_of_row)}."
+        )
+    return losses, task_of_row.detach().cpu().long()
+
+
+def _known(tasks: Tensor, n_tasks: int) -> Tensor:
+    """The tasks of the rows, or an error if one is out of range."""
+    least, most = int(tasks.min()), int(tasks.max())
+    if least < -1 or most >= n_tasks:
+        raise ValueError(
+            f"A row is of task {least if least < -1 else most}, but tasks are numbered from 0 to "
+            f"{n_tasks - 1}, and -1 is a row that does not count."
+        )
+    return tasks
 
 
 def _sum(one: Own, other: Own) -> Own:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
+from taskgroup._graph import graph_leaves
 from taskgroup._losses import Losses
+from taskgroup.gradients.row_tasks import row_means, row_task_gradients
 from taskgroup.gradients.through_grad import backward_passes, hooks_held
 from taskgroup.methods.method import JointMethod, enabled, torch_defaults
 from taskgroup.ops.combine import combine
@@ -34,27 +36,52 @@ class GradientMethod(JointMethod):
 
     _requires: ClassVar[tuple[str, ...]] = ("torchjd",)
 
-    def backward(self, losses: Losses, scaler: GradScaler | None = None) -> Tensor:
+    def backward(
+        self, losses: Losses, scaler: GradScaler | None = None, *, rows: Tensor | None = None
+    ) -> Tensor:
         """Add to ``.grad`` as :meth:`JointMethod.backward` does.
 
         If anything fails, the gradients of the shared parameters do not change; those of the heads
         may have been added to. The weights are ones if all gradients on the shared parameters are
         zero, and NaN if the scaler is going to skip the batch.
 
+        Where each row of the batch belongs to one task (several data sets, domains, partial
+        labels), pass the losses of the rows and ``rows``: then two backward passes take the place
+        of K (see :func:`taskgroup.row_task_gradients`). The loss of a task is the mean over its
+        rows.
+
+        Args:
+            losses: as for :meth:`JointMethod.backward`; with ``rows``, one tensor ``[N]``.
+            scaler: as for :meth:`JointMethod.backward`.
+            rows: ``[N]`` integers, the task of each row by its position; every task has a row. -1
+                is a row that does not count.
+
         Raises:
-            ValueError: if a task is unknown or missing, or its loss is not a scalar with a graph.
+            ValueError: if a task is unknown or missing, or its loss is not a scalar with a graph;
+                with ``rows``, also if rows are mixed, as in BatchNorm.
             FloatingPointError: if the gradient of a task is not finite and there is no scaler to
                 skip the batch.
             NoWeightsError: if the solver finds no weights; the batch can be skipped.
             RuntimeError: if the model was compiled so that its backward pass can run only once.
         """
         scaler = enabled(scaler)
-        scalars = self._read(losses)
+        if rows is None:
+            scalars = self._read(losses)
+        else:
+            scalars = self._read(row_means(losses, rows, self._tasks))
         self._tell(scalars)
         # With a stacked tensor every pass reaches all heads, so their hooks have to wait as well.
-        with hooks_held(scalars, self._shared, search=isinstance(losses, Tensor)) as run_hooks:
-            scaled = scalars if scaler is None else list(scaler.scale(scalars))
-            found = backward_passes(scaled, self._shared)
+        stacked = isinstance(losses, Tensor)
+        with hooks_held(scalars, self._shared, search=stacked) as run_hooks:
+            if rows is None:
+                scaled = scalars if scaler is None else list(scaler.scale(scalars))
+                found = backward_passes(scaled, self._shared)
+            else:
+                assert isinstance(losses, Tensor)
+                own = losses if scaler is None else scaler.scale(losses)
+                found = row_task_gradients(own, rows, self._shared, len(self._tasks))
+                total = torch.stack(scalars).sum()
+                _backward_to_others(total if scaler is None else scaler.scale(total), self._shared)
         with torch.no_grad():
             columns = [_Column(own) for own in zip(*found, strict=True)]
             gradients = _apart([list(own) for own in zip(*(c.plain for c in columns), strict=True)])
@@ -223,6 +250,14 @@ def _add(gradient: Tensor, parameter: Tensor) -> None:
         parameter.grad = gradient + parameter.grad
     else:
         parameter.grad += gradient
+
+
+def _backward_to_others(loss: Tensor, shared: Sequence[Tensor]) -> None:
+    """Add to ``.grad`` of all leaves but the shared parameters."""
+    known = {id(parameter) for parameter in shared}
+    others = [leaf for leaf in graph_leaves([loss]) if id(leaf) not in known]
+    if others:
+        loss.backward(inputs=others)
 
 
 def _ones(n_tasks: int) -> Tensor:

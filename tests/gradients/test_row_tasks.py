@@ -107,6 +107,29 @@ class Checkpointed(nn.Module):
         return checkpoint(self.block, checkpoint(self.block, x, use_reentrant=False), use_reentrant=False)
 
 
+class Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(x, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, scale = ctx.saved_tensors
+        return gradient * scale, (gradient * x).sum(0)
+
+
+class Own(nn.Module):
+    """A function with a backward pass of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(8, 8), nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        return Scale.apply(self.layer(x), self.scale)
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -140,6 +163,7 @@ NETWORKS = {
     "adapted": (Adapted, vectors),
     "checkpointed": (Checkpointed, vectors),
     "recurrent": (Recurrent, words),
+    "a function of its own": (Own, vectors),
     "1d": (lambda: nn.Sequential(nn.Conv1d(8, 4, 3), nn.GroupNorm(2, 4), nn.Tanh()),
            lambda n: torch.randn(n, 8, 9)),
     "BatchNorm in eval mode": (
@@ -209,3 +233,214 @@ def test_gram(name, dtype, tolerance):
     assert found.dtype == dtype
     length = wanted.diagonal().sqrt()
     assert ((found - wanted).abs() <= tolerance * length[:, None] * length).all()
+
+
+# What is asked, and what is not.
+
+
+def test_sums_rows_of_no_task_and_tasks_without_rows():
+    model, x, tasks = setting("ViT")
+    tasks[tasks == 2] = 3
+    tasks[5] = -1
+    losses = row_losses(model, x)
+    params = list(model.parameters())
+    found = tg.row_task_gradients(losses, tasks, params, 5, reduction="sum")
+    assert found[2] == found[4] == [None] * len(params)
+    for k in (0, 1, 3):
+        (wanted,) = tg.task_gradients([losses[tasks == k].sum()], params, retain_graph=True)
+        assert_same([found[k]], [wanted], params, 1e-12)
+    gram = tg.row_task_gram(losses, tasks, params, 5, reduction="sum")
+    assert not gram[[2, 4]].any()
+    assert torch.equal(gram, gram.T)
+
+
+def test_some_parameters_alone():
+    model, x, tasks = setting("ViT")
+    model.layers.requires_grad_(False)
+    losses = row_losses(model, x)
+    params = [model.cls, *model.layers.parameters(), model.patches.weight]
+    found = tg.row_task_gradients(losses, tasks, iter(params))
+    assert_same(found, expected(losses, tasks, params), params, 1e-12)
+    assert found[0][1:-1] == [None] * len(list(model.layers.parameters()))
+
+
+def test_nothing_is_written_and_the_graph_is_kept():
+    model, x, tasks = setting("residual")
+    losses = row_losses(model, x)
+    before = torch.random.get_rng_state()
+    tg.row_task_gram(losses, tasks, model)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.random.get_rng_state(), before)
+    losses.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["MLP", "ViT", "tied, sequence first"])
+def test_mixed_precision(name):
+    model, x, tasks = setting(name, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = row_losses(model, x).float()
+    params = list(model.parameters())
+    found = tg.row_task_gradients(losses, tasks, model)
+    assert all(g is None or g.dtype == torch.float32 for own in found for g in own)
+    # Both round the products of the rows to bfloat16, in another order.
+    assert_same(found, expected(losses, tasks, params), params, 2e-2)
+
+
+def test_a_pass_on_half_of_the_rows_is_taken_once_for_a_graph(monkeypatch):
+    model, x, tasks = setting("tied, sequence first")
+    passes = []
+    backward = row_graph.incoming
+
+    def counted(*arguments):
+        passes.append(arguments)
+        return backward(*arguments)
+
+    monkeypatch.setattr(row_graph, "incoming", counted)
+    monkeypatch.setattr(row_graph, "_plans", {})
+    for n, new in ((13, True), (13, False), (6, True), (6, False), (13, False)):
+        x, tasks = words(n), torch.arange(n) % K
+        passes.clear()
+        losses = row_losses(model, x)
+        found = tg.row_task_gradients(losses, tasks, model)
+        params = list(model.parameters())
+        assert_same(found, expected(losses, tasks, params), params, 1e-12)
+        assert bool(passes) == new
+
+
+def test_as_many_rows_as_positions_and_channels():
+    """The rows are found by what depends on them, not by the size of a dimension."""
+    for name in ("tied", "tied, sequence first", "1d", "residual"):
+        model, _, _ = setting(name)
+        for n in (4, 6, 8, 9):
+            x = NETWORKS[name][1](n)
+            x = x.double() if x.is_floating_point() else x
+            tasks = torch.arange(n) % K
+            losses = row_losses(model, x)
+            params = list(model.parameters())
+            found = tg.row_task_gradients(losses, tasks, model)
+            assert_same(found, expected(losses, tasks, params), params, 1e-12)
+
+
+@pytest.mark.parametrize("n_tasks", [2, 40])
+def test_inner_products_of_rows_and_of_gradients_agree(n_tasks, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Unflatten(1, (4, 10)), nn.Linear(10, 20))
+    model.double()
+    tasks = torch.randint(0, n_tasks, (60,))
+    losses = row_losses(model, torch.randn(60, 30, dtype=torch.float64))
+    taken = []
+    inner = row_rules.gram_of_matrix
+    monkeypatch.setattr(
+        "taskgroup.gradients.row_tasks.gram_of_matrix",
+        lambda *arguments: taken.append(1) or inner(*arguments),
+    )
+    grams = []
+    for cheaper in (True, False):
+        monkeypatch.setattr("taskgroup.gradients.row_tasks.cheaper", lambda *_, c=cheaper: c)
+        grams.append(tg.row_task_gram(losses, tasks, model, n_tasks))
+    assert len(taken) == 2
+    torch.testing.assert_close(*grams, rtol=1e-12, atol=1e-14 * float(grams[0].max()))
+
+
+class Mixing(nn.Module):
+    def __init__(self, mix):
+        super().__init__()
+        self.layer, self.mix = nn.Linear(8, 8), mix
+
+    def forward(self, x):
+        return self.mix(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        (nn.BatchNorm1d(8), "BatchNorm layer in training mixes the rows"),
+        (lambda x: x - x.mean(0), "mixes the rows"),
+        (lambda x: x.softmax(0), "mixes the rows"),
+        (lambda x: x @ x.T @ x, "mixes the rows"),
+        (lambda x: x.flip(0), "mixes the rows"),
+        (lambda x: x[torch.arange(12).roll(1)], "mixes the rows"),
+    ],
+)
+def test_mixed_rows(mix, message):
+    model = Mixing(mix)
+    losses = row_losses(model, torch.randn(12, 8))
+    with pytest.raises(ValueError, match=message):
+        tg.row_task_gram(losses, torch.arange(12) % K, model)
+
+
+def test_rows_that_are_mixed_by_the_data_are_noticed_every_time():
+    model = Mixing(lambda x: x[order])
+    for shift in (0, 1, 0):
+        order = torch.arange(12).roll(shift)
+        losses = row_losses(model, torch.randn(12, 8))
+        if shift:
+            with pytest.raises(ValueError, match="mixes the rows"):
+                tg.row_task_gram(losses, torch.arange(12) % K, model)
+        else:
+            tg.row_task_gram(losses, torch.arange(12) % K, model)
+
+
+def layer_losses(n=4):
+    layer = nn.Linear(2, 1)
+    return layer, layer(torch.randn(n, 2)).squeeze(1)
+
+
+BAD = {
+    "a scalar": (lambda losses: {"losses": losses.mean()}, "one loss for each row"),
+    "a dict": (lambda losses: {"losses": {"a": losses.mean()}}, "got dict"),
+    "no graph": (lambda losses: {"losses": losses.detach()}, "has no graph"),
+    "integers": (lambda losses: {"losses": torch.arange(4)}, "floating-point tensor"),
+    "few tasks": (lambda losses: {"task_of_row": torch.arange(3)}, r"must be integers \[4\]"),
+    "fractions": (lambda losses: {"task_of_row": torch.zeros(4)}, r"must be integers \[4\]"),
+    "a list": (lambda losses: {"task_of_row": [0, 1, 2, 3]}, r"must be integers \[4\]"),
+    "too large": (lambda losses: {"n_tasks": 3}, "of task 3, but tasks are numbered from 0 to 2"),
+    "negative": (lambda losses: {"task_of_row": torch.tensor([0, -2, 1, 1])}, "of task -2"),
+    "no task": (lambda losses: {"n_tasks": 0}, "n_tasks must be an integer of at least 1"),
+    "reduction": (lambda losses: {"reduction": "max"}, "'mean' or 'sum', got 'max'"),
+    "nothing": (lambda losses: {"params": []}, "at least one parameter"),
+}
+
+
+@pytest.mark.parametrize("function", [tg.row_task_gram, tg.row_task_gradients])
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(case, function):
+    layer, losses = layer_losses()
+    change, message = BAD[case]
+    arguments = {"losses": losses, "task_of_row": torch.arange(4), "params": layer}
+    arguments.update(change(losses))
+    with pytest.raises((TypeError, ValueError), match=message):
+        function(**arguments)
+
+
+def test_a_parameter_twice():
+    layer, losses = layer_losses()
+    with pytest.raises(ValueError, match="each once"):
+        tg.row_task_gram(losses, torch.arange(4), [layer.weight, layer.weight])
+
+
+def test_parameters_that_no_row_reaches():
+    _, losses = layer_losses()
+    other = nn.Linear(2, 1)
+    assert tg.row_task_gradients(losses, torch.tensor([0, 1, 1, 0]), other) == [[None, None]] * 2
+    with pytest.raises(ValueError, match="No row reaches any of the parameters"):
+        tg.row_task_gram(losses, torch.arange(4), other)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # read by the compiler
+def test_compiled():
+    torch.compiler.reset()
+    layer = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    compiled = torch.compile(layer, backend="aot_eager")
+    losses = row_losses(compiled, torch.randn(6, 8))
+    with pytest.raises(ValueError, match=re.escape("compiled")):
+        tg.row_task_gram(losses, torch.arange(6) % 3, layer)
+    torch.compiler.reset()
+
+
+def test_reentrant_checkpointing():
+    layer = nn.Linear(8, 8)
+    x = torch.randn(6, 8, requires_grad=True)
+    losses = row_losses(lambda x: checkpoint(layer, x, use_reentrant=True), x)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        tg.row_task_gram(losses, torch.arange(6) % 3, layer)
