@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,13 +15,10 @@ from taskgroup.gradients.vectorised import explained
 __all__ = ["Layout", "Site", "find_sites", "incoming", "leaves"]
 
 # Views and casts: what they make of a parameter is still the parameter, and has no rows.
-_VIEWS = frozenset(
-    f"{name}Backward{number}"
-    for name in (
-        "T Transpose Permute View UnsafeView Reshape ReshapeAlias Unsqueeze Squeeze Slice Select "
-        "Split SplitWithSizes Unbind ToCopy Clone Alias Movedim Flatten Unfold Chunk"
-    ).split()
-    for number in range(4)
+_VIEWS = (
+    *("T", "Transpose", "Permute", "Movedim", "View", "UnsafeView", "Reshape", "ReshapeAlias"),
+    *("Flatten", "Unsqueeze", "Squeeze", "Slice", "Select", "Split", "SplitWithSizes", "Chunk"),
+    *("Unbind", "Unfold", "Alias", "Clone", "ToCopy"),
 )
 # They join a parameter with rows, nearly always: they are not looked through at first.
 _CONSUMERS = (
@@ -56,10 +53,12 @@ class Site(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    sites: tuple[tuple[int, Layout, tuple[int, ...]], ...]  # positions in the order of the nodes
+    sites: tuple[tuple[int, Layout, tuple[int, ...]], ...]  # nodes by their place in the order
+    sure: bool  # whether no other layout explains what was seen
 
 
 _MOST_PLANS = 16
+_MOST_PASSES = 8  # to find a layout; one is enough unless most gradients are zero
 _plans: dict[Any, _Plan] = {}
 
 
@@ -74,31 +73,30 @@ def find_sites(losses: Tensor, params: Sequence[Tensor]) -> list[Site]:
     """
     nodes = list(_in_order(losses))
     place = {node: at for at, node in enumerate(nodes)}
-    leaves = {id(parameter): t for t, parameter in enumerate(params)}
-    signature, moving = [], False
+    position = {id(parameter): t for t, parameter in enumerate(params)}
+    signature, moves = [], False
     for node in nodes:
         name = node.name()
         _check_passable(name)
-        leaf = leaves.get(id(node.variable)) if name.endswith("AccumulateGrad") else None
+        leaf = position.get(id(node.variable)) if name.endswith("AccumulateGrad") else None
         shapes = tuple(tuple(m.shape) for m in node._input_metadata)
         children = tuple((place.get(child), nr) for child, nr in node.next_functions)
-        settings = tuple(getattr(node, setting) for setting in _settings(type(node)))
+        kind: Any = type(node)
+        settings = tuple(getattr(node, setting) for setting in _settings(kind))
         signature.append((name, leaf, shapes, children, settings))
-        moving |= name.startswith(_MOVERS)
+        moves |= name.startswith(_MOVERS)
     key = (len(losses), tuple(signature))
-    plan = None if moving else _plans.get(key)
+    plan = None if moves else _plans.get(key)
     if plan is None:
-        plan = _planned(losses, nodes, place, leaves)
-        if not moving:
+        plan = _planned(losses, nodes, place, frozenset(position))
+        if plan.sure and not moves:
             if len(_plans) >= _MOST_PLANS:
                 _plans.pop(next(iter(_plans)))
             _plans[key] = plan
     return [Site(nodes[at], layout, inputs) for at, layout, inputs in plan.sites]
 
 
-def incoming(
-    losses: Tensor, cotangent: Tensor, nodes: Sequence[Any]
-) -> list[Tensor | None]:
+def incoming(losses: Tensor, cotangent: Tensor, nodes: Sequence[Any]) -> list[Tensor | None]:
     """The gradients that reach the nodes in a backward pass; no parameter gets one."""
     if not nodes:
         return []
@@ -121,7 +119,7 @@ def leaves(node: Any) -> Iterator[Tensor]:
 
 def _in_order(losses: Tensor) -> Iterator[Any]:
     """The nodes of the graph, in an order that depends on nothing but the graph."""
-    waiting = [losses.grad_fn]
+    waiting: list[Any] = [losses.grad_fn]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
@@ -147,121 +145,131 @@ def _check_passable(name: str) -> None:
 
 
 @cache
-def _settings(kind: type) -> tuple[str, ...]:
+def _settings(kind: Hashable) -> tuple[str, ...]:
     """The attributes of a kind of node that hold what it was called with, besides tensors."""
     saved = [name for name in dir(kind) if name.startswith("_saved_")]
     return tuple(name for name in saved if not hasattr(kind, f"_raw{name}"))
 
 
 def _planned(
-    losses: Tensor, nodes: Sequence[Any], place: dict[Any, int], leaves: dict[int, int]
+    losses: Tensor, nodes: Sequence[Any], place: dict[Any, int], params: frozenset[int]
 ) -> _Plan:
-    n_rows = len(losses)
-    # Fixed, and without a pattern that a layout could repeat.
-    generator = torch.Generator().manual_seed(n_rows)
-    chosen = torch.randperm(n_rows, generator=generator)[: max(1, n_rows // 2)]
-    half = torch.zeros(n_rows, dtype=torch.bool)
-    half[chosen] = True
-    opened: set[Any] = set()  # consumers that have turned out to see no rows
+    opened: set[Any] = set()  # consumers that have turned out to depend on parameters alone
     while True:
-        alone = _of_parameters_alone(nodes, leaves, opened)
+        alone = _of_parameters_alone(nodes, params, opened)
         candidates = [
             node
             for node in nodes
-            if node.name() not in _VIEWS
-            and any(child in alone for child, _ in node.next_functions)
+            if any(child in alone for child, _ in node.next_functions) and not _is_view(node)
         ]
-        if not candidates:
-            return _Plan(())
-        with torch.no_grad():
-            found = incoming(losses, half.to(losses), candidates)
-        layouts: dict[Any, Layout | None] = {
-            node: None if gradient is None else _layout(gradient, half)
-            for node, gradient in zip(candidates, found, strict=True)
-        }
-        # From the leaves on: a node on parameters alone without rows is looked through.
-        sites, more = [], set()
+        layouts = _layouts(losses, candidates)
+        more = set()
         for node in candidates:
-            layout = layouts[node]
-            if layout is not None:
-                continue
-            # Without a graph, an input may hold rows of data.
-            if all(child in alone for child, _ in node.next_functions):
+            if not layouts[node]:
+                # An input without a graph may hold rows of data.
+                if not all(child in alone for child, _ in node.next_functions):
+                    raise _mixed(node, nodes)
                 if node not in alone:
                     more.add(node)
-            else:
-                raise _mixed(node, nodes)
-        if more:
-            opened |= more
-            continue
-        through = {
-            node for node in alone if node in layouts and layouts[node] is not None
-        }  # sites themselves, so nothing behind them is of parameters alone
-        if through:
-            alone = _of_parameters_alone(nodes, leaves, opened, stop=through)
-        for node in candidates:
-            layout = layouts[node]
-            inputs = tuple(
-                at for at, (child, _) in enumerate(node.next_functions) if child in alone
-            )
-            if layout is not None and inputs:
-                sites.append((place[node], layout, inputs))
-        return _Plan(tuple(sites))
+        if not more:
+            break
+        opened |= more
+    # What is behind a node with rows does not depend on parameters alone.
+    with_rows = frozenset(node for node in candidates if layouts[node])
+    alone = _of_parameters_alone(nodes, params, opened, with_rows)
+    sites = []
+    sure = True
+    for node in candidates:
+        children = enumerate(node.next_functions)
+        inputs = tuple(at for at, (child, _) in children if child in alone)
+        if layouts[node] and inputs:
+            sites.append((place[node], layouts[node][0], inputs))
+            sure &= len(layouts[node]) == 1
+    return _Plan(tuple(sites), sure)
+
+
+def _is_view(node: Any) -> bool:
+    return node.name().partition("Backward")[0] in _VIEWS
 
 
 def _of_parameters_alone(
-    nodes: Sequence[Any], leaves: dict[int, int], opened: set[Any], stop: set[Any] = frozenset()  # type: ignore[assignment]
+    nodes: Sequence[Any],
+    params: frozenset[int],
+    opened: Collection[Any],
+    with_rows: Collection[Any] = (),
 ) -> set[Any]:
     """The nodes that, as far as one can tell from the graph, depend on the parameters alone."""
     known: dict[Any, bool] = {}
-    for start in nodes:
-        waiting = [start]
-        while waiting:
-            node = waiting[-1]
-            if node in known:
-                waiting.pop()
-                continue
-            name = node.name()
-            children = [child for child, _ in node.next_functions if child is not None]
-            if name.endswith("AccumulateGrad"):
-                known[node] = id(node.variable) in leaves
-            elif not children or node in stop:
-                known[node] = False
-            elif name.startswith(_CONSUMERS) and node not in opened:
-                known[node] = False
-            else:
-                unknown = [child for child in children if child not in known]
-                if unknown:
-                    waiting.extend(unknown)
-                    continue
-                known[node] = all(known[child] for child in children)
+    waiting = list(reversed(nodes))
+    while waiting:
+        node = waiting[-1]
+        name = node.name()
+        children = [child for child, _ in node.next_functions if child is not None]
+        joins = name.startswith(_CONSUMERS) and node not in opened
+        if node in known:
             waiting.pop()
+        elif name.endswith("AccumulateGrad"):
+            known[node] = id(node.variable) in params
+        elif not children or joins or node in with_rows:
+            known[node] = False
+        elif unknown := [child for child in children if child not in known]:
+            waiting.extend(unknown)
+        else:
+            known[node] = all(known[child] for child in children)
     return {node for node, alone in known.items() if alone}
 
 
-def _layout(gradient: Tensor, half: Tensor) -> Layout | None:
-    """How the rows lie in a gradient that is zero for half of the rows; None if they do not."""
-    n_rows = len(half)
+def _layouts(losses: Tensor, nodes: Sequence[Any]) -> dict[Any, list[Layout]]:
+    """The layouts that explain where the gradients of some rows are not zero; none if no layout.
+
+    The passes go on, each with other rows, until there is at most one.
+    """
+    n_rows = len(losses)
+    generator = torch.Generator("cpu").manual_seed(n_rows)
+    found: dict[Any, list[Layout]] = {}
+    for _ in range(_MOST_PASSES):
+        unsure = [node for node in nodes if len(found.get(node, "unknown")) > 1]
+        if not unsure:
+            break
+        some = torch.zeros(n_rows, dtype=torch.bool, device="cpu")
+        order = torch.randperm(n_rows, generator=generator, device="cpu")
+        some[order[: (n_rows + 1) // 2]] = True
+        with torch.no_grad():
+            gradients = incoming(losses, some.to(losses), unsure)
+        for node, gradient in zip(unsure, gradients, strict=True):
+            if node not in found:
+                shape = node._input_metadata[0].shape
+                found[node] = list(_possible(tuple(shape), n_rows))
+            if gradient is not None:
+                found[node] = _consistent(gradient, some, found[node])
+        if n_rows == 1:
+            return {node: own[:1] for node, own in found.items()}
+    return found
+
+
+def _possible(shape: tuple[int, ...], n_rows: int) -> Iterator[Layout]:
+    """All layouts; those in which rows come first are first, as they are the usual ones."""
+    for dim, size in enumerate(shape):
+        if size % n_rows == 0:
+            per_row = size // n_rows
+            yield from (
+                Layout(dim, inner) for inner in range(per_row, 0, -1) if per_row % inner == 0
+            )
+
+
+def _consistent(gradient: Tensor, some: Tensor, layouts: Sequence[Layout]) -> list[Layout]:
+    """Those layouts in which the gradient is zero for all rows but some."""
     if gradient.layout != torch.strided:
         gradient = gradient.to_dense()
-    there = gradient.detach().ne(0)
-    for dim, size in enumerate(gradient.shape):
-        if size == 0 or size % n_rows:
-            continue
-        along = there.movedim(dim, 0).reshape(size, -1).any(1).cpu()
-        if not along.any():
-            return Layout(dim, size // n_rows)  # no row reaches this node: any layout does
-        for inner in _divisors(size // n_rows):
-            wanted = half[torch.arange(size) // inner % n_rows]
-            # The others must be zero, and of the chosen ones most are not.
-            if not (along & ~wanted).any():
-                return Layout(dim, inner)
-    return None
-
-
-def _divisors(number: int) -> list[int]:
-    """From the largest: rows come first nearly always."""
-    return [d for d in range(number, 0, -1) if number % d == 0]
+    there = gradient.ne(0)
+    kept = []
+    for layout in layouts:
+        size = gradient.shape[layout.dim]
+        along = there.movedim(layout.dim, 0).reshape(size, -1).any(1).cpu()
+        row = torch.arange(size, device="cpu") // layout.inner % len(some)
+        if not (along & ~some[row]).any():
+            kept.append(layout)
+    return kept
 
 
 def _mixed(node: Any, nodes: Sequence[Any]) -> ValueError:

@@ -51,7 +51,7 @@ class Parts:
         it; all others keep their order.
         """
         split = tensor.unflatten(layout.dim, (-1, self.n_rows, layout.inner))
-        first = split.movedim(layout.dim + 1, 0)
+        first: Tensor = split.movedim(layout.dim + 1, 0)
         return first if self._order is None else first.index_select(0, self._order)
 
 
@@ -148,7 +148,9 @@ def _known(at: int | None) -> int:
 def _backward(node: Any, output_nr: int, gradient: Tensor) -> Sequence[Tensor | None]:
     """The gradients on all inputs of a node, from that on one of its outputs."""
     given = [
-        gradient if at == output_nr else torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
+        gradient
+        if at == output_nr
+        else torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
         for at, meta in enumerate(node._input_metadata)
     ]
     # A torch.autograd.Function of the user's own is called by another name.
@@ -221,9 +223,9 @@ def _addmm(site: Site, incoming: Tensor, parts: Parts) -> _Found:
     rows = parts.rows(incoming, site.layout)
     if matrix_input(site) == 2:
         yield 2, _matrix(site, rows, parts)
-    if 0 in site.inputs and node._saved_beta == 1:
-        if _shape(*node.next_functions[0]) == incoming.shape[1:]:
-            yield 0, _sums(rows, parts, 1)
+    is_vector = _shape(*node.next_functions[0]) == incoming.shape[1:] if 0 in site.inputs else False
+    if is_vector and node._saved_beta == 1:
+        yield 0, _sums(rows, parts, 1)
 
 
 def _mm(site: Site, incoming: Tensor, parts: Parts) -> _Found:

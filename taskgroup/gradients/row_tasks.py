@@ -219,9 +219,7 @@ class _Rows:
             found.clear()
         yield from found
 
-    def _found(
-        self, direct: Callable[[Site, Tensor], Sequence[int]]
-    ) -> Iterator[tuple[int, Own]]:
+    def _found(self, direct: Callable[[Site, Tensor], Sequence[int]]) -> Iterator[tuple[int, Own]]:
         """As ``gradients``, less the inputs of sites that ``direct`` has dealt with."""
         sites = find_sites(self._losses, [p for p in self.params if p.requires_grad])
         given = incoming(self._losses, self._cotangent, [site.node for site in sites])
@@ -262,7 +260,9 @@ class _Rows:
 def _checked(losses: object, task_of_row: object) -> tuple[Tensor, Tensor]:
     """The losses ``[N]`` of rows and their tasks, int64 on the host."""
     if not isinstance(losses, Tensor):
-        raise TypeError(f"losses takes a tensor [N], one loss for each row, got {described(losses)}.")
+        raise TypeError(
+            f"losses takes a tensor [N], one loss for each row, got {described(losses)}."
+        )
     if losses.dim() != 1 or not losses.is_floating_point() or len(losses) == 0:
         raise ValueError(
             f"losses must be a floating-point tensor [N], one loss for each row, got "
@@ -270,8 +270,8 @@ def _checked(losses: object, task_of_row: object) -> tuple[Tensor, Tensor]:
         )
     if not losses.requires_grad:
         raise ValueError(
-            "losses has no graph, so it has no gradient: compute it outside of torch.no_grad(), and "
-            "without .detach()."
+            "losses has no graph, so it has no gradient: compute it outside of torch.no_grad(), "
+            "and without .detach()."
         )
     if (
         not isinstance(task_of_row, Tensor)
@@ -297,6 +297,4 @@ def _known(tasks: Tensor, n_tasks: int) -> Tensor:
 
 
 def _sum(one: Own, other: Own) -> Own:
-    return [
-        b if a is None else a if b is None else a + b for a, b in zip(one, other, strict=True)
-    ]
+    return [b if a is None else a if b is None else a + b for a, b in zip(one, other, strict=True)]

@@ -104,7 +104,9 @@ class Checkpointed(nn.Module):
         self.block = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8))
 
     def forward(self, x):
-        return checkpoint(self.block, checkpoint(self.block, x, use_reentrant=False), use_reentrant=False)
+        return checkpoint(
+            self.block, checkpoint(self.block, x, use_reentrant=False), use_reentrant=False
+        )
 
 
 class Scale(torch.autograd.Function):
@@ -171,8 +173,8 @@ NETWORKS = {
     "BatchNorm of the input": (
         lambda: nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2)), vectors),
     "positions of the rows' own": (
-        lambda: nn.Sequential(nn.Unflatten(1, (4, 2)), nn.Linear(2, 3), nn.Flatten(0, 1), nn.Linear(3, 2),
-                              nn.Unflatten(0, (-1, 4))), vectors),
+        lambda: nn.Sequential(nn.Unflatten(1, (4, 2)), nn.Linear(2, 3), nn.Flatten(0, 1),
+                              nn.Linear(3, 2), nn.Unflatten(0, (-1, 4))), vectors),
 }  # fmt: skip
 
 
@@ -319,6 +321,49 @@ def test_as_many_rows_as_positions_and_channels():
             params = list(model.parameters())
             found = tg.row_task_gradients(losses, tasks, model)
             assert_same(found, expected(losses, tasks, params), params, 1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_few_rows(n):
+    for name in NETWORKS:
+        if "BatchNorm of" in name and n == 1:
+            continue  # torch refuses it
+        model, x, _ = setting(name, n=K + n)
+        losses = row_losses(model, x[:n])
+        tasks = torch.arange(n) % K
+        params = list(model.parameters())
+        found = tg.row_task_gradients(losses, tasks, params)
+        scalars = [losses[tasks == k].mean() for k in range(n)]
+        wanted = tg.task_gradients(scalars, params, retain_graph=True)
+        assert_same(found, wanted, params, 1e-12)
+
+
+def test_experts_that_few_rows_reach():
+    """Where a gradient is zero for most rows, one pass cannot tell how the rows lie."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(8, 4) for _ in range(4))
+
+        def forward(self, x):
+            out = torch.stack([expert(x.transpose(0, 1)) for expert in self.experts])
+            return (out * gates).sum(0).transpose(0, 1)  # [N, T, 4]
+
+    torch.manual_seed(0)
+    model = Experts().double()
+    params = list(model.parameters())
+    for seed in range(20):
+        torch.manual_seed(seed)
+        chosen = torch.randint(0, 4, (6, 8))  # of each position of each row
+        chosen[chosen == 3] = 0
+        if seed % 2:
+            chosen[0, 0] = 3  # a single one
+        gates = torch.nn.functional.one_hot(chosen, 4).permute(2, 0, 1)[..., None].double()
+        losses = row_losses(model, torch.randn(8, 6, 8, dtype=torch.float64))
+        tasks = torch.arange(8) % K
+        found = tg.row_task_gradients(losses, tasks, model)
+        assert_same(found, expected(losses, tasks, params), params, 1e-12)
 
 
 @pytest.mark.parametrize("n_tasks", [2, 40])
