@@ -123,6 +123,7 @@ class Affinity:
         values: Tensor,
         average: Callable[[list[list[Tensor | None]], list[Tensor]], None] | None = None,
         model: nn.Module | None = None,
+        rows: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Take in the gradients of some tasks. Called if ``every`` is a number.
 
@@ -132,6 +133,9 @@ class Affinity:
             average: replaces gradients ``[n][T]`` of n tasks on T parameters, given with these
                 parameters, by their mean over the ranks; None with one rank.
             model: the :class:`MultiTaskModel` that gave the losses; None if it is not known.
+            rows: where each row of the batch belongs to one task, the losses of the rows with their
+                graph and the position of the task of each row. It is passed only if the loop calls
+                ``group.loss(losses, rows=rows)``.
         """
         raise NotImplementedError(f"{type(self).__name__} must define measure().")
 

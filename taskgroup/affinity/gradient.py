@@ -11,6 +11,7 @@ from taskgroup._arguments import parameters_of, whole_number
 from taskgroup._generator import HostGenerator
 from taskgroup.affinity.base import Affinity
 from taskgroup.gradients.per_task import task_gradients
+from taskgroup.gradients.row_tasks import row_task_gradients
 from taskgroup.gradients.through_grad import gradients_through_grad
 from taskgroup.ops._gradient_list import MOST_TASKS
 from taskgroup.ops._sharded import any_sharded, put_shards_back
@@ -39,7 +40,8 @@ class GradientAffinity(Affinity):
     ``every``-th of the rounds that begin with a batch that has its label. The losses of the
     measured tasks must carry a graph: :class:`MultiTaskModel` keeps it for the tasks in
     ``group.graph``, and a model called whole always has it. A compiled model needs
-    ``torch._functorch.config.donated_buffer = False``.
+    ``torch._functorch.config.donated_buffer = False``. Where each row of the batch belongs to one
+    task, ``group.loss(losses, rows=rows)`` makes one backward pass of the K.
 
     In data-parallel training the gradients are averaged over the ranks, with one all-reduce for
     each measured task. With FSDP2, call the :class:`MultiTaskModel` with ``group=group`` and make
@@ -127,6 +129,7 @@ class GradientAffinity(Affinity):
         values: Tensor,
         average: Callable[[list[list[Tensor | None]], list[Tensor]], None] | None = None,
         model: nn.Module | None = None,
+        rows: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Take in the gradients of some tasks; see :meth:`Affinity.measure`.
 
@@ -135,7 +138,12 @@ class GradientAffinity(Affinity):
             RuntimeError: if the parameters are sharded and the model is not known.
         """
         self.to(values.device)
-        if not any_sharded(self._shared):
+        if rows is not None:
+            of_row, tasks = rows
+            place = tasks.new_full((len(self._matrix) + 1,), -1)  # the last is for rows of no task
+            place[list(losses)] = torch.arange(len(losses), dtype=place.dtype, device=place.device)
+            found = row_task_gradients(of_row, place[tasks], self._shared, len(losses))
+        elif not any_sharded(self._shared):
             found = task_gradients(list(losses.values()), self._shared, retain_graph=True)
         elif model is None:
             raise RuntimeError(

@@ -261,7 +261,7 @@ def _consistent(gradient: Tensor, some: Tensor, layouts: Sequence[Layout]) -> li
     """Those layouts in which the gradient is zero for all rows but some."""
     if gradient.layout != torch.strided:
         gradient = gradient.to_dense()
-    there = gradient.ne(0)
+    there = gradient.nan_to_num(0.0, 0.0, 0.0).ne(0)  # NaN is 0 * inf, of any row
     kept = []
     for layout in layouts:
         size = gradient.shape[layout.dim]

@@ -23,7 +23,7 @@ from taskgroup.ops._gradient_list import check_number_of_tasks
 from taskgroup.ops._sharded import any_sharded
 from taskgroup.ops.task_gram import task_gram
 
-__all__ = ["row_means", "row_task_gradients", "row_task_gram"]
+__all__ = ["means_of_rows", "row_task_gradients", "row_task_gram"]
 
 
 def row_task_gradients(
@@ -140,24 +140,33 @@ def row_task_gram(
     return total.to(dtype)
 
 
-def row_means(losses: object, task_of_row: Tensor, tasks: Sequence[str]) -> Tensor:
-    """``[K]``: the mean loss of the rows of each task, with a graph.
+def means_of_rows(
+    losses: object, task_of_row: Tensor, tasks: Sequence[str], wanted: Sequence[int] | None = None
+) -> dict[str, Tensor]:
+    """``{task: loss}``: the mean loss of the rows of each task, with a graph.
+
+    Args:
+        losses: as for :func:`row_task_gradients`.
+        task_of_row: as for :func:`row_task_gradients`.
+        tasks: the K names.
+        wanted: the positions of the tasks to return; None is all.
 
     Raises:
-        ValueError: if an argument has another shape or value, or a task has no row.
+        ValueError: if an argument has another shape or value, or a wanted task has no row.
+        TypeError: if ``losses`` is not a tensor.
     """
     losses, host = _checked(losses, task_of_row)
-    counts = torch.bincount(_known(host, len(tasks))[host >= 0], minlength=len(tasks))
-    if missing := [task for task, count in zip(tasks, counts.tolist(), strict=True) if not count]:
+    counts = torch.bincount(_known(host, len(tasks)) + 1, minlength=len(tasks) + 1)[1:]
+    wanted = range(len(tasks)) if wanted is None else wanted
+    if missing := [tasks[k] for k in wanted if not counts[k]]:
         raise ValueError(
-            f"The batch has no row of {listed(missing)}: draw rows of every task, or make the "
-            "method for the tasks that a batch always has."
+            f"The batch has no row of {listed(missing)}: draw rows of every task, or in a loop "
+            "over groups, say which tasks have rows, with groups.batch(present)."
         )
-    valid = host >= 0
-    index = host[valid].to(losses.device)
-    kept = losses if bool(valid.all()) else losses[valid.to(losses.device)]
-    sums = kept.new_zeros(len(tasks)).index_add(0, index, kept)
-    return sums / counts.to(losses)
+    # A row that does not count is added to a place of its own, since 0 times NaN is NaN.
+    index = torch.where(host < 0, len(tasks), host).to(losses.device)
+    sums = losses.new_zeros(len(tasks) + 1).index_add(0, index, losses)
+    return {tasks[k]: sums[k] / int(counts[k]) for k in wanted}
 
 
 class _Rows:

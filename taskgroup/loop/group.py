@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from taskgroup._arguments import listed
 from taskgroup.affinity.base import Losses
+from taskgroup.gradients.row_tasks import means_of_rows
 from taskgroup.loop.batch import Batch
 from taskgroup.loop.checks import check_share
 from taskgroup.loop.loss_reader import LossReader
@@ -106,7 +107,14 @@ class Group:
         """Bool ``[K]``, True for the tasks of the group; a copy on the device of the losses."""
         return self._reader.group(self._plan.members).mask.clone()
 
-    def loss(self, losses: Losses, share: float = 1.0, again: bool = False) -> Tensor:
+    def loss(
+        self,
+        losses: Losses,
+        share: float = 1.0,
+        again: bool = False,
+        *,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """The loss to step on: the weighted sum (or mean) over the tasks of the group.
 
         If the groups have a method as ``weights``, it is what the method makes of these losses.
@@ -124,6 +132,10 @@ class Group:
             again: True if a step takes several passes over its losses, as in the second pass of
                 SAM and the closure of L-BFGS. Once the shares add up to 1, further losses are not
                 observed; they may then be those of the tasks of the group alone.
+            rows: ``[N]`` integers where each row of the batch belongs to one task: the position of
+                that task, -1 for a row that does not count. ``losses`` are then those of the rows,
+                ``[N]``, and the loss of a task is the mean over its rows.
+                :class:`GradientAffinity` measures all tasks in one backward pass then.
 
         Returns:
             ``share`` times the loss, a scalar with a graph.
@@ -152,6 +164,12 @@ class Group:
             )
         plan, batch = self._plan, self._batch
         needed = plan.needed
+        of_rows = None
+        if rows is not None:
+            wanted = plan.members if again else needed
+            means = means_of_rows(losses, rows, self._reader.tasks, wanted)
+            assert isinstance(losses, Tensor)
+            of_rows, losses = (losses, rows.to(losses.device).long()), means
         if isinstance(losses, Mapping):
             if again:
                 needed = plan.members
@@ -169,15 +187,15 @@ class Group:
         if self._measured is None:
             self._misuse.check_losses(losses)
             if plan.measures:
-                self._observer.measure_gradients(plan, batch, losses, measured, self.model)
+                self._observer.measure_gradients(plan, batch, losses, measured, self.model, of_rows)
         whole = measured if share == 1.0 else measured * share
         if self._measured is not None:
             whole += self._measured
         self._measured, self._shares = whole, shares
-        means = None
+        over_ranks = None
         if shares > _WHOLE:
-            means = self._observer.measure(plan, batch, whole)
-        value = self._total(own, needed, measured, means if whole is measured else None)
+            over_ranks = self._observer.measure(plan, batch, whole)
+        value = self._total(own, needed, measured, over_ranks if whole is measured else None)
         self._observer.end_loss()
         return value if share == 1.0 else value * share
 

@@ -214,10 +214,12 @@ class Observer:
         losses: Losses,
         measured: Tensor,
         model: MultiTaskModel | None,
+        rows: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Take in the gradients of single tasks, before the backward pass of a step.
 
-        ``measured`` are the losses that the step needs, in task order and without a graph.
+        ``measured`` are the losses that the step needs, in task order and without a graph; ``rows``
+        the losses of the rows and their tasks, if they are known.
         """
         if plan is not self._current:
             return
@@ -227,7 +229,13 @@ class Observer:
             with_graph = {k: loss * batch.factors[k].item() for k, loss in with_graph.items()}
         values = self._mean_over_ranks(plan, batch, measured)
         average = self._ranks.mean_gradients if self._ranks.number > 1 else None
-        self._affinity.measure(with_graph, values, average, model)
+        if rows is None:
+            self._affinity.measure(with_graph, values, average, model)
+        else:
+            own, tasks = rows
+            if batch.factors is not None:
+                own = own * send_like(batch.factors, own)[tasks]
+            self._affinity.measure(with_graph, values, average, model, (own, tasks))
         self._copy = None  # the affinity has changed since
 
     def means(self, plan: Plan, batch: Batch, needed: Members, measured: Tensor) -> Tensor | None:

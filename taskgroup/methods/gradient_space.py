@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 
 from taskgroup._graph import graph_leaves
 from taskgroup._losses import Losses
-from taskgroup.gradients.row_tasks import row_means, row_task_gradients
+from taskgroup.gradients.row_tasks import means_of_rows, row_task_gradients
 from taskgroup.gradients.through_grad import backward_passes, hooks_held
 from taskgroup.methods.method import JointMethod, enabled, torch_defaults
 from taskgroup.ops.combine import combine
@@ -68,7 +68,7 @@ class GradientMethod(JointMethod):
         if rows is None:
             scalars = self._read(losses)
         else:
-            scalars = self._read(row_means(losses, rows, self._tasks))
+            scalars = self._read(means_of_rows(losses, rows, self._tasks))
         self._tell(scalars)
         # With a stacked tensor every pass reaches all heads, so their hooks have to wait as well.
         stacked = isinstance(losses, Tensor)

@@ -326,3 +326,98 @@ def test_sparse_gradients_are_refused_by_a_sentence_that_says_what_to_leave_out(
     groups = tg.TaskGroups(["a", "b"], affinity=tg.GradientAffinity(layer))
     next(iter(groups)).loss({"a": outputs[0], "b": outputs[1]})
     assert groups.affinity.observed.all()
+
+
+# Each row of the batch belongs to one task.
+
+
+def rows_setting(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+    rows = torch.tensor([0, 2, 1, 1, 0, 2, 2, 0])
+    return model, torch.randn(8, 4), rows
+
+
+def row_step(group, model, x, rows, at_once, **options):
+    losses = model(x).squeeze(1).square()
+    if at_once:
+        return group.loss(losses, rows=rows, **options)
+    return group.loss(
+        {task: losses[k == rows].mean() for k, task in enumerate(TASKS) if (k == rows).any()},
+        **options,
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"sample": 2}, {"every": 2}])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8])
+def test_rows_and_means_give_the_same(options, dtype):
+    found = []
+    for at_once in (True, False):
+        model, x, rows = rows_setting()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        affinity = tg.GradientAffinity(model, decay=0.5, **options)
+        groups = tg.TaskGroups(TASKS, affinity=affinity, warmup=2)
+        for _ in range(4):
+            for group in groups:
+                optimizer.zero_grad()
+                loss = row_step(group, model, x, rows.to(dtype), at_once)
+                loss.backward()
+                optimizer.step()
+        found.append([groups.affinity.matrix, groups.affinity.observed, *model.parameters()])
+    assert found[0][0].any()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_of_some_tasks_with_micro_batches():
+    found = []
+    for at_once in (True, False):
+        model, x, rows = rows_setting()
+        rows = torch.where(rows == 2, -1, rows)
+        affinity = tg.GradientAffinity(model, decay=0.5)
+        groups = tg.TaskGroups(TASKS, affinity=affinity)
+        for group in groups.batch(["a", "b"]):
+            for _ in range(2):
+                row_step(group, model, x, rows, at_once, share=0.5).backward()
+        found.append([affinity.matrix, *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_for_the_proximal_affinity():
+    model, x, rows = rows_setting()
+    groups = tg.TaskGroups(TASKS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for group in groups:
+        optimizer.zero_grad()
+        loss = row_step(group, model, x, rows, True)
+        k = TASKS.index(group.tasks[0])
+        torch.testing.assert_close(loss, model(x).squeeze(1).square()[rows == k].mean())
+        loss.backward()
+        optimizer.step()
+    assert groups.affinity.observed.any()
+
+
+def test_a_task_without_rows_is_named():
+    model, x, rows = rows_setting()
+    groups = tg.TaskGroups(TASKS)
+    group = next(iter(groups))
+    with pytest.raises(ValueError, match=r"no row of \['c'\].*groups\.batch\(present\)"):
+        row_step(group, model, x, rows.clamp(max=1), True)
+    with pytest.raises(TypeError, match="one loss for each row"):
+        group.loss({"a": torch.zeros(())}, rows=rows)
+    group.skip()
+
+
+@pytest.mark.filterwarnings("ignore:The loss of task 'b' is nan")
+def test_rows_that_are_not_finite_belong_to_their_task_alone():
+    model, x, rows = rows_setting()
+    x[3] = torch.nan  # of task b
+    affinity = tg.GradientAffinity(model, decay=0.5)
+    groups = tg.TaskGroups(TASKS, affinity=affinity)
+    for group in groups:
+        row_step(group, model, x, rows, True)
+    known = affinity.matrix != 0
+    assert known[0, 2]
+    assert not known[1].any()
+    assert not known[:, 1].any()

@@ -387,6 +387,17 @@ def test_inner_products_of_rows_and_of_gradients_agree(n_tasks, monkeypatch):
     torch.testing.assert_close(*grams, rtol=1e-12, atol=1e-14 * float(grams[0].max()))
 
 
+def test_a_row_that_is_not_finite_belongs_to_its_task_alone(monkeypatch):
+    for kept in (False, True):
+        model, x, tasks = setting("ViT")
+        if not kept:
+            monkeypatch.setattr(row_graph, "_plans", {})
+        x[3] = torch.inf
+        found = tg.row_task_gradients(row_losses(model, x), tasks, model)
+        for k, own in enumerate(found):
+            assert all(g.isfinite().all() for g in own) == (k != tasks[3])
+
+
 class Mixing(nn.Module):
     def __init__(self, mix):
         super().__init__()
