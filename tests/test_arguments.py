@@ -116,6 +116,11 @@ WRONG = {
         "shared_state",
     ),
     "loss": (lambda v: group().loss(v), [*JUNK, np.ones(3), [1.0] * 3], "[Ll]oss|[Uu]nknown task"),
+    "rows": (
+        lambda v: group().loss(stack(), rows=v),
+        [*(junk for junk in JUNK if junk is not None), torch.zeros(3), torch.zeros(4).long()],
+        "tasks of the rows",
+    ),
     "share": (
         lambda v: group().loss(stack(), share=v),
         [None, "1", 0, 2, True, 1j, float("nan")],

@@ -277,6 +277,39 @@ def test_gradients_are_averaged_over_the_ranks_that_have_the_label():
     torch.testing.assert_close(first, expected.float(), rtol=1e-6, atol=1e-8)
 
 
+def measure_rows(rank):
+    """Each rank has rows of its own."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1, dtype=torch.float64)
+    affinity = tg.GradientAffinity(model, decay=1.0)
+    groups = tg.TaskGroups(TASKS, affinity=affinity)
+    x, rows = rows_of(rank)
+    for group in groups:
+        group.loss(model(x).squeeze(1).square(), rows=rows)
+    return affinity.matrix, [*model.parameters()]
+
+
+def rows_of(rank):
+    torch.manual_seed(rank)
+    rows = torch.cat([torch.arange(len(TASKS)), torch.randint(len(TASKS), (3 + rank,))])
+    return torch.randn(len(rows), 3, dtype=torch.float64), rows
+
+
+def test_gradients_of_rows_are_averaged_over_the_ranks():
+    (first, params), (second, _) = on_ranks(measure_rows)
+    assert torch.equal(first, second)
+    model = torch.nn.Linear(3, 1, dtype=torch.float64)
+    model.load_state_dict(dict(zip(("weight", "bias"), params, strict=True)))
+    losses = dict.fromkeys(TASKS, 0.0)
+    for rank in range(2):
+        x, rows = rows_of(rank)
+        for k, task in enumerate(TASKS):
+            losses[task] = losses[task] + model(x).squeeze(1)[rows == k].square().mean() / 2
+    gram = tg.task_gram(tg.task_gradients(losses, model.parameters()))
+    expected = gram / torch.stack([losses[task].detach() for task in TASKS])
+    torch.testing.assert_close(first, expected.float(), rtol=1e-6, atol=1e-8)
+
+
 def accumulate(rank, how, world):
     """Two micro-batches to a step, of which the last alone is exchanged."""
     data, model = Regression(), make_model()
