@@ -37,6 +37,7 @@ def fabricated(variants, seeds=5, diverged=(), batch_sizes=(32,)):
                 steps=1.0 + n,
                 groups=math.nan if lost else 2.0 + n,
                 changes=math.nan if lost else 0.05,
+                agreement=math.nan if lost else 0.25,
                 rate=0.003,
                 batch_size=32,
                 tuned_time=1.0,

@@ -640,10 +640,27 @@ def test_groups_and_changes(tmp_path, made_up):
     row = Comparison(recipe, [GD, SELECTIVE], 1, tmp_path, budgets=["batches"]).run().rows[1]
     assert row.groups == 1.5  # of the second half
     assert row.changes == 0.5  # in the batches 7 and 8
+    assert math.isnan(row.agreement)
+
+
+def test_agreement_of_the_seeds(tmp_path, made_up):
+    found = iter([[["class1", "class2"], ["class3"]], [["class1"], ["class2", "class3"]]] * 2)
+
+    def made(cell):
+        own = {"partition": next(found)} if cell.name == "selective" else {}
+        return {**metrics(0.7), **own}
+
+    made_up(made)
+    table = Comparison(yeast(), [GD, SELECTIVE], 4, tmp_path, budgets=["batches"]).run()
+    # Two of the six pairs of seeds agree; the others agree less than by chance.
+    assert table.rows[1].agreement == pytest.approx((2 * 1.0 + 4 * -0.5) / 6)
 
 
 def row(gain, floor):
-    unknown = ("time", "memory", "steps", "groups", "changes", "rate", "batch_size", "tuned_time")
+    unknown = (
+        *("time", "memory", "steps", "groups", "changes", "agreement"),
+        *("rate", "batch_size", "tuned_time"),
+    )
     nothing = dict.fromkeys(unknown, None)
     key = ("batches", "held_out")
     return Row(

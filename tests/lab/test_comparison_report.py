@@ -247,7 +247,7 @@ def test_markdown_holds_the_numbers():
     # 0.701 over 0.65 is a gain of 7.8 per cent.
     assert by_task[0][3] == ["UW", *["0.7010 (+7.8)"] * 14]
     selective = [row for row in table.rows if row.variant.settings["method"] == "selective"]
-    assert groups[1:] == [[r.variant.title, f"{r.groups:.1f}", "5 %"] for r in selective]
+    assert groups[1:] == [[r.variant.title, f"{r.groups:.1f}", "5 %", "0.25"] for r in selective]
 
 
 def test_csv_holds_the_numbers(tmp_path):
@@ -281,6 +281,7 @@ def test_csv_holds_the_numbers(tmp_path):
                 ("steps", row.steps),
                 ("groups", row.groups),
                 ("changes", row.changes),
+                ("agreement", row.agreement),
                 ("AUC class14", row.metrics[key]["class14"]),
             ):
                 assert float(line[column]) == pytest.approx(value, rel=1e-5), column

@@ -106,6 +106,8 @@ class QM9(Problem):
         self._settings = settings
         self._data = _data(settings.root, settings.regime)
         self._factors = loss_factors(list(TASKS), settings.regime, _SPLIT_SEED)
+        if settings.regime != "clean":
+            self.published = {}  # nothing was planted there
         if settings.regime == "negatives":
             self.auxiliary = PLANTED
             self.tasks = {**type(self).tasks, **{task: task.capitalize() for task in PLANTED}}

@@ -50,15 +50,16 @@ def markdown(table: Table, command: str | None = None) -> str:
                 continue
             parts += [f"{title}:", markdown_table(*_task_rows(table, budget, split))]
     groups = [
-        [row.variant.title, f"{row.groups:.1f}", f"{100 * row.changes:.0f} %"]
+        [row.variant.title, f"{row.groups:.1f}", f"{100 * row.changes:.0f} %", _agreement(row)]
         for row in table.rows
         if row.variant.settings.get("method") == "selective"
     ]
     parts += [
         "## Groups",
-        "Mean number of groups over the second half of a run, and the share of the batches in the "
-        "last quarter that changed the partition.",
-        markdown_table(["", "groups", "batches with a change"], groups),
+        "Mean number of groups over the second half of a run; the share of the batches in the last "
+        "quarter that changed the partition; and the agreement of the partitions at the end: the "
+        "mean adjusted Rand index of two seeds, 1 for equal partitions and 0 for random ones.",
+        markdown_table(["", "groups", "batches with a change", "agreement"], groups),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -68,6 +69,10 @@ def write_csv(table: Table, path: str | os.PathLike[str]) -> None:
     lines = table.records()
     header = list(lines[0])
     save_csv(path, header, ([line.get(column, "") for column in header] for line in lines))
+
+
+def _agreement(row: Row) -> str:
+    return "" if math.isnan(row.agreement) else f"{row.agreement:.2f}"
 
 
 def _gain_rows(table: Table) -> Rows:

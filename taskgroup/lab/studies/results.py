@@ -10,6 +10,7 @@ from typing import Any
 
 from taskgroup.lab.problem import Problem
 from taskgroup.lab.recipe import Recipe
+from taskgroup.lab.studies.agreement import agreement
 from taskgroup.lab.studies.cell import Result
 from taskgroup.lab.studies.intervals import Estimate, estimate, noise_floor
 from taskgroup.lab.studies.presets import Variant
@@ -28,7 +29,14 @@ __all__ = [
     "tuned_title",
 ]
 
-_PER_VARIANT = ("time", "memory", "steps", "groups", "changes")  # of a row, in every record
+_PER_VARIANT = (
+    "time",
+    "memory",
+    "steps",
+    "groups",
+    "changes",
+    "agreement",
+)  # of a row, in every record
 
 Runs = Mapping[int, Result]  # the finished runs of a variant, by seed
 Key = tuple[str, str]  # budget and split
@@ -51,6 +59,7 @@ class Row:
         steps: optimizer steps per batch.
         groups: mean number of groups in the second half of a run.
         changes: share of the batches in the last quarter of a run that changed the partition.
+        agreement: mean adjusted Rand index of the partitions at the end of two runs; NaN for one.
         rate: learning rate of the tuned runs; None if the variant is not tuned, as for the two that
             follow.
         batch_size: of the tuned runs.
@@ -71,6 +80,7 @@ class Row:
     steps: float
     groups: float
     changes: float
+    agreement: float
     rate: float | None
     batch_size: int | None
     tuned_time: float | None
@@ -254,6 +264,7 @@ def make_row(
         steps=steps_per_batch(runs["batches"]),
         groups=mean(mean(r["groups"][len(r["groups"]) // 2 :]) for r in finished),
         changes=mean(map(_late_changes, finished)),
+        agreement=agreement(result["partition"] for result in finished),
         delta=delta,
         gain=gain,
         floor=floor,

@@ -304,6 +304,11 @@ def test_planted_tasks_are_trained_and_do_not_count_in_delta_m(root, negatives):
     assert delta_m(metrics, baseline, negatives) == pytest.approx(50 / 11)
 
 
+@pytest.mark.parametrize("regime", ["clean", "negatives", "scales"])
+def test_published_numbers_are_of_the_clean_data_set(root, regime):
+    assert bool(make_problem(recipe(root, regime=regime)).published) == (regime == "clean")
+
+
 def test_shuffled_targets_stay_within_their_split(root, negatives):
     for split in QM9.splits:
         rows = negatives._data.rows[split]
