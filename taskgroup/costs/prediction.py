@@ -12,8 +12,8 @@ __all__ = ["WORTH_TRYING", "StepCosts"]
 
 #: Group steps are worth trying if a batch of ``GROUPS`` (3) groups with ``observe_every=10`` costs
 #: fewer joint steps than this. That is the case if the heads take more than about nine tenths of a
-#: joint step. Measured on QM9: at such a cost they were level with joint training at equal time, and
-#: at every higher cost they were behind.
+#: joint step. Measured on QM9: at such a cost they were level with joint training at equal time,
+#: and at every higher cost they were behind.
 WORTH_TRYING = 1.2
 #: The number of groups that the advice reckons with, or K if that is less.
 GROUPS = 3
