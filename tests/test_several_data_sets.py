@@ -77,7 +77,7 @@ def test_the_page():
         "in_turns": [batch for batches in drawn for batch in batches.values()],
     }
     learned = names["groups"]
-    assert run_blocks("several-data-sets.md", names) == 3
+    assert run_blocks("several-data-sets.md", names) == 4
     check(learned.affinity.observed, turns=False)
     check(names["groups"].affinity.observed, turns=True)
     assert names["gram"].shape == (4, 4)
