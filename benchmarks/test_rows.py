@@ -14,7 +14,7 @@ from torch import nn
 
 import taskgroup as tg
 
-ROWS = 128
+ROWS = 104
 ONE_BY_ONE = "K backward passes"
 BATCHED = "one vectorised pass (batched=True)"
 STREAMING = "streaming_task_gram"
@@ -71,8 +71,8 @@ MODELS = {"MLP, 0.7M": mlp, "ViT, 1.8M": vit, "GPT, 0.5M": gpt}
 @pytest.mark.parametrize("n_tasks", [26, 2, 5, 11, 100])
 @pytest.mark.parametrize("model", MODELS)
 def test_gram(record, device, one_thread, request, model, n_tasks):
-    if n_tasks not in (11, 26) and not request.config.getoption("full"):
-        pytest.skip("run with --full")
+    if n_tasks != 26 and not request.config.getoption("full"):
+        pytest.skip("one K is enough unless all are asked for, with --full")
     torch.manual_seed(0)
     network, x = MODELS[model]()
     network, x = network.to(device), x.to(device)
