@@ -26,7 +26,7 @@ def rand_index(one: Partition, other: Partition) -> float:
     Example:
         >>> rand_index([["a", "b"], ["c", "d"]], [["d", "c"], ["a", "b"]])
         1.0
-        >>> rand_index([["a", "b"], ["c", "d"]], [["a", "c"], ["b", "d"]])
+        >>> round(rand_index([["a", "b"], ["c", "d"]], [["a", "c"], ["b", "d"]]), 3)
         -0.5
     """
     in_one, in_other = _pairs(map(len, one)), _pairs(map(len, other))
