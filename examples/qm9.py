@@ -39,7 +39,7 @@ def train(out, settings, console):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, default=3000)
+    parser.add_argument("--batches", type=int, default=2000)
     parser.add_argument("--data", help="folder of the CSV files, if they are not those of qm9pack")
     parser.add_argument("--out", type=Path, default=Path("runs/demo-qm9"))
     options = parser.parse_args(arguments)
