@@ -22,7 +22,7 @@ help: ## list the commands
 demo: .venv/report.stamp ## train on the photograph in three ways and compare them (5 minutes)
 	$(BIN)/python examples/demo.py
 
-demo-qm9: .venv/report.stamp .venv/qm9.stamp ## train on molecules in three ways and compare them (10 minutes)
+demo-qm9: .venv/report.stamp .venv/qm9.stamp ## train on molecules in three ways and compare them (3 minutes)
 	$(BIN)/python examples/qm9.py
 
 test: .venv/dev.stamp ## run the tests (8 minutes on 2 cores); ARGS="-k affinity" runs some
