@@ -56,8 +56,8 @@ class StepCosts:
               11             6.00              3.30
         <BLANKLINE>
         Train jointly if training time is what limits you: a batch of 3 groups with
-        observe_every=10 costs 1.46 joint steps, and group steps that cost so much have lost at
-        equal time. They gain at equal batches, where data is scarcer than time.
+        observe_every=10 costs 1.46 joint steps, and group steps that cost so much have never
+        won at equal time. They gain at equal batches, where data is scarcer than time.
     """
 
     encoder: float
@@ -164,8 +164,8 @@ class StepCosts:
             )
         return (
             f"Train jointly if training time is what limits you: {batch} costs {cost:.2f} joint "
-            "steps, and group steps that cost so much have lost at equal time. They gain at equal "
-            "batches, where data is scarcer than time."
+            "steps, and group steps that cost so much have never won at equal time. They gain at "
+            "equal batches, where data is scarcer than time."
         )
 
     def table(self) -> str:

@@ -119,8 +119,8 @@ def task_gradients(
             found.append(list(own))
     result = []
     for own in found:
-        laid_out = {p: _laid_out(g, p) for g, p in zip(own, active, strict=True)}
-        result.append([laid_out.get(parameter) for parameter in params])
+        by_parameter = {p: laid_out(g, p) for g, p in zip(own, active, strict=True)}
+        result.append([by_parameter.get(parameter) for parameter in params])
     return result
 
 
@@ -134,7 +134,7 @@ def scalars_with_graph(losses: Losses | Sequence[Tensor]) -> list[Tensor]:
     return list(by_task.values())
 
 
-def _laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+def laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
     """The gradient as ``.grad`` would hold it, with the strides of the parameter.
 
     Autograd may return a tensor that is transposed, expanded or lazily negated. Fused optimizers on

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from taskgroup._graph import graph_nodes, is_leaf
 from taskgroup.gradients.vectorised import explained
 
 __all__ = ["Layout", "Site", "find_sites", "incoming", "leaves"]
@@ -27,7 +28,7 @@ _CONSUMERS = (
 )
 # They may move rows by the values of a tensor, so a layout that held for one batch may not hold for
 # the next one.
-_MOVERS = ("Index", "Gather", "Scatter", "Sort", "Masked", "Roll", "Take", "Put")
+_MOVERS = ("Index", "Gather", "Scatter", "Sort", "Topk", "Masked", "Roll", "Take", "Put")
 
 
 class Layout(NamedTuple):
@@ -71,14 +72,14 @@ def find_sites(losses: Tensor, params: Sequence[Tensor]) -> list[Site]:
     Raises:
         ValueError: if the gradient of one row depends on other rows, at a parameter.
     """
-    nodes = list(_in_order(losses))
+    nodes = list(graph_nodes([losses]))
     place = {node: at for at, node in enumerate(nodes)}
     position = {id(parameter): t for t, parameter in enumerate(params)}
     signature, moves = [], False
     for node in nodes:
         name = node.name()
         _check_passable(name)
-        leaf = position.get(id(node.variable)) if name.endswith("AccumulateGrad") else None
+        leaf = position.get(id(node.variable)) if is_leaf(node) else None
         shapes = tuple(tuple(m.shape) for m in node._input_metadata)
         children = tuple((place.get(child), nr) for child, nr in node.next_functions)
         kind: Any = type(node)
@@ -109,25 +110,12 @@ def incoming(losses: Tensor, cotangent: Tensor, nodes: Sequence[Any]) -> list[Te
 
 def leaves(node: Any) -> Iterator[Tensor]:
     """The parameters that a node on parameters alone depends on, once for each way to them."""
-    if node.name().endswith("AccumulateGrad"):
+    if is_leaf(node):
         yield node.variable
     else:
         for child, _ in node.next_functions:
             if child is not None:
                 yield from leaves(child)
-
-
-def _in_order(losses: Tensor) -> Iterator[Any]:
-    """The nodes of the graph, in an order that depends on nothing but the graph."""
-    waiting: list[Any] = [losses.grad_fn]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        yield node
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                waiting.append(child)
 
 
 def _check_passable(name: str) -> None:
@@ -208,7 +196,7 @@ def _of_parameters_alone(
         joins = name.startswith(_CONSUMERS) and node not in opened
         if node in known:
             waiting.pop()
-        elif name.endswith("AccumulateGrad"):
+        elif is_leaf(node):
             known[node] = id(node.variable) in params
         elif not children or joins or node in with_rows:
             known[node] = False

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from taskgroup._graph import is_leaf
 from taskgroup.gradients.row_graph import Layout, Site
 
 __all__ = ["Own", "Parts", "at_site", "cheaper", "gram_of_matrix", "matrix_input", "to_leaves"]
@@ -75,7 +76,7 @@ def at_site(site: Site, incoming: Tensor, parts: Parts) -> _Found:
 
 def to_leaves(node: Any, output_nr: int, own: Own) -> Iterator[tuple[Tensor, Own]]:
     """Take the gradients of the tasks through a node that depends on parameters alone."""
-    if node.name().endswith("AccumulateGrad"):
+    if is_leaf(node):
         yield node.variable, own
         return
     nothing = (None,) * len(node.next_functions)
@@ -97,15 +98,15 @@ def matrix_input(site: Site) -> int | None:
     return at if site.layout.dim == 0 and at in site.inputs and inputs is not None else None
 
 
-def cheaper(site: Site, incoming: Tensor, parts: Parts) -> bool:
+def cheaper(site: Site, at: int, incoming: Tensor, parts: Parts) -> bool:
     """Whether a Gram matrix costs less by :func:`gram_of_matrix` than from the gradients.
 
-    It needs a matrix that is a parameter or the transpose of one.
+    It needs a matrix, at this position, that is a parameter or the transpose of one.
     """
-    child, _ = site.node.next_functions[_known(matrix_input(site))]
+    child, _ = site.node.next_functions[at]
     if child.name() == "TBackward0":
         ((child, _),) = child.next_functions
-    if not child.name().endswith("AccumulateGrad") or incoming.is_complex():
+    if not is_leaf(child) or incoming.is_complex():
         return False
     if incoming.dtype not in (torch.float32, torch.float64):
         return False  # the inner products would be rounded
@@ -138,11 +139,6 @@ def _inputs(site: Site) -> Tensor:
     node = site.node
     found: Tensor = node._saved_self if node.name() == "MmBackward0" else node._saved_mat1
     return found
-
-
-def _known(at: int | None) -> int:
-    assert at is not None
-    return at
 
 
 def _backward(node: Any, output_nr: int, gradient: Tensor) -> Sequence[Tensor | None]:
@@ -196,7 +192,7 @@ def _sums(rows: Tensor, parts: Parts, n_kept: int) -> Own:
 
 def _shape(node: Any, output_nr: int) -> tuple[int, ...]:
     """The shape of what a node has computed, or of a leaf."""
-    if node.name().endswith("AccumulateGrad"):
+    if is_leaf(node):
         return tuple(node.variable.shape)
     return tuple(node._input_metadata[output_nr].shape)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from taskgroup._arguments import described, listed, parameters_of, whole_number
+from taskgroup.gradients.per_task import laid_out
 from taskgroup.gradients.row_graph import Site, find_sites, incoming, leaves
 from taskgroup.gradients.row_rules import (
     Own,
@@ -54,7 +55,9 @@ def row_task_gradients(
     computed from other parameters (weight norm, LoRA). ``.grad`` is neither read nor written.
 
     In the first call for a graph, a second backward pass on half of the rows finds how the rows lie
-    in every tensor, and checks that no operation mixes them.
+    in every tensor, and checks that no operation mixes them. The gradients of the outputs of all
+    layers are held at once, which takes about the memory of the activations. Activation
+    checkpointing saves little then: a block is run again for each of its layers.
 
     Args:
         losses: ``[N]``, the losses of the rows, with a graph in which rows do not affect each
@@ -70,8 +73,9 @@ def row_task_gradients(
         parameter is frozen.
 
     Raises:
-        ValueError: if an argument has another shape or value, parameters are sharded, or an
-            operation mixes rows, such as BatchNorm in training; the message names it.
+        ValueError: if an argument has another shape or value, parameters are sharded or have hooks
+            (``register_hook``), or an operation mixes rows, such as BatchNorm in training; the
+            message names it.
         TypeError: if ``losses`` is not a tensor.
 
     Example:
@@ -84,7 +88,7 @@ def row_task_gradients(
     result: list[list[Tensor | None]] = [[None] * len(rows.params) for _ in range(rows.n_tasks)]
     for t, own in rows.gradients():
         for k, gradient in enumerate(own):
-            result[k][t] = gradient
+            result[k][t] = laid_out(gradient, rows.params[t])
     return result
 
 
@@ -114,8 +118,8 @@ def row_task_gram(
         reduction: as for :func:`row_task_gradients`.
 
     Returns:
-        ``[K, K]``, symmetric; zero for tasks without rows. The dtype is that of
-        :func:`taskgroup.task_gram`.
+        ``[K, K]``, symmetric; zero for tasks without rows. Of complex gradients it is the real
+        part. The dtype is that of :func:`taskgroup.task_gram`.
 
     Raises:
         ValueError: as :func:`row_task_gradients`, and if no row reaches a parameter.
@@ -190,6 +194,13 @@ class _Rows:
                 "params must name at least one parameter, and each once: pass "
                 "list(dict.fromkeys(params))."
             )
+        for t, parameter in enumerate(self.params):
+            if parameter._backward_hooks:
+                raise ValueError(
+                    f"Entry {t} of params, of shape {list(parameter.shape)}, has a hook "
+                    "(register_hook), which does not run here: remove it, or take the gradients "
+                    "one by one, with task_gradients(losses, params)."
+                )
         if any_sharded(self.params):
             raise ValueError(
                 "Sharded parameters are not in the graph of the losses: take the gradients one by "
@@ -214,7 +225,7 @@ class _Rows:
 
         def direct(site: Site, incoming: Tensor) -> Sequence[int]:
             at = matrix_input(site)
-            if at is None or not cheaper(site, incoming, self._parts):
+            if at is None or not cheaper(site, at, incoming, self._parts):
                 return ()
             (leaf,) = leaves(site.node.next_functions[at][0])  # cheaper() has made sure
             if self._uses[self._place[id(leaf)]] > 1:
@@ -223,7 +234,7 @@ class _Rows:
             return (at,)
 
         for _, own in self._found(direct):
-            yield task_gram([[gradient] for gradient in own])
+            yield task_gram([[_real(gradient)] for gradient in own])
             yield from found
             found.clear()
         yield from found
@@ -303,6 +314,13 @@ def _known(tasks: Tensor, n_tasks: int) -> Tensor:
             f"{n_tasks - 1}, and -1 is a row that does not count."
         )
     return tasks
+
+
+def _real(gradient: Tensor | None) -> Tensor | None:
+    """The real and imaginary parts of a complex gradient count as two numbers."""
+    if gradient is None or not gradient.is_complex():
+        return gradient
+    return torch.view_as_real(gradient.resolve_conj())
 
 
 def _sum(one: Own, other: Own) -> Own:

@@ -134,7 +134,8 @@ class Group:
                 observed; they may then be those of the tasks of the group alone.
             rows: ``[N]`` integers where each row of the batch belongs to one task: the position of
                 that task, -1 for a row that does not count. ``losses`` are then those of the rows,
-                ``[N]``, and the loss of a task is the mean over its rows.
+                ``[N]``, and the loss of a task is the mean over its rows. They are read on the
+                host: pass them on the CPU, since the host would wait for a GPU.
                 :class:`GradientAffinity` measures all tasks in one backward pass then.
 
         Returns:
@@ -167,9 +168,9 @@ class Group:
         of_rows = None
         if rows is not None:
             wanted = plan.members if again else needed
-            means = means_of_rows(losses, rows, self._reader.tasks, wanted)
+            by_task = means_of_rows(losses, rows, self._reader.tasks, wanted)
             assert isinstance(losses, Tensor)
-            of_rows, losses = (losses, rows.to(losses.device).long()), means
+            of_rows, losses = (losses, rows.to(losses.device).long()), by_task
         if isinstance(losses, Mapping):
             if again:
                 needed = plan.members
@@ -192,10 +193,10 @@ class Group:
         if self._measured is not None:
             whole += self._measured
         self._measured, self._shares = whole, shares
-        over_ranks = None
+        means = None
         if shares > _WHOLE:
-            over_ranks = self._observer.measure(plan, batch, whole)
-        value = self._total(own, needed, measured, over_ranks if whole is measured else None)
+            means = self._observer.measure(plan, batch, whole)
+        value = self._total(own, needed, measured, means if whole is measured else None)
         self._observer.end_loss()
         return value if share == 1.0 else value * share
 

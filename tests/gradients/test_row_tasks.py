@@ -132,6 +132,30 @@ class Own(nn.Module):
         return Scale.apply(self.layer(x), self.scale)
 
 
+class Products(nn.Module):
+    """Matrices that lie as the rows need them, not transposed as in nn.Linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(6, 4))
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, (x @ self.first).tanh(), self.second)
+
+
+class Complex(nn.Module):
+    """Complex parameters: a matrix, and factors of the rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 4, dtype=torch.complex128))
+        self.factor = nn.Parameter(torch.randn(4, dtype=torch.complex128))
+
+    def forward(self, x):
+        return (x.to(self.weight.dtype) @ self.weight * self.factor).abs()
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -165,6 +189,7 @@ NETWORKS = {
     "adapted": (Adapted, vectors),
     "checkpointed": (Checkpointed, vectors),
     "recurrent": (Recurrent, words),
+    "products": (Products, vectors),
     "a function of its own": (Own, vectors),
     "1d": (lambda: nn.Sequential(nn.Conv1d(8, 4, 3), nn.GroupNorm(2, 4), nn.Tanh()),
            lambda n: torch.randn(n, 8, 9)),
@@ -254,6 +279,26 @@ def test_sums_rows_of_no_task_and_tasks_without_rows():
     gram = tg.row_task_gram(losses, tasks, params, 5, reduction="sum")
     assert not gram[[2, 4]].any()
     assert torch.equal(gram, gram.T)
+
+
+def test_complex_parameters():
+    torch.manual_seed(0)
+    model, x, tasks = Complex(), torch.randn(12, 8, dtype=torch.float64), torch.arange(12) % K
+    losses = row_losses(model, x)
+    params = list(model.parameters())
+    wanted = expected(losses, tasks, params)
+    assert_same(tg.row_task_gradients(losses, tasks, model), wanted, params, 1e-12)
+    scalars = [losses[tasks == k].mean() for k in range(K)]
+    gram = tg.streaming_task_gram(scalars, params, retain_graph=True)
+    torch.testing.assert_close(tg.row_task_gram(losses, tasks, model), gram, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("function", [tg.row_task_gram, tg.row_task_gradients])
+def test_hooks_of_parameters_are_refused(function):
+    layer, losses = layer_losses()
+    layer.bias.register_hook(lambda gradient: 0 * gradient)
+    with pytest.raises(ValueError, match=r"Entry 1 of params, of shape \[1\], has a hook"):
+        function(losses, torch.arange(4), layer)
 
 
 def test_some_parameters_alone():

@@ -29,14 +29,8 @@ __all__ = [
     "tuned_title",
 ]
 
-_PER_VARIANT = (
-    "time",
-    "memory",
-    "steps",
-    "groups",
-    "changes",
-    "agreement",
-)  # of a row, in every record
+# Of a row, in every record.
+_PER_VARIANT = ("time", "memory", "steps", "groups", "changes", "agreement")
 
 Runs = Mapping[int, Result]  # the finished runs of a variant, by seed
 Key = tuple[str, str]  # budget and split
