@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -145,7 +145,11 @@ def row_task_gram(
 
 
 def means_of_rows(
-    losses: object, task_of_row: Tensor, tasks: Sequence[str], wanted: Sequence[int] | None = None
+    losses: object,
+    task_of_row: Tensor,
+    tasks: Sequence[str],
+    wanted: Sequence[int] | None = None,
+    absent: Collection[int] = (),
 ) -> dict[str, Tensor]:
     """``{task: loss}``: the mean loss of the rows of each task, with a graph.
 
@@ -154,6 +158,8 @@ def means_of_rows(
         task_of_row: as for :func:`row_task_gradients`.
         tasks: the K names.
         wanted: the positions of the tasks to return; None is all.
+        absent: those that may have no row, because they have some on another rank; their loss is a
+            zero with a graph.
 
     Raises:
         ValueError: if an argument has another shape or value, or a wanted task has no row.
@@ -162,15 +168,16 @@ def means_of_rows(
     losses, host = _checked(losses, task_of_row)
     counts = torch.bincount(_known(host, len(tasks)) + 1, minlength=len(tasks) + 1)[1:]
     wanted = range(len(tasks)) if wanted is None else wanted
-    if missing := [tasks[k] for k in wanted if not counts[k]]:
+    if missing := [tasks[k] for k in wanted if not counts[k] and k not in absent]:
         raise ValueError(
             f"The batch has no row of {listed(missing)}: draw rows of every task, or in a loop "
             "over groups, say which tasks have rows, with groups.batch(present)."
         )
     # A row that does not count is added to a place of its own, since 0 times NaN is NaN.
     index = torch.where(host < 0, len(tasks), host).to(losses.device)
+    losses = losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses
     sums = losses.new_zeros(len(tasks) + 1).index_add(0, index, losses)
-    return {tasks[k]: sums[k] / int(counts[k]) for k in wanted}
+    return {tasks[k]: sums[k] / max(1, int(counts[k])) for k in wanted}
 
 
 class _Rows:

@@ -168,7 +168,7 @@ class Group:
         of_rows = None
         if rows is not None:
             wanted = plan.members if again else needed
-            by_task = means_of_rows(losses, rows, self._reader.tasks, wanted)
+            by_task = means_of_rows(losses, rows, self._reader.tasks, wanted, batch.absent)
             assert isinstance(losses, Tensor)
             of_rows, losses = (losses, rows.to(losses.device).long()), by_task
         if isinstance(losses, Mapping):
