@@ -4,7 +4,38 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace taskgroup {
+
+namespace {
+
+#if defined(__x86_64__)
+// Whether the processor has AMX-BF16, and Linux lets this process use its registers.
+bool may_use_amx() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0)
+    return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+InstructionSet best_of_avx512() {
+  if (!__builtin_cpu_supports("avx512bf16")) return InstructionSet::kAvx512;
+  return may_use_amx() ? InstructionSet::kAmx : InstructionSet::kAvx512Bf16;
+}
+#endif
+
+}  // namespace
 
 const char* name_of(InstructionSet isa) {
   switch (isa) {
@@ -12,6 +43,10 @@ const char* name_of(InstructionSet isa) {
       return "avx2";
     case InstructionSet::kAvx512:
       return "avx512";
+    case InstructionSet::kAvx512Bf16:
+      return "avx512bf16";
+    case InstructionSet::kAmx:
+      return "amx";
     default:
       return "portable";
   }
@@ -20,8 +55,9 @@ const char* name_of(InstructionSet isa) {
 InstructionSet best_instruction_set() {
 #if defined(__x86_64__)
   // These builtins also check that the operating system saves the wide registers.
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return __builtin_cpu_supports("avx512f") ? InstructionSet::kAvx512 : InstructionSet::kAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    return __builtin_cpu_supports("avx512f") ? best_of_avx512() : InstructionSet::kAvx2;
   }
 #endif
   return InstructionSet::kPortable;

@@ -110,7 +110,13 @@ def _hardware(broken: list[str]) -> list[tuple[str, str]]:
     native = _backend.native.problem is None
     rows = []
     if native:
-        names = {"avx512": "AVX-512", "avx2": "AVX2", "portable": "portable vectors"}
+        names = {
+            "amx": "AVX-512 and AMX",
+            "avx512bf16": "AVX-512 with bfloat16",
+            "avx512": "AVX-512",
+            "avx2": "AVX2",
+            "portable": "portable vectors",
+        }
         used = torch.ops.taskgroup.cpu_instruction_set()
         asked = os.environ.get("TASKGROUP_CPU_ISA")
         chosen = f", because TASKGROUP_CPU_ISA={asked}; unset it to use the best" if asked else ""

@@ -4,6 +4,7 @@ The Triton kernels run in Triton's interpreter, which must be enabled before Tri
 ``TRITON_INTERPRET=1 pytest -k triton``. tests/ops/test_triton_interpreter.py does so.
 """
 
+import ctypes
 import importlib
 import os
 from pathlib import Path
@@ -13,6 +14,14 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["cpp", "reference", *(["triton"] if INTERPRETED else [])]
 
+# The flags in /proc/cpuinfo, by the names that TASKGROUP_CPU_ISA takes.
+INSTRUCTION_SETS = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f"},
+    "avx512bf16": {"avx512_bf16"},
+    "amx": {"amx_tile", "amx_bf16"},
+}
+
 
 def instruction_sets() -> list[str]:
     """The instruction sets that the C++ code must find here, according to the operating system."""
@@ -20,10 +29,17 @@ def instruction_sets() -> list[str]:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     has = next((set(line.split()) for line in lines if line.startswith("flags")), set())
     found = ["portable"]
-    for name, flags in (("avx2", {"avx2", "fma"}), ("avx512", {"avx2", "fma", "avx512f"})):
-        if flags <= has:
-            found.append(name)
+    for name, flags in INSTRUCTION_SETS.items():  # each includes the ones before it
+        if not flags <= has or (name == "amx" and not may_use_tiles()):
+            break
+        found.append(name)
     return found
+
+
+def may_use_tiles() -> bool:
+    """Whether Linux lets this process use the matrix tiles of AMX."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 WITH_OPS = [backend for backend in BACKENDS if backend != "reference"]

@@ -9,6 +9,10 @@
 
 // Compares gram() and combine(), for every instruction set of this processor, with plain sums.
 
+namespace taskgroup {
+extern const GradientLoops kEmulatedLoops;
+}
+
 using namespace taskgroup;
 
 namespace {
@@ -144,6 +148,50 @@ void test_accuracy_bound(const GradientLoops& loops) {
   }
 }
 
+// The same for bfloat16, with few tasks and with so many that tiles are used.
+void test_accuracy_bound_of_bfloat16(const GradientLoops& loops) {
+  for (const float value : {0.1f, 1.0f / 3, 0.7f, 1.1f}) {
+    const auto element = narrow<BFloat16>(value);
+    const std::vector<BFloat16> same(100003, element);
+    for (const int32_t K : {1, 17}) {
+      Gradients gradients;
+      gradients.n_tasks = K;
+      for (int32_t k = 0; k < K; ++k) gradients.all.push_back({same.data(), k, nullptr});
+      gradients.parameters = {{100003, Dtype::kBFloat16, false, 0, nullptr, 0, K}};
+      const double expected = 100003.0 * widen(element) * widen(element);
+      for (const double product : matrix(gradients, loops, serial)) {
+        CHECK(close(product, expected, 1e-6 * expected));
+      }
+    }
+  }
+}
+
+// bfloat16, in blocks of tasks of every shape, over several chunks and with a tail.
+void test_many_bfloat16(const GradientLoops& loops) {
+  const auto some = [](int64_t k, int64_t t) -> int64_t { return (k * 5 + t) % 4 == 1; };
+  const auto odd = [](int64_t k, int64_t t) { return (k + t) % 3; };
+  for (const int64_t K : {17, 50, 82}) {
+    const std::vector<RandomGradients::Shape> shapes = {{2100, Dtype::kBFloat16},
+                                                        {31, Dtype::kBFloat16}};
+    test_gram({K, shapes, none, odd}, loops);
+    test_gram({K, shapes, some, odd}, loops);
+  }
+}
+
+// A task without a gradient on a parameter adds nothing there, even if others are infinite.
+void test_missing_beside_infinity(const GradientLoops& loops) {
+  for (const Dtype dtype : {Dtype::kFloat, Dtype::kBFloat16}) {
+    const auto first = [](int64_t k, int64_t t) -> int64_t { return k == 0 && t == 1; };
+    RandomGradients random(20, {{40, dtype}, {700, dtype}}, first, none);
+    random.put(1, 1, 5, INFINITY);
+    random.put(17, 1, 300, NAN);
+    const std::vector<double> result = matrix(random.gradients, loops, serial);
+    for (int64_t k = 0; k < 20; ++k) CHECK(std::isfinite(result[k]));
+    CHECK(std::isinf(result[1 * 20 + 2]) && std::isnan(result[17 * 20 + 2]));
+    CHECK(std::isfinite(result[2 * 20 + 3]));
+  }
+}
+
 void test_not_finite(const GradientLoops& loops) {
   RandomGradients random(3, {{700, Dtype::kFloat}}, none, none);
   random.put(1, 0, 650, INFINITY);
@@ -197,6 +245,9 @@ void test(const GradientLoops& loops) {
   }
   test_strides(loops);
   test_accuracy_bound(loops);
+  test_accuracy_bound_of_bfloat16(loops);
+  test_many_bfloat16(loops);
+  test_missing_beside_infinity(loops);
   test_not_finite(loops);
   test_conversions<BFloat16>(loops.widen_bfloat16, loops.combine_bfloat16);
   test_conversions<Half>(loops.widen_half, loops.combine_half);
@@ -205,13 +256,16 @@ void test(const GradientLoops& loops) {
 }  // namespace
 
 int main() {
-  int64_t lanes = 4;  // in 16 bytes; each instruction set has twice as many as the one before
+  int64_t lanes = 4;  // in 16 bytes; twice as many with AVX2, and twice again with AVX-512
   for (const InstructionSet isa : kInstructionSets) {
     if (isa > best_instruction_set()) continue;
     CHECK(gradient_loops(isa).lanes == lanes && gradient_loops(isa).double_lanes == lanes / 2);
+    CHECK((gradient_loops(isa).gram_bfloat16 != nullptr) == (isa >= InstructionSet::kAvx512Bf16));
+    CHECK((gradient_loops(isa).tile_gram_bfloat16 != nullptr) == (isa >= InstructionSet::kAmx));
     test(gradient_loops(isa));
     std::printf("ran on %s\n", name_of(isa));
-    lanes *= 2;
+    if (isa < InstructionSet::kAvx512) lanes *= 2;
   }
+  test(kEmulatedLoops);
   CHECK(&gradient_loops() == &gradient_loops(instruction_set()));
 }

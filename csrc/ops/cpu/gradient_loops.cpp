@@ -5,6 +5,10 @@ namespace taskgroup {
 const GradientLoops& gradient_loops(InstructionSet isa) {
   switch (isa) {
 #if defined(__x86_64__)
+    case InstructionSet::kAmx:
+      return kAmxLoops;
+    case InstructionSet::kAvx512Bf16:
+      return kAvx512Bf16Loops;
     case InstructionSet::kAvx512:
       return kAvx512Loops;
     case InstructionSet::kAvx2:

@@ -17,18 +17,36 @@ struct GramRows {
   int32_t count;
 };
 
+// Memory of tile_gram_bfloat16.
+struct TileScratch {
+  static constexpr int kGroups = 4;  // of 16 rows
+  static constexpr int kSteps = 8;   // of 32 elements; their products are summed in float32
+  alignas(64) uint16_t left[kGroups][kSteps][16][32];
+  alignas(64) uint16_t right[kGroups][kSteps][16][32];  // pairs of elements, transposed
+  alignas(64) float sums[kGroups][kGroups][16][16];
+};
+
 struct GradientLoops {
   int64_t lanes;         // floats in a vector; n is a multiple of it in gram_* and combine_*
   int64_t double_lanes;  // doubles in a vector
 
   // sums[(i * ld + j) * double_lanes + lane] += products of row i of `a` with row j of `b`. If `b`
-  // is null, the products are those of the rows i <= j of `a`. Each lane sums at most kChain
-  // products in float32 before it adds them to the float64 sums. `prefetch` also fetches the
-  // elements that follow the n elements.
+  // is null, the products are those of the rows i <= j of `a`. Each lane adds the products in
+  // float32, in chains of kChain vectors, then the sums of the chains, and adds the result to the
+  // float64 sums. n is at most gram_chunk(). `prefetch` also fetches the elements that follow the n
+  // elements.
   void (*gram_float)(const GramRows<float>& a, const GramRows<float>* b, int64_t n, double* sums,
                      int64_t ld, bool prefetch);
   void (*gram_double)(const GramRows<double>& a, const GramRows<double>* b, int64_t n, double* sums,
                       int64_t ld, bool prefetch);
+  // From bfloat16, with 2 * lanes elements in a vector. Null if the instruction set has no products
+  // of bfloat16.
+  void (*gram_bfloat16)(const GramRows<uint16_t>& a, const GramRows<uint16_t>* b, int64_t n,
+                        double* sums, int64_t ld, bool prefetch);
+  // pairs[i * 64 + j] += the same products, of up to 64 rows; faster than gram_bfloat16 for more
+  // than 16 rows. Null if the instruction set has no matrix tiles.
+  void (*tile_gram_bfloat16)(const GramRows<uint16_t>& a, const GramRows<uint16_t>* b, int64_t n,
+                             double* pairs, TileScratch& scratch, bool prefetch);
 
   // out[x] = sum_i weights[i] * rows[i][x], added in the order of i. `out` may be one of the rows.
   void (*combine_float)(const float* const* rows, const float* weights, int32_t count, int64_t n,
@@ -45,9 +63,17 @@ struct GradientLoops {
   void (*widen_half)(const uint16_t* from, int64_t n, float* to);
 };
 
-// The number of products that a lane sums in float32 before it adds them to float64. It bounds the
-// rounding error for every input by kChain / 2 * 2^-24 |g_i| |g_j|.
-constexpr int64_t kChain = 32;
+// The vectors of a chain. A chunk has at most four chains, so the rounding error is, for products
+// of one size, at most (kChain + 4) / 2 * 2^-24 < 1e-6 times |g_i| |g_j|. The products of bfloat16
+// have 16 bits, so that a float32 holds the sum of 256 of them exactly if they have one size.
+constexpr int64_t kChain = 28;
+
+// The most elements of T that one call of gram_* takes. Two panels of rows of this length fit into
+// the L1 cache, and all rows of a block into the L2 cache.
+template <typename T>
+constexpr int64_t gram_chunk(int64_t lanes) {
+  return kChain * lanes * (lanes * static_cast<int64_t>(sizeof(T)) == 64 ? 2 : 4);
+}
 
 // The loops for an instruction set, which this processor must have. The default is
 // instruction_set().
@@ -55,6 +81,8 @@ const GradientLoops& gradient_loops();
 const GradientLoops& gradient_loops(InstructionSet isa);
 
 #if defined(__x86_64__)
+extern const GradientLoops kAmxLoops;
+extern const GradientLoops kAvx512Bf16Loops;
 extern const GradientLoops kAvx512Loops;
 extern const GradientLoops kAvx2Loops;
 #endif
