@@ -181,12 +181,14 @@ void test_many_bfloat16(const GradientLoops& loops) {
 // A task without a gradient on a parameter adds nothing there, even if others are infinite.
 void test_missing_beside_infinity(const GradientLoops& loops) {
   for (const Dtype dtype : {Dtype::kFloat, Dtype::kBFloat16}) {
-    const auto first = [](int64_t k, int64_t t) -> int64_t { return k == 0 && t == 1; };
-    RandomGradients random(20, {{40, dtype}, {700, dtype}}, first, none);
+    const auto two = [](int64_t k, int64_t t) -> int64_t { return (k == 0 || k == 18) && t == 1; };
+    RandomGradients random(20, {{40, dtype}, {700, dtype}}, two, none);
     random.put(1, 1, 5, INFINITY);
     random.put(17, 1, 300, NAN);
     const std::vector<double> result = matrix(random.gradients, loops, serial);
-    for (int64_t k = 0; k < 20; ++k) CHECK(std::isfinite(result[k]));
+    for (int64_t k = 0; k < 20; ++k) {
+      CHECK(std::isfinite(result[k]) && std::isfinite(result[k * 20 + 18]));
+    }
     CHECK(std::isinf(result[1 * 20 + 2]) && std::isnan(result[17 * 20 + 2]));
     CHECK(std::isfinite(result[2 * 20 + 3]));
   }
