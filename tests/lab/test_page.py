@@ -1,6 +1,7 @@
 """The report shows the numbers of the runs, and works in a browser."""
 
 import base64
+import hashlib
 import json
 import re
 import sys
@@ -20,7 +21,7 @@ from taskgroup.lab.recipe import read_recipe
 from taskgroup.lab.report import affinities, colours, groups, timing
 from taskgroup.lab.report.groups import group_colours
 from taskgroup.lab.report.labels import differences, titles
-from taskgroup.lab.report.page import write_report
+from taskgroup.lab.report.page import plotly_program, write_report
 from taskgroup.lab.report.run_data import load_run_data, load_runs
 from taskgroup.lab.report.thinning import evenly, thin
 from taskgroup.ops.normalised_affinity import normalised_affinity
@@ -61,6 +62,13 @@ def decoded(value):
         return value
     flat = np.frombuffer(base64.b64decode(value["bdata"]), np.dtype(value["dtype"]))
     return flat.reshape([int(n) for n in value.get("shape", str(flat.size)).split(",")])
+
+
+def test_plotly_program_is_the_published_one():
+    """Its checksum is that of the file in version 4.1.1 on npm."""
+    checksum = hashlib.sha1(plotly_program().encode(), usedforsecurity=False).hexdigest()
+    assert checksum == "314567f76adf20299246f5ca8c684ce356b07af3"
+    assert "v4.1.1\n" in plotly_program()[:80]
 
 
 def test_affinity_is_the_matrix_that_tasks_are_grouped_by_at_every_recorded_batch(tmp_path):

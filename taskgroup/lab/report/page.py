@@ -255,8 +255,6 @@ def _player(card: Card) -> str:
 
 
 def _page(sections: Sequence[_Section], names: Sequence[str], notes: Sequence[str]) -> str:
-    from plotly.offline import get_plotlyjs  # plotly_parts has said so if plotly is missing
-
     body: list[str] = []
     scripts: list[str] = []
     for section in sections:
@@ -285,12 +283,24 @@ def _page(sections: Sequence[_Section], names: Sequence[str], notes: Sequence[st
     if notes:
         items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
         body.append(f"<section><h2>Notes</h2><ul>{items}</ul></section>")
-    template = Template((resources.files("taskgroup.lab.report") / "page.html").read_text("utf-8"))
+    template = Template(_file("page.html"))
     return template.substitute(
         title=html.escape(", ".join(names[:3]) + (", ..." if len(names) > 3 else "")),
         version=tg.__version__,
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         body="\n".join(part for part in body if part),
         figures="\n".join(scripts),
-        plotly=get_plotlyjs(),
+        plotly=plotly_program(),
     )
+
+
+def plotly_program() -> str:
+    """The part of plotly.js that draws flat axes; it starts in half the time of the whole.
+
+    It is version 4.1.1 of plotly.js-cartesian-dist-min from npm, unchanged.
+    """
+    return _file("plotly-cartesian.min.js")
+
+
+def _file(name: str) -> str:
+    return (resources.files("taskgroup.lab.report") / name).read_text("utf-8")
