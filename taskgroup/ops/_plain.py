@@ -90,12 +90,8 @@ def read_scalars(scalars: Mapping[str, Tensor], names: tuple[str, ...]) -> Tenso
     None if they must pass through torch, do not have the same of these dtypes, or are not those of
     ``names``, in the same order.
     """
-    if (
-        type(scalars) is not dict
-        or _reader is None
-        or torch.compiler.is_compiling()
-        or _is_intercepted()
-    ):
+    # Modes need not see this read. The tensors of transforms and fake tensors are not plain.
+    if type(scalars) is not dict or _reader is None or torch.compiler.is_compiling():
         return None
     read = _reader.read_scalars(scalars, names)
     return None if read is None else torch.from_numpy(read)
