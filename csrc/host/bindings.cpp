@@ -76,5 +76,7 @@ PYBIND11_MODULE(_host, m) {
       .def("read_outputs", &taskgroup::ReadGradients::read_outputs, py::arg("outputs"));
   py::class_<taskgroup::GradientReader>(m, "GradientReader")
       .def(py::init<const py::tuple&>(), py::arg("types"))
-      .def("read", &taskgroup::GradientReader::read, py::arg("gradients"), py::keep_alive<0, 1>());
+      .def("read", &taskgroup::GradientReader::read, py::arg("gradients"), py::keep_alive<0, 1>())
+      .def("read_scalars", &taskgroup::GradientReader::read_scalars, py::arg("scalars"),
+           py::arg("names"));
 }

@@ -1,8 +1,11 @@
 #include "host/gradient_reader.h"
 
+#include <pybind11/numpy.h>
+
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <type_traits>
 
 namespace py = pybind11;
 
@@ -49,6 +52,11 @@ bool find_dtype(const DLType& type, Dtype& dtype) {
     return false;
   }
   return true;
+}
+
+template <typename scalar_t>
+constexpr Dtype dtype_of() {
+  return std::is_same_v<scalar_t, double> ? Dtype::kDouble : Dtype::kFloat;
 }
 
 int64_t count_elements(const DLTensor& tensor) {
@@ -134,13 +142,16 @@ bool GradientReader::read_tensor(PyObject* object, DLTensor& tensor) const {
   }
   const int64_t numel = count_elements(tensor);
   if (numel > 0 && tensor.data == nullptr) return false;
-  if (numel == 1) {
-    // torch marks the imaginary part of a conjugate as negated, and DLPack does not report that.
+  tensor.data = static_cast<unsigned char*>(tensor.data) + tensor.byte_offset;
+  const bool behind_another =
+      reinterpret_cast<uintptr_t>(tensor.data) % (tensor.dtype.bits / 4) != 0;
+  if (numel == 1 && behind_another) {
+    // torch marks the imaginary part of a conjugate as negated, and DLPack does not report that. An
+    // imaginary part lies behind a real part; most scalars have memory of their own.
     const auto marked = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg_, object));
     if (!marked) throw py::error_already_set();
     if (marked.ptr() != Py_False) return false;
   }
-  tensor.data = static_cast<unsigned char*>(tensor.data) + tensor.byte_offset;
   return true;
 }
 
@@ -193,6 +204,49 @@ std::unique_ptr<ReadGradients> GradientReader::read(const py::object& gradients)
   }
   if (read.all.empty()) return nullptr;
   return result;
+}
+
+template <typename scalar_t>
+bool GradientReader::copy_scalars(PyObject* scalars, PyObject* names, scalar_t* copy) const {
+  const Py_ssize_t n = PyTuple_GET_SIZE(names);
+  Py_ssize_t position = 0, k = 0;
+  PyObject *name, *value;
+  for (; k < n && PyDict_Next(scalars, &position, &name, &value); ++k) {
+    PyObject* const expected = PyTuple_GET_ITEM(names, k);
+    if (name != expected &&
+        (!PyUnicode_CheckExact(name) || PyUnicode_Compare(name, expected) != 0)) {
+      return false;
+    }
+    const auto scalar = py::reinterpret_borrow<py::object>(value);  // a mode may change the dict
+    DLTensor tensor;
+    Dtype dtype;
+    if (!read_tensor(value, tensor) || tensor.ndim != 0 || tensor.device.type != kDLCPU ||
+        !find_dtype(tensor.dtype, dtype) || dtype != dtype_of<scalar_t>()) {
+      return false;
+    }
+    copy[k] = *static_cast<const scalar_t*>(tensor.data);
+  }
+  return k == n;
+}
+
+py::object GradientReader::read_scalars(const py::dict& scalars, const py::tuple& names) const {
+  const auto n = static_cast<py::ssize_t>(names.size());
+  PyObject *name, *first;
+  Py_ssize_t position = 0;
+  DLTensor tensor;
+  Dtype dtype;
+  if (PyDict_GET_SIZE(scalars.ptr()) != n ||
+      !PyDict_Next(scalars.ptr(), &position, &name, &first) || !read_tensor(first, tensor) ||
+      !find_dtype(tensor.dtype, dtype)) {
+    return py::none();
+  }
+  const auto copied = [&](auto array) -> py::object {
+    if (copy_scalars(scalars.ptr(), names.ptr(), array.mutable_data())) return array;
+    return py::none();
+  };
+  if (dtype == Dtype::kFloat) return copied(py::array_t<float>(n));
+  if (dtype == Dtype::kDouble) return copied(py::array_t<double>(n));
+  return py::none();
 }
 
 bool ReadGradients::read_outputs(const py::object& outputs) {

@@ -54,9 +54,16 @@ class GradientReader {
   // as_strided() or by torch's private _neg_view().
   std::unique_ptr<ReadGradients> read(const pybind11::object& gradients) const;
 
+  // Copies scalars on the CPU into one array, float32 or float64. Returns None unless all have the
+  // same of these dtypes and are plain, as above, and the keys are `names`, in the same order.
+  pybind11::object read_scalars(const pybind11::dict& scalars, const pybind11::tuple& names) const;
+
  private:
   friend class ReadGradients;
   bool read_tensor(PyObject* object, DLTensor& tensor) const;
+
+  template <typename scalar_t>
+  bool copy_scalars(PyObject* scalars, PyObject* names, scalar_t* copy) const;
 
   // Classes of torch and one of their methods, which are never freed.
   std::vector<PyObject*> types_;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,9 @@ class Clustering(Grouping):
         if affinity.dtype not in (torch.float32, torch.float64):
             affinity = affinity.double()  # NumPy has no bfloat16
         tasks, similarity = normalised_affinity(affinity.numpy())
-        finite, known = np.isfinite(affinity.numpy()), None
-        if not finite.all():
-            finite = finite[np.ix_(tasks, tasks)]
+        known = None
+        if not math.isfinite(affinity.sum()):  # rules out NaN and infinities in a single pass
+            finite = np.isfinite(affinity.numpy())[np.ix_(tasks, tasks)]
             known = finite | finite.T
             connected = known.sum(1) > 1  # with another task than itself
             tasks, known = tasks[connected], known[np.ix_(connected, connected)]

@@ -20,6 +20,7 @@ from taskgroup._arguments import listed
 from taskgroup._losses import Losses, check_graph, check_losses, check_one_device
 from taskgroup.loop.host_copy import waits_for
 from taskgroup.loop.rounds import Members
+from taskgroup.ops._plain import read_scalars
 
 __all__ = ["LossReader", "send_like"]
 
@@ -152,7 +153,7 @@ class LossReader:
 
     def spread(self, measured: Tensor, needed: Members) -> Tensor:
         """The losses ``[K]`` of all tasks, NaN for those not in ``needed``."""
-        if needed == self.everyone:
+        if len(needed) == len(self.tasks):
             return measured
         losses = measured.new_full((len(self.tasks),), math.nan)
         return losses.index_copy_(0, self.group(needed).index, measured)
@@ -160,23 +161,27 @@ class LossReader:
     def _read_named(
         self, losses: Mapping[str, Tensor], members: Members, needed: Members
     ) -> tuple[Tensor, Tensor]:
+        measured = None
+        if len(needed) == len(self.tasks):  # the usual case
+            measured = read_scalars(losses, self.tasks)
+        checked = measured is not None
         try:
-            if needed == self.everyone and tuple(losses) == self.tasks:  # the usual case
-                values = list(losses.values())
-            else:
-                values = [losses[self.tasks[k]] for k in needed]
-            mine = values if members == needed else [losses[self.tasks[k]] for k in members]
-            measured = torch.stack(values).detach()
+            mine = [losses[self.tasks[k]] for k in members]
+            if measured is None:
+                values = mine if members == needed else [losses[self.tasks[k]] for k in needed]
+                measured = torch.stack(values).detach()
             own = torch.stack(mine) if len(mine) > 1 else mine[0].clone()
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             self._explain(losses, members, needed)
             raise
-        if (
-            not isinstance(losses, Mapping)
-            or not self._known.issuperset(losses)
-            or measured.dim() != 1
-            or not measured.is_floating_point()
-            or not all(value.requires_grad for value in mine)
+        if not all(value.requires_grad for value in mine) or not (
+            checked
+            or (
+                isinstance(losses, Mapping)
+                and self._known.issuperset(losses)
+                and measured.dim() == 1
+                and measured.is_floating_point()
+            )
         ):
             self._explain(losses, members, needed)
         self._settle_on(measured.device)

@@ -9,9 +9,10 @@ raises the error that names the argument.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +39,10 @@ class ReadGradients(Protocol):
 
 class _Reader(Protocol):
     def read(self, gradients: Gradients) -> ReadGradients | None: ...
+
+    def read_scalars(
+        self, scalars: dict[str, Tensor], names: tuple[str, ...]
+    ) -> npt.NDArray[Any] | None: ...
 
 
 def _make_reader() -> _Reader | None:
@@ -77,3 +82,16 @@ def read_plain(gradients: Gradients) -> ReadGradients | None:
     if read is None or _backend.preferred(read.like.device.type, BACKENDS) not in ADDRESSED:
         return None
     return read
+
+
+def read_scalars(scalars: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor | None:
+    """Copies scalars on the CPU into one tensor ``[n]``, float32 or float64, without a graph.
+
+    None if they must pass through torch, do not have the same of these dtypes, or are not those of
+    ``names``, in the same order.
+    """
+    # Modes need not see this read. The tensors of transforms and fake tensors are not plain.
+    if type(scalars) is not dict or _reader is None or torch.compiler.is_compiling():
+        return None
+    read = _reader.read_scalars(scalars, names)
+    return None if read is None else torch.from_numpy(read)

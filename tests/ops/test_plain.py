@@ -221,3 +221,61 @@ def test_memory_is_kept_while_it_is_needed():
     gc.collect()
     torch.full((10_000,), 7.0)  # would take the place of what was freed
     assert torch.equal(torch.ops.taskgroup._plain_task_gram(read.address, read.like), expected)
+
+
+def scalars(dtype=torch.float32):
+    """The losses of three tasks, as a loop computes them; the second shares memory."""
+    leaf = torch.tensor([0.5, 1.5, 2.5], dtype=dtype, requires_grad=True)
+    return {"a": leaf.sum(), "b": leaf.detach()[1], "c": (2 * leaf).mean()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scalars(dtype):
+    losses = scalars(dtype)
+    read = _plain.read_scalars(losses, ("a", "b", "c"))
+    assert read.dtype == dtype
+    assert not read.requires_grad
+    assert torch.equal(read, torch.stack([*losses.values()]).detach())
+    losses["b"].fill_(7.0)
+    assert read[1] == 1.5  # a copy
+    names = tuple(f"task {k}" for k in range(3))
+    equal = {f"task {k}": loss for k, loss in enumerate(losses.values())}  # not the same strings
+    assert _plain.read_scalars(equal, names)[1] == 7.0
+
+
+@pytest.mark.parametrize(
+    "special",
+    [
+        negated(()),
+        negated((1,)),
+        torch.ones(1),
+        torch.tensor(1.0, dtype=torch.float64),
+        torch.tensor(1.0, dtype=torch.bfloat16),
+        torch.tensor(1),
+        torch.tensor(1.0, device="meta"),
+        torch.tensor(1.0).as_subclass(Own),
+        torch._efficientzerotensor(()),
+        1.0,
+        None,
+    ],
+    ids=lambda value: f"{type(value).__name__} {getattr(value, 'dtype', '')}",
+)
+def test_scalars_that_are_not_plain_are_not_read(special):
+    for task in ("a", "b", "c"):
+        assert _plain.read_scalars({**scalars(), task: special}, ("a", "b", "c")) is None
+
+
+def test_scalars_of_other_tasks_are_not_read():
+    losses, seen = scalars(), []
+    for names in (("a", "b"), ("a", "c", "b"), ("a", "b", "x"), ("a", "b", "c", "d"), ()):
+        assert _plain.read_scalars(losses, names) is None
+    assert _plain.read_scalars(torch.ones(3), ("a", "b", "c")) is None
+
+    def transformed(x):
+        loss = (2 * x).sum()
+        seen.append(_plain.read_scalars({"a": loss}, ("a",)))
+        return loss
+
+    torch.func.grad(transformed)(torch.ones(3))
+    torch.vmap(transformed)(torch.ones(2, 3))
+    assert seen == [None, None]
