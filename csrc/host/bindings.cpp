@@ -4,11 +4,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
+#include <string>
 
 #include "host/affinity_propagation.h"
+#include "host/boundary_matching.h"
 #include "host/gradient_reader.h"
 #include "host/normalised_affinity.h"
+#include "host/thinning.h"
 #include "instruction_set.h"
 
 namespace py = pybind11;
@@ -59,6 +63,62 @@ py::tuple normalised_affinity(const py::array_t<scalar_t, py::array::c_style>& a
                         py::array_t<double>({n, n}, found.similarity.data()));
 }
 
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+using Mask = py::array_t<bool, py::array::c_style>;
+
+// Throws an exception unless an array has the shape [H, W] of another one, of at most 2^31 pixels.
+void check_map(const char* name, const py::array& array, const py::array& like) {
+  if (array.ndim() != 2 || like.ndim() != 2 || array.shape(0) != like.shape(0) ||
+      array.shape(1) != like.shape(1) || array.size() > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument(std::string(name) + " must have the shape [H, W] of the others.");
+  }
+}
+
+const uint8_t* bytes_of(const Mask& mask) { return reinterpret_cast<const uint8_t*>(mask.data()); }
+
+Mask thin(const Mask& image) {
+  check_map("image", image, image);
+  const int64_t H = image.shape(0), W = image.shape(1);
+  Mask result({H, W});
+  const uint8_t* from = bytes_of(image);
+  bool* to = result.mutable_data();
+  {
+    const py::gil_scoped_release release;
+    taskgroup::Bitmap bitmap(H, W);
+    bitmap.assign([&](int64_t pixel) { return from[pixel] != 0; });
+    taskgroup::thin(bitmap);
+    std::fill_n(to, H * W, false);
+    bitmap.for_each([&](int64_t pixel) { to[pixel] = true; });
+  }
+  return result;
+}
+
+int64_t match_boundaries(const Mask& one, const Mask& other, double distance) {
+  check_map("other", other, one);
+  if (!(distance >= 0)) throw std::invalid_argument("distance must be at least 0.");
+  const uint8_t *a = bytes_of(one), *b = bytes_of(other);
+  const int64_t H = one.shape(0), W = one.shape(1);
+  const py::gil_scoped_release release;
+  return taskgroup::match_boundaries(a, b, H, W, distance);
+}
+
+py::array_t<int64_t> count_boundaries(const Bytes& reached, const Mask& label, const Mask& known,
+                                      double distance, int64_t n) {
+  check_map("label", label, reached);
+  check_map("known", known, reached);
+  if (!(distance >= 0)) throw std::invalid_argument("distance must be at least 0.");
+  if (n < 1 || n > 255) throw std::invalid_argument("n must be in [1, 255].");
+  py::array_t<int64_t> counts({int64_t{3}, n});
+  const uint8_t *r = reached.data(), *l = bytes_of(label), *k = bytes_of(known);
+  const int64_t H = reached.shape(0), W = reached.shape(1);
+  int64_t* result = counts.mutable_data();
+  {
+    const py::gil_scoped_release release;
+    taskgroup::count_boundaries(r, l, k, H, W, distance, n, result);
+  }
+  return counts;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -68,6 +128,12 @@ PYBIND11_MODULE(_host, m) {
         py::arg("noise"), py::arg("damping"), py::arg("max_iter"), py::arg("convergence_iter"));
   m.def("normalised_affinity", &normalised_affinity<float>, py::arg("affinity").noconvert());
   m.def("normalised_affinity", &normalised_affinity<double>, py::arg("affinity"));
+  m.def("thin", &thin, py::arg("image").noconvert());
+  m.def("match_boundaries", &match_boundaries, py::arg("one").noconvert(),
+        py::arg("other").noconvert(), py::arg("distance"));
+  m.def("count_boundaries", &count_boundaries, py::arg("reached").noconvert(),
+        py::arg("label").noconvert(), py::arg("known").noconvert(), py::arg("distance"),
+        py::arg("n"));
   py::class_<taskgroup::ReadGradients>(m, "ReadGradients")
       .def_property_readonly("address", &taskgroup::ReadGradients::address)
       .def_property_readonly("like", &taskgroup::ReadGradients::like)

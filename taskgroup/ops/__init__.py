@@ -6,4 +6,8 @@ is the module.
 
 from taskgroup.ops._backend import backends, use_backend
 
+# For what the lab computes on the host; not public.
+from taskgroup.ops._backend import choose as choose
+from taskgroup.ops._backend import native as native
+
 __all__ = ["backends", "use_backend"]

@@ -1,4 +1,3 @@
-# mypy: untyped-calls-exclude=skimage
 """PASCAL-Context: classes, human parts, saliency, edges and normals."""
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from skimage.morphology import thin
 
 from taskgroup.lab.data.dense_dataset import DenseDataset, resized
 from taskgroup.lab.data.files import BadSampleError, read_grey, read_mat
@@ -24,6 +22,7 @@ from taskgroup.lab.data.plausibility import (
     fault_of_normals,
 )
 from taskgroup.lab.vision.tasks import PASCAL, Task
+from taskgroup.lab.vision.thinning import thin
 
 __all__ = ["PARTS", "PERSON", "SURFACES", "PASCALContext"]
 
@@ -217,5 +216,4 @@ def _edges(classes: NDArray[Any]) -> NDArray[np.bool_]:
     """The pixels where neighbours differ in class, thinned to lines of one pixel."""
     # The four neighbours minus four times the pixel; the image is mirrored at the border.
     laplacian = ndimage.laplace(classes.astype(np.int64), mode="mirror")
-    edges: NDArray[np.bool_] = thin(laplacian != 0)
-    return edges
+    return thin(laplacian != 0)

@@ -1,4 +1,3 @@
-# mypy: untyped-calls-exclude=skimage
 r"""The boundary benchmark of the Berkeley segmentation data set, in one number: the ODS F-measure.
 
 A predicted boundary pixel is right if it can be matched to a labelled pixel near it, and no other
@@ -15,72 +14,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import maximum_flow
-from skimage.morphology import thin
 from torch import Tensor
 from torchmetrics import Metric
 
 from taskgroup.lab.processes import in_processes
+from taskgroup.lab.vision.boundary_matching import count_boundaries
 
-__all__ = ["OdsF", "match"]
+__all__ = ["OdsF"]
 
 Bools = NDArray[np.bool_]
 
 _STEPS = 100  # points of the interpolation between two thresholds, both ends included
-
-
-def match(predicted: Bools, label: Bools, distance: float) -> int:
-    """Count the predicted pixels that can be matched one to one to label pixels nearby.
-
-    This is the size of a maximum matching between pixels of two maps [H, W], at a Euclidean
-    distance of at most ``distance`` pixels. The benchmark uses the assignment of least cost, in
-    which an unmatched pixel costs 100 ``distance``. Its count is the same, unless one more match
-    would lengthen the other matches by more than 100 ``distance`` in total.
-
-    Raises:
-        ValueError: The maps are not of one shape [H, W], or the distance is negative.
-
-    Example:
-        >>> label = np.array([[1, 0, 0, 1, 0, 0, 0]], dtype=bool)
-        >>> match(np.array([[0, 1, 0, 0, 0, 0, 1]], dtype=bool), label, 2)
-        1
-    """
-    if predicted.ndim != 2 or predicted.shape != label.shape:
-        raise ValueError(
-            f"predicted and label: one shape [H, W] is needed, got {predicted.shape} and "
-            f"{label.shape}"
-        )
-    if not distance >= 0:
-        raise ValueError(f"distance: must be at least 0 pixels, got {distance}")
-    few, many = sorted((predicted, label), key=np.count_nonzero)
-    n, m = np.count_nonzero(few), np.count_nonzero(many)
-    if n == 0:
-        return 0
-
-    # In each row of the disc around a pixel, the pixels of the other map have consecutive numbers.
-    radius = int(min(distance, max(label.shape)))
-    rows = np.arange(-radius, radius + 1)
-    half = (rows[:, None] ** 2 + np.arange(1, radius + 1) ** 2 <= distance * distance).sum(1)
-    padded = np.pad(many, radius)
-    before = np.cumsum(np.append(False, padded), dtype=np.int32)  # number of pixels before each one
-    centres = np.flatnonzero(np.pad(few, radius))[:, None] + rows * padded.shape[1]
-    first = before.take(centres - half)
-    runs = before.take(centres + half + 1) - first
-    lengths = runs.ravel()
-    ends = lengths.cumsum(dtype=np.int32)
-    pairs = int(ends[-1])
-    near = np.repeat(first.ravel() - (ends - lengths), lengths) + np.arange(pairs, dtype=np.int32)
-
-    # A flow with unit capacities from the source through the n and the m pixels to the sink.
-    # Dinic's algorithm takes hundredths of a second, or several times as long with the larger map
-    # at the source; maximum_bipartite_matching takes minutes on some maps.
-    source, sink = n + m, n + m + 1
-    heads = np.concatenate([n + near, np.full(m, sink), np.arange(n)]).astype(np.int32)
-    degrees = np.concatenate([[0], runs.sum(1), np.ones(m, int), [n, 0]])
-    tails = degrees.cumsum().astype(np.int32)
-    graph = csr_matrix((np.ones(len(heads), np.int32), heads, tails), shape=(n + m + 2,) * 2)
-    return int(maximum_flow(graph, source, sink).flow_value)
 
 
 class _Image(NamedTuple):
@@ -243,17 +187,4 @@ def _count(image: _Image, max_dist: float, n: int) -> NDArray[np.int64]:
     reached, label, known = image
     sides = [np.flatnonzero(known.any(axis)) for axis in (1, 0)]
     distance = max_dist * math.hypot(*(np.ptp(side) + 1 if len(side) else 0 for side in sides))
-    label = label & known
-    lost = np.bincount(reached.ravel(), minlength=n)  # pixels that reach k thresholds and no more
-    counts = np.empty((3, n), np.int64)
-    for k in range(n):
-        if k and not lost[k]:
-            counts[:, k] = counts[:, k - 1]  # the map is the same
-            continue
-        predicted = thin(reached > k) & known
-        counts[:, k] = (
-            match(predicted, label, distance),
-            np.count_nonzero(predicted),
-            np.count_nonzero(label),
-        )
-    return counts
+    return count_boundaries(reached, label, known, distance, n)

@@ -8,7 +8,8 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from skimage import morphology
 
-from taskgroup.lab.vision.boundary import OdsF, match
+from taskgroup.lab.vision.boundary import OdsF
+from taskgroup.lab.vision.boundary_matching import match
 
 SEEDS = range(12)
 
