@@ -1,4 +1,4 @@
-"""The counts of the metric of edges, odsF, compared with the reference in NumPy, SciPy and scikit-image.
+"""The counts of the metric of edges, odsF, compared with the reference in Python.
 
 A photograph is enlarged to the sizes of the paper. The label is its thinned gradient; the
 prediction is a smoother gradient, one pixel off, at 99 thresholds. Both sides take one thread.
@@ -23,7 +23,7 @@ GOAL = 10
 
 
 def edges_of_a_photograph(shape, label_sigma, sigma):
-    """The number of thresholds that each pixel reaches, uint8 [H, W], and the label, bool [H, W]."""
+    """How many thresholds each pixel reaches, uint8 [H, W], and the label, bool [H, W]."""
     grey = Image.fromarray(stereo_motorcycle()[0]).convert("L").resize(shape[::-1])
     gradient = sobel(np.asarray(grey) / 255)
     label = thin(ndimage.gaussian_filter(gradient, label_sigma) > 0.09)

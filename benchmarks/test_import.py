@@ -15,7 +15,7 @@ print(time.perf_counter() - start)
 print(*{name.partition(".")[0] for name in set(sys.modules) - known})
 """
 ROUNDS = 7
-GOAL = 30  # ms
+GOAL = 20  # ms
 
 
 def test_import(capsys, tmp_path):

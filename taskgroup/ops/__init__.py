@@ -4,6 +4,7 @@ The functions are public as ``tg.task_gram``, ``tg.combine`` and so on; ``taskgr
 is the module.
 """
 
+from taskgroup.ops import _fakes as _fakes  # registers them
 from taskgroup.ops._backend import backends, use_backend
 
 # For what the lab computes on the host; not public.

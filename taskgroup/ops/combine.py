@@ -220,17 +220,9 @@ def _reference(gradients: GradientList, weights: Tensor, out: list[Tensor]) -> N
         out[t].copy_(total)
 
 
-def _fake(gradients: list[Tensor], slots: list[int], weights: Tensor, out: list[Tensor]) -> None:
-    """The op returns nothing, so there is nothing to do but to check its arguments."""
-    check(GradientList(gradients, slots, len(weights)))
-
-
 IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
     "cpp": _native,
     "cuda": _native,
     "triton": _triton,
     "reference": _reference,
 }
-
-if _backend.native.host is not None:
-    torch.library.register_fake("taskgroup::combine", _fake)

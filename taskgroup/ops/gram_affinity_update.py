@@ -189,19 +189,9 @@ def _update(
         observed[entries] += valid
 
 
-def _fake(
-    matrix: Tensor, gradients: list[Tensor], slots: list[int], tasks: list[int], *rest: Any
-) -> None:
-    """The op returns nothing, so there is nothing to do but to check its arguments."""
-    check(GradientList(gradients, slots, len(tasks)))
-
-
 IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
     "cpp": _native,
     "cuda": _native,
     "triton": _triton,
     "reference": _reference,
 }
-
-if _backend.native.host is not None:
-    torch.library.register_fake("taskgroup::gram_affinity_update_", _fake)

@@ -12,7 +12,6 @@ from taskgroup.ops._gradient_list import (
     GradientList,
     Gradients,
     check,
-    fake_gram,
     flatten,
     gram_dtype,
     reference_gram,
@@ -102,6 +101,3 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "triton": _triton,
     "reference": _reference,
 }
-
-if _backend.native.host is not None:
-    torch.library.register_fake("taskgroup::task_gram", fake_gram)

@@ -225,7 +225,7 @@ class BenchmarkProblem(DenseProblem):
         return self._evaluate(model, split, self._split(split))
 
     def evaluate_quickly(self, model: nn.Module, split: str) -> dict[str, float]:
-        """The same without edges, whose metric takes seconds per image."""
+        """The same without edges, whose metric takes longest."""
         data = copy.copy(self._split(split))
         data.tasks = [name for name in data.tasks if self._tasks[name].metric != "ods_f"]
         return self._evaluate(model, split, data) if data.tasks else {}

@@ -85,7 +85,7 @@ def evaluate(
         batch_size: images per forward pass, if ``samples`` is not an iterable of batches.
         tasks: ``{task: Task}``.
         only: the tasks to evaluate; None evaluates all that the model predicts.
-        workers: number of processes that match edges, which takes seconds per image; 0 works in
+        workers: number of processes that match edges, the slowest of the metrics; 0 works in
             this process.
 
     Returns:
