@@ -5,7 +5,8 @@ set(LOOPS ${CMAKE_CURRENT_LIST_DIR}/gradient_loops)
 if(NOT LOOPS_OPTIMIZE)
   set(LOOPS_OPTIMIZE -O3)  # whatever the rest is built with
 endif()
-# GCC 12 warns of undefined values in its own header of AVX-512 functions.
+# GCC 12 does not see that the sums of a tile are set before they are read, and warns of its own header
+# of AVX-512 functions.
 set(LOOPS_OPTIONS ${LOOPS_OPTIMIZE} -ffp-contract=fast -Wno-uninitialized -Wno-maybe-uninitialized)
 set_source_files_properties(${LOOPS}_portable.cpp PROPERTIES COMPILE_OPTIONS "${LOOPS_OPTIONS}")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
