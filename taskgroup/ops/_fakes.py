@@ -1,7 +1,7 @@
 """What the ops do with tensors without data, as ``torch.compile`` passes them.
 
-All are registered in this one file, because torch searches all modules for the file of the first
-one: in a file for each they took a sixth of ``import taskgroup``.
+All are registered in this one file, because torch searches all modules for every new file that
+registers one, which takes a millisecond or two of ``import taskgroup``.
 """
 
 from __future__ import annotations

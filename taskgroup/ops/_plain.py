@@ -10,14 +10,16 @@ raises the error that names the argument.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from taskgroup.ops import _backend
 from taskgroup.ops._gradient_list import Gradients
+
+if TYPE_CHECKING:  # importing it takes a millisecond
+    from numpy.typing import NDArray
 
 BACKENDS = ("cpp", "cuda", "triton", "reference")
 ADDRESSED = ("cpp", "cuda")  # the backends that take an address
@@ -42,7 +44,7 @@ class _Reader(Protocol):
 
     def read_scalars(
         self, scalars: dict[str, Tensor], names: tuple[str, ...]
-    ) -> npt.NDArray[Any] | None: ...
+    ) -> NDArray[Any] | None: ...
 
 
 def _make_reader() -> _Reader | None:
@@ -88,10 +90,15 @@ def read_scalars(scalars: Mapping[str, Tensor], names: tuple[str, ...]) -> Tenso
     """Copies scalars on the CPU into one tensor ``[n]``, float32 or float64, without a graph.
 
     None if they must pass through torch, do not have the same of these dtypes, or are not those of
-    ``names``, in the same order.
+    ``names``, in the same order; and if the backend is ``"reference"``, which is plain PyTorch.
     """
     # Modes need not see this read. The tensors of transforms and fake tensors are not plain.
-    if type(scalars) is not dict or _reader is None or torch.compiler.is_compiling():
+    if (
+        type(scalars) is not dict
+        or _reader is None
+        or _backend.requested() == "reference"
+        or torch.compiler.is_compiling()
+    ):
         return None
     read = _reader.read_scalars(scalars, names)
     return None if read is None else torch.from_numpy(read)

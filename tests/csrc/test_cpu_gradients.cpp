@@ -148,22 +148,43 @@ void test_accuracy_bound(const GradientLoops& loops) {
   }
 }
 
-// The same for bfloat16, with few tasks and with so many that tiles are used.
-void test_accuracy_bound_of_bfloat16(const GradientLoops& loops) {
-  for (const float value : {0.1f, 1.0f / 3, 0.7f, 1.1f}) {
-    const auto element = narrow<BFloat16>(value);
-    const std::vector<BFloat16> same(100003, element);
-    for (const int32_t K : {1, 17}) {
-      Gradients gradients;
-      gradients.n_tasks = K;
-      for (int32_t k = 0; k < K; ++k) gradients.all.push_back({same.data(), k, nullptr});
-      gradients.parameters = {{100003, Dtype::kBFloat16, false, 0, nullptr, 0, K}};
-      const double expected = 100003.0 * widen(element) * widen(element);
-      for (const double product : matrix(gradients, loops, serial)) {
-        CHECK(close(product, expected, 1e-6 * expected));
-      }
+template <typename T>
+void check_equal_rows(const std::vector<T>& row, Dtype dtype, const GradientLoops& loops,
+                      double expected, double tolerance) {
+  const auto n = static_cast<int64_t>(row.size());
+  for (const int32_t K : {1, 17}) {  // few tasks, and so many that tiles are used
+    Gradients gradients;
+    gradients.n_tasks = K;
+    for (int32_t k = 0; k < K; ++k) gradients.all.push_back({row.data(), k, nullptr});
+    gradients.parameters = {{n, dtype, false, 0, nullptr, 0, K}};
+    for (const double product : matrix(gradients, loops, serial)) {
+      CHECK(close(product, expected, tolerance * expected));
     }
   }
+}
+
+// The same for bfloat16.
+void test_accuracy_bound_of_bfloat16(const GradientLoops& loops) {
+  for (const float value : {0.1f, 1.0f / 3, 0.7f, 1.1f}) {
+    const std::vector<BFloat16> same(100003, narrow<BFloat16>(value));
+    const double expected = 100003.0 * widen(same[0]) * widen(same[0]);
+    check_equal_rows(same, Dtype::kBFloat16, loops, expected, 1e-6);
+  }
+}
+
+// A large element, and many whose squares are just too small to change the square of the large one:
+// each addition to it loses one of them.
+void test_most_additions(const GradientLoops& loops) {
+  constexpr int64_t n = 1792;
+  constexpr float small = 0x1.fep-13f;  // of 8 bits; its square is below 2^-24
+  std::vector<float> floats(n, small);
+  std::vector<BFloat16> brains(n, narrow<BFloat16>(small));
+  floats[0] = 1;
+  brains[0] = narrow<BFloat16>(1.0f);
+  const double expected = 1 + (n - 1) * static_cast<double>(small) * small;
+  const double tolerance = kMostAdditions * 0x1p-24;
+  check_equal_rows(floats, Dtype::kFloat, loops, expected, tolerance);
+  check_equal_rows(brains, Dtype::kBFloat16, loops, expected, tolerance);
 }
 
 // bfloat16, in blocks of tasks of every shape, over several chunks and with a tail.
@@ -248,6 +269,7 @@ void test(const GradientLoops& loops) {
   test_strides(loops);
   test_accuracy_bound(loops);
   test_accuracy_bound_of_bfloat16(loops);
+  test_most_additions(loops);
   test_many_bfloat16(loops);
   test_missing_beside_infinity(loops);
   test_not_finite(loops);

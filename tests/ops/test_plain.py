@@ -265,6 +265,11 @@ def test_scalars_that_are_not_plain_are_not_read(special):
         assert _plain.read_scalars({**scalars(), task: special}, ("a", "b", "c")) is None
 
 
+def test_scalars_are_not_read_by_the_reference():
+    with tg.ops.use_backend("reference"):
+        assert _plain.read_scalars(scalars(), ("a", "b", "c")) is None
+
+
 def test_scalars_of_other_tasks_are_not_read():
     losses, seen = scalars(), []
     for names in (("a", "b"), ("a", "c", "b"), ("a", "b", "x"), ("a", "b", "c", "d"), ()):

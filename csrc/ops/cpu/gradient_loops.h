@@ -20,7 +20,9 @@ struct GramRows {
 // Memory of tile_gram_bfloat16.
 struct TileScratch {
   static constexpr int kGroups = 4;  // of 16 rows
-  static constexpr int kSteps = 8;   // of 32 elements; their products are summed in float32
+  // Of 32 elements. A tile product adds 16 products in each of two chains, then the two sums, and
+  // adds the result to the sum of the steps before: at most 16 + 1 + kSteps additions in float32.
+  static constexpr int kSteps = 8;
   alignas(64) uint16_t left[kGroups][kSteps][16][32];
   alignas(64) uint16_t right[kGroups][kSteps][16][32];  // pairs of elements, transposed
   alignas(64) float sums[kGroups][kGroups][16][16];
@@ -32,7 +34,7 @@ struct GradientLoops {
 
   // sums[(i * ld + j) * double_lanes + lane] += products of row i of `a` with row j of `b`. If `b`
   // is null, the products are those of the rows i <= j of `a`. Each lane adds the products in
-  // float32, in chains of kChain vectors, then the sums of the chains, and adds the result to the
+  // float32, in chains of kChain products, then the sums of the chains, and adds the result to the
   // float64 sums. n is at most gram_chunk(). `prefetch` also fetches the elements that follow the n
   // elements.
   void (*gram_float)(const GramRows<float>& a, const GramRows<float>* b, int64_t n, double* sums,
@@ -63,10 +65,12 @@ struct GradientLoops {
   void (*widen_half)(const uint16_t* from, int64_t n, float* to);
 };
 
-// The vectors of a chain. A chunk has at most four chains, so the rounding error is, for products
-// of one size, at most (kChain + 4) / 2 * 2^-24 < 1e-6 times |g_i| |g_j|. The products of bfloat16
-// have 16 bits, so that a float32 holds the sum of 256 of them exactly if they have one size.
-constexpr int64_t kChain = 28;
+// The products that a lane adds one after the other. A chunk has at most four chains, so no product
+// passes through more than kMostAdditions roundings in float32 before it is part of a float64 sum.
+// The error is at most kMostAdditions * 2^-24 |g_i| |g_j|, and half of that, which is less than
+// 1e-6, if all products have one size.
+constexpr int64_t kChain = 28, kMostAdditions = kChain + 4;
+static_assert(16 + 1 + TileScratch::kSteps <= kMostAdditions);
 
 // The most elements of T that one call of gram_* takes. Two panels of rows of this length fit into
 // the L1 cache, and all rows of a block into the L2 cache.

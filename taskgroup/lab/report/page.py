@@ -295,7 +295,7 @@ def _page(sections: Sequence[_Section], names: Sequence[str], notes: Sequence[st
 
 
 def plotly_program() -> str:
-    """The part of plotly.js that draws flat axes; it starts in half the time of the whole.
+    """The part of plotly.js that draws flat axes; it starts in about half the time of the whole.
 
     It is version 4.1.1 of plotly.js-cartesian-dist-min from npm, unchanged.
     """

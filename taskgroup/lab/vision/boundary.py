@@ -99,7 +99,7 @@ class OdsF(Metric):
         self.add_state("counts", torch.zeros(3, thresholds, dtype=torch.int64), "sum")
 
     def update(self, probability: Tensor, label: Tensor, known: Tensor | None = None) -> None:
-        """Add a batch. An image of 425 x 560 pixels takes less than a second at 99 thresholds.
+        """Add a batch. An image of 425 x 560 pixels takes half a second at 99 thresholds.
 
         Args:
             probability: [B, H, W] or [B, 1, H, W], floating, in [0, 1], on any device. Compared
