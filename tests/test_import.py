@@ -1,5 +1,6 @@
 """Importing the package: the modules that it imports, and its public names."""
 
+import ast
 import importlib
 import subprocess
 import sys
@@ -70,6 +71,33 @@ def test_public_names_are_there():
         assert hasattr(tg, name)
         if isinstance(getattr(tg, name), type):
             assert getattr(tg, name).__doc__
+
+
+def test_names_that_are_imported_later_are_those_that_type_checkers_see():
+    tree = ast.parse(Path(tg.__file__).read_text("utf-8"))
+    block, _ = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {}
+    for node in block.body:
+        for alias in node.names:
+            home = node.module if node.module != "taskgroup" else f"taskgroup.{alias.name}"
+            seen[alias.name] = home.removeprefix("taskgroup.")
+    assert seen == tg._HOMES
+    assert set(seen) < set(tg.__all__)
+
+
+def test_what_the_loop_does_without_is_imported_at_its_first_use():
+    later = ["checkpoint", "costs", "gradients.row_tasks", "methods", "recording"]
+    done = run(
+        "import sys, taskgroup as tg\n"
+        f"print([name for name in {later} if 'taskgroup.' + name in sys.modules])\n"
+        "print(set(tg.__all__) - set(dir(tg)))\n"
+        "tg.Recorder, tg.checkpoint, tg.step_costs\n"
+        "print(type(tg.checkpoint).__name__, 'Recorder' in vars(tg))\n"
+        "tg.Recrder"
+    )
+    assert done.stdout.splitlines() == ["[]", "set()", "module True"]
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("AttributeError: module 'taskgroup' has no attribute 'Recrder'")
 
 
 MODULES = sorted(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from taskgroup._arguments import described, listed, parameters_of, whole_number
+from taskgroup._arguments import parameters_of, whole_number
+from taskgroup._row_losses import check_row_losses, check_row_tasks
 from taskgroup.gradients.per_task import laid_out
 from taskgroup.gradients.row_graph import Site, find_sites, incoming, leaves
 from taskgroup.gradients.row_rules import (
@@ -24,7 +25,7 @@ from taskgroup.ops._gradient_list import check_number_of_tasks
 from taskgroup.ops._sharded import any_sharded
 from taskgroup.ops.task_gram import task_gram
 
-__all__ = ["means_of_rows", "row_task_gradients", "row_task_gram"]
+__all__ = ["row_task_gradients", "row_task_gram"]
 
 
 def row_task_gradients(
@@ -144,42 +145,6 @@ def row_task_gram(
     return total.to(dtype)
 
 
-def means_of_rows(
-    losses: object,
-    task_of_row: Tensor,
-    tasks: Sequence[str],
-    wanted: Sequence[int] | None = None,
-    absent: Collection[int] = (),
-) -> dict[str, Tensor]:
-    """``{task: loss}``: the mean loss of the rows of each task, with a graph.
-
-    Args:
-        losses: as for :func:`row_task_gradients`.
-        task_of_row: as for :func:`row_task_gradients`.
-        tasks: the K names.
-        wanted: the positions of the tasks to return; None is all.
-        absent: those that may have no row, because they have some on another rank; their loss is a
-            zero with a graph.
-
-    Raises:
-        ValueError: if an argument has another shape or value, or a wanted task has no row.
-        TypeError: if ``losses`` is not a tensor.
-    """
-    losses, host = _checked(losses, task_of_row)
-    counts = torch.bincount(_known(host, len(tasks)) + 1, minlength=len(tasks) + 1)[1:]
-    wanted = range(len(tasks)) if wanted is None else wanted
-    if missing := [tasks[k] for k in wanted if not counts[k] and k not in absent]:
-        raise ValueError(
-            f"The batch has no row of {listed(missing)}: draw rows of every task, or in a loop "
-            "over groups, say which tasks have rows, with groups.batch(present)."
-        )
-    # A row that does not count is added to a place of its own, since 0 times NaN is NaN.
-    index = torch.where(host < 0, len(tasks), host).to(losses.device)
-    losses = losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses
-    sums = losses.new_zeros(len(tasks) + 1).index_add(0, index, losses)
-    return {tasks[k]: sums[k] / max(1, int(counts[k])) for k in wanted}
-
-
 class _Rows:
     """The checked arguments, and what is computed from them."""
 
@@ -191,7 +156,7 @@ class _Rows:
         n_tasks: int | None,
         reduction: str,
     ) -> None:
-        self._losses, host = _checked(losses, task_of_row)
+        self._losses, host = check_row_losses(losses, task_of_row)
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
         self.params = parameters_of("params", params)
@@ -216,7 +181,7 @@ class _Rows:
         if n_tasks is None:
             n_tasks = max(int(host.max()) + 1, 1)
         self.n_tasks = whole_number("n_tasks", n_tasks, at_least=1)
-        _known(host, self.n_tasks)
+        check_row_tasks(host, self.n_tasks)
         self._parts = Parts(host, self.n_tasks, losses.device)
         weights = [1.0 if reduction == "sum" or a == b else 1 / (b - a) for a, b in self._parts]
         of_task = torch.tensor([*weights, 0.0], dtype=losses.dtype, device=losses.device)
@@ -282,45 +247,6 @@ class _Rows:
             child, output_nr = site.node.next_functions[at]
             for leaf, reached in to_leaves(child, output_nr, own):
                 yield self._place[id(leaf)], reached
-
-
-def _checked(losses: object, task_of_row: object) -> tuple[Tensor, Tensor]:
-    """The losses ``[N]`` of rows and their tasks, int64 on the host."""
-    if not isinstance(losses, Tensor):
-        raise TypeError(
-            f"losses takes a tensor [N], one loss for each row, got {described(losses)}."
-        )
-    if losses.dim() != 1 or not losses.is_floating_point() or len(losses) == 0:
-        raise ValueError(
-            f"losses must be a floating-point tensor [N], one loss for each row, got "
-            f"{described(losses)}: reduce the losses over everything but the rows."
-        )
-    if not losses.requires_grad:
-        raise ValueError(
-            "losses has no graph, so it has no gradient: compute it outside of torch.no_grad(), "
-            "and without .detach()."
-        )
-    if (
-        not isinstance(task_of_row, Tensor)
-        or task_of_row.shape != losses.shape
-        or task_of_row.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    ):
-        raise ValueError(
-            f"The tasks of the rows must be integers [{len(losses)}], one for each loss, got "
-            f"{described(task_of_row)}."
-        )
-    return losses, task_of_row.detach().cpu().long()
-
-
-def _known(tasks: Tensor, n_tasks: int) -> Tensor:
-    """The tasks of the rows, or an error if one is out of range."""
-    least, most = int(tasks.min()), int(tasks.max())
-    if least < -1 or most >= n_tasks:
-        raise ValueError(
-            f"A row is of task {least if least < -1 else most}, but tasks are numbered from 0 to "
-            f"{n_tasks - 1}, and -1 is a row that does not count."
-        )
-    return tasks
 
 
 def _real(gradient: Tensor | None) -> Tensor | None:

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,9 +15,9 @@ from taskgroup.ops.normalised_affinity import normalised_affinity
 
 __all__ = ["Clustering", "Floats", "Integers", "Mask"]
 
-Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.intp]
-Mask = npt.NDArray[np.bool_]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+Integers = np.ndarray[Any, np.dtype[np.intp]]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class Clustering(Grouping):
@@ -60,7 +59,7 @@ class Clustering(Grouping):
         labels[tasks] = len(labels) + clusters  # different from the labels of the other tasks
         return torch.from_numpy(np.unique(labels, return_inverse=True)[1])
 
-    def _cluster(self, similarity: Floats, known: Mask | None) -> npt.NDArray[Any] | None:
+    def _cluster(self, similarity: Floats, known: Mask | None) -> np.ndarray[Any, Any] | None:
         """Return labels 0 to M-1, int64 ``[n]``, of n > 1 tasks; None keeps the partition.
 
         Args:

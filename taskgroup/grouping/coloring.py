@@ -6,7 +6,6 @@ import itertools
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from taskgroup._arguments import number
 from taskgroup.grouping.clustering import Clustering, Floats, Mask
@@ -60,7 +59,7 @@ class GraphColoring(Clustering):
     def __init__(self, threshold: float = 0.0) -> None:
         self.threshold = number("threshold", threshold)
 
-    def _cluster(self, similarity: Floats, known: Mask | None) -> npt.NDArray[Any]:
+    def _cluster(self, similarity: Floats, known: Mask | None) -> np.ndarray[Any, Any]:
         conflict = similarity < self.threshold
         if known is not None:
             conflict |= ~known

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from taskgroup._arguments import number, whole_number
 from taskgroup.grouping.clustering import Clustering, Floats, Integers, Mask
@@ -63,7 +62,7 @@ class AffinityPropagation(Clustering):
         self.max_iter = whole_number("max_iter", max_iter, at_least=1)
         self.convergence_iter = whole_number("convergence_iter", convergence_iter, at_least=1)
 
-    def _cluster(self, similarity: Floats, known: Mask | None) -> npt.NDArray[Any] | None:
+    def _cluster(self, similarity: Floats, known: Mask | None) -> np.ndarray[Any, Any] | None:
         if known is None:
             return self._propagate(similarity, known)
         labels = np.zeros(len(similarity), dtype=np.int64)
@@ -74,7 +73,7 @@ class AffinityPropagation(Clustering):
             labels[part] = found + (labels.max() + 1)
         return np.unique(labels, return_inverse=True)[1]
 
-    def _propagate(self, similarity: Floats, known: Mask | None) -> npt.NDArray[Any] | None:
+    def _propagate(self, similarity: Floats, known: Mask | None) -> np.ndarray[Any, Any] | None:
         """Return labels 0 to M-1 for tasks that known pairs connect."""
         n, preference = len(similarity), self.preference
         if preference is None and n <= 3:
@@ -116,7 +115,7 @@ class Heterogeneous(AffinityPropagation):
         tensor([0, 1, 0])
     """
 
-    def _propagate(self, similarity: Floats, known: Mask | None) -> npt.NDArray[Any] | None:
+    def _propagate(self, similarity: Floats, known: Mask | None) -> np.ndarray[Any, Any] | None:
         clusters = super()._propagate(similarity, known)
         if clusters is None:
             return None

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from taskgroup._arguments import listed
+from taskgroup._row_losses import means_of_rows
 from taskgroup.affinity.base import Losses
-from taskgroup.gradients.row_tasks import means_of_rows
 from taskgroup.loop.batch import Batch
 from taskgroup.loop.checks import check_share
 from taskgroup.loop.loss_reader import LossReader
 from taskgroup.loop.misuse import Misuse
 from taskgroup.loop.observer import Observer
 from taskgroup.loop.rounds import Members, Plan, union
-from taskgroup.loop.weighting import Weighting
 from taskgroup.nn.model import MultiTaskModel
+
+if TYPE_CHECKING:  # it imports all methods
+    from taskgroup.loop.weighting import Weighting
 
 __all__ = ["Group"]
 

@@ -10,7 +10,7 @@ import math
 import numbers
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,12 +28,11 @@ __all__ = ["LossReader", "send_like"]
 _GROUPS_KEPT = 4096
 
 
-@dataclass(frozen=True)
-class GroupTensors:
+class GroupTensors(NamedTuple):
     """The tensors of a group on the device of the losses, created once per group."""
 
     mask: Tensor  # bool [K]
-    index: Tensor  # int64 [n]
+    positions: Tensor  # int64 [n]
     weights: Tensor | None  # float64 [n]; None where all are 1
 
 
@@ -78,14 +77,14 @@ class LossReader:
         if kept is None:
             if len(self._kept) >= _GROUPS_KEPT:
                 self._kept.clear()
-            index = torch.tensor(members, dtype=torch.int64, device="cpu")
+            positions = torch.tensor(members, dtype=torch.int64, device="cpu")
             mask = torch.zeros(len(self.tasks), dtype=torch.bool, device="cpu")
-            mask[index] = True
+            mask[positions] = True
             weights = None
             if self.weights is not None:
                 own = [self.weights[k] for k in members]
                 weights = self._send(torch.tensor(own, dtype=torch.float64, device="cpu"))
-            kept = GroupTensors(self._send(mask), self._send(index), weights)
+            kept = GroupTensors(self._send(mask), self._send(positions), weights)
             self._kept[members] = kept
         return kept
 
@@ -156,7 +155,7 @@ class LossReader:
         if len(needed) == len(self.tasks):
             return measured
         losses = measured.new_full((len(self.tasks),), math.nan)
-        return losses.index_copy_(0, self.group(needed).index, measured)
+        return losses.index_copy_(0, self.group(needed).positions, measured)
 
     def _read_named(
         self, losses: Mapping[str, Tensor], members: Members, needed: Members
@@ -219,7 +218,7 @@ class LossReader:
             return losses.clone()
         # By index: a mask would be read on the host, and multiplying by 0 keeps NaN.
         if given == self.everyone:
-            return losses.index_select(0, self.group(wanted).index)
+            return losses.index_select(0, self.group(wanted).positions)
         places = [bisect_left(given, k) for k in wanted]
         index = torch.tensor(places, dtype=torch.int64, device="cpu")
         return losses.index_select(0, self._send(index))

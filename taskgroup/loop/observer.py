@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from taskgroup.loop.loss_reader import LossReader, send_like
 from taskgroup.loop.misuse import LossWatch
 from taskgroup.loop.ranks import Ranks
 from taskgroup.loop.rounds import Members, Plan
-from taskgroup.loop.weighting import Weighting
 from taskgroup.nn.model import MultiTaskModel
 from taskgroup.nn.outside import NextStep
+
+if TYPE_CHECKING:  # it imports all methods
+    from taskgroup.loop.weighting import Weighting
 
 __all__ = ["Observer"]
 

@@ -25,14 +25,14 @@ from taskgroup.loop.partitioner import Partitioner
 from taskgroup.loop.ranks import Ranks, settings_of
 from taskgroup.loop.rounds import Members, Rounds
 from taskgroup.loop.signals import in_signal_handler
-from taskgroup.loop.weighting import Weighting
-from taskgroup.methods.loss_space import WeighingMethod
-from taskgroup.methods.method import JointMethod
 from taskgroup.nn.group_states import StatesOfOptimizers
 from taskgroup.nn.outside import Attachment, Heads, Outside, SharedState, unwrapped
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # which not every build of torch has
+
+    from taskgroup.loop.weighting import Weighting
+    from taskgroup.methods.loss_space import WeighingMethod
 
 
 __all__ = ["TaskGroups"]
@@ -133,10 +133,19 @@ class TaskGroups:
         seed: int = 0,
     ) -> None:
         self._tasks = checked_tasks(tasks)
-        method = weights if isinstance(weights, JointMethod | type) else None
-        fixed = None if isinstance(weights, JointMethod | type) else weights
-        self._reader = LossReader(self._tasks, fixed, reduction)
-        self._weighting = None if method is None else Weighting(method, self._reader)
+        method: object = None
+        if weights is not None:
+            # Not at the top of the file: this imports all methods, and most loops do without.
+            from taskgroup.methods.method import JointMethod
+
+            if isinstance(weights, JointMethod | type):
+                method, weights = weights, None
+        self._reader = LossReader(self._tasks, weights, reduction)
+        self._weighting: Weighting | None = None
+        if method is not None:
+            from taskgroup.loop.weighting import Weighting
+
+            self._weighting = Weighting(method, self._reader)
         if groups_per_batch is not None:
             groups_per_batch = whole_number("groups_per_batch", groups_per_batch, at_least=1)
         self._settings: dict[str, Any] = {

@@ -137,7 +137,7 @@ class Weighting:
 
     def _at(self, members: Members) -> Tensor:
         """The positions of the tasks on the device of the method."""
-        return self._reader.group(members).index.to(self.method.device, non_blocking=True)
+        return self._reader.group(members).positions.to(self.method.device, non_blocking=True)
 
 
 def _checked(method: object, tasks: tuple[str, ...]) -> WeighingMethod:

@@ -12,7 +12,8 @@ from torch.amp import GradScaler
 
 from taskgroup._graph import graph_leaves
 from taskgroup._losses import Losses
-from taskgroup.gradients.row_tasks import means_of_rows, row_task_gradients
+from taskgroup._row_losses import means_of_rows
+from taskgroup.gradients.row_tasks import row_task_gradients
 from taskgroup.gradients.through_grad import backward_passes, hooks_held
 from taskgroup.methods.method import JointMethod, enabled, torch_defaults
 from taskgroup.ops.combine import combine

@@ -7,20 +7,19 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from taskgroup.ops import _backend
 
-Floats = npt.NDArray[np.float64]
-Labels = npt.NDArray[np.int64]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+Labels = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def affinity_propagation(
-    similarity: Tensor | npt.NDArray[Any],
+    similarity: Tensor | np.ndarray[Any, Any],
     *,
-    preference: float | Sequence[float] | Tensor | npt.NDArray[Any] | None = None,
+    preference: float | Sequence[float] | Tensor | np.ndarray[Any, Any] | None = None,
     damping: float = 0.5,
     max_iter: int = 200,
     convergence_iter: int = 50,

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from taskgroup.ops import _backend
 
-Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def normalised_affinity(affinity: npt.NDArray[Any]) -> tuple[Integers, Floats]:
+def normalised_affinity(affinity: np.ndarray[Any, Any]) -> tuple[Integers, Floats]:
     r"""Computes the similarity of tasks from their affinity.
 
     .. math::
@@ -35,12 +34,12 @@ def normalised_affinity(affinity: npt.NDArray[Any]) -> tuple[Integers, Floats]:
     return _backend.choose("cpu", cpp=_native, reference=_reference)(affinity)
 
 
-def _native(affinity: npt.NDArray[Any]) -> tuple[Integers, Floats]:
+def _native(affinity: np.ndarray[Any, Any]) -> tuple[Integers, Floats]:
     found: tuple[Integers, Floats] = _backend.native.host.normalised_affinity(affinity)
     return found
 
 
-def _reference(affinity: npt.NDArray[Any]) -> tuple[Integers, Floats]:
+def _reference(affinity: np.ndarray[Any, Any]) -> tuple[Integers, Floats]:
     finite = np.where(np.isfinite(affinity), affinity, 0.0).astype(np.float64)
     known = np.flatnonzero(finite.diagonal() > 0)
     own = finite[np.ix_(known, known)]
