@@ -55,6 +55,8 @@ _WAITING = {
     _aten.linalg_solve_ex,
     _aten.linalg_inv_ex,
 }
+# They allocate memory, and start nothing.
+_ALLOCATING = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty}
 _INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
 _COPIES = {_aten._to_copy, _aten.copy_, _aten._copy_from}
 _FROM_NUMBERS = ("tensor", "as_tensor", "asarray")  # they copy in a way that no mode sees
@@ -95,11 +97,13 @@ class FakeGPU:
     Attributes:
         waits: for each wait, the operation and the line of the caller.
         planned: the number of waits for an event.
+        launches: the operations so far that start a kernel on the GPU, or copy within its memory.
     """
 
     def __init__(self) -> None:
         self.waits: list[str] = []
         self.planned = 0
+        self.launches: list[str] = []
         self._recorded = self._reached = 0  # the number of an event
         self._stack = ExitStack()
 
@@ -259,6 +263,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _note_copy(packet, args, kwargs, to_gpu)
     else:
         _note_wait(packet, args)
+        if not func.is_view and packet not in _ALLOCATING:
+            _gpu.launches.append(str(packet))
         for tensor in tensors:
             assert isinstance(tensor, OnGPU) or not tensor.is_meta, f"{func}: not made by FakeGPU"
             # A kernel launch can pass a number from the host, but not a tensor.

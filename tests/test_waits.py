@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -203,6 +204,30 @@ def test_groups_that_are_not_learned_wait_for_nothing(way):
         loop.train(BATCHES)
         assert gpu.waits == []
         assert gpu.planned == 0
+
+
+@pytest.mark.parametrize("way", ["model", "without a model", "stacked", "batched heads"])
+def test_a_step_starts_four_kernels(way):
+    """They gather the losses, those of the group, and their sum, and update the affinity.
+
+    The last step of a batch starts two more, to send the affinity to the host.
+    """
+    with FakeGPU() as gpu:
+        loop = Loop(WAYS[way], "cuda")
+        started, loss = [], tg.Group.loss
+
+        def counted(group, losses, share=1.0):
+            before = len(gpu.launches)
+            value = loss(group, losses, share)
+            started.append(gpu.launches[before:])
+            assert len(started[-1]) <= (6 if group.last else 4), started[-1]
+            return value
+
+        loop.train(BATCHES // 2)  # until every entry of the affinity was observed
+        with mock.patch.object(tg.Group, "loss", counted):
+            steps = loop.train(BATCHES)
+    assert len(started) == len(steps)
+    assert any("taskgroup.affinity_update_" in kernels for kernels in started)
 
 
 @pytest.mark.filterwarnings("ignore:The loss of task .* is -:UserWarning")

@@ -10,8 +10,8 @@
 
 #include "host/affinity_propagation.h"
 #include "host/boundary_matching.h"
-#include "host/gradient_reader.h"
 #include "host/normalised_affinity.h"
+#include "host/tensor_reader.h"
 #include "host/thinning.h"
 #include "instruction_set.h"
 
@@ -60,7 +60,7 @@ py::tuple normalised_affinity(const py::array_t<scalar_t, py::array::c_style>& a
   const taskgroup::NormalisedAffinity found = taskgroup::normalise(affinity.data(), K);
   const auto n = static_cast<py::ssize_t>(found.known.size());
   return py::make_tuple(py::array_t<int64_t>(n, found.known.data()),
-                        py::array_t<double>({n, n}, found.similarity.data()));
+                        py::array_t<double>({n, n}, found.similarity.data()), found.complete);
 }
 
 using Bytes = py::array_t<uint8_t, py::array::c_style>;
@@ -140,9 +140,12 @@ PYBIND11_MODULE(_host, m) {
       .def_property_readonly("first", &taskgroup::ReadGradients::first)
       .def("keep_measured", &taskgroup::ReadGradients::keep_measured)
       .def("read_outputs", &taskgroup::ReadGradients::read_outputs, py::arg("outputs"));
-  py::class_<taskgroup::GradientReader>(m, "GradientReader")
+  py::class_<taskgroup::TensorReader>(m, "TensorReader")
       .def(py::init<const py::tuple&>(), py::arg("types"))
-      .def("read", &taskgroup::GradientReader::read, py::arg("gradients"), py::keep_alive<0, 1>())
-      .def("read_scalars", &taskgroup::GradientReader::read_scalars, py::arg("scalars"),
-           py::arg("names"));
+      .def("read", &taskgroup::TensorReader::read, py::arg("gradients"), py::keep_alive<0, 1>())
+      .def("read_scalars", &taskgroup::TensorReader::read_scalars, py::arg("scalars"),
+           py::arg("names"))
+      .def("update_affinity", &taskgroup::TensorReader::update_affinity, py::arg("matrix"),
+           py::arg("before"), py::arg("after"), py::arg("mask"), py::arg("decay"),
+           py::arg("observed"));
 }

@@ -8,7 +8,7 @@
 namespace taskgroup {
 
 enum DLDeviceType : int32_t { kDLCPU = 1, kDLCUDA = 2 };
-enum DLTypeCode : uint8_t { kDLFloat = 2, kDLBfloat = 4 };
+enum DLTypeCode : uint8_t { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4, kDLBool = 6 };
 
 struct DLDevice {
   int32_t type, index;

@@ -18,6 +18,8 @@ NormalisedAffinity normalise(const scalar_t* affinity, int64_t K) {
     return std::isfinite(a) ? a : 0.0;
   };
   NormalisedAffinity result;
+  result.complete =
+      std::all_of(affinity, affinity + K * K, [](scalar_t a) { return std::isfinite(a); });
   for (int64_t k = 0; k < K; ++k) {
     if (entry(k, k) > 0.0) result.known.push_back(k);
   }

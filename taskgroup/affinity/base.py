@@ -104,6 +104,10 @@ class Affinity:
             self._complete = bool(observed.all())
         return torch.where(observed, self.matrix, math.nan)
 
+    def note_known(self, known: Tensor) -> None:
+        """Note what :meth:`known` gave, on the host: a GPU need not look for gaps that are gone."""
+        self._complete = self._complete or math.isfinite(known.sum())
+
     def observe(
         self, before: Tensor, after: Tensor, mask: Tensor, following: Tensor | None = None
     ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -30,18 +29,22 @@ class Clustering(Grouping):
 
         None keeps the partition.
         """
-        if not isinstance(matrix, Tensor) or matrix.dim() != 2 or len(matrix) != len(matrix.T):
+        if (
+            not isinstance(matrix, Tensor)
+            or matrix.dim() != 2
+            or matrix.shape[0] != matrix.shape[1]
+        ):
             raise ValueError(
                 f"{type(self).__name__} takes an affinity, a tensor [K, K], got "
                 f"{described(matrix)}."
             )
-        affinity = matrix.detach().cpu().contiguous()
-        if affinity.dtype not in (torch.float32, torch.float64):
-            affinity = affinity.double()  # NumPy has no bfloat16
-        tasks, similarity = normalised_affinity(affinity.numpy())
+        if matrix.dtype not in (torch.float32, torch.float64):
+            matrix = matrix.double()  # NumPy has no bfloat16
+        affinity = matrix.numpy(force=True)
+        tasks, similarity, complete = normalised_affinity(affinity)
         known = None
-        if not math.isfinite(affinity.sum()):  # rules out NaN and infinities in a single pass
-            finite = np.isfinite(affinity.numpy())[np.ix_(tasks, tasks)]
+        if not complete:
+            finite = np.isfinite(affinity)[np.ix_(tasks, tasks)]
             known = finite | finite.T
             connected = known.sum(1) > 1  # with another task than itself
             tasks, known = tasks[connected], known[np.ix_(connected, connected)]

@@ -289,6 +289,7 @@ class Observer:
     def _read(self, copy: HostCopy) -> Tensor:
         """Wait for the copy and look at the numbers in it; the affinity matrix on the host."""
         matrix, *seen = copy.wait()
+        self._affinity.note_known(matrix)
         looks = [look for _, look in self._unread[: self._copied]]
         del self._unread[: self._copied]
         self._copied = 0  # looked at once, however often the matrix is read

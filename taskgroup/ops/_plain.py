@@ -1,4 +1,4 @@
-"""Reads the addresses of plain gradients in one pass of native code.
+"""Reads the addresses of plain tensors in one pass of native code.
 
 torch takes longer to pass a list of tensors to an op than most ops here take to run. Its C
 functions for DLPack describe a tensor in a tenth of that time, and the op then takes a single
@@ -46,13 +46,23 @@ class _Reader(Protocol):
         self, scalars: dict[str, Tensor], names: tuple[str, ...]
     ) -> NDArray[Any] | None: ...
 
+    def update_affinity(
+        self,
+        matrix: Tensor,
+        before: Tensor,
+        after: Tensor,
+        mask: Tensor,
+        decay: float,
+        observed: Tensor,
+    ) -> bool: ...
+
 
 def _make_reader() -> _Reader | None:
     if _backend.native.host is None:
         return None
     try:
         _is_intercepted()
-        made: _Reader = _backend.native.host.GradientReader((torch.Tensor, nn.Parameter))
+        made: _Reader = _backend.native.host.TensorReader((torch.Tensor, nn.Parameter))
     except (AttributeError, RuntimeError):
         return None
     return made
@@ -102,3 +112,20 @@ def read_scalars(scalars: Mapping[str, Tensor], names: tuple[str, ...]) -> Tenso
         return None
     read = _reader.read_scalars(scalars, names)
     return None if read is None else torch.from_numpy(read)
+
+
+def update_plain(
+    matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float, observed: Tensor
+) -> bool:
+    """Updates an affinity matrix on the CPU, in a fifth of the time that the op takes.
+
+    False, and nothing has changed, if the arguments must pass through torch.
+    """
+    # Modes need not see this update, which is part of the loop.
+    if (
+        _reader is None
+        or _backend.requested() not in (None, "cpp")
+        or torch.compiler.is_compiling()
+    ):
+        return False
+    return _reader.update_affinity(matrix, before, after, mask, decay, observed)

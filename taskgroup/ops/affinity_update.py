@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from taskgroup.ops import _backend
+from taskgroup.ops._plain import update_plain
 
 
 def affinity_update_(
@@ -82,21 +83,20 @@ def affinity_update_(
     check_affinity(matrix, observed)
     before, after = contiguous_losses(before), contiguous_losses(after)
     _check(matrix, before, after, mask, decay)
-    update_checked_(matrix, before, after, mask.contiguous(), float(decay), observed)
+    _update(matrix, before, after, mask.contiguous(), float(decay), observed)
     return matrix
 
 
 def update_checked_(
-    matrix: Tensor,
-    before: Tensor,
-    after: Tensor,
-    mask: Tensor,
-    decay: float,
-    observed: Tensor | None = None,
+    matrix: Tensor, before: Tensor, after: Tensor, mask: Tensor, decay: float, observed: Tensor
 ) -> None:
     """:func:`affinity_update_` for valid arguments: contiguous, losses in float32 or float64."""
-    update = _backend.choose(matrix.device.type, **IMPLEMENTATIONS)
-    update(matrix, before, after, mask, decay, observed)
+    if not update_plain(matrix, before, after, mask, decay, observed):
+        _update(matrix, before, after, mask, decay, observed)
+
+
+def _update(matrix: Tensor, *arguments: Any) -> None:
+    _backend.choose(matrix.device.type, **IMPLEMENTATIONS)(matrix, *arguments)
 
 
 def check_tensors(**tensors: object) -> None:

@@ -12,7 +12,7 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def normalised_affinity(affinity: np.ndarray[Any, Any]) -> tuple[Integers, Floats]:
+def normalised_affinity(affinity: np.ndarray[Any, Any]) -> tuple[Integers, Floats, bool]:
     r"""Computes the similarity of tasks from their affinity.
 
     .. math::
@@ -24,24 +24,26 @@ def normalised_affinity(affinity: np.ndarray[Any, Any]) -> tuple[Integers, Float
         affinity: :math:`A`, ``[K, K]``, any floating dtype. Entries that are not finite count as 0.
 
     Returns:
-        The positions of these tasks, int64 [n], ascending, and :math:`X`, float64 [n, n].
+        The positions of these tasks, int64 [n], ascending; :math:`X`, float64 [n, n]; and whether
+        all entries of :math:`A` are finite.
 
     Example:
         >>> normalised_affinity(np.array([[2.0, 1.0, 0.0], [1.0, 4.0, 0.0], [0.0, 0.0, 0.0]]))
         (array([0, 1]), array([[1.   , 0.375],
-               [0.375, 1.   ]]))
+               [0.375, 1.   ]]), True)
     """
     return _backend.choose("cpu", cpp=_native, reference=_reference)(affinity)
 
 
-def _native(affinity: np.ndarray[Any, Any]) -> tuple[Integers, Floats]:
-    found: tuple[Integers, Floats] = _backend.native.host.normalised_affinity(affinity)
+def _native(affinity: np.ndarray[Any, Any]) -> tuple[Integers, Floats, bool]:
+    found: tuple[Integers, Floats, bool] = _backend.native.host.normalised_affinity(affinity)
     return found
 
 
-def _reference(affinity: np.ndarray[Any, Any]) -> tuple[Integers, Floats]:
-    finite = np.where(np.isfinite(affinity), affinity, 0.0).astype(np.float64)
-    known = np.flatnonzero(finite.diagonal() > 0)
-    own = finite[np.ix_(known, known)]
+def _reference(affinity: np.ndarray[Any, Any]) -> tuple[Integers, Floats, bool]:
+    finite = np.isfinite(affinity)
+    entries = np.where(finite, affinity, 0.0).astype(np.float64)
+    known = np.flatnonzero(entries.diagonal() > 0)
+    own = entries[np.ix_(known, known)]
     ratio = own / own.diagonal()
-    return known, (ratio + ratio.T) / 2
+    return known, (ratio + ratio.T) / 2, bool(finite.all())

@@ -178,6 +178,7 @@ void test_normalise() {
   const NormalisedAffinity found = normalise(affinity, 3);
   CHECK(found.known == (std::vector<int64_t>{0, 2}));
   CHECK(found.similarity == (Matrix{1, 0.125, 0.125, 1}));
+  CHECK(!found.complete);
   const T unknown[] = {T(NAN), 1, 1, -1};
   CHECK(normalise(unknown, 2).known.empty() && normalise(unknown, 2).similarity.empty());
 
@@ -188,6 +189,7 @@ void test_normalise() {
   for (int64_t k = 0; k < K; ++k) large[k * K + k] = static_cast<T>(1 + 0.25 * (k % 5));
   const NormalisedAffinity all = normalise(large.data(), K);
   CHECK(all.known.size() == K);
+  CHECK(all.complete);
   const auto ratio = [&](int64_t i, int64_t k) {
     return static_cast<double>(large[i * K + k]) / static_cast<double>(large[k * K + k]);
   };

@@ -102,7 +102,7 @@ def test_affinity_is_normalised_as_for_the_grouping(unmeasured):
     if unmeasured:
         matrix[[0, 1], [1, 0]] = np.nan
         matrix[0, 3] = np.nan
-    tasks, similarity = normalised_affinity(matrix)
+    tasks, similarity, _ = normalised_affinity(matrix)
     expected = np.full((6, 6), np.nan)
     expected[np.ix_(tasks, tasks)] = similarity
     expected[np.diag_indices(6)] = np.nan

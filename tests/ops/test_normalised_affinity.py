@@ -30,7 +30,8 @@ def test_is_the_formula_to_the_bit(n_tasks, dtype, backend):
     affinity[rng.random(affinity.shape) < 0.05] = np.inf
     kept = affinity.copy()
     with use_backend(backend):
-        known, similarity = normalised_affinity(affinity)
+        known, similarity, complete = normalised_affinity(affinity)
+    assert complete == np.isfinite(affinity).all()
     expected, entries = by_formula(affinity)
     assert known.tolist() == expected
     assert similarity.shape == (len(expected), len(expected))
@@ -44,7 +45,8 @@ def test_tasks_without_an_effect_on_themselves_are_left_out(own, backend):
     affinity = np.ones((3, 3), np.float32)
     affinity[1, 1] = own
     with use_backend(backend):
-        known, similarity = normalised_affinity(affinity)
+        known, similarity, complete = normalised_affinity(affinity)
+    assert complete == math.isfinite(own)
     assert known.tolist() == [0, 2]
     assert similarity.tolist() == [[1, 1], [1, 1]]
 
@@ -52,6 +54,6 @@ def test_tasks_without_an_effect_on_themselves_are_left_out(own, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nobody_is_known(backend):
     with use_backend(backend):
-        known, similarity = normalised_affinity(np.zeros((4, 4), np.float32))
+        known, similarity, _ = normalised_affinity(np.zeros((4, 4), np.float32))
     assert known.shape == (0,)
     assert similarity.shape == (0, 0)

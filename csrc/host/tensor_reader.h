@@ -13,7 +13,7 @@ namespace taskgroup {
 // The gradients that a reader found, and the tensors that own their memory.
 class ReadGradients {
  public:
-  explicit ReadGradients(const class GradientReader& reader) : reader_(reader) {}
+  explicit ReadGradients(const class TensorReader& reader) : reader_(reader) {}
 
   int64_t address() const { return reinterpret_cast<int64_t>(&plain_); }
 
@@ -31,8 +31,8 @@ class ReadGradients {
   bool read_outputs(const pybind11::object& outputs);
 
  private:
-  friend class GradientReader;
-  const GradientReader& reader_;
+  friend class TensorReader;
+  const TensorReader& reader_;
   PlainGradients plain_;
   DLDevice device_ = {};
   std::vector<DLType> types_;              // of the parameters
@@ -40,23 +40,28 @@ class ReadGradients {
   std::vector<pybind11::object> first_;    // [T]
 };
 
-// Reads a nested list [K][T] of tensors or None. This takes a tenth of the time that passing the
-// tensors to an op takes.
-class GradientReader {
+// Reads plain tensors. This takes a tenth of the time that passing the tensors to an op takes.
+class TensorReader {
  public:
   // types: the plain tensor types. The first one defines how a tensor is read.
-  explicit GradientReader(const pybind11::tuple& types);
+  explicit TensorReader(const pybind11::tuple& types);
 
-  // Returns null unless every tensor has one of the types, is dense, and has the same shape,
-  // layout, dtype and device as the others on its parameter. The reader also rejects a tensor of
-  // one element that torch has marked as negated. Larger tensors are not checked, because that
-  // takes too long. A negated one has gaps and is rejected for that reason, unless it was made by
-  // as_strided() or by torch's private _neg_view().
+  // Reads a nested list [K][T] of tensors or None. Returns null unless every tensor has one of the
+  // types, is dense, and has the same shape, layout, dtype and device as the others on its
+  // parameter. The reader also rejects a tensor of one element that torch has marked as negated.
+  // Larger tensors are not checked, because that takes too long. A negated one has gaps and is
+  // rejected for that reason, unless it was made by as_strided() or by torch's private _neg_view().
   std::unique_ptr<ReadGradients> read(const pybind11::object& gradients) const;
 
   // Copies scalars on the CPU into one array, float32 or float64. Returns None unless all have the
   // same of these dtypes and are plain, as above, and the keys are `names`, in the same order.
   pybind11::object read_scalars(const pybind11::dict& scalars, const pybind11::tuple& names) const;
+
+  // Updates an affinity matrix as the op affinity_update_ does, with checked arguments. Returns
+  // false, and changes nothing, unless all tensors are contiguous, on the CPU and plain, as above.
+  bool update_affinity(const pybind11::handle& matrix, const pybind11::handle& before,
+                       const pybind11::handle& after, const pybind11::handle& mask, double decay,
+                       const pybind11::handle& observed) const;
 
  private:
   friend class ReadGradients;

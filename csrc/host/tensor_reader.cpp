@@ -1,4 +1,4 @@
-#include "host/gradient_reader.h"
+#include "host/tensor_reader.h"
 
 #include <pybind11/numpy.h>
 
@@ -6,6 +6,8 @@
 #include <cstring>
 #include <stdexcept>
 #include <type_traits>
+
+#include "ops/cpu/affinity_update.h"
 
 namespace py = pybind11;
 
@@ -88,6 +90,16 @@ bool is_dense(const DLTensor& tensor) {
   return true;
 }
 
+// Whether the elements are adjacent in memory, in the usual order of the dimensions.
+bool is_contiguous(const DLTensor& tensor) {
+  int64_t expected = 1;
+  for (int32_t d = tensor.ndim - 1; d >= 0; --d) {
+    if (tensor.shape[d] != 1 && tensor.strides[d] != expected) return false;
+    expected *= tensor.shape[d];
+  }
+  return true;
+}
+
 // Whether two tensors have the same shape and the same order of elements in memory.
 bool same_layout(const DLTensor& a, const DLTensor& b) {
   if (a.ndim != b.ndim) return false;
@@ -121,7 +133,7 @@ std::vector<int64_t> ReadGradients::keep_measured() {
   return tasks;
 }
 
-GradientReader::GradientReader(const py::tuple& types) {
+TensorReader::TensorReader(const py::tuple& types) {
   for (const py::handle& type : types) types_.push_back(type.ptr());
   is_neg_ = py::object(types[0].attr("is_neg")).release().ptr();
   const auto capsule = types[0].attr("__dlpack_c_exchange_api__").cast<py::capsule>();
@@ -133,7 +145,7 @@ GradientReader::GradientReader(const py::tuple& types) {
   api_ = api;
 }
 
-bool GradientReader::read_tensor(PyObject* object, DLTensor& tensor) const {
+bool TensorReader::read_tensor(PyObject* object, DLTensor& tensor) const {
   auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   if (std::find(types_.begin(), types_.end(), type) == types_.end()) return false;
   if (api_->tensor_from_object(object, &tensor) != 0) {
@@ -155,7 +167,7 @@ bool GradientReader::read_tensor(PyObject* object, DLTensor& tensor) const {
   return true;
 }
 
-std::unique_ptr<ReadGradients> GradientReader::read(const py::object& gradients) const {
+std::unique_ptr<ReadGradients> TensorReader::read(const py::object& gradients) const {
   const Items tasks(gradients.ptr());
   const auto K = tasks.size();
   if (!tasks || K < 1 || K > kMostTasks) return nullptr;
@@ -207,7 +219,7 @@ std::unique_ptr<ReadGradients> GradientReader::read(const py::object& gradients)
 }
 
 template <typename scalar_t>
-bool GradientReader::copy_scalars(PyObject* scalars, PyObject* names, scalar_t* copy) const {
+bool TensorReader::copy_scalars(PyObject* scalars, PyObject* names, scalar_t* copy) const {
   const Py_ssize_t n = PyTuple_GET_SIZE(names);
   Py_ssize_t position = 0, k = 0;
   PyObject *name, *value;
@@ -229,7 +241,7 @@ bool GradientReader::copy_scalars(PyObject* scalars, PyObject* names, scalar_t* 
   return k == n;
 }
 
-py::object GradientReader::read_scalars(const py::dict& scalars, const py::tuple& names) const {
+py::object TensorReader::read_scalars(const py::dict& scalars, const py::tuple& names) const {
   const auto n = static_cast<py::ssize_t>(names.size());
   PyObject *name, *first;
   Py_ssize_t position = 0;
@@ -247,6 +259,43 @@ py::object GradientReader::read_scalars(const py::dict& scalars, const py::tuple
   if (dtype == Dtype::kFloat) return copied(py::array_t<float>(n));
   if (dtype == Dtype::kDouble) return copied(py::array_t<double>(n));
   return py::none();
+}
+
+bool TensorReader::update_affinity(const py::handle& matrix, const py::handle& before,
+                                   const py::handle& after, const py::handle& mask, double decay,
+                                   const py::handle& observed) const {
+  DLTensor m, b, a, s, o;
+  if (!read_tensor(matrix.ptr(), m) || !read_tensor(before.ptr(), b) ||
+      !read_tensor(after.ptr(), a) || !read_tensor(mask.ptr(), s) ||
+      !read_tensor(observed.ptr(), o)) {
+    return false;
+  }
+  const int64_t K = m.ndim == 2 ? m.shape[0] : -1;
+  for (const DLTensor* square : {&m, &o}) {
+    if (square->ndim != 2 || square->shape[0] != K || square->shape[1] != K) return false;
+  }
+  for (const DLTensor* vector : {&b, &a, &s}) {
+    if (vector->ndim != 1 || vector->shape[0] != K) return false;
+  }
+  for (const DLTensor* tensor : {&m, &b, &a, &s, &o}) {
+    if (tensor->device.type != kDLCPU || !is_contiguous(*tensor)) return false;
+  }
+  constexpr DLType kFloat = {kDLFloat, 32, 1}, kDouble = {kDLFloat, 64, 1};
+  if (!same(m.dtype, kFloat) || !same(o.dtype, {kDLInt, 32, 1}) ||
+      !same(s.dtype, {kDLBool, 8, 1}) || !same(a.dtype, b.dtype)) {
+    return false;
+  }
+  const auto run = [&](auto zero) {
+    using scalar_t = const decltype(zero);
+    const py::gil_scoped_release release;
+    taskgroup::update_affinity(static_cast<float*>(m.data), static_cast<scalar_t*>(b.data),
+                               static_cast<scalar_t*>(a.data), static_cast<const bool*>(s.data), K,
+                               decay, static_cast<int32_t*>(o.data));
+    return true;
+  };
+  if (same(b.dtype, kFloat)) return run(float{});
+  if (same(b.dtype, kDouble)) return run(double{});
+  return false;
 }
 
 bool ReadGradients::read_outputs(const py::object& outputs) {
