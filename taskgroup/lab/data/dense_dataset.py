@@ -285,12 +285,14 @@ class DenseDataset(Dataset[Samples]):
         """Convert a scene to tensors, without the dimension B."""
         labels = {task: _channels_first(label) for task, label in scene.labels.items()}
         masks = {task: _channels_first(mask[..., None]) for task, mask in scene.masks.items()}
-        return Samples(self.normalise(_channels_first(scene.image).float() / 255), labels, masks)
+        return Samples(
+            self.normalise(_channels_first(scene.image).float().div_(255)), labels, masks
+        )
 
     @classmethod
     def normalise(cls, rgb: torch.Tensor) -> torch.Tensor:
         """Normalise images ``[..., 3, H, W]`` in [0, 1] for the network."""
-        return (rgb - _per_channel(cls.MEAN, rgb)) / _per_channel(cls.STD, rgb)
+        return (rgb - _per_channel(cls.MEAN, rgb)).div_(_per_channel(cls.STD, rgb))
 
     @classmethod
     def to_rgb(cls, images: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,9 @@ __all__ = [
     "read_grey16",
     "read_mat",
     "read_photo",
+    "read_planes",
     "read_rgb",
+    "read_size",
 ]
 
 _WORDS = {
@@ -49,6 +51,20 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
             raise it too.
     """
     return _read(path, ("RGB",), "RGB")
+
+
+def read_planes(path: Path) -> NDArray[np.uint8]:
+    """Read the same as :func:`read_rgb`; in memory each of the three channels is contiguous.
+
+    NumPy is slow on a last dimension of 3.
+    """
+    return np.moveaxis(np.ascontiguousarray(np.moveaxis(read_rgb(path), -1, 0)), 0, -1)
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Read the height and width of an image, which do not need its pixels."""
+    with _reading(path), Image.open(path) as image:
+        return image.height, image.width
 
 
 def read_photo(path: Path) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taskgroup.lab.data.dense_dataset import DenseDataset
-from taskgroup.lab.data.files import read_depth, read_grey, read_rgb
+from taskgroup.lab.data.files import read_depth, read_grey, read_planes
 from taskgroup.lab.data.plausibility import (
     doubt_of_depth,
     doubt_of_normals,
@@ -100,8 +100,9 @@ class NYUDv2(DenseDataset):
 
 def read_vectors(path: Path) -> NDArray[np.float32]:
     """Read stored normals [H, W, 3], n = 2 p / 255 - 1, without bringing them to unit length."""
-    values = np.arange(256, dtype=np.float32) / 127.5 - 1
-    vectors: NDArray[np.float32] = values.take(read_rgb(path))
+    vectors = read_planes(path).astype(np.float32)
+    vectors /= np.float32(127.5)
+    vectors -= 1
     return vectors
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from taskgroup.lab.data.dense_dataset import DenseDataset, resized
-from taskgroup.lab.data.files import BadSampleError, read_grey, read_mat
+from taskgroup.lab.data.files import BadSampleError, read_grey, read_mat, read_size
 from taskgroup.lab.data.nyud import NORMALS, read_vectors, unit_normals
 from taskgroup.lab.data.plausibility import (
     doubt_of_normals,
@@ -63,8 +63,9 @@ SURFACES: frozenset[int] = frozenset((
 ))
 # fmt: on
 
-_CLASSES = "the layout has 0 to {most}, and 255 where it is unknown"
 _CONTEXT_CLASSES = 459
+_IS_SURFACE = np.isin(np.arange(_CONTEXT_CLASSES + 2), list(SURFACES))  # the last one is not
+_CLASSES = "the layout has 0 to {most}, and 255 where it is unknown"
 _FOLDERS = {
     "image": ("JPEGImages", "jpg"),
     "human_parts": ("human_parts", "mat"),
@@ -103,6 +104,9 @@ class PASCALContext(DenseDataset):
     LISTS: ClassVar[str] = "ImageSets/Context"
     ROLES: ClassVar[Mapping[str, str]] = {"train": "train", "held_out": "val"}
 
+    # The map that was read last, since edges and normals are read from the same one.
+    _last_map: tuple[Path, NDArray[Any]] | None = None
+
     def file(self, name: str, sample: str) -> Path:
         """The file of the image or of a label."""
         if name == "semseg":
@@ -139,7 +143,8 @@ class PASCALContext(DenseDataset):
         vectors = read_vectors(path)
         self.refuse(fault_of_normals(path, vectors[::4, ::4], NORMALS))
         normals, known = unit_normals(vectors)
-        surface = np.isin(self._label_map(self.file("edge", sample)), list(SURFACES))
+        classes = self._label_map(self.file("edge", sample))
+        surface = _IS_SURFACE.take(classes.astype(np.intp), mode="clip")
         normals, known = resized(normals, surface.shape), resized(known, surface.shape)
         return normals, known & surface
 
@@ -156,7 +161,9 @@ class PASCALContext(DenseDataset):
 
     def _label_map(self, path: Path) -> NDArray[Any]:
         """Read the class numbers of PASCAL-Context, [H, W]."""
-        classes = read_mat(path, "LabelMap")
+        if self._last_map is None or self._last_map[0] != path:
+            self._last_map = path, read_mat(path, "LabelMap")
+        classes = self._last_map[1]
         whole = classes.dtype.kind in "ui" or (
             classes.dtype.kind == "f" and bool((np.trunc(classes) == classes).all())  # not NaN
         )
@@ -188,7 +195,7 @@ class PASCALContext(DenseDataset):
         if PERSON in self._objects.get(sample, [PERSON]):
             found = _parts(path)
         if found is None:
-            shape = self.read_image(sample).shape[:2]
+            shape = read_size(self.file("image", sample))
             return np.zeros(shape, dtype=np.uint8), np.zeros(shape, dtype=bool)
         return found, None
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taskgroup.lab.data.dense_dataset import DenseDataset, Finding, file_names
-from taskgroup.lab.data.files import read_grey, read_grey16, read_rgb
+from taskgroup.lab.data.files import read_grey, read_grey16, read_planes, read_rgb
 from taskgroup.lab.data.plausibility import (
     doubt_of_depth,
     doubt_of_normals,
@@ -134,7 +134,7 @@ class Taskonomy(DenseDataset):
         path = self.file(task, sample)
         stored: NDArray[Any]
         if task in _COLOURED:
-            stored = read_rgb(path)[..., : TASKONOMY[task].channels]
+            stored = read_planes(path)[..., : TASKONOMY[task].channels]
         else:
             stored = (read_grey16(path) if task in _WIDE else read_grey(path))[..., None]
         self.refuse(fault_of_binary(path, stored, 2**16 - 1 if task in _WIDE else 255))

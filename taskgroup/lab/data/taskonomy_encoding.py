@@ -117,16 +117,21 @@ def normalise(task: str, stored: NDArray[np.uint8] | NDArray[np.uint16]) -> NDAr
     x = stored.astype(np.float32)
     match task:
         case "depth_euclidean" | "depth_zbuffer":
-            x = np.log1p(x) / np.float32(math.log(2**16))
+            np.log1p(x, out=x)
+            x /= np.float32(math.log(2**16))
         case "normal" | "reshading" | "segment_unsup2d" | "segment_unsup25d":
-            x = x / np.float32(127.5) - 1
+            x /= np.float32(127.5)
+            x -= 1
         case "principal_curvature":
-            x = (x - _CURVATURE_MEAN) / _CURVATURE_STD
+            x -= _CURVATURE_MEAN
+            x /= _CURVATURE_STD
         case "edge_occlusion" | "edge_texture" | "keypoints2d" | "keypoints3d":
             x /= np.float32(_CLIP[task] * 2**16)
             if task == "edge_occlusion":
                 x = ndimage.gaussian_filter(x, (_OCCLUSION_SIGMA, _OCCLUSION_SIGMA, 0))
-            x = 2 * np.minimum(x, 1) - 1
+            np.minimum(x, 1, out=x)
+            x *= 2
+            x -= 1
         case _:
             raise _unknown(task)
     return x
