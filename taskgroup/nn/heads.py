@@ -80,12 +80,14 @@ class TaskHeads(nn.Module, Mapping[str, nn.Module]):
         wanted = (task for task in self if task in graph or task in observed)
         for inside, tasks in itertools.groupby(wanted, graph.__contains__):
             given = features if inside else constant
-            for task in tasks:
-                head = self[task]
-                how = nullcontext() if inside else without_graph([task])
-                with how, statistics_once(head, group):
+            running: list[str] = []
+            with nullcontext() if inside else without_graph(running):
+                for task in tasks:
+                    running[:] = [task]
+                    head = self[task]
                     frozen = inside and task not in learned
-                    outputs[task] = (frozen_head(head) if frozen else head)(given)
+                    with statistics_once(head, group):
+                        outputs[task] = (frozen_head(head) if frozen else head)(given)
         return outputs
 
 
@@ -126,11 +128,16 @@ def frozen_head(head: nn.Module) -> nn.Module:
 
 
 def detached(features: Any) -> Any:
+    if isinstance(features, Tensor):  # the usual case, without torch's slow walk through trees
+        return features.detach()
     return tree_map_only(Tensor, Tensor.detach, features)
 
 
 def without_graph(tasks: Collection[str]) -> AbstractContextManager[None]:
-    """Like ``torch.no_grad()``, but an error of a head that takes a derivative says what to do."""
+    """Like ``torch.no_grad()``, but an error of a head that takes a derivative says what to do.
+
+    ``tasks`` are those whose heads run, at the time of the error.
+    """
     return torch.no_grad() if torch.compiler.is_compiling() else _explained_no_grad(tasks)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import CodeType
 from typing import Any, cast
 
@@ -131,10 +131,20 @@ def _is_derived(inputs: object, features: object) -> bool:
     A leaf that requires a gradient and is not a parameter is there to take derivatives with respect
     to it. This walks the graph in front of the encoder alone; usually there is none.
     """
-    leaves = [leaf for leaf in tree_leaves(features) if isinstance(leaf, Tensor) and leaf.is_leaf]
-    given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    learned = [tensor for tensor in (*leaves, *given) if tensor.requires_grad]
+    leaves = [tensor for tensor in _tensors(features) if tensor.is_leaf]
+    learned = [tensor for tensor in (*leaves, *_tensors(inputs)) if tensor.requires_grad]
     return any(not isinstance(leaf, nn.Parameter) for leaf in graph_leaves(learned))
+
+
+def _tensors(values: object) -> Iterator[Tensor]:
+    """All tensors in nested values."""
+    if isinstance(values, Tensor):
+        yield values
+    elif type(values) is tuple or type(values) is dict:  # the usual ones, without torch's slow walk
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _tensors(value)
+    else:
+        yield from (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 
 def _check_that_ddp_finds_unused_parameters() -> None:

@@ -440,3 +440,38 @@ def test_other_defaults_of_torch(heads):
     for task in TASKS:
         torch.testing.assert_close(found[task], expected[task])
         assert model.heads[task].weight.grad.device.type == "cpu"
+
+
+class Asked:
+    """A step that counts how often it is asked for its tasks."""
+
+    def __init__(self, tasks):
+        self.all, self.times = tuple(tasks), 0
+
+    def _tasks(self, n):
+        self.times += 1
+        return self.all[:n]
+
+    tasks = graph = property(lambda self: self._tasks(1))
+    observed = property(lambda self: self._tasks(None))
+
+    def runs_first(self, module):
+        return True
+
+    def ran(self, model):
+        pass
+
+
+@pytest.mark.parametrize("heads", [dict, tg.BatchedHeads])
+def test_a_step_is_asked_equally_often_for_few_heads_and_many(heads):
+    """It lists up to K tasks each time, so asking for every head would take K^2 operations."""
+    times = []
+    for n_tasks in (3, 30):
+        tasks = [f"task{k}" for k in range(n_tasks)]
+        model = tg.MultiTaskModel(
+            nn.BatchNorm1d(4), heads({task: nn.Linear(4, 1) for task in tasks})
+        )
+        step = Asked(tasks)
+        assert [*model(torch.randn(5, 4), group=step)] == tasks
+        times.append(step.times)
+    assert times[0] == times[1] <= 6
