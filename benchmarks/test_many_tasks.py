@@ -104,10 +104,9 @@ def measure(training, batch, batches):
 def test_all_groups_in_a_batch(record, device, n_tasks):
     training, labels = training_of(n_tasks, device)
     groups = groups_of([*labels])
-    partition = groups.partition
     sides = {
         "ours": lambda: training.batch(groups),
-        BY_HAND: lambda: training.by_hand(partition),
+        BY_HAND: lambda: training.by_hand(groups.partition),
     }
     if n_tasks < 1000 or record.full:
         sides[PUBLISHED] = published(training, [*labels])
