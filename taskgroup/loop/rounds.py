@@ -155,10 +155,10 @@ class Rounds:
         return self._learns and self.begun <= self._warmup
 
     def state(self) -> dict[str, Any]:
-        """Everything that an exact resume needs."""
+        """Everything that an exact resume needs, made quickly since every batch asks for it."""
         return {
-            "partition": [list(members) for members in self.partition],
-            "queue": [list(members) for members in self.queue],
+            "partition": list(self.partition),
+            "queue": list(self.queue),
             "rounds": self.begun,
             "turns": self._waited.tolist(),
         }

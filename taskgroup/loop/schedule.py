@@ -459,12 +459,13 @@ class TaskGroups:
 
 
 def _saved(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state with copies of the tensors of the affinity and of the weights."""
+    """A state with copies of the tensors of the affinity and of the weights, and of the groups."""
 
     def copied(part: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v.to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in part.items()}
 
     return {
         **state,
+        **{name: [list(members) for members in state[name]] for name in ("partition", "queue")},
         **{name: copied(state[name]) for name in ("affinity", "weights") if name in state},
     }
