@@ -175,6 +175,7 @@ class TaskGroups:
         self.unconverged = 0
         self._states = StatesOfOptimizers()
         self._whole: dict[str, Any] = {}  # the state before the open batch
+        self._named: tuple[list[Members], list[tuple[str, ...]]] = [], []  # a partition, by names
         if not learns:
             self._rounds.regroup(self._regroup())
         if self._weighting is not None:
@@ -188,7 +189,11 @@ class TaskGroups:
     @property
     def partition(self) -> list[tuple[str, ...]]:
         """The current groups, as task names in task order."""
-        return [self._reader.names(members) for members in self._rounds.partition]
+        members, names = self._named
+        if members is not self._rounds.partition:
+            names = [self._reader.names(group) for group in self._rounds.partition]
+            self._named = self._rounds.partition, names
+        return list(names)
 
     @property
     def warming_up(self) -> bool:

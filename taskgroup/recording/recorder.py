@@ -122,6 +122,9 @@ class Recorder:
             )
         self._groups = groups if isinstance(groups, TaskGroups) else None
         self._tasks = groups.tasks
+        # The partition, and the same in lists, which JSON has: made again when it changes.
+        self._seen: list[tuple[str, ...]] = []
+        self._lists: list[list[str]] = []
         self._logs = Logs(self._tasks, log, pairs, whole_number("log_every", log_every, at_least=1))
         own = {"method": type(groups).__name__} if self._groups is None else self._groups.settings
         header = _header(self._tasks, titles or {}, {**own, **_settings(settings)})
@@ -367,7 +370,10 @@ class Recorder:
 
     def _partition(self) -> list[list[str]]:
         assert self._groups is not None
-        return [list(group) for group in self._groups.partition]
+        partition = self._groups.partition
+        if partition != self._seen:
+            self._seen, self._lists = partition, [list(group) for group in partition]
+        return self._lists
 
     def _matrix_is_known(self) -> bool:
         return self._groups is not None and bool(self._groups.affinity.observed.any())
