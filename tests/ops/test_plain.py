@@ -284,3 +284,62 @@ def test_scalars_of_other_tasks_are_not_read():
     torch.func.grad(transformed)(torch.ones(3))
     torch.vmap(transformed)(torch.ones(2, 3))
     assert seen == [None, None]
+
+
+def update(n_tasks=5, dtype=torch.float32):
+    """The arguments of an update of the affinity."""
+    generator = torch.Generator().manual_seed(n_tasks)
+    before, after = torch.rand(2, n_tasks, generator=generator, dtype=dtype) + 0.5
+    after[0] = torch.nan
+    return {
+        "matrix": torch.randn(n_tasks, n_tasks, generator=generator),
+        "before": before,
+        "after": after,
+        "mask": torch.rand(n_tasks, generator=generator) < 0.5,
+        "decay": 0.25,
+        "observed": torch.ones(n_tasks, n_tasks, dtype=torch.int32),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n_tasks", [1, 2, 11, 64])
+def test_an_affinity_is_updated_as_by_the_op(n_tasks, dtype):
+    own, expected = update(n_tasks, dtype), update(n_tasks, dtype)
+    assert _plain.update_plain(**own)
+    with tg.ops.use_backend("reference"):
+        tg.affinity_update_(**expected)
+    assert torch.equal(own["observed"], expected["observed"])
+    torch.testing.assert_close(own["matrix"], expected["matrix"], rtol=1e-6, atol=1e-7)
+    torch.ops.taskgroup.affinity_update_(*(again := update(n_tasks, dtype)).values())
+    assert torch.equal(own["matrix"], again["matrix"])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"matrix": torch.zeros(5, 5, dtype=torch.float64)},
+        {"matrix": torch.zeros(5, 6)},
+        {"matrix": torch.zeros(10, 5)[::2].t()},
+        {"before": torch.ones(4)},
+        {"before": torch.ones(5, dtype=torch.float64)},
+        {"after": torch.ones(10)[::2]},
+        {"after": torch.ones(5, device="meta")},
+        {"mask": torch.ones(5, dtype=torch.uint8)},
+        {"observed": torch.ones(5, 5, dtype=torch.int64)},
+        {"observed": torch.ones(5)},
+    ],
+    ids=lambda other: " ".join(f"{n} {t.dtype} {[*t.shape]}" for n, t in other.items()),
+)
+def test_other_updates_go_through_torch(other):
+    given = {**update(), **other}
+    kept = {name: t.clone() for name, t in given.items() if isinstance(t, torch.Tensor)}
+    assert not _plain.update_plain(**given)
+    for name, tensor in kept.items():
+        if not tensor.is_meta:
+            assert torch.equal(given[name].nan_to_num(), tensor.nan_to_num())
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_an_update_follows_the_backend_that_was_asked_for(backend, monkeypatch):
+    monkeypatch.setattr("taskgroup.ops._backend._requested", backend)
+    assert not _plain.update_plain(**update())
