@@ -25,7 +25,7 @@ demo: .venv/report.stamp ## train on the photograph in three ways and compare th
 demo-qm9: .venv/report.stamp .venv/qm9.stamp ## train on molecules in three ways and compare them (3 minutes)
 	$(BIN)/python examples/qm9.py
 
-test: .venv/dev.stamp ## run the tests (8 minutes on 2 cores); ARGS="-k affinity" runs some
+test: .venv/dev.stamp ## run the tests (9 minutes on 2 cores); ARGS="-k affinity" runs some
 	$(BIN)/python -m pytest --numprocesses=auto --dist=worksteal $(ARGS)
 
 # One of them reads the molecules of QM9, 100 MB that only this and demo-qm9 install.
@@ -66,7 +66,7 @@ examples: .venv/dev.stamp ## run the programs in examples/ (under a minute)
 	$(BIN)/python examples/text_mlflow.py
 	$(BIN)/python examples/recommender.py
 
-bench: .venv/dev.stamp ## run the benchmarks, which print ratios (5 minutes); ARGS="--save --full" keeps all sizes
+bench: .venv/dev.stamp ## run the benchmarks, which print ratios (11 minutes on 2 cores); ARGS="--save --full" keeps all sizes
 	$(BIN)/python -m pytest benchmarks -s $(ARGS)
 
 # The wheel is built from the source distribution, against the torch that is here. auditwheel gives

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
 from taskgroup._arguments import listed
 from taskgroup._losses import (
@@ -31,7 +30,7 @@ from taskgroup.loop.misuse import Misuse
 from taskgroup.loop.observer import Observer
 from taskgroup.loop.ranks import Ranks
 from taskgroup.loop.rounds import Members, Plan
-from taskgroup.nn.heads import TaskHeads
+from taskgroup.nn.heads import TaskHeads, detached
 from taskgroup.nn.model import MultiTaskModel
 from taskgroup.ops._sharded import is_sharded
 
@@ -197,12 +196,12 @@ class Training:
         calls: list[tuple[nn.Module, Any, Any]] = []
 
         def keep(head: nn.Module, arguments: Any, named: Any) -> None:
-            calls.append((head, _detached(arguments), _detached(named)))
+            calls.append((head, detached(arguments), detached(named)))
 
         hooks = [head.register_forward_pre_hook(keep, with_kwargs=True) for head in modules]
         try:
             # A compiled model would not call the hooks.
-            outputs = _detached(self.run(self.inner, None))
+            outputs = detached(self.run(self.inner, None))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -295,7 +294,3 @@ def _step(optimizer: Optimizer) -> None:
 
 def _kind(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-
-
-def _detached(value: Any) -> Any:
-    return tree_map_only(Tensor, Tensor.detach, value)

@@ -223,12 +223,12 @@ def distort(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 def _look_up(image: Image.Image, *tables: NDArray[Any]) -> Image.Image:
     """Replace the 256 values of each of three channels, clipped to 8 bits; one table does for all.
 
-    Pillow does it in a tenth of the time of indexing with NumPy.
+    Pillow does it in a fifth of the time of indexing with NumPy.
     """
-    bytes_ = [bytes(table.clip(0, 255).astype(np.uint8)) for table in tables]
-    if all(table == bytes(range(256)) for table in bytes_):
+    rounded = [bytes(table.clip(0, 255).astype(np.uint8)) for table in tables]
+    if all(table == bytes(range(256)) for table in rounded):
         return image
-    return image.point(b"".join(bytes_) * (3 // len(tables)))
+    return image.point(b"".join(rounded) * (3 // len(tables)))
 
 
 def _fitting(shape: tuple[int, ...], size: tuple[int, int]) -> float:
